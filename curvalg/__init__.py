@@ -1,0 +1,112 @@
+"""curvalg: an operator algebra for the curvature of neural networks.
+
+>>> from curvalg import Identity, registry
+>>> print(registry.build("ggn") + 1e-3 * Identity)
+ggn + 0.001*identity
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from curvalg import errors as errors
+    from curvalg import registry as registry
+    from curvalg.errors import ConvergenceError as ConvergenceError
+    from curvalg.errors import CurvalgError as CurvalgError
+    from curvalg.errors import CurvalgWarning as CurvalgWarning
+    from curvalg.errors import ExpressionError as ExpressionError
+    from curvalg.errors import FactsError as FactsError
+    from curvalg.errors import LossError as LossError
+    from curvalg.errors import ProblemError as ProblemError
+    from curvalg.errors import RegistryError as RegistryError
+    from curvalg.errors import StaleError as StaleError
+    from curvalg.errors import VectorError as VectorError
+    from curvalg.expr import Block as Block
+    from curvalg.expr import DatasetTerm as DatasetTerm
+    from curvalg.expr import Diagonal as Diagonal
+    from curvalg.expr import Eigenbasis as Eigenbasis
+    from curvalg.expr import Expr as Expr
+    from curvalg.expr import Facts as Facts
+    from curvalg.expr import Identity as Identity
+    from curvalg.expr import Kronecker as Kronecker
+    from curvalg.expr import LossFacts as LossFacts
+    from curvalg.expr import LowRank as LowRank
+    from curvalg.expr import MatrixTerm as MatrixTerm
+    from curvalg.expr import Term as Term
+    from curvalg.expr import Zero as Zero
+    from curvalg.expr import block_diagonal as block_diagonal
+    from curvalg.expr import inverse as inverse
+    from curvalg.expr import restrict as restrict
+    from curvalg.lowering import CurvatureOperator as CurvatureOperator
+    from curvalg.problem import Batch as Batch
+    from curvalg.problem import Layout as Layout
+    from curvalg.problem import Problem as Problem
+    from curvalg.problem import losses as losses
+    from curvalg.registry.parse import parse as parse
+
+_ERRORS = (
+    "CurvalgError",
+    "CurvalgWarning",
+    "ExpressionError",
+    "RegistryError",
+    "ProblemError",
+    "LossError",
+    "FactsError",
+    "VectorError",
+    "ConvergenceError",
+    "StaleError",
+)
+_EXPR = (
+    "Block",
+    "DatasetTerm",
+    "Diagonal",
+    "Eigenbasis",
+    "Expr",
+    "Facts",
+    "Identity",
+    "Kronecker",
+    "LossFacts",
+    "LowRank",
+    "MatrixTerm",
+    "Term",
+    "Zero",
+    "block_diagonal",
+    "inverse",
+    "restrict",
+)
+# Where each public name lives. Names are resolved on first use, so that importing curvalg costs nothing and building
+# expressions never imports torch.
+_HOME: dict[str, str] = {
+    **dict.fromkeys(_ERRORS, "curvalg.errors"),
+    **dict.fromkeys(_EXPR, "curvalg.expr"),
+    "parse": "curvalg.registry.parse",
+    "CurvatureOperator": "curvalg.lowering",
+    "Batch": "curvalg.problem",
+    "Layout": "curvalg.problem",
+    "Problem": "curvalg.problem",
+}
+_MODULES: dict[str, str] = {
+    "errors": "curvalg.errors",
+    "registry": "curvalg.registry",
+    "losses": "curvalg.problem.losses",
+}
+
+__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = import_module(_MODULES[name])
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'curvalg' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,48 @@
+"""Every exception and warning of curvalg.
+
+All derive from :class:`CurvalgError`, so one ``except`` catches the library. Where Python or SciPy users expect a
+built-in kind (a wrong shape is a ``ValueError``, a missing name a ``LookupError``), the class derives from that too.
+Messages say what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class CurvalgError(Exception):
+    """Base of everything curvalg raises."""
+
+
+class ExpressionError(CurvalgError, TypeError):
+    """An expression that has no meaning (mismatched domains, ``A + 0.1``) or that cannot be read or lowered."""
+
+
+class RegistryError(CurvalgError, LookupError):
+    """A term that cannot be found, imported or built by name."""
+
+
+class ProblemError(CurvalgError, ValueError):
+    """A model, parameter selection or data set that curvature cannot be computed for."""
+
+
+class LossError(CurvalgError, ValueError):
+    """A loss, an option of it, or a target that is not supported or does not fit the output."""
+
+
+class FactsError(CurvalgError, ValueError):
+    """An operation needs a fact (symmetry, definiteness, a likelihood) that does not hold or is not known."""
+
+
+class VectorError(CurvalgError, ValueError):
+    """An operand of a product with the wrong shape, kind, dtype, device or non-finite entries."""
+
+
+class ConvergenceError(CurvalgError, RuntimeError):
+    """An iterative method stopped before it reached the asked tolerance."""
+
+
+class StaleError(CurvalgError, RuntimeError):
+    """The model changed after the operator was lowered; ``operator.refresh()`` recomputes."""
+
+
+class CurvalgWarning(UserWarning):
+    """Something that is allowed but seldom meant, such as a model that ignores its parameters."""

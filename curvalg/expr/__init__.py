@@ -1,0 +1,73 @@
+"""Unbound expressions: nodes, the algebra, terms, facts and printing. Imports no torch."""
+
+from curvalg.expr.algebra import (
+    Block,
+    BlockDiagonal,
+    Identity,
+    IdentityExpr,
+    Inverse,
+    Product,
+    Restriction,
+    Sum,
+    Transpose,
+    Zero,
+    ZeroExpr,
+    block_diagonal,
+    inverse,
+    restrict,
+)
+from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
+from curvalg.expr.node import Expr
+from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
+from curvalg.expr.terms import (
+    GGN,
+    CenteredCovariance,
+    Covariance,
+    Fisher,
+    Hessian,
+    Jacobian,
+    LossHessian,
+    MonteCarloFisher,
+    MonteCarloGGN,
+    Residual,
+)
+
+__all__ = [
+    "GGN",
+    "ArrayLeaf",
+    "Block",
+    "BlockDiagonal",
+    "CenteredCovariance",
+    "Covariance",
+    "DatasetTerm",
+    "Diagonal",
+    "Eigenbasis",
+    "Expr",
+    "Facts",
+    "Fisher",
+    "Hessian",
+    "Identity",
+    "IdentityExpr",
+    "Inverse",
+    "Jacobian",
+    "Kronecker",
+    "LossFacts",
+    "LossHessian",
+    "LowRank",
+    "MatrixTerm",
+    "MonteCarloFisher",
+    "MonteCarloGGN",
+    "NamedExpr",
+    "Product",
+    "Residual",
+    "Restriction",
+    "Sum",
+    "Term",
+    "Transpose",
+    "Zero",
+    "ZeroExpr",
+    "block_diagonal",
+    "inverse",
+    "restrict",
+]

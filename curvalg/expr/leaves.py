@@ -1,0 +1,217 @@
+"""Leaves that hold arrays: explicit matrices on parameter space."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.node import Expr
+
+
+class ArrayLeaf(Expr):
+    """A matrix given by arrays (torch tensors or NumPy arrays).
+
+    Leaves compare by a token made at construction, which pickling keeps: comparing the arrays would be slow and, on
+    equal numbers from different origins, misleading. Arrays are kept by reference; do not write into them afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.token = uuid.uuid4().hex
+
+    token: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"expressions are immutable; cannot set {name!r}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"expressions are immutable; cannot delete {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.token == getattr(other, "token", None)
+
+    def __hash__(self) -> int:
+        return hash(self.token)
+
+    @property
+    def size(self) -> int:
+        """Number of rows (and columns)."""
+        raise NotImplementedError
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The arrays of the leaf."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What stands in ``Name<...>`` when printed."""
+        return f"{self.size}, {_dtype(self.arrays[0])}"
+
+
+def _dtype(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _array(value: Any, what: str, *ndims: int) -> Any:
+    if not all(hasattr(value, name) for name in ("ndim", "shape", "dtype")):
+        raise ExpressionError(f"{what} must be a torch tensor or a NumPy array, got {type(value).__name__}")
+    if value.ndim not in ndims:
+        expected = " or ".join(f"{n}-d" for n in ndims)
+        raise ExpressionError(f"{what} must be {expected}, got shape {tuple(value.shape)}")
+    return value
+
+
+def _square(value: Any, what: str) -> Any:
+    value = _array(value, what, 2)
+    if value.shape[0] != value.shape[1]:
+        raise ExpressionError(f"{what} must be square, got shape {tuple(value.shape)}")
+    return value
+
+
+def _symmetric(matrix: Any) -> bool:
+    return bool((matrix == matrix.T).all())
+
+
+class Diagonal(ArrayLeaf):
+    """diag(values).
+
+    Args:
+        values: shape (D,), in the flat layout of the parameters.
+
+    >>> import numpy as np
+    >>> print(Diagonal(np.ones(3)))
+    Diagonal<3, float64>
+    """
+
+    def __init__(self, values: Any) -> None:
+        super().__init__()
+        self.values = _array(values, "values", 1)
+
+    @property
+    def size(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return (self.values,)
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        psd = bool((self.values >= 0).all())
+        return Facts(symmetric=True, psd=psd, positive_definite=bool((self.values > 0).all()))
+
+
+class Kronecker(ArrayLeaf):
+    """F₁ ⊗ F₂ ⊗ …, row-major: for a weight matrix V, (B ⊗ A) vec(V) = vec(B V Aᵀ).
+
+    Args:
+        factors: square matrices, the output factor first.
+
+    >>> import numpy as np
+    >>> print(Kronecker(np.eye(2), np.eye(3)))
+    Kronecker<2 x 3, float64>
+    """
+
+    def __init__(self, *factors: Any) -> None:
+        super().__init__()
+        if not factors:
+            raise ExpressionError("Kronecker() needs at least one factor")
+        self.factors = tuple(_square(factor, f"Kronecker factor {i}") for i, factor in enumerate(factors))
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for factor in self.factors:
+            size *= int(factor.shape[0])
+        return size
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return self.factors
+
+    def describe(self) -> str:
+        return f"{' x '.join(str(f.shape[0]) for f in self.factors)}, {_dtype(self.factors[0])}"
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        return Facts(symmetric=True if all(_symmetric(f) for f in self.factors) else None)
+
+
+class LowRank(ArrayLeaf):
+    """left · core · rightᵀ.
+
+    Args:
+        left: shape (D, r).
+        core: shape (r, r), or (r,) for a diagonal one; None for the identity.
+        right: shape (D, r); None for ``left``.
+
+    >>> import numpy as np
+    >>> print(LowRank(np.ones((5, 2))))
+    LowRank<5, rank 2, float64>
+    """
+
+    def __init__(self, left: Any, core: Any = None, right: Any = None) -> None:
+        super().__init__()
+        self.left = _array(left, "left", 2)
+        rank = left.shape[1]
+        self.core = None if core is None else _array(core, "core", 1, 2)
+        self.right = None if right is None else _array(right, "right", 2)
+        if core is not None and any(n != rank for n in core.shape):
+            raise ExpressionError(f"core must be ({rank},) or ({rank}, {rank}) to fit left, got {tuple(core.shape)}")
+        if right is not None and tuple(right.shape) != tuple(left.shape):
+            raise ExpressionError(f"right must have left's shape {tuple(left.shape)}, got {tuple(right.shape)}")
+
+    @property
+    def size(self) -> int:
+        return int(self.left.shape[0])
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return tuple(array for array in (self.left, self.core, self.right) if array is not None)
+
+    def describe(self) -> str:
+        return f"{self.size}, rank {self.left.shape[1]}, {_dtype(self.left)}"
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        if self.right is not None:
+            return Facts()
+        if self.core is None:
+            return Facts(psd=True)
+        if self.core.ndim == 1:
+            return Facts(symmetric=True, psd=True if bool((self.core >= 0).all()) else None)
+        return Facts(symmetric=True if _symmetric(self.core) else None)
+
+
+class Eigenbasis(ArrayLeaf):
+    """Q diag(values) Qᵀ with an orthogonal basis Q.
+
+    Args:
+        basis: an orthogonal matrix, or a :class:`Kronecker` leaf of orthogonal factors.
+        values: shape (D,).
+
+    >>> import numpy as np
+    >>> print(Eigenbasis(np.eye(3), np.ones(3)))
+    Eigenbasis<3, float64>
+    """
+
+    def __init__(self, basis: Any, values: Any) -> None:
+        super().__init__()
+        self.basis = basis if isinstance(basis, Kronecker) else _square(basis, "basis")
+        self.values = _array(values, "values", 1)
+        size = basis.size if isinstance(basis, Kronecker) else basis.shape[0]
+        if values.shape[0] != size:
+            raise ExpressionError(f"basis has {size} columns but there are {values.shape[0]} values")
+
+    @property
+    def size(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        basis = self.basis.arrays if isinstance(self.basis, Kronecker) else (self.basis,)
+        return (self.values, *basis)
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        psd = bool((self.values >= 0).all())
+        return Facts(symmetric=True, psd=psd, positive_definite=bool((self.values > 0).all()))

@@ -1,0 +1,192 @@
+"""The base of every expression: what a node is, and the operators that combine nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.facts import Facts, LossFacts
+
+if TYPE_CHECKING:  # deferred imports: the two methods that reach upward, and the algebra built on this class
+    from scipy.sparse.linalg import LinearOperator
+
+    from curvalg.lowering.operator import CurvatureOperator
+    from curvalg.problem import Problem
+
+Space = Literal["parameters", "outputs"]
+
+
+class Expr:
+    """An unbound linear operator: it knows no model, no data and no torch.
+
+    Expressions are immutable, hashable, comparable and picklable. They combine with ``+``, ``-``, ``@``, ``.T``,
+    ``**`` (an integer) and multiplication or division by a real number. Calling :meth:`lower` with a
+    :class:`~curvalg.Problem` makes a SciPy ``LinearOperator`` of them.
+
+    >>> from curvalg import Identity, registry
+    >>> print(2 * registry.build("hessian") / 3 + 1e-3 * Identity)
+    2*hessian / 3 + 0.001*identity
+    """
+
+    domain: ClassVar[Space | None] = "parameters"
+    """The space this operator acts on; None where it fits any (``Identity``, ``Zero``)."""
+    codomain: ClassVar[Space | None] = "parameters"
+    """The space its results lie in."""
+
+    __array_ufunc__ = None  # NumPy scalars and arrays must defer to the operators below
+
+    @property
+    def domain_params(self) -> tuple[str, ...] | None:
+        """Patterns of the parameters that a restricted domain keeps; None for all."""
+        return None
+
+    @property
+    def codomain_params(self) -> tuple[str, ...] | None:
+        """Patterns of the parameters that a restricted codomain keeps; None for all."""
+        return None
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        """Direct sub-expressions, in the order in which :meth:`rebuild` takes them."""
+        return ()
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        """The same node over other children."""
+        return self
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        """What is known of this matrix, given the facts of the loss (None: of any loss)."""
+        return Facts()
+
+    # -- arithmetic -------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Expr) -> Expr:
+        return _algebra().add([(self, 1), (_operand(self, other, "+"), 1)])
+
+    def __radd__(self, other: Any) -> Expr:
+        raise _number_error(other, self, "+")
+
+    def __sub__(self, other: Expr) -> Expr:
+        return _algebra().add([(self, 1), (_operand(self, other, "-"), -1)])
+
+    def __rsub__(self, other: Any) -> Expr:
+        raise _number_error(other, self, "-")
+
+    def __neg__(self) -> Expr:
+        return _algebra().add([(self, -1)])
+
+    def __pos__(self) -> Expr:
+        return self
+
+    def __mul__(self, other: Any) -> Expr:
+        if isinstance(other, Expr):
+            raise ExpressionError(
+                f"* multiplies by a number; for the product of two operators write ({self}) @ ({other})"
+            )
+        return _algebra().add([(self, _algebra().as_coefficient(other))])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Expr:
+        if isinstance(other, Expr):
+            raise ExpressionError(f"/ divides by a number; write ({self}) @ inverse({other}) for a solve")
+        divisor = _algebra().as_coefficient(other)
+        if divisor == 0:
+            raise ExpressionError(f"cannot divide the operator {self} by zero")
+        return _algebra().add([(self, 1 / divisor)])
+
+    def __rtruediv__(self, other: Any) -> Expr:
+        raise ExpressionError(f"{other!r} / ({self}) has no meaning for operators; write {other!r} * inverse({self})")
+
+    def __matmul__(self, other: Expr) -> Expr:
+        if not isinstance(other, Expr):
+            raise ExpressionError(
+                f"expected an expression right of @, got {type(other).__name__}: an unbound expression cannot be applied "
+                "to a vector; write expr.lower(problem) @ vector"
+            )
+        return _algebra().multiply([self, other])
+
+    def __rmatmul__(self, other: Any) -> Expr:
+        raise ExpressionError(
+            f"expected an expression left of @, got {type(other).__name__}; write vector @ expr.lower(problem)"
+        )
+
+    def __pow__(self, exponent: int) -> Expr:
+        return _algebra().power(self, exponent)
+
+    @property
+    def T(self) -> Expr:
+        """The transpose."""
+        return _algebra().transpose(self)
+
+    # -- reaching upward ----------------------------------------------------------------------------------------------
+
+    def simplify(self, loss: LossFacts | None = None) -> Expr:
+        """The expression after all laws that apply; equal in value, for every problem whose loss has these facts."""
+        from curvalg.rewrite import simplify
+
+        return simplify(self, loss).expr
+
+    def lower(
+        self,
+        problem: Problem,
+        *,
+        preconditioner: Expr | LinearOperator | Callable[..., Any] | None = None,
+    ) -> CurvatureOperator:
+        """Bind to a problem: a ``scipy.sparse.linalg.LinearOperator`` computed by torch.
+
+        Only plans; passes over the data happen at the first product.
+
+        Args:
+            problem: model, loss, data and parameters.
+            preconditioner: for iterative inverses: an expression, an operator or a callable ``v -> P⁻¹ v``.
+
+        Raises:
+            ExpressionError: the expression has no size of its own, or a node that cannot be lowered.
+            LossError: a term is not defined for the problem's loss.
+        """
+        from curvalg.lowering import lower
+
+        return lower(self, problem, preconditioner=preconditioner)
+
+    # -- printing -----------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        from curvalg.expr.show import text
+
+        return text(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def tree(self) -> str:
+        """The expression as an indented tree, one node a line."""
+        from curvalg.expr.show import tree
+
+        return tree(self)
+
+    def _repr_latex_(self) -> str:
+        from curvalg.expr.show import latex
+
+        return f"${latex(self)}$"
+
+
+def _algebra() -> Any:
+    # The algebra's nodes derive from Expr, so they can only be imported once this module is complete.
+    from curvalg.expr import algebra
+
+    return algebra
+
+
+def _operand(left: Expr, right: Any, symbol: str) -> Expr:
+    if not isinstance(right, Expr):
+        raise _number_error(right, left, symbol)
+    return right
+
+
+def _number_error(number: Any, expr: Expr, symbol: str) -> ExpressionError:
+    return ExpressionError(
+        f"{symbol} with {type(number).__name__}: adding a number to an operator is ambiguous; "
+        f"write A {symbol} {number!r} * Identity (A is {expr})"
+    )

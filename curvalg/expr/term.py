@@ -1,0 +1,125 @@
+"""The contract of a curvature term: three base classes that built-in terms and plugins share.
+
+A local term is a pair (u, u̇) in output space; its product with v is (∂_v J)ᵀ u + Jᵀ u̇, where J is the Jacobian of the
+outputs with respect to the parameters and ż = J v the tangent that u̇ is linear in. One file, one frozen dataclass; its
+fields are the options::
+
+    @dataclass(frozen=True)
+    class GGN(Term):
+        '''Generalised Gauss-Newton matrix.'''
+
+        def cotangent_dot(self, batch, tangent):
+            return batch.loss_hvp(tangent)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from curvalg.expr.facts import LossFacts
+from curvalg.expr.node import Expr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curvalg.problem import Batch, Layout
+
+    Stats = Any
+    """A pytree of tensors whose shapes do not depend on the batch; added leaf by leaf over batches."""
+
+
+class NamedExpr(Expr):
+    """A leaf that prints by the name it is registered under."""
+
+    api: ClassVar[int] = 1
+    """Version of this contract that the term was written for."""
+    name: ClassVar[str]
+    """The name it prints by; the class's name in snake case unless set."""
+    symbol: ClassVar[str | None] = None
+    """LaTeX of the matrix; None: its name in upright letters."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+    @property
+    def label(self) -> str:
+        """The name this instance was built by in the registry, else the class's own."""
+        return self.__dict__.get("_label", self.name)
+
+    def labelled(self, label: str) -> NamedExpr:
+        """This instance, printing by the given name. Equality and hash ignore it."""
+        object.__setattr__(self, "_label", label)
+        return self
+
+    def validate(self, loss: LossFacts | None) -> None:
+        """Refuse a loss that this matrix is not defined for (loss is None where the problem has none).
+
+        Called when the expression is lowered. The base class needs a loss.
+
+        Raises:
+            LossError: the matrix is not defined for this loss.
+        """
+        from curvalg.errors import LossError
+
+        if loss is None:
+            raise LossError(f"{self.label} needs a loss, but the problem was made with loss=None")
+
+
+class Term(NamedExpr):
+    """A curvature matrix computed in one pass over the data, from a pair (u, u̇) in output space.
+
+    Methods see one batch and one column. What the batch hands out carries each sample's share of the whole loss; a
+    term never divides by the size of a batch.
+    """
+
+    def cotangent(self, batch: Batch) -> Tensor | None:
+        """u, of the output's shape, independent of any tangent; None means u ≡ 0."""
+        return None
+
+    def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor | None:
+        """u̇, of the output's shape and linear in the tangent ż = J v; None means u̇ ≡ 0.
+
+        Runs inside a batched backward pass: no ``.item()``, no ``.numpy()``, no random numbers of its own.
+        """
+        return None
+
+
+class DatasetTerm(Term):
+    """A curvature matrix whose product needs statistics of the whole data set."""
+
+    def prepare(self, batch: Batch) -> Stats | None:
+        """Statistics without a tangent, added over batches; computed once and kept."""
+        return None
+
+    def project(self, vector: Tensor, prepared: Stats | None) -> Stats | None:
+        """Totals that are linear in the vector v (D,) and need no pass over the data, such as ∇Lᵀv."""
+        return None
+
+    def reduce(self, batch: Batch, tangent: Tensor, prepared: Stats | None) -> Stats | None:
+        """Totals that are linear in the tangent, added over batches; costs a second pass per product."""
+        return None
+
+    def cotangent_dot(  # type: ignore[override]
+        self, batch: Batch, tangent: Tensor, prepared: Stats | None, totals: Stats | None
+    ) -> Tensor | None:
+        """u̇, given what :meth:`prepare` and :meth:`project` or :meth:`reduce` gave."""
+        return None
+
+
+class MatrixTerm(NamedExpr):
+    """An explicit matrix, accumulated over the data and finished as a structured expression."""
+
+    def prepare(self, batch: Batch) -> Stats | None:
+        """Statistics of an optional first pass, added over batches."""
+        return None
+
+    def accumulate(self, batch: Batch, prepared: Stats | None = None) -> Stats:
+        """Statistics of this batch, added over batches."""
+        raise NotImplementedError(f"{type(self).__name__} must define accumulate(batch, prepared)")
+
+    def finish(self, stats: Stats, layout: Layout, prepared: Stats | None = None) -> Expr:
+        """The matrix as an expression of array leaves, from the summed statistics."""
+        raise NotImplementedError(f"{type(self).__name__} must define finish(stats, layout, prepared)")

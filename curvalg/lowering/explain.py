@@ -1,0 +1,55 @@
+"""What ``explain()`` prints: what became of an expression on a problem, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from curvalg.lowering.plan import indent
+
+if TYPE_CHECKING:
+    from curvalg.lowering.operator import CurvatureOperator
+
+
+def explain(op: CurvatureOperator) -> str:
+    """The report of an operator, sections with indented lines."""
+    problem, totals = op.problem, op.problem.totals
+    facts = ", ".join(f"{name}: {_tri(value)}" for name, value in vars(op.facts).items())
+    sections: dict[str, list[str]] = {
+        "expression": [str(op.expr)],
+        "problem": [
+            repr(problem),
+            f"{totals.rows} rows, N = {totals.count} samples (by {problem.samples}), s = {totals.scale:g}, "
+            f"denominator {totals.denominator:g}",
+        ],
+        "operator": [f"{op.shape[0]} x {op.shape[1]}, {op.dtype} on {op.device}", facts],
+    }
+    if op._steps:
+        fired = Counter(step.law for step in op._steps)
+        laws = [f"by {law}" + (f" ({n} times)" if n > 1 else "") for law, n in fired.items()]
+        sections["simplified"] = [str(op._simplified), *laws]
+    sections["plan"] = op._plan.lines()
+    sections["execution"] = _execution(op)
+    return "\n".join(line for title, lines in sections.items() for line in [title, *indent(lines)])
+
+
+def _tri(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: "unknown"}[value]
+
+
+def _execution(op: CurvatureOperator) -> list[str]:
+    problem = op.problem
+    lines = ["fresh: every product evaluates the model; columns one after the other"]
+    kept = [f"{kind} of {term}" for kind, term in (k for k in problem.kept(op.snapshot) if isinstance(k, tuple))]
+    if kept:
+        lines.append(f"kept on the problem: {', '.join(kept)}")
+    if problem.no_forward_ad is not None:
+        lines.append(f"no forward AD: {problem.no_forward_ad}")
+    if problem.per_sample_route is not None:
+        declined = f" (declined: {'; '.join(problem.per_sample_notes)})" if problem.per_sample_notes else ""
+        lines.append(f"per-sample gradients by {problem.per_sample_route}{declined}")
+    if problem.draws.mode == "frozen":
+        lines.append("random layers replay the same draws in every product")
+    if not problem.data.ordered:
+        lines.append("the loader shuffles; passes are compared, and what depends on the order is refused")
+    return lines

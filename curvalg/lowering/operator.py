@@ -1,0 +1,272 @@
+"""The face that SciPy and PyTorch users see."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvalg.errors import ExpressionError, ProblemError
+from curvalg.expr.facts import Facts
+from curvalg.expr.node import Expr
+from curvalg.lowering.bind import bind, matrix_terms
+from curvalg.lowering.linearization import Sweep, prepare, require_finite
+from curvalg.lowering.plan import BlocksPlan, Plan, ProductPlan, SumPlan, SweepPlan, output_sizes, plan
+from curvalg.lowering.vectors import Space, Vector, parse
+from curvalg.problem import Problem, Snapshot
+from curvalg.rewrite import Step, simplify
+
+Preconditioner = Expr | LinearOperator | Callable[..., Any] | None
+
+
+class CurvatureOperator(LinearOperator):
+    """A curvature expression bound to a problem: a SciPy ``LinearOperator`` computed by torch.
+
+    Made by :meth:`curvalg.Expr.lower`. ``op @ x`` takes a NumPy array, a tensor on the problem's device, or a dict or list
+    of tensors in parameter layout, each with or without a trailing column axis, and returns the same kind, detached.
+    Operators of one problem add, scale and multiply as expressions, so that sums stay fused; with other
+    ``LinearOperator`` objects SciPy's own lazy arithmetic applies. Products are those of the model as it was when
+    lowered; if it changed since, they raise :class:`~curvalg.StaleError`.
+
+    Attributes:
+        expr: the expression as written.
+        problem: the problem.
+        shape: (rows, columns).
+        dtype: NumPy dtype of products with arrays of the same dtype.
+
+    >>> import numpy as np, torch
+    >>> from curvalg import Identity, Problem, registry
+    >>> data = (torch.randn(6, 3), torch.randn(6, 1))
+    >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), data)
+    >>> op = (registry.build("ggn") + 1e-3 * Identity).lower(problem)
+    >>> op.shape, (op @ np.ones(4)).dtype, (op @ torch.ones(4, 2)).shape
+    ((4, 4), dtype('float32'), torch.Size([4, 2]))
+    """
+
+    def __init__(self, expr: Expr, problem: Problem, preconditioner: Preconditioner = None) -> None:
+        self.expr = expr
+        self.problem = problem
+        self.preconditioner = preconditioner
+        _ = problem.totals  # counts the data once, so that facts and denominators are known
+        self.snapshot: Snapshot = problem.snapshot()
+        self._lower()
+        dtype = torch.empty(0, dtype=self._domain.dtype).numpy().dtype
+        super().__init__(dtype, (self._codomain.size, self._domain.size))
+
+    def _lower(self) -> None:
+        self._steps: list[Step] = []
+        self._simplified = self._simplify(self.expr)
+        self._plan: Plan = plan(self._simplified, self.problem, self.problem.size)
+        self._bound = not matrix_terms(self._simplified)
+        self._domain = self._space(self.expr.domain, self.expr.domain_params)
+        self._codomain = self._space(self.expr.codomain, self.expr.codomain_params)
+
+    def _simplify(self, expr: Expr) -> Expr:
+        rewritten = simplify(expr, self.problem.facts)
+        self._steps += rewritten.steps
+        return rewritten.expr
+
+    def _space(self, name: str | None, params: tuple[str, ...] | None) -> Space:
+        problem = self.problem
+        if name == "outputs":
+            return Space(sum(output_sizes(problem, self.snapshot)), None, problem.dtype, problem.device)
+        restricted = problem if params is None else problem.restricted(params)
+        return Space(restricted.size, restricted.layout, problem.dtype, problem.device)
+
+    # -- what is known --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        return self.problem.device
+
+    @property
+    def facts(self) -> Facts:
+        """Symmetry and definiteness, given the loss; True, False or None (unknown)."""
+        return self._simplified.facts(self.problem.facts)
+
+    def explain(self) -> str:
+        """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""
+        from curvalg.lowering.explain import explain
+
+        return explain(self)
+
+    # -- life -----------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> CurvatureOperator:
+        """Make now the passes over the data that the first product would make; returns the operator itself."""
+        self.problem.check(self.snapshot)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        with self.problem.differentiating():
+            if not self._bound:
+                bound = bind(self._simplified, self.problem, self.snapshot)
+                self._simplified = self._simplify(bound)
+                self._plan = plan(self._simplified, self.problem, self.problem.size)
+                self._bound = True
+            for problem, sweep in _sweeps(self._plan):
+                prepare(sweep.dataset_terms, problem, self.snapshot)
+
+    def refresh(self) -> CurvatureOperator:
+        """Take the model as it is now; returns the operator itself."""
+        self.snapshot = self.problem.snapshot()
+        self._lower()
+        return self
+
+    def close(self) -> None:
+        """Release what the problem keeps between products (statistics and matrices are made again when needed)."""
+        self.problem.close()
+        if not self._bound or matrix_terms(self.expr):
+            self._lower()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Snapshots are of a live process: a restored operator is lowered at the restored model's state.
+        return CurvatureOperator, (self.expr, self.problem, self.preconditioner)
+
+    # -- products -------------------------------------------------------------------------------------------------------
+
+    def _apply(self, columns: Tensor) -> Tensor:
+        self.problem.check(self.snapshot)
+        with self.problem.differentiating():
+            self._prepare()
+            return require_finite(self._plan.apply(self.snapshot, columns), str(self.expr))
+
+    def _product(self, x: Vector) -> Any:
+        operand = parse(x, self._domain, self._codomain)
+        if operand.columns.shape[1] == 0:
+            return operand.restore(operand.columns.new_zeros(self.shape[0], 0))
+        return operand.restore(self._apply(operand.columns))
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._product(np.asarray(x).reshape(-1))  # type: ignore[no-any-return]
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        if hasattr(X, "toarray"):  # a SciPy sparse operand: its columns are dense here anyway
+            X = X.toarray()
+        return self._product(np.asarray(X))  # type: ignore[no-any-return]
+
+    def _adjoint(self) -> CurvatureOperator:
+        return self._combine(self.expr.T)
+
+    _transpose = _adjoint
+
+    def to_dense(self) -> Tensor:
+        """The matrix, shape ``op.shape``, on the problem's device.
+
+        Raises:
+            ProblemError: it does not fit into the memory that is free.
+        """
+        rows, columns = self.shape
+        need, free = rows * columns * self._domain.dtype.itemsize, _free_memory(self.device)
+        if need > free:
+            raise ProblemError(
+                f"the dense matrix of shape {self.shape} needs {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free; "
+                "use products, or restrict() to fewer parameters"
+            )
+        result = torch.empty(rows, columns, dtype=self._domain.dtype, device=self.device)
+        for start in range(0, columns, 64):
+            width = min(64, columns - start)
+            unit = torch.zeros(columns, width, dtype=result.dtype, device=self.device)
+            unit[torch.arange(start, start + width), torch.arange(width)] = 1
+            result[:, start : start + width] = self._apply(unit)
+        return result
+
+    # -- algebra of bound operators ---------------------------------------------------------------------------------------
+
+    def _combine(self, expr: Expr) -> CurvatureOperator:
+        self.problem.check(self.snapshot)
+        return CurvatureOperator(expr, self.problem, self.preconditioner)
+
+    def _same(self, other: object) -> bool:
+        return isinstance(other, CurvatureOperator) and other.problem is self.problem
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, Expr):
+            return self._combine(self.expr + other)
+        return self._combine(self.expr + other.expr) if self._same(other) else super().__add__(other)
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, Expr):
+            return self._combine(self.expr - other)
+        return self._combine(self.expr - other.expr) if self._same(other) else super().__sub__(other)
+
+    def __neg__(self) -> CurvatureOperator:
+        return self._combine(-self.expr)
+
+    def __pow__(self, exponent: int) -> CurvatureOperator:
+        return self._combine(self.expr**exponent)
+
+    def dot(self, x: Any) -> Any:
+        """``op @ x``, ``op * x`` and ``op(x)``: another operator, a number, or a vector."""
+        if self._same(x):
+            return self._combine(self.expr @ x.expr)
+        if isinstance(x, Expr):
+            return self._combine(self.expr @ x)
+        if isinstance(x, numbers.Real) and not isinstance(x, bool):
+            return self._combine(x * self.expr)
+        if isinstance(x, (Tensor, np.ndarray, dict)) or (isinstance(x, (list, tuple)) and _tensors(x)):
+            return self._product(x)
+        if isinstance(x, (list, tuple)):
+            return self._product(np.asarray(x))
+        return super().dot(x)
+
+    def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, numbers.Number):
+            raise ExpressionError("@ multiplies by a vector or an operator; write op * number")
+        return self.dot(other)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.dot(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        if isinstance(other, numbers.Real) and not isinstance(other, bool):
+            return self._combine(other * self.expr)
+        if isinstance(other, Tensor):
+            return (self.T @ other.T).T if other.ndim == 2 else self.T @ other
+        return super().__rmul__(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        if isinstance(other, Tensor):
+            return self.__rmul__(other)
+        return super().__rmatmul__(other)
+
+    def __truediv__(self, other: Any) -> CurvatureOperator:
+        return self._combine(self.expr / other)
+
+    def __repr__(self) -> str:
+        return f"<{self.shape[0]}x{self.shape[1]} CurvatureOperator {self.expr}, {self.dtype} on {self.device}>"
+
+
+def _tensors(x: Any) -> bool:
+    return bool(x) and all(isinstance(t, Tensor) for t in x)
+
+
+def _sweeps(node: Plan) -> list[tuple[Problem, Sweep]]:
+    """All sweeps of a plan, with the problem each runs on."""
+    if isinstance(node, SweepPlan):
+        return [(node.problem, node.sweep)]
+    inner: list[Plan] = []
+    if isinstance(node, SumPlan):
+        inner = [part for _, part in node.parts]
+    elif isinstance(node, ProductPlan):
+        inner = list(node.factors)
+    elif isinstance(node, BlocksPlan):
+        inner = [part for _, part, _ in node.blocks]
+    return [pair for part in inner for pair in _sweeps(part)]
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+

@@ -1,0 +1,129 @@
+"""Operands of products: NumPy arrays, tensors, or dicts and lists of tensors in parameter layout; same kind out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvalg.errors import VectorError
+from curvalg.problem import Layout
+from curvalg.problem.trees import describe
+
+Vector = np.ndarray | Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A parsed operand.
+
+    Args:
+        columns: real columns (n, K) in the operator's dtype and on its device.
+        restore: a result (m, K) in the kind and shape of what came in.
+    """
+
+    columns: Tensor
+    restore: Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """One side of an operator.
+
+    Args:
+        size: dimension.
+        layout: layout of the parameters, None for outputs.
+        dtype: of the operator.
+        device: of the problem.
+    """
+
+    size: int
+    layout: Layout | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+def parse(x: Vector, domain: Space, codomain: Space) -> Operand:
+    """Read an operand of an operator between two spaces.
+
+    Raises:
+        VectorError: wrong kind, shape, dtype or device, or entries that are not finite.
+    """
+    if isinstance(x, Tensor):
+        return _from_tensor(x, domain)
+    if isinstance(x, (np.ndarray, np.generic)):
+        return _from_numpy(np.asarray(x), domain)
+    if isinstance(x, Mapping) or (isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)):
+        return _from_tree(x, domain, codomain)
+    raise VectorError(
+        f"expected a NumPy array, a tensor, or a dict or list of tensors in parameter layout, got {describe(x)}"
+    )
+
+
+def _require(ok: bool, domain: Space, came: str) -> None:
+    if not ok:
+        raise VectorError(f"expected shape ({domain.size},) or ({domain.size}, K), got {came}")
+
+
+def _finite(columns: Tensor) -> Tensor:
+    if not bool(torch.isfinite(columns).all()):
+        raise VectorError("the operand has NaN or infinite entries; a product with it would have no meaning")
+    return columns
+
+
+def _from_tensor(x: Tensor, domain: Space) -> Operand:
+    _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"a tensor of shape {tuple(x.shape)}")
+    if x.device != domain.device:
+        raise VectorError(f"expected a tensor on {domain.device}, got one on {x.device}; move it with x.to({str(domain.device)!r})")
+    if x.is_complex():
+        raise VectorError("complex tensors are not supported; multiply real and imaginary part one after the other")
+    dtype = torch.promote_types(x.dtype, domain.dtype)
+    columns = x.detach().to(domain.dtype).reshape(domain.size, -1)
+    return Operand(_finite(_plain(columns)), lambda y: (y[:, 0] if x.ndim == 1 else y).to(dtype))
+
+
+def _plain(x: Tensor) -> Tensor:
+    # Autograd refuses tensors that were made under inference_mode.
+    return x.clone() if x.is_inference() else x
+
+
+def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
+    _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"an array of shape {x.shape}")
+    if x.dtype.kind not in "fiubc":
+        raise VectorError(f"expected a numeric array, got dtype {x.dtype}")
+    own = torch.empty(0, dtype=domain.dtype).numpy().dtype
+    dtype = np.result_type(own, x.dtype)
+    parts = [x.real, x.imag] if x.dtype.kind == "c" else [x]
+    flat = np.concatenate([part.reshape(domain.size, -1) for part in parts], 1).astype(own)
+    columns = torch.from_numpy(flat).to(domain.device)
+
+    def restore(y: Tensor) -> np.ndarray:
+        result = y.cpu().numpy()
+        if x.dtype.kind == "c":
+            half = result.shape[1] // 2
+            result = result[:, :half] + 1j * result[:, half:]
+        return np.asarray((result[:, 0] if x.ndim == 1 else result).astype(dtype, copy=False))
+
+    return Operand(_finite(columns), restore)
+
+
+def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space) -> Operand:
+    if domain.layout is None:
+        raise VectorError(f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor")
+    flat = domain.layout.flatten(x)
+    inner = _from_tensor(flat, domain)
+
+    def restore(y: Tensor) -> Any:
+        result = inner.restore(y)
+        if codomain.layout is None:
+            return result
+        tree = codomain.layout.unflatten(result)
+        if isinstance(x, Mapping):
+            return tree
+        return type(x)(tree.values()) if type(x) in (list, tuple) else list(tree.values())
+
+    return Operand(inner.columns, restore)

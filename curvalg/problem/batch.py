@@ -1,0 +1,174 @@
+"""What a term sees of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import LossError
+from curvalg.problem.noise import uniforms
+from curvalg.problem.outputs import OutputForm
+
+if TYPE_CHECKING:
+    from curvalg.problem.losses import Loss, LossPoint
+
+Samples = Literal["item", "position"]
+
+
+class Batch:
+    """One batch at the problem's parameters: outputs, targets, and everything a term may ask of the loss.
+
+    Whatever it hands out carries each sample's share of the whole loss, cₙ = αₙ ℓₙ (class weights, ignored targets and
+    the denominator of the whole data set inside): results of batches are added, never averaged.
+
+    Args:
+        output: z, detached, shape (n, ...); several outputs as their (n, -1) concatenation.
+        form: how the output came from what the model returned.
+        target: as the loss gets it.
+        loss: the loss, or None.
+        scale: s, the number of samples N for a mean loss, 1 for a sum.
+        count: N, the number of samples in the data set whose share is not identically zero.
+        denominator: what a mean loss divides by, over the whole data set.
+        samples: whether one sample is a row of the batch ("item") or an element of the loss ("position").
+        start: running number of the first row in the data set.
+        pullback: u -> Jᵀu (D,).
+        per_sample: the gradients of all shares.
+    """
+
+    def __init__(
+        self,
+        output: Tensor,
+        form: OutputForm,
+        target: Any,
+        loss: Loss | None,
+        *,
+        scale: float,
+        count: int,
+        denominator: float,
+        samples: Samples,
+        start: int,
+        pullback: Callable[[Tensor], Tensor],
+        per_sample: Callable[[Batch], dict[str, Tensor]],
+    ) -> None:
+        self.output = output
+        self.target = target
+        self.scale = scale
+        self.count = count
+        self.samples = samples
+        self._form = form
+        self._loss = loss
+        self._start = start
+        self._share = 1.0 / denominator
+        self._pullback = pullback
+        self._per_sample = per_sample
+        self._draws: dict[tuple[int, int, bool], Tensor] = {}
+
+    @cached_property
+    def _point(self) -> LossPoint:
+        if self._loss is None:
+            raise LossError("this quantity needs a loss, but the problem was made with loss=None")
+        return self._loss.at(self._form.split(self.output), self.target)
+
+    @property
+    def class_axis(self) -> int | None:
+        """The axis of the output that holds classes; None for elementwise losses."""
+        return None if self._loss is None else self._loss.class_axis
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each position; ignored ones hold a valid class and have weight 0.
+
+        Raises:
+            LossError: the loss has no classes.
+        """
+        labels = self._point.labels
+        if labels is None:
+            raise LossError(f"{type(self._loss).__name__} has no classes; use a loss such as CrossEntropy")
+        return labels
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """αₙ of each position, broadcastable to the output."""
+        return self._share * self._point.weights
+
+    @cached_property
+    def loss_gradient(self) -> Tensor:
+        """rₙ = ∂cₙ/∂zₙ, of the output's shape."""
+        return self._share * self._form.join(self._point.gradient())
+
+    def loss_hvp(self, tangent: Tensor) -> Tensor:
+        """Bₙ ż, of the output's shape."""
+        return self._share * self._form.join(self._point.hvp(self._form.split(tangent)))
+
+    def fisher_hvp(self, tangent: Tensor) -> Tensor:
+        """The Fisher information of the likelihood in output space, times ż.
+
+        Raises:
+            LossError: the loss is no likelihood.
+        """
+        return self._share * self._form.join(self._point.fisher_hvp(self._form.split(tangent)))
+
+    def loss_factor(self) -> Tensor:
+        """Columns (columns, *output.shape): Σ columns columnsᵀ is the block of B of each position (class losses) or element.
+
+        Raises:
+            LossError: B is not positive semi-definite.
+        """
+        return self._share**0.5 * self._point.factor()
+
+    def pseudo_gradients(self, samples: int = 1, *, seed: int = 0, fisher: bool = False) -> Tensor:
+        """Draws (samples, *output.shape), scaled by samples^-1/2, with E Σₘ sₘ sₘᵀ = B and positions independent.
+
+        Depends only on the seed and the running number of each sample in the data set.
+
+        Args:
+            samples: number of draws.
+            seed: of the draws.
+            fisher: second moment of the Fisher instead of B.
+        """
+        key = (samples, seed, fisher)
+        if key not in self._draws:
+            point, z = self._point, self.output
+            uniform = uniforms(seed, samples, self._start, point.noise_shape, z.dtype, z.device)
+            draws = point.pseudo_gradients(uniform, fisher=fisher)
+            self._draws[key] = (self._share / samples) ** 0.5 * draws
+        return self._draws[key]
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner product per sample, broadcastable to the output."""
+        product = a * b
+        if self.samples == "item":
+            return product.sum(tuple(range(1, product.ndim)), keepdim=True) if product.ndim > 1 else product
+        return product if self.class_axis is None else product.sum(self.class_axis, keepdim=True)
+
+    def vjp(self, cotangent: Tensor) -> Tensor:
+        """Jᵀu of this batch, shape (D,)."""
+        return self._pullback(cotangent)
+
+    def per_sample_gradients(self) -> dict[str, Tensor]:
+        """∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.
+
+        Raises:
+            ProblemError: samples of the batch influence each other (batch-norm in training mode).
+        """
+        return self._per_sample(self)
+
+    def sample_cotangents(self) -> list[tuple[int, ...] | torch.Tensor]:
+        """Masks (output's shape) that pick one sample each, in order."""
+        shape = list(self.output.shape)
+        if self.samples == "item":
+            return [self._mask((row,)) for row in range(shape[0])]
+        if self.class_axis is not None:
+            shape[self.class_axis] = 1
+        positions = torch.ones(shape, device=self.output.device).nonzero()
+        axis = None if self.class_axis is None else self.class_axis % self.output.ndim
+        return [self._mask(tuple(slice(None) if i == axis else int(k) for i, k in enumerate(p))) for p in positions]
+
+    def _mask(self, index: tuple[int | slice, ...]) -> Tensor:
+        mask = torch.zeros_like(self.output)
+        mask[index] = 1
+        return mask

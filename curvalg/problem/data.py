@@ -1,0 +1,196 @@
+"""The data of a problem: any re-iterable of batches, read the same way in every pass."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ProblemError
+from curvalg.problem import trees
+from curvalg.problem.randomness import LoaderStream, own_generators
+
+TARGET_KEYS = ("target", "targets", "label", "labels", "y")
+"""Keys that name the target in a batch that is a mapping."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch as read: what the model gets, what the loss gets, and where it stands in the data set.
+
+    Args:
+        batch: the whole batch on the problem's device.
+        target: the target, or None.
+        rows: number of samples.
+        start: running number of its first sample.
+        index: running number of the batch.
+    """
+
+    batch: Any
+    target: Any
+    rows: int
+    start: int
+    index: int
+
+
+class Data:
+    """Batches of a data set.
+
+    Args:
+        data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any other re-iterable of batches.
+        target: ``target(batch)`` for batches whose target cannot be told from their form.
+        needs_target: whether a missing target is an error.
+
+    Raises:
+        ProblemError: a one-shot iterator, or something that is not iterable.
+    """
+
+    def __init__(self, data: Any, target: Callable[[Any], Any] | None, needs_target: bool) -> None:
+        if isinstance(data, Iterator):
+            raise ProblemError(
+                f"data is a {type(data).__name__} that can be read only once, but every product reads it again; pass "
+                "list(data), a DataLoader, or an object whose __iter__ starts anew"
+            )
+        one_batch = isinstance(data, (tuple, Mapping, UserDict, Tensor))
+        if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
+            raise ProblemError(f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}")
+        self.source = [data] if one_batch else data
+        self.target = target
+        self.needs_target = needs_target
+        # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
+        self.fixed = isinstance(self.source, list)
+        self._stream = LoaderStream()
+        self._reference: list[tuple[float, float]] | None = None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of the samples is the data set's own."""
+        sampler = getattr(self.source, "sampler", None)
+        return not isinstance(sampler, (torch.utils.data.RandomSampler, torch.utils.data.WeightedRandomSampler))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": LoaderStream()}
+
+    def read(self, device: torch.device, *, order_matters: bool = False) -> Iterator[Sample]:
+        """One pass.
+
+        Args:
+            device: where the tensors are moved to.
+            order_matters: whether another order than in the first pass is an error.
+
+        Raises:
+            ProblemError: no data, a batch without a target, or data that differ from the first pass.
+        """
+        start, prints = 0, []
+        for index, batch in enumerate(self._raw()):
+            if not self.fixed:
+                prints.append(_fingerprint(batch))
+                if order_matters:
+                    self._compare(prints, index + 1)
+            batch = trees.place(batch, device)
+            target = self._target(batch)
+            count = trees.rows(target) if target is not None else trees.rows(batch)
+            if count is None:
+                raise ProblemError(f"cannot tell the number of samples in a batch that is a {trees.describe(batch)}")
+            if count:
+                yield Sample(batch, target, count, start, index)
+            start += count
+        if not start:
+            raise ProblemError("the data are empty: there is no batch with a sample in it")
+        if self._reference is None:
+            self._reference = prints
+        self._compare(prints, None)
+
+    def _raw(self) -> Iterator[Any]:
+        if self.fixed:
+            yield from self.source
+            return
+        generators = own_generators(self.source)
+        states = [generator.get_state() for generator in generators]
+        try:
+            with self._stream.step():
+                iterator = iter(self.source)
+            while True:
+                with self._stream.step():
+                    try:
+                        batch = next(iterator)
+                    except StopIteration:
+                        return
+                yield batch
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    def _compare(self, prints: list[tuple[float, float]], upto: int | None) -> None:
+        """Compare fingerprints with the first pass: batch by batch so far, or as a whole."""
+        if self._reference is None or self.fixed:
+            return
+        if upto is not None:
+            if len(self._reference) < upto or not _close(prints[upto - 1], self._reference[upto - 1]):
+                raise ProblemError(
+                    "the loader gives the samples in another order than in its first pass, and this quantity depends on the "
+                    "order. Pass shuffle=False, or list(loader) to fix one pass"
+                )
+        elif not _close(_total(prints), _total(self._reference)):
+            raise ProblemError(
+                "the data differ from the first pass over them (random augmentation, a stateful data set, or shuffling "
+                "with per-batch padding), so every product would be of another matrix. Turn that off, or pass "
+                "list(loader) to fix one pass"
+            )
+
+    def _target(self, batch: Any) -> Any:
+        if self.target is not None:
+            return self.target(batch)
+        if isinstance(batch, (Mapping, UserDict)):
+            found = [key for key in TARGET_KEYS if key in batch]
+            if len(found) == 1:
+                return batch[found[0]]
+            hint = f"the keys are {list(batch)}"
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[1]
+        else:
+            hint = f"it is a {trees.describe(batch)}"
+            if self.fixed and isinstance(batch, Tensor):
+                hint += " (a list is read as a list of batches; one batch is a tuple (X, y))"
+        if not self.needs_target:
+            return None
+        raise ProblemError(
+            f"cannot tell the target of a batch: {hint}. Batches are pairs (X, y) or mappings with one of the keys "
+            f"{list(TARGET_KEYS)}; for others pass forward=lambda model, batch: ... and target=lambda batch: ..."
+        )
+
+
+def call_model(model: Callable[..., Any], batch: Any) -> Any:
+    """The model on a batch: ``model(X)`` for pairs, keywords for mappings, the whole batch otherwise."""
+    if isinstance(batch, (Mapping, UserDict)):
+        return model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS})
+    return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch)
+
+
+def _fingerprint(batch: Any) -> tuple[float, float]:
+    """Two sums over the rows that do not depend on their order, but on every entry of each row."""
+    first, second = 0.0, 0.0
+    with torch.no_grad():
+        for t in trees.tensors(batch):
+            if t.is_complex() or not t.numel():
+                continue
+            rows = t.detach().reshape(t.shape[0] if t.ndim else 1, -1).to(torch.float64)
+            weights = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64, device=t.device) + 1)
+            hashed = rows.nan_to_num() @ weights
+            first += float(hashed.sum())
+            second += float(hashed.square().sum())
+    return first, second
+
+
+def _total(prints: list[tuple[float, float]]) -> tuple[float, float]:
+    return sum(p[0] for p in prints), sum(p[1] for p in prints)
+
+
+def _close(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    # Sums in another order differ by rounding only, relative to the second moment.
+    scale = 1e-9 * (1 + b[1] ** 0.5 + abs(b[1]))
+    return abs(a[0] - b[0]) <= scale and abs(a[1] - b[1]) <= scale

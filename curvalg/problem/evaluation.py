@@ -1,0 +1,195 @@
+"""The model on one batch, at a snapshot: values, and products with the Jacobian."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError
+from curvalg.problem.batch import Batch
+from curvalg.problem.data import Sample
+from curvalg.problem.model import explain_failure, ordered
+from curvalg.problem.outputs import OutputForm
+from curvalg.problem.per_sample import per_sample_gradients
+from curvalg.problem.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from curvalg.problem.problem import Problem
+
+
+class Evaluation:
+    """One batch of a problem at a snapshot. Nothing is computed before it is asked for, nothing is kept.
+
+    Args:
+        problem: the problem.
+        snapshot: the state to evaluate at.
+        sample: the batch as read.
+    """
+
+    def __init__(self, problem: Problem, snapshot: Snapshot, sample: Sample) -> None:
+        self.problem = problem
+        self.snapshot = snapshot
+        self.sample = sample
+
+    def run(self, tensors: Sequence[Tensor], sample: Sample | None = None) -> tuple[Tensor, OutputForm]:
+        """z for the given tensors in place of the chosen parameters; calls the model once.
+
+        Raises:
+            ProblemError: the model fails on the batch, draws random numbers, or returns something without a derivative.
+        """
+        problem, batch = self.problem, (sample or self.sample).batch
+        chosen = ordered(problem.model.chosen, tensors)
+
+        def call() -> Any:
+            return problem.model(chosen, self.snapshot.state, batch)
+
+        try:
+            raw = problem.draws.run(call, self.sample.index)
+        except TypeError as error:
+            raise ProblemError(
+                f"calling the model on a batch failed: {error}. Pairs (X, y) are called as model(X), mappings as "
+                "model(**batch) without the target; for others pass forward=lambda model, batch: ..."
+            ) from error
+        form = OutputForm(raw)
+        return form.join(raw), form
+
+    def values(self) -> list[Tensor]:
+        """The chosen parameters of the snapshot, detached, in flat order."""
+        names = self.problem.model.state()
+        by_id = {id(t): self.snapshot.state[name] for name, t in names.items()}
+        return [by_id[id(p)].detach() for p in self.problem.model.chosen.values()]
+
+    def record(self) -> tuple[Tensor, list[Tensor], OutputForm]:
+        """z with its graph, and the leaves that it depends on."""
+        leaves = [p.requires_grad_() for p in self.values()]
+        z, form = self.run(leaves)
+        if not z.requires_grad:
+            warnings.warn(
+                "the model's output does not depend on the chosen parameters, so every curvature matrix is zero. A model "
+                "given as a function must use the parameters it is passed",
+                CurvalgWarning,
+                stacklevel=2,
+            )
+            z = z + 0 * sum(leaf.sum() for leaf in leaves)
+        return z, leaves, form
+
+    def batch(self, z: Tensor, form: OutputForm) -> Batch:
+        """What terms see, given z (its graph is not kept).
+
+        Raises:
+            ProblemError: z has non-finite entries.
+        """
+        problem, totals = self.problem, self.problem.totals
+        z = z.detach()
+        if not bool(torch.isfinite(z).all()):
+            raise ProblemError(
+                f"the model's output on batch {self.sample.index} has NaN or infinite entries; check parameters and data "
+                "(half precision overflows at 65504)"
+            )
+        return Batch(
+            z,
+            form,
+            self.sample.target,
+            problem.loss,
+            scale=totals.scale,
+            count=totals.count,
+            denominator=totals.denominator,
+            samples=problem.samples,
+            start=self.sample.start,
+            pullback=self.pull,
+            per_sample=lambda batch: per_sample_gradients(self, batch),
+        )
+
+    def evaluate(self) -> Batch:
+        """What terms see, by one model call without a graph."""
+        with torch.no_grad():
+            return self.batch(*self.run(self.values()))
+
+    def pull(self, cotangent: Tensor) -> Tensor:
+        """Jᵀu, shape (D,), by one model call and one backward."""
+        z, leaves, _ = self.record()
+        return self.gather(backward([z], leaves, [cotangent]))
+
+    def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Gradients of the chosen parameters as one vector (D,)."""
+        return self.problem.layout.gather(gradients, self.problem.device)
+
+    def push(self, vector: Tensor) -> tuple[Batch, Tensor]:
+        """What terms see, and ż = J v of the output's shape; one model call by forward AD.
+
+        Where an operation of the model lacks forward AD, by two backward passes through one recorded call instead.
+        """
+        tangents = self.problem.layout.tangents(vector)
+        if self.problem.no_forward_ad is None:
+            try:
+                return self._push_forward(tangents)
+            except CurvalgError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:
+                failure = error
+            result = self._push_twice_backward(tangents, failure)
+            self.problem.no_forward_ad = str(failure).strip().splitlines()[0]
+            return result
+        return self._push_twice_backward(tangents, None)
+
+    def _push_forward(self, tangents: list[Tensor]) -> tuple[Batch, Tensor]:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(p, t) for p, t in zip(self.values(), tangents, strict=True)]
+            primal, form = self.run(duals)
+            z, tangent = forward_ad.unpack_dual(primal)
+            if tangent is None or tangent._is_zerotensor():
+                tangent = torch.zeros_like(z)
+            return self.batch(z, form), tangent.clone()
+
+    def _push_twice_backward(self, tangents: list[Tensor], failure: Exception | None) -> tuple[Batch, Tensor]:
+        try:
+            z, leaves, form = self.record()
+            u = torch.zeros_like(z, requires_grad=True)
+            gradients = backward([z], leaves, [u], create_graph=True)
+            (tangent,) = backward(gradients, [u], tangents)
+        except CurvalgError:
+            raise
+        except Exception as error:
+            raise failure or error from error
+        return self.batch(z, form), torch.zeros_like(z) if tangent is None else tangent
+
+
+def backward(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero.
+
+    Raises:
+        ProblemError: autograd fails for a known reason that has a cure.
+    """
+    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    if not live:
+        return [None] * len(inputs)
+    try:
+        return list(
+            torch.autograd.grad(
+                [o for o, _ in live],
+                list(inputs),
+                [c.to(o.dtype) for o, c in live],
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        )
+    except RuntimeError as error:
+        if cure := explain_failure(error):
+            raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
+        raise
+
+
+Evaluate = Callable[[Evaluation], Tensor]

@@ -1,0 +1,223 @@
+"""Gradients of every sample's share: by BackPACK, by torch.func, or sample by sample, whichever is right for the model.
+
+BackPACK is fast and silently wrong on tied weights, on parameters reused outside their module and on batches whose
+first axis is not the samples; torch.func needs rows that can be computed alone. Either is used only after its result was
+compared once with a weighted sum of all gradients; the last route is exact for every model.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from curvalg.errors import CurvalgError, ProblemError
+from curvalg.problem import trees
+from curvalg.problem.batch import Batch
+from curvalg.problem.data import Sample, call_model
+from curvalg.problem.model import ModuleModel
+from curvalg.problem.noise import uniforms
+
+if TYPE_CHECKING:
+    from curvalg.problem.evaluation import Evaluation
+
+Gradients = dict[str, Tensor]
+Route = Callable[["Evaluation", Batch], Gradients]
+
+
+class _Declined(Exception):
+    """A route cannot be used for this model; the message says why."""
+
+
+def per_sample_gradients(evaluation: Evaluation, batch: Batch) -> Gradients:
+    """∇cₙ by parameter, (n, *parameter.shape).
+
+    Raises:
+        ProblemError: samples influence each other through batch statistics.
+    """
+    problem = evaluation.problem
+    _refuse_batch_statistics(problem.model)
+    if problem.per_sample_route is None:
+        gradients, problem.per_sample_route, problem.per_sample_notes = _choose(evaluation, batch)
+        return gradients
+    return ROUTES[problem.per_sample_route](evaluation, batch)
+
+
+def _refuse_batch_statistics(model: object) -> None:
+    if not isinstance(model, ModuleModel):
+        return
+    for name, child in model.module.named_modules():
+        statistics = isinstance(child, nn.modules.batchnorm._NormBase) and not isinstance(
+            child, nn.modules.instancenorm._InstanceNorm
+        )
+        if statistics and (child.training or child.running_mean is None):
+            raise ProblemError(
+                f"per-sample gradients are not defined while {name or type(child).__name__} normalises with batch "
+                "statistics, since samples influence each other; call model.eval()"
+            )
+
+
+def _choose(evaluation: Evaluation, batch: Batch) -> tuple[Gradients, str, list[str]]:
+    notes = []
+    for name, route in ROUTES.items():
+        try:
+            gradients = route(evaluation, batch)
+            if name != LAST:
+                _verify(evaluation, batch, gradients)
+        except _Declined as reason:
+            notes.append(f"{name}: {reason}")
+        except CurvalgError:
+            raise
+        except Exception as error:
+            if name == LAST:
+                raise
+            notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        else:
+            return gradients, name, notes
+    raise AssertionError("unreachable: the last route either returns or raises")
+
+
+def _verify(evaluation: Evaluation, batch: Batch, gradients: Gradients) -> None:
+    """Compare Σ wₙ ∇cₙ for random positive weights w with one backward pass.
+
+    The plain sum would not notice gradients that are attributed to the wrong samples.
+    """
+    n = batch.output.shape[0]
+    if any(g.shape[0] != n for g in gradients.values()):
+        raise _Declined("the first axis of its result is not the samples")
+    z = batch.output
+    weights = 0.5 + uniforms(0, 1, 0, (n,), z.dtype, z.device)[0]
+    expected = batch.vjp(batch.loss_gradient * weights.reshape(-1, *[1] * (z.ndim - 1)))
+    summed = {name: torch.tensordot(weights.to(g.dtype), g, 1) for name, g in gradients.items()}
+    got = evaluation.problem.layout.flatten(summed)
+    tolerance = 1e3 * torch.finfo(z.dtype).eps * (expected.abs().max() + got.abs().max())
+    if not bool(((got - expected).abs() <= tolerance).all()):
+        raise _Declined("its gradients do not add up to the gradient of the loss")
+
+
+# -- BackPACK -----------------------------------------------------------------------------------------------------------
+
+_BACKPACK = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
+
+
+def _by_backpack(evaluation: Evaluation, batch: Batch) -> Gradients:
+    problem = evaluation.problem
+    model = problem.model
+    if problem.samples == "position":
+        raise _Declined("samples are positions, not rows")
+    if not isinstance(model, ModuleModel) or problem.draws.mode == "frozen":
+        raise _Declined("needs a module without random layers")
+    _check_structure(model)
+    twin, names = _private_copy(evaluation, model)
+    calls = _count_calls(twin)
+    # Imported here: it costs a second, and most problems never need it.
+    from backpack import backpack, extend
+    from backpack.extensions import BatchGrad
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of BackPACK's hooks about modules that it does not extend
+        extend(twin)
+        z = (model.rule or call_model)(twin, evaluation.sample.batch)
+        if not isinstance(z, Tensor):
+            raise _Declined("the model has several outputs")
+        with backpack(BatchGrad()):
+            (z * batch.loss_gradient.to(z.dtype)).sum().backward()
+    if any(calls[module] != 1 for module in calls):
+        raise _Declined("a layer with parameters is used more than once, or never")
+    own = dict(twin.named_parameters())
+    return {name: own[names[name]].grad_batch.detach() for name in problem.layout.names}  # type: ignore[attr-defined]
+
+
+def _check_structure(model: ModuleModel) -> None:
+    if any(child._forward_hooks or child._forward_pre_hooks or child._backward_hooks for child in model.module.modules()):
+        raise _Declined("the model carries hooks")
+    chosen = {id(p) for p in model.chosen.values()}
+    owners: dict[int, int] = {}
+    for child in model.module.modules():
+        for p in child._parameters.values():
+            if p is None:
+                continue
+            owners[id(p)] = owners.get(id(p), 0) + 1
+            if id(p) in chosen and type(child) not in _BACKPACK:
+                raise _Declined(f"{type(child).__name__} is not among the layers it is used for")
+    if any(owners[key] != 1 for key in chosen):
+        raise _Declined("a parameter belongs to several modules")
+
+
+def _private_copy(evaluation: Evaluation, model: ModuleModel) -> tuple[nn.Module, dict[str, str]]:
+    """A structural copy of the module over the snapshot's tensors, and each chosen parameter's name in it."""
+    live = model.state()
+    chosen = {id(p) for p in model.chosen.values()}
+    memo: dict[int, object] = {}
+    for name, t in live.items():
+        value = evaluation.snapshot.state[name].detach()
+        memo[id(t)] = nn.Parameter(value, id(t) in chosen) if isinstance(t, nn.Parameter) else value.clone()
+    twin = copy.deepcopy(model.module, memo)
+    by_id = {id(p): name for name, p in twin.named_parameters()}
+    return twin, {name: by_id[id(memo[id(p)])] for name, p in model.chosen.items()}
+
+
+def _count_calls(twin: nn.Module) -> dict[nn.Module, int]:
+    calls = {m: 0 for m in twin.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())}
+
+    def count(module: nn.Module, *_: object) -> None:
+        calls[module] += 1
+
+    for module in calls:
+        module.register_forward_hook(count)
+    return calls
+
+
+# -- torch.func ---------------------------------------------------------------------------------------------------------
+
+
+def _by_torch_func(evaluation: Evaluation, batch: Batch) -> Gradients:
+    problem, sample = evaluation.problem, evaluation.sample
+    if problem.samples == "position":
+        raise _Declined("samples are positions, not rows")
+    if problem.draws.mode == "frozen":
+        raise _Declined("random draws of a batch cannot be replayed row by row")
+    tensors = trees.tensors(sample.batch)
+    dims = [0 if t.ndim and t.shape[0] == sample.rows else None for t in tensors]
+    leaves = evaluation.values()
+
+    def gradient(rows: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+        given = iter([t if dim is None else t[None] for t, dim in zip(rows, dims, strict=True)])
+        row = Sample(trees.tensor_map(lambda _: next(given), sample.batch), None, 1, 0, sample.index)
+        _, pull = torch.func.vjp(lambda ps: evaluation.run(ps, row)[0], leaves)
+        return pull(cotangent[None])[0]  # type: ignore[no-any-return]
+
+    gradients = torch.func.vmap(gradient, in_dims=(dims, 0))(tensors, batch.loss_gradient)
+    return dict(zip(problem.layout.names, gradients, strict=True))
+
+
+# -- sample by sample -----------------------------------------------------------------------------------------------------
+
+
+def _one_by_one(evaluation: Evaluation, batch: Batch) -> Gradients:
+    from curvalg.problem.evaluation import backward
+
+    z, leaves, _ = evaluation.record()
+    rows = []
+    for mask in batch.sample_cotangents():
+        grads = backward([z], leaves, [mask * batch.loss_gradient], retain_graph=True)
+        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)])
+    names = evaluation.problem.layout.names
+    return {name: torch.stack(column).detach() for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+LAST = "one backward per sample"
+ROUTES: dict[str, Route] = {"BackPACK": _by_backpack, "torch.func": _by_torch_func, LAST: _one_by_one}

@@ -1,0 +1,285 @@
+"""The problem: a model, a loss, data and parameters, in one object that operators are lowered on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from curvalg.errors import LossError, ProblemError
+from curvalg.expr.facts import LossFacts
+from curvalg.problem import parameters as params_
+from curvalg.problem.batch import Samples
+from curvalg.problem.data import Data
+from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.losses import CallableLoss, Loss, infer_reduction, resolve_loss
+from curvalg.problem.model import ModuleModel, differentiable, make_model
+from curvalg.problem.parameters import Layout
+from curvalg.problem.randomness import DrawGuard, Randomness
+from curvalg.problem.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one pass over the data counts, before anything else is computed.
+
+    Args:
+        rows: number of rows, M of the data.
+        count: N, the samples whose share is not identically zero.
+        scale: s, N for a mean loss, 1 for a sum.
+        denominator: what the loss of the whole data set divides by.
+        loss: the loss with its reduction known.
+    """
+
+    rows: int
+    count: int
+    scale: float
+    denominator: float
+    loss: Loss | None
+
+
+class Problem:
+    """What curvature is about: L(θ) = Σₙ cₙ over a data set.
+
+    Args:
+        model: an ``nn.Module``, or a function ``(params: dict, inputs) -> output``.
+        loss: a torch loss module, a function of ``torch.nn.functional``, a :class:`~curvalg.losses.Loss`, or any callable
+            ``(output, target) -> scalar``; None suffices for the Jacobian.
+        data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of batches.
+        params: the parameters: None (all that require gradients), names or glob patterns, or a dict.
+        forward: ``forward(model, batch) -> output`` for batches that are neither pairs nor mappings.
+        target: ``target(batch)`` for the same.
+        reduction: "mean" or "sum", how a callable loss reduces a batch; told from its values where possible.
+        samples: whether one sample is a row of a batch ("item") or an element of the loss ("position", as a token);
+            decides gradient covariances.
+        randomness: "refuse" random layers in training mode, or "frozen": replay the same draws in every product.
+        cache: the memory in bytes that may be used to keep things between products, or "auto"; 0 keeps nothing.
+        columns: "auto" or "loop": products with several columns run one column after the other.
+        progress: show a progress bar for passes over the data.
+
+    Raises:
+        ProblemError: a model, selection, data set or option that cannot be used.
+        LossError: a loss that is not supported, by name.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> problem = Problem(model, torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+    >>> problem
+    Problem(Linear, MSE, 8 parameters in 2 tensors, torch.float32 on cpu)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        loss: Any,
+        data: Any,
+        *,
+        params: params_.Selection = None,
+        forward: Callable[[Any, Any], Any] | None = None,
+        target: Callable[[Any], Any] | None = None,
+        reduction: Literal["mean", "sum"] | None = None,
+        samples: Samples = "item",
+        randomness: Randomness = "refuse",
+        cache: Literal["auto"] | int = "auto",
+        columns: Literal["auto", "loop"] = "auto",
+        progress: bool = False,
+    ) -> None:
+        self.model = make_model(model, params, forward)
+        self.layout = Layout(self.model.chosen)
+        self.device: torch.device = next(iter(self.model.chosen.values())).device
+        self.dtype: torch.dtype = self.layout.dtype
+        self.loss: Loss | None = None if loss is None else resolve_loss(loss, reduction)
+        self.data = Data(data, target, needs_target=loss is not None)
+        _one_of("samples", samples, ("item", "position"))
+        _one_of("columns", columns, ("auto", "loop"))
+        if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0):
+            raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
+        self.samples: Samples = samples
+        self.cache = cache
+        self.columns = columns
+        self.progress = progress
+        self.draws = DrawGuard(randomness, self.device)
+        self._totals: Totals | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.no_forward_ad: str | None = None
+        self.per_sample_route: str | None = None
+        self.per_sample_notes: list[str] = []
+        self._snapshot: Snapshot | None = None
+        self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
+        self._restrictions: dict[tuple[str, ...], Problem] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("_snapshot", "_kept", "_restrictions")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._reset()
+        self.__dict__.update(state)
+
+    # -- sizes and facts ------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Number of chosen parameters, D."""
+        return self.layout.size
+
+    @property
+    def num_samples(self) -> int:
+        """N, the number of samples whose share of the loss is not identically zero."""
+        return self.totals.count
+
+    @property
+    def facts(self) -> LossFacts | None:
+        """The facts of the loss."""
+        return None if self.loss is None else self.loss.facts
+
+    @property
+    def totals(self) -> Totals:
+        """Counts and denominators of the whole data set; the first use reads the data once, without the model."""
+        if self._totals is None:
+            self._totals = self._count()
+            self.loss = self._totals.loss
+        return self._totals
+
+    def _count(self) -> Totals:
+        loss, rows, count, denominator = self.loss, 0, 0, 0.0
+        for sample in tqdm(self.data.read(self.device), "counting", disable=not self.progress):
+            if isinstance(loss, CallableLoss) and loss.reduction is None:
+                loss = self._infer(loss, sample)
+            rows += sample.rows
+            if loss is None:
+                count += sample.rows
+                continue
+            used = loss.weights(sample.target) != 0
+            per_row = used.reshape(used.shape[0], -1).any(1) if self.samples == "item" else used
+            count += int(per_row.sum())
+            denominator += float(loss.denominator(sample.target))
+        mean = loss is not None and loss.reduction == "mean"
+        if mean and not denominator:
+            raise ProblemError("every target is ignored or has weight 0, so the mean loss has nothing to divide by")
+        return Totals(rows, count, float(count) if mean else 1.0, denominator if mean else 1.0, loss)
+
+    def _infer(self, loss: CallableLoss, sample: Any) -> CallableLoss:
+        evaluation = Evaluation(self, self.snapshot(), sample)
+        with self.differentiating(), torch.no_grad():
+            z, form = evaluation.run(evaluation.values())
+            reduction = infer_reduction(loss.fn, form.split(z), sample.target)
+        return dataclasses.replace(loss, reduction=reduction)
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Every live tensor that the loss of the data set depends on, by name."""
+        tensors = {} if self.loss is None else self.loss.tensors()
+        return {**self.model.state(), **{f"loss.{name}": t for name, t in tensors.items()}}
+
+    def snapshot(self) -> Snapshot:
+        """The state now; the same object as long as the live model does not change."""
+        state, flags = self.state(), self.model.flags()
+        if self._snapshot is None or self._snapshot.changed(state, flags):
+            self._snapshot = Snapshot(state, flags)
+        return self._snapshot
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Raises:
+        StaleError: the live model differs from the snapshot.
+        """
+        snapshot.check(self.state(), self.model.flags())
+
+    def kept(self, snapshot: Snapshot) -> dict[Any, Any]:
+        """What is kept between products at a snapshot; lives as long as the snapshot or until :meth:`close`."""
+        return self._kept.setdefault(snapshot, {})
+
+    def close(self) -> None:
+        """Release everything that is kept between products."""
+        for restricted in self._restrictions.values():
+            restricted.close()
+        self._kept.clear()
+
+    # -- evaluation -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Where products may be taken; see :func:`curvalg.problem.model.differentiable`."""
+        with differentiable(self.device, self.model.recurrent):
+            yield
+
+    def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:
+        """One pass over the data at a snapshot."""
+        order_matters = order_matters or self.draws.mode == "frozen"
+        samples = self.data.read(self.device, order_matters=order_matters)
+        for sample in tqdm(samples, "batches", leave=False, disable=not self.progress):
+            yield Evaluation(self, snapshot, sample)
+
+    def value(self) -> float:
+        """L(θ), the loss of the whole data set."""
+        loss = self._need_loss()
+        total, snapshot = 0.0, self.snapshot()
+        with self.differentiating(), torch.no_grad():
+            for evaluation in self.evaluations(snapshot):
+                z, form = evaluation.run(evaluation.values())
+                total += float(loss.at(form.split(z), evaluation.sample.target).value())
+        return total / self.totals.denominator
+
+    def gradient(self) -> Tensor:
+        """∇L(θ), shape (D,)."""
+        self._need_loss()
+        snapshot = self.snapshot()
+        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        with self.differentiating():
+            for evaluation in self.evaluations(snapshot):
+                batch = evaluation.evaluate()
+                total += batch.vjp(batch.loss_gradient)
+        return total
+
+    def _need_loss(self) -> Loss:
+        self.totals  # noqa: B018  the reduction of a callable is known only then
+        if self.loss is None:
+            raise LossError("the problem was made with loss=None; pass a loss to have a value and a gradient")
+        return self.loss
+
+    def restricted(self, patterns: Sequence[str]) -> Problem:
+        """The same problem over some of its parameters only; shares data, counts and model.
+
+        Raises:
+            ProblemError: a pattern that matches none.
+        """
+        key = tuple(patterns)
+        if key not in self._restrictions:
+            names = params_.match(key, self.layout.names)
+            totals = self.totals
+            twin = copy.copy(self)
+            twin._reset()
+            twin._totals = totals
+            twin.model = copy.copy(self.model)
+            twin.model.chosen = {name: self.model.chosen[name] for name in names}
+            twin.layout = Layout(twin.model.chosen)
+            twin.dtype = twin.layout.dtype
+            self._restrictions[key] = twin
+        return self._restrictions[key]
+
+    def __repr__(self) -> str:
+        model = type(self.model.module).__name__ if isinstance(self.model, ModuleModel) else "function"
+        loss = "no loss" if self.loss is None else type(self.loss).__name__
+        return (
+            f"Problem({model}, {loss}, {self.size} parameters in {len(self.layout.names)} tensors, {self.dtype} on "
+            f"{self.device})"
+        )
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
+
+
+ParameterDict = Mapping[str, Tensor]

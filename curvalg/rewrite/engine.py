@@ -1,0 +1,89 @@
+"""The rewrite engine: laws applied bottom-up until none fires."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.facts import LossFacts
+from curvalg.expr.node import Expr
+
+
+@dataclass(frozen=True)
+class Law:
+    """An exact and unconditional equality, read from left to right.
+
+    Args:
+        name: in words.
+        statement: the equality, for people.
+        apply: the right side for an expression that is an instance of the left side, else None. May use the facts of
+            the loss.
+        witnesses: expressions over stand-in matrices on which the law must fire and hold numerically.
+        loss: facts of the loss under which the witnesses are taken.
+    """
+
+    name: str
+    statement: str
+    apply: Callable[[Expr, LossFacts | None], Expr | None]
+    witnesses: Callable[[], Sequence[Expr]]
+    loss: LossFacts | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One law that fired."""
+
+    law: str
+    before: Expr
+    after: Expr
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A simplified expression and the laws that led to it."""
+
+    expr: Expr
+    steps: tuple[Step, ...]
+
+
+# Laws only ever shrink or push inward, so this is far out of reach; it turns a pair of laws that undo each other into
+# an error instead of an endless loop.
+_MOST_STEPS = 10_000
+
+
+def rewrite(expr: Expr, laws: Sequence[Law], loss: LossFacts | None = None) -> Rewritten:
+    """Apply laws to an expression and all its parts, innermost first, until none fires.
+
+    Args:
+        expr: any expression.
+        laws: tried in their order at every node.
+        loss: facts of the loss that some laws depend on.
+
+    Raises:
+        ExpressionError: the laws do not terminate.
+    """
+    steps: list[Step] = []
+    done: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node in done:
+            return done[node]
+        children = node.children
+        result = node
+        if children:
+            visited = tuple(visit(child) for child in children)
+            if any(new is not old for new, old in zip(visited, children, strict=True)):
+                result = node.rebuild(visited)
+        for law in laws:
+            after = law.apply(result, loss)
+            if after is not None and after != result:
+                steps.append(Step(law.name, result, after))
+                if len(steps) > _MOST_STEPS:
+                    raise ExpressionError(f"the laws do not terminate on {expr}; the last one was {law.name!r}")
+                result = visit(after)
+                break
+        done[node] = result
+        return result
+
+    return Rewritten(visit(expr), tuple(steps))
