@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from curvalg.problem import Batch as Batch
     from curvalg.problem import Layout as Layout
     from curvalg.problem import Problem as Problem
-    from curvalg.problem import losses as losses
+    from curvalg import losses as losses
     from curvalg.registry.parse import parse as parse
 
 _ERRORS = (
@@ -90,7 +90,7 @@ _HOME: dict[str, str] = {
 _MODULES: dict[str, str] = {
     "errors": "curvalg.errors",
     "registry": "curvalg.registry",
-    "losses": "curvalg.problem.losses",
+    "losses": "curvalg.losses",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605

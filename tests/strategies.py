@@ -139,7 +139,8 @@ class _Grammar:
     def whole(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
         groups = st.lists(self.names, min_size=1, max_size=2).map(tuple)
         by = self.draw(st.one_of(st.sampled_from(["parameter", "module"]), groups))
-        return block_diagonal(self.expression(kind, params, depth), by=by)
+        expr = self.expression(kind, params, depth)
+        return expr if expr.domain is None else block_diagonal(expr, by=by)
 
     def blocks(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
         chosen = self.draw(st.lists(self.names, min_size=1, max_size=2))

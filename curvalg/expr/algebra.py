@@ -71,7 +71,7 @@ class Sum(Expr):
     Args:
         coefficients: term -> coefficient, none zero.
         shift: coefficient of the identity.
-        space: the zero that stands for the size where all terms cancelled and only the shift is left.
+        space: the zero that stands for the size where every term that had one cancelled.
     """
 
     def __init__(self, coefficients: Mapping[Expr, Fraction], shift: Fraction, space: Expr | None = None) -> None:
@@ -105,7 +105,7 @@ class Sum(Expr):
 
     @property
     def _typed(self) -> Expr:
-        return next(iter(self.coefficients), self.space or Identity)
+        return next((e for e in self.coefficients if e.domain is not None), self.space or Identity)
 
     @property
     def domain(self) -> Space | None:  # type: ignore[override]
@@ -179,9 +179,11 @@ def add(pairs: Iterable[tuple[Expr, Any]]) -> Expr:
         if not shift:
             return zero or Zero
         return Identity if shift == 1 and zero is None else Sum({}, shift, zero)
-    if not shift and list(coefficients.values()) == [1]:
+    # What is left may have no size of its own, as the inverse of a multiple of the identity.
+    space = zero if all(expr.domain is None for expr in coefficients) else None
+    if not shift and space is None and list(coefficients.values()) == [1]:
         return next(iter(coefficients))
-    return Sum(coefficients, shift)
+    return Sum(coefficients, shift, space)
 
 
 def _space(expr: Expr, side: Literal["domain", "codomain"]) -> tuple[Space | None, tuple[str, ...] | None]:
@@ -225,20 +227,29 @@ class Product(Expr):
     factors: tuple[Expr, ...]
 
     @property
+    def _first(self) -> Expr:
+        # A factor without a size of its own, as inverse(2 * Identity), takes its neighbour's.
+        return next((f for f in self.factors if f.domain is not None), self.factors[0])
+
+    @property
+    def _last(self) -> Expr:
+        return next((f for f in reversed(self.factors) if f.domain is not None), self.factors[-1])
+
+    @property
     def domain(self) -> Space | None:  # type: ignore[override]
-        return self.factors[-1].domain
+        return self._last.domain
 
     @property
     def codomain(self) -> Space | None:  # type: ignore[override]
-        return self.factors[0].codomain
+        return self._first.codomain
 
     @property
     def domain_params(self) -> tuple[str, ...] | None:
-        return self.factors[-1].domain_params
+        return self._last.domain_params
 
     @property
     def codomain_params(self) -> tuple[str, ...] | None:
-        return self.factors[0].codomain_params
+        return self._first.codomain_params
 
     @property
     def children(self) -> tuple[Expr, ...]:

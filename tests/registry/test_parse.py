@@ -29,7 +29,7 @@ from curvalg.registry.parse import parse
 from tests.strategies import O, P, expressions
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(expressions((P, P)))
 def test_what_is_printed_is_read_back(expr: Expr) -> None:
     back = parse(str(expr))
@@ -38,13 +38,13 @@ def test_what_is_printed_is_read_back(expr: Expr) -> None:
     assert str(back) == str(expr)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(expressions((O, P), params=("head.*",)))
 def test_restricted_jacobians_are_read_back(expr: Expr) -> None:
     assert parse(str(expr)) == expr
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(expressions((P, O)))
 def test_maps_from_outputs_are_read_back(expr: Expr) -> None:
     assert parse(str(expr)) == expr
@@ -224,7 +224,7 @@ def test_unknown_names_and_options_are_pointed_at(text: str, place: int, message
 
 def test_the_caret_counts_characters_and_lines() -> None:
     with pytest.raises(RegistryError) as caught:
-        parse("restrict(ggn, 'üü') @ ggn.T @ (ggn +\n ggn @ nix)")
+        parse("ggn_mc(seed=1) @ (ggn +\n ggn @ nix)")
     assert str(caught.value).endswith("   ggn @ nix)\n" + " " * 9 + "^")
     with pytest.raises(RegistryError) as caught:
         parse("restrict(ggn, 'üü') + nix")

@@ -1,0 +1,43 @@
+# The two commands a newcomer needs are `make demo` and `make test`; both make their own environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+# Two workers on two cores; each test computes on one thread, so that they do not fight over cores.
+TESTS ?= -n 2
+
+.PHONY: demo test lint types doctest contracts check clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/curvalg eigs "ggn + 1e-3 * identity" --problem digits --k 10 --plot demo.png
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS)
+
+lint: $(VENV)/.test
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: $(VENV)/.test
+	$(RUN) mypy
+
+doctest: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(RUN) pytest --doctest-modules curvalg curvalg_plugins -p no:randomly
+
+contracts: $(VENV)/.test
+	$(VENV)/bin/lint-imports
+
+check: lint types contracts doctest
+
+# torch goes first and by its exact pin: resolved together with the rest, pip may pick a larger build of it.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --constraint constraints.txt torch
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,5 @@
+"""``python -m curvalg.cli``."""
+
+from curvalg.cli import main
+
+main()

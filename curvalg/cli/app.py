@@ -1,0 +1,141 @@
+"""The commands and their flags; what they do is in the module named after each."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from curvalg.cli.report import BAD_INPUT, FAILED, Report, stdout
+
+app = typer.Typer(
+    help="Curvature of neural networks: list its terms, read expressions of them, compute eigenvalues.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Which(str, Enum):
+    """The end of the spectrum, by the names of ``scipy.sparse.linalg.eigsh``."""
+
+    LA = "LA"
+    SA = "SA"
+    LM = "LM"
+    BE = "BE"
+
+
+Expression = Annotated[str, typer.Argument(metavar="EXPR", help='An expression, such as "ggn + 1e-3 * identity".')]
+ProblemName = Annotated[
+    str,
+    typer.Option(
+        "--problem",
+        "-p",
+        metavar="NAME",
+        help="digits, digits-cnn, or your own as module:function (a function without arguments that returns a "
+        "curvalg.Problem; looked for in the current folder first).",
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from curvalg import __version__
+
+        typer.echo(f"curvalg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    context: typer.Context,
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the full traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    context.obj = Report(show_traceback)
+
+
+@app.command()
+def terms(
+    context: typer.Context,
+    # typer reads the annotation when the command is made; before 3.14 it needs the long form of str | None.
+    name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="Describe this one alone.")] = None,  # noqa: UP045
+) -> None:
+    """List the terms that expressions are made of, with their options and where they come from."""
+    from curvalg import registry
+    from curvalg.cli.terms import terms_table
+
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        if name is not None:
+            typer.echo(registry.describe(name))
+        else:
+            stdout().print(terms_table())
+
+
+@app.command()
+def explain(context: typer.Context, expression: Expression, problem: ProblemName) -> None:
+    """Show how an expression is read, and what becomes of it on a problem."""
+    from curvalg import parse
+    from curvalg.cli.load import load_problem
+
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        expr = parse(expression)
+        with report.progress(f"loading {problem}"):
+            op = expr.lower(load_problem(problem))
+    with report.exits(FAILED):
+        typer.echo(f"{expr.tree()}\n\n{op.explain()}")
+
+
+@app.command()
+def eigs(
+    context: typer.Context,
+    expression: Expression,
+    problem: ProblemName,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of eigenvalues.")] = 6,
+    which: Annotated[
+        Which,
+        typer.Option(help="Largest (LA), smallest (SA), largest in magnitude (LM), or half from each end (BE)."),
+    ] = Which.LA,
+    tol: Annotated[float, typer.Option(min=0.0, help="Relative tolerance; 0: machine precision.")] = 1e-4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the start vector.")] = 0,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Draw the eigenvalues and where their eigenvectors live (png, pdf, svg)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Eigenvalues of a symmetric expression on a problem, each with its true residual."""
+    from curvalg import parse
+    from curvalg.cli import eigs as command
+    from curvalg.cli.load import load_problem
+
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        expr = parse(expression)
+        if plot is not None:
+            from curvalg.cli.figures import check_path
+
+            check_path(plot)
+        with report.progress(f"loading {problem}"):
+            op = expr.lower(load_problem(problem))
+        command.check(op, k, which.value)
+    with report.exits(FAILED):
+        with report.progress(f"eigenvalues of {expr}") as say:
+            pairs = command.solve(op, k, which=which.value, tol=tol, seed=seed, say=say)
+        if as_json:
+            typer.echo(command.as_json(op, pairs, problem=problem, which=which.value, tol=tol, seed=seed))
+        else:
+            stdout().print(command.table(op, pairs, problem))
+        if plot is not None:
+            from curvalg.cli.figures import draw_pairs
+
+            draw_pairs(op, pairs, problem, which.value).savefig(plot)
+            if not as_json:
+                typer.echo(f"picture: {plot}")

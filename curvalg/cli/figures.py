@@ -1,0 +1,188 @@
+"""The picture of ``curvalg eigs --plot``: how large the eigenvalues are, and where their eigenvectors live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curvalg.errors import CurvalgError, ProblemError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from curvalg.cli.eigs import Pairs
+    from curvalg.lowering import CurvatureOperator
+
+_INK, _GREY, _ACCENT = "#0b3c5d", "#8a8f98", "#c8553d"
+_MAX_ROWS = 24
+_MAX_NUMBERED = 12
+
+
+def check_path(path: Path) -> None:
+    """Refuse, before anything is computed, a picture that could not be written.
+
+    Raises:
+        ProblemError: an unknown suffix, or a place where no file can be made.
+        CurvalgError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise CurvalgError(f'a picture needs matplotlib ({error}); install it: pip install "curvalg[plot]"') from error
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().lstrip(".") not in known:
+        raise ProblemError(f"a picture ends in one of {', '.join(known)}, got {str(path)!r}; write {path.stem}.png")
+    existed = path.exists()
+    try:
+        # Opening is the only test that folders, permissions and full or read-only disks all answer to.
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ProblemError(
+            f"the picture cannot be written to {path}: {error.strerror or error}; give --plot another place"
+        ) from error
+    if not existed:
+        path.unlink()
+
+
+def draw_pairs(op: CurvatureOperator, pairs: Pairs, problem: str, which: str) -> Figure:
+    """The figure: eigenvalues on the left; on the right, where each eigenvector has its weight.
+
+    Args:
+        op: the operator.
+        pairs: its eigenpairs, descending.
+        problem: the name of the problem.
+        which: the end of the spectrum they are from.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no global state, and no window system is asked for
+
+    names, weights = tensor_weights(op, pairs.vectors)
+    rows = max(len(names), 1)
+    size = (11.5, min(9.0, max(4.4, 1.8 + 0.34 * rows)))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04)  # type: ignore[union-attr]
+    if names:
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
+        _draw_weights(right, names, weights)
+    else:
+        left = figure.subplots()
+    _draw_values(left, pairs.values, outliers=_outliers(op, which, len(pairs.values)))
+    text = f"{_math(op)} on {problem}: {op.shape[0]:,} × {op.shape[1]:,}"
+    figure.suptitle(text, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    return figure
+
+
+def tensor_weights(op: CurvatureOperator, vectors: NDArray[np.floating]) -> tuple[list[str], NDArray[np.floating]]:
+    """Per parameter tensor, the squared norm of each eigenvector on it; columns add to 1.
+
+    Beyond a readable number of tensors, the lightest are summed into one row.
+
+    Returns:
+        names and an array (names, k); empty for an operator on outputs.
+    """
+    if op.expr.domain == "outputs":
+        return [], np.zeros((0, vectors.shape[1]))
+    patterns = op.expr.domain_params
+    layout = (op.problem if patterns is None else op.problem.restricted(patterns)).layout
+    names = layout.names
+    weights = np.stack([np.square(vectors[layout.slices[name]]).sum(0) for name in names])
+    if len(names) <= _MAX_ROWS:
+        return names, weights
+    heaviest = np.argsort(-weights.sum(1), kind="stable")
+    kept, rest = np.sort(heaviest[: _MAX_ROWS - 1]), heaviest[_MAX_ROWS - 1 :]
+    return [*(names[i] for i in kept), f"{len(rest)} others"], np.vstack([weights[kept], weights[rest].sum(0)])
+
+
+def _outliers(op: CurvatureOperator, which: str, k: int) -> int | None:
+    """C − 1, the number of eigenvalues that classification is known to set apart; None where it says nothing here."""
+    facts = op.problem.facts
+    if facts is None or not facts.classes or which not in ("LA", "LM") or op.expr.domain == "outputs":
+        return None
+    from curvalg import registry
+
+    outputs = registry.build("loss_hessian").lower(op.problem).shape[0]
+    classes = outputs // op.problem.totals.rows
+    return classes - 1 if 1 < classes <= k else None
+
+
+def _draw_values(axes: Axes, values: NDArray[np.floating], outliers: int | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    number = np.arange(1, len(values) + 1)
+    positive = bool(values.min() > 0)
+    base = 0.0
+    if positive and values.max() > 5 * values.min():
+        axes.set_yscale("log")
+        base = float(values.min() / (values.max() / values.min()) ** 0.12)
+        axes.set_ylim(base, float(values.max() * (values.max() / values.min()) ** 0.12))
+    else:
+        axes.axhline(0, color=_GREY, linewidth=0.8)
+    bulk = number > outliers if outliers is not None else np.zeros(len(number), dtype=bool)
+    for chosen, color in ((~bulk, _INK), (bulk, _ACCENT)):
+        axes.vlines(number[chosen], base, values[chosen], color=color, linewidth=2.2, alpha=0.45)
+        axes.plot(number[chosen], values[chosen], "o", color=color, markersize=7)
+    if outliers is not None and bulk.any():
+        axes.axvline(outliers + 0.5, color=_ACCENT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.text(
+            outliers + 0.42, 0.98, f"C − 1 = {outliers}", transform=axes.get_xaxis_transform(), color=_ACCENT,
+            ha="right", va="top", fontsize=10,
+        )  # fmt: skip
+    axes.set_xlim(0.4, len(values) + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    axes.set_xlabel("eigenvalue number")
+    axes.set_title("Eigenvalues", loc="left", fontsize=11)
+    axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_weights(axes: Axes, names: Sequence[str], weights: NDArray[np.floating]) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    rows, columns = weights.shape
+    image = axes.imshow(
+        weights, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", extent=(0.5, columns + 0.5, rows - 0.5, -0.5)
+    )
+    for edge in range(1, columns):
+        axes.axvline(edge + 0.5, color="white", linewidth=1.5)
+    for edge in range(1, rows):
+        axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+    if rows <= _MAX_NUMBERED and columns <= _MAX_NUMBERED:
+        for row, column in np.ndindex(rows, columns):
+            share = float(weights[row, column])
+            color = "white" if share > 0.45 else "#20242a"
+            axes.text(column + 1, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
+    axes.set_yticks(range(rows), [_short(name) for name in names], parse_math=False, fontsize=9 if rows <= 16 else 8)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("eigenvector number")
+    axes.set_title("Where the eigenvectors live", loc="left", fontsize=11)
+    bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02)
+    bar.set_label("share of squared norm")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def _short(name: str, longest: int = 32) -> str:
+    """A name that fits beside the axis: the middle gives way, since both ends tell tensors apart."""
+    if len(name) <= longest:
+        return name
+    half = (longest - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"
+
+
+def _math(op: CurvatureOperator) -> str:
+    """The expression as mathematics where matplotlib can set it, else as text."""
+    from matplotlib.mathtext import MathTextParser
+
+    formula = op.expr._repr_latex_().replace(r"\tfrac", r"\frac")
+    try:
+        MathTextParser("path").parse(formula)
+    except (ValueError, RuntimeError):
+        formula = str(op.expr).replace("$", r"\$")
+    return formula if len(formula) <= 120 else f"{_short(str(op.expr), 80)}".replace("$", r"\$")

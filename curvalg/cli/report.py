@@ -1,0 +1,94 @@
+"""How commands speak: results to stdout, progress and errors to stderr, and what the exit code says.
+
+Exit codes: 0 success, 1 a failure while computing, 2 input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from curvalg.errors import CurvalgError, CurvalgWarning
+
+FAILED = 1
+"""Exit code of a failure while computing."""
+BAD_INPUT = 2
+"""Exit code of an expression, name, problem or option that cannot be used; the same as for an unknown flag."""
+
+_PIPE_WIDTH = 120
+
+
+class Report:
+    """What one call of the command line prints, apart from its result.
+
+    Args:
+        show_traceback: print the traceback of an error before its message.
+    """
+
+    def __init__(self, show_traceback: bool = False) -> None:
+        self.show_traceback = show_traceback
+
+    @contextmanager
+    def exits(self, code: int) -> Iterator[None]:
+        """Turn an error of the library inside into its message and this exit code.
+
+        Any other exception was not foreseen: it is named as such, and exits with :data:`FAILED`.
+        """
+        try:
+            yield
+        except CurvalgError as error:
+            self._print_error(error, str(error))
+            raise typer.Exit(code) from error
+        except typer.Exit:
+            raise
+        except Exception as error:
+            hint = "" if self.show_traceback else "\n(where: repeat the command as curvalg --traceback ...)"
+            self._print_error(error, f"unexpected {type(error).__name__}: {error}{hint}")
+            raise typer.Exit(FAILED) from error
+
+    def _print_error(self, error: Exception, message: str) -> None:
+        if self.show_traceback:
+            traceback.print_exception(error, file=sys.stderr)
+        # Text, not markup: messages quote lists and types in square brackets. No wrapping: carets point into lines.
+        stderr = Console(stderr=True)
+        stderr.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+
+    @contextmanager
+    def progress(self, message: str) -> Iterator[Callable[[str], None]]:
+        """A spinner on a terminal, nothing on a pipe; yields a function that changes its text."""
+        stderr = Console(stderr=True)
+        if not stderr.is_terminal:
+            yield lambda _: None
+            return
+        with stderr.status(message) as status:
+            yield lambda text: status.update(text)
+
+
+def stdout() -> Console:
+    """The console that results go to.
+
+    A pipe has no width of its own; rich would assume 80 columns, which folds most tables.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, _PIPE_WIDTH))
+    return console
+
+
+def plain_warnings() -> None:
+    """Print warnings of the library as one line, without the place in its source that raised them."""
+    default = warnings.formatwarning
+
+    def shown(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if issubclass(category, CurvalgWarning):
+            return f"warning: {message}\n"
+        return default(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown

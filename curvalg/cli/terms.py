@@ -1,0 +1,43 @@
+"""The table of ``curvalg terms``."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from curvalg import registry
+
+
+def terms_table() -> Table:
+    """Every term that can be named, one row each; a plugin that cannot be used is a row that says why and what to do."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for column in ("term", "what it is", "options", "from"):
+        table.add_column(column, overflow="fold", ratio=4 if column == "what it is" else None)
+    broken = registry.failures()
+    usable = [name for name in registry.names() if name not in broken]
+    aliases = _aliases(usable)
+    for name in usable:
+        if name in aliases:
+            continue
+        spec = registry.spec(name)
+        others = "".join(f"\nalso {alias}" for alias, target in aliases.items() if target == name)
+        table.add_row(
+            Text.assemble((name, "bold"), (others, "dim")),
+            Text(spec.summary or "(no description)"),
+            Text("\n".join(map(str, spec.options))),
+            Text("built-in" if spec.origin == "built-in" else _source(spec)),
+        )
+    for name, reason in sorted(broken.items()):
+        table.add_row(Text(name, "bold red"), Text(reason, "red"), Text(), Text("broken", "red"))
+    return table
+
+
+def _aliases(names: list[str]) -> dict[str, str]:
+    """Alias -> the name that it stands for: short names whose term is called otherwise."""
+    called = {name: registry.spec(name).name for name in names if "/" not in name}
+    return {name: target for name, target in called.items() if target != name}
+
+
+def _source(spec: registry.TermSpec) -> str:
+    return f"{spec.distribution} {spec.version}" if spec.distribution else "this program"
