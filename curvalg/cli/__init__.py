@@ -11,7 +11,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line on ``sys.argv``; the entry point ``curvalg``."""
     from curvalg.cli.app import app
-    from curvalg.cli.report import plain_warnings
+    from curvalg.cli.report import prepare_streams
 
-    plain_warnings()
+    prepare_streams()
     app(prog_name="curvalg")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -63,8 +63,7 @@ def _global(
 @app.command()
 def terms(
     context: typer.Context,
-    # typer reads the annotation when the command is made; before 3.14 it needs the long form of str | None.
-    name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="Describe this one alone.")] = None,  # noqa: UP045
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this one alone.")] = None,
 ) -> None:
     """List the terms that expressions are made of, with their options and where they come from."""
     from curvalg import registry
@@ -106,7 +105,7 @@ def eigs(
     tol: Annotated[float, typer.Option(min=0.0, help="Relative tolerance; 0: machine precision.")] = 1e-4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the start vector.")] = 0,
     plot: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(metavar="FILE", help="Draw the eigenvalues and where their eigenvectors live (png, pdf, svg)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

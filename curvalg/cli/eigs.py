@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
@@ -53,7 +54,9 @@ def check(op: CurvatureOperator, k: int, which: str) -> None:
     smallest = 2 if which == "BE" else 1
     if not smallest <= k < op.shape[0]:
         why = " (BE takes from both ends)" if which == "BE" else ""
-        raise ProblemError(f"expected {smallest} ≤ k ≤ {op.shape[0] - 1}{why} for an operator of size {op.shape[0]}, got {k}")
+        raise ProblemError(
+            f"expected {smallest} ≤ k ≤ {op.shape[0] - 1}{why} for an operator of size {op.shape[0]}, got {k}"
+        )
 
 
 def solve(
@@ -92,29 +95,25 @@ def solve(
             "ask for another --k"
         ) from error
     except ArpackError as error:
-        raise ConvergenceError(f"ARPACK stopped after {products} products ({error}); try another --k or --seed") from error
+        raise ConvergenceError(
+            f"ARPACK stopped after {products} products ({error}); try another --k or --seed"
+        ) from error
     order = np.argsort(values)[::-1]
     values, vectors = values[order], vectors[:, order]
     residuals = np.linalg.norm(op @ vectors - vectors * values, axis=0)
     return Pairs(values, vectors, residuals, products + k, time.perf_counter() - begin)
 
 
-def table(op: CurvatureOperator, pairs: Pairs, problem: str) -> Table:
-    """The eigenvalues as a table for people."""
-    shown = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        title=Text(f"{op.expr} on {problem}, {op.shape[0]} x {op.shape[1]}"),
-        title_justify="left",
-        title_style="bold",
-        caption=Text(f"{pairs.products} products in {pairs.seconds:.2f} s"),
-        caption_justify="left",
-    )
+def table(op: CurvatureOperator, pairs: Pairs, problem: str) -> Group:
+    """The eigenvalues as a table for people, what they are of above it, what they cost below."""
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column in ("", "eigenvalue λ", "residual ‖Av − λv‖"):
         shown.add_column(column, justify="right")
     for number, (value, residual) in enumerate(zip(pairs.values, pairs.residuals, strict=True), start=1):
         shown.add_row(str(number), f"{value:.6g}", f"{residual:.1e}")
-    return shown
+    # Beside the table, not its title and caption: those are folded at the width of the columns.
+    title = Text(f"{op.expr} on {problem}, {op.shape[0]} x {op.shape[1]}", style="bold")
+    return Group(title, Text(), shown, Text(), Text(f"{pairs.products} products in {pairs.seconds:.2f} s", style="dim"))
 
 
 def as_json(op: CurvatureOperator, pairs: Pairs, *, problem: str, which: str, tol: float, seed: int) -> str:

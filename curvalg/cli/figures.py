@@ -73,7 +73,7 @@ def draw_pairs(op: CurvatureOperator, pairs: Pairs, problem: str, which: str) ->
         left = figure.subplots()
     _draw_values(left, pairs.values, outliers=_outliers(op, which, len(pairs.values)))
     text = f"{_math(op)} on {problem}: {op.shape[0]:,} × {op.shape[1]:,}"
-    figure.suptitle(text, x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(text, x=0.012, ha="left", fontsize=14, color=_INK)
     return figure
 
 
@@ -117,14 +117,12 @@ def _draw_values(axes: Axes, values: NDArray[np.floating], outliers: int | None)
     positive = bool(values.min() > 0)
     base = 0.0
     if positive and values.max() > 5 * values.min():
-        axes.set_yscale("log")
-        base = float(values.min() / (values.max() / values.min()) ** 0.12)
-        axes.set_ylim(base, float(values.max() * (values.max() / values.min()) ** 0.12))
+        base = _log_axis(axes, float(values.min()), float(values.max()))
     else:
         axes.axhline(0, color=_GREY, linewidth=0.8)
-    bulk = number > outliers if outliers is not None else np.zeros(len(number), dtype=bool)
-    for chosen, color in ((~bulk, _INK), (bulk, _ACCENT)):
-        axes.vlines(number[chosen], base, values[chosen], color=color, linewidth=2.2, alpha=0.45)
+    bulk = number > (len(number) if outliers is None else outliers)
+    for chosen, color in ((~bulk & (values >= 0), _INK), (bulk | (values < 0), _ACCENT)):
+        axes.vlines(number[chosen], base, values[chosen], color=color, linewidth=2.6, alpha=0.4)
         axes.plot(number[chosen], values[chosen], "o", color=color, markersize=7)
     if outliers is not None and bulk.any():
         axes.axvline(outliers + 0.5, color=_ACCENT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -141,13 +139,29 @@ def _draw_values(axes: Axes, values: NDArray[np.floating], outliers: int | None)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _log_axis(axes: Axes, lowest: float, highest: float) -> float:
+    """A logarithmic axis with some room at both ends; returns where it starts."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    room = (highest / lowest) ** 0.12
+    axes.set_yscale("log")
+    axes.set_ylim(lowest / room, highest * room)
+    if highest < 100 * lowest and 1e-3 < lowest < highest < 1e4:  # few powers of ten: plain numbers between them
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    return lowest / room
+
+
 def _draw_weights(axes: Axes, names: Sequence[str], weights: NDArray[np.floating]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    # One hue, from light to dark: reads the same in grey and with every kind of colour vision.
+    shades = LinearSegmentedColormap.from_list("curvalg", ["#eef2f5", "#9dbcd0", "#3f7ea6", _INK])
     rows, columns = weights.shape
-    image = axes.imshow(
-        weights, cmap="cividis_r", vmin=0, vmax=1, aspect="auto", extent=(0.5, columns + 0.5, rows - 0.5, -0.5)
-    )
+    extent = (0.5, columns + 0.5, rows - 0.5, -0.5)
+    image = axes.imshow(weights, cmap=shades, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
     for edge in range(1, columns):
         axes.axvline(edge + 0.5, color="white", linewidth=1.5)
     for edge in range(1, rows):
@@ -155,7 +169,7 @@ def _draw_weights(axes: Axes, names: Sequence[str], weights: NDArray[np.floating
     if rows <= _MAX_NUMBERED and columns <= _MAX_NUMBERED:
         for row, column in np.ndindex(rows, columns):
             share = float(weights[row, column])
-            color = "white" if share > 0.45 else "#20242a"
+            color = "white" if share > 0.5 else "#20242a"
             axes.text(column + 1, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
     axes.set_yticks(range(rows), [_short(name) for name in names], parse_math=False, fontsize=9 if rows <= 16 else 8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))

@@ -68,8 +68,7 @@ def _call(name: str, function: Any) -> Problem:
     expected = "expected a function without arguments that returns a curvalg.Problem"
     if not callable(function):
         raise ProblemError(f"{name} is a {type(function).__name__}; {expected}")
-    needed = [p.name for p in inspect.signature(function).parameters.values() if _required(p)]
-    if needed:
+    if needed := _required(function):
         raise ProblemError(f"{name} needs {', '.join(needed)}; {expected}")
     try:
         problem = function()
@@ -82,9 +81,13 @@ def _call(name: str, function: Any) -> Problem:
     return problem
 
 
-def _required(parameter: inspect.Parameter) -> bool:
-    starred = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    return parameter.default is parameter.empty and not starred
+def _required(function: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C tell no signature
+        return []
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]
 
 
 def _shown(error: BaseException) -> str:

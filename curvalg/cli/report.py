@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 a failure while computing, 2 input that cannot be used.
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 import warnings
@@ -82,11 +83,20 @@ def stdout() -> Console:
     return console
 
 
-def plain_warnings() -> None:
-    """Print warnings of the library as one line, without the place in its source that raised them."""
+def prepare_streams() -> None:
+    """Make stdout and stderr fit for people: for the whole process, so only the entry point calls it.
+
+    A character that the terminal's encoding lacks (λ, ‖) becomes a question mark instead of an error, and a warning of
+    the library is one line without the place in its source that raised it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     default = warnings.formatwarning
 
-    def shown(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         if issubclass(category, CurvalgWarning):
             return f"warning: {message}\n"
         return default(message, category, filename, lineno, line)

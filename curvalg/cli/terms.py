@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from curvalg import registry
+
+_ROLE = re.compile(r":[\w:]+:`~?([^`]*)`")  # how docstrings refer to a class: :class:`Name`
 
 
 def terms_table() -> Table:
@@ -24,7 +28,7 @@ def terms_table() -> Table:
         others = "".join(f"\nalso {alias}" for alias, target in aliases.items() if target == name)
         table.add_row(
             Text.assemble((name, "bold"), (others, "dim")),
-            Text(spec.summary or "(no description)"),
+            Text(_ROLE.sub(r"\1", spec.summary) or "(no description)"),
             Text("\n".join(map(str, spec.options))),
             Text("built-in" if spec.origin == "built-in" else _source(spec)),
         )

@@ -12,6 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, ProblemError
+from curvalg.expr.algebra import Inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind, matrix_terms
@@ -49,6 +50,8 @@ class CurvatureOperator(LinearOperator):
     """
 
     def __init__(self, expr: Expr, problem: Problem, preconditioner: Preconditioner = None) -> None:
+        if preconditioner is not None and not _inverses(expr):
+            raise ExpressionError(f"a preconditioner is for inverses, but {expr} has none; leave it out")
         self.expr = expr
         self.problem = problem
         self.preconditioner = preconditioner
@@ -211,11 +214,11 @@ class CurvatureOperator(LinearOperator):
             return self._combine(self.expr @ x)
         if isinstance(x, numbers.Real) and not isinstance(x, bool):
             return self._combine(x * self.expr)
-        if isinstance(x, (Tensor, np.ndarray, dict)) or (isinstance(x, (list, tuple)) and _tensors(x)):
-            return self._product(x)
-        if isinstance(x, (list, tuple)):
-            return self._product(np.asarray(x))
-        return super().dot(x)
+        if isinstance(x, (LinearOperator, numbers.Number)):
+            return super().dot(x)
+        if isinstance(x, (list, tuple)) and not any(isinstance(t, Tensor) for t in x):
+            x = np.asarray(x)
+        return self._product(x)
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, numbers.Number):
@@ -244,8 +247,8 @@ class CurvatureOperator(LinearOperator):
         return f"<{self.shape[0]}x{self.shape[1]} CurvatureOperator {self.expr}, {self.dtype} on {self.device}>"
 
 
-def _tensors(x: Any) -> bool:
-    return bool(x) and all(isinstance(t, Tensor) for t in x)
+def _inverses(expr: Expr) -> bool:
+    return isinstance(expr, Inverse) or any(map(_inverses, expr.children))
 
 
 def _sweeps(node: Plan) -> list[tuple[Problem, Sweep]]:

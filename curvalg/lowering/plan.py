@@ -319,18 +319,19 @@ def _(expr: alg.Product, problem: Problem, size: int) -> Plan:
 
 @plan.register
 def _(expr: alg.Sum, problem: Problem, size: int) -> Plan:
-    entries: list[tuple[float, Term]] = []
-    fused: list[tuple[Expr, Fraction]] = []
+    sweeps: dict[Problem, list[tuple[float, Term]]] = {}
+    fused: dict[Problem, list[tuple[Expr, Fraction]]] = {}
     parts: list[tuple[float, Plan]] = []
     for child, coefficient in _by_last_factor(expr.coefficients).items():
         part = plan(child, problem, size)
-        if isinstance(part, SweepPlan):
-            entries += [(as_float(coefficient) * c, term) for c, term in part.sweep.entries]
-            fused.append((child, coefficient))
+        if isinstance(part, SweepPlan):  # a restricted term runs on a problem of its own
+            entries = [(as_float(coefficient) * c, term) for c, term in part.sweep.entries]
+            sweeps.setdefault(part.problem, []).extend(entries)
+            fused.setdefault(part.problem, []).append((child, coefficient))
         else:
             parts.append((as_float(coefficient), part))
-    if entries:
-        parts.insert(0, (1.0, SweepPlan(problem, Sweep(tuple(entries)), alg.add(fused))))
+    joint = [SweepPlan(on, Sweep(tuple(entries)), alg.add(fused[on])) for on, entries in sweeps.items()]
+    parts = [*((1.0, sweep) for sweep in joint), *parts]
     if len(parts) == 1 and parts[0][0] == 1 and not expr.shift:
         return parts[0][1]
     return SumPlan(tuple(parts), as_float(expr.shift), size)

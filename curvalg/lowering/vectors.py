@@ -57,7 +57,7 @@ def parse(x: Vector, domain: Space, codomain: Space) -> Operand:
         return _from_tensor(x, domain)
     if isinstance(x, (np.ndarray, np.generic)):
         return _from_numpy(np.asarray(x), domain)
-    if isinstance(x, Mapping) or (isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)):
+    if isinstance(x, (Mapping, list, tuple)):
         return _from_tree(x, domain, codomain)
     raise VectorError(
         f"expected a NumPy array, a tensor, or a dict or list of tensors in parameter layout, got {describe(x)}"

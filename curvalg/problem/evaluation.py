@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,21 +60,15 @@ class Evaluation:
 
     def values(self) -> list[Tensor]:
         """The chosen parameters of the snapshot, detached, in flat order."""
-        names = self.problem.model.state()
-        by_id = {id(t): self.snapshot.state[name] for name, t in names.items()}
-        return [by_id[id(p)].detach() for p in self.problem.model.chosen.values()]
+        copies = {id(t): self.snapshot.state[name] for name, t in self.problem.model.state().items()}
+        return [copies[id(p)].detach() for p in self.problem.model.chosen.values()]
 
     def record(self) -> tuple[Tensor, list[Tensor], OutputForm]:
         """z with its graph, and the leaves that it depends on."""
         leaves = [p.requires_grad_() for p in self.values()]
         z, form = self.run(leaves)
         if not z.requires_grad:
-            warnings.warn(
-                "the model's output does not depend on the chosen parameters, so every curvature matrix is zero. A model "
-                "given as a function must use the parameters it is passed",
-                CurvalgWarning,
-                stacklevel=2,
-            )
+            _warn_constant()
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
         return z, leaves, form
 
@@ -142,6 +136,8 @@ class Evaluation:
             duals = [forward_ad.make_dual(p, t) for p, t in zip(self.values(), tangents, strict=True)]
             primal, form = self.run(duals)
             z, tangent = forward_ad.unpack_dual(primal)
+            if tangent is None:
+                _warn_constant()
             if tangent is None or tangent._is_zerotensor():
                 tangent = torch.zeros_like(z)
             return self.batch(z, form), tangent.clone()
@@ -157,6 +153,15 @@ class Evaluation:
         except Exception as error:
             raise failure or error from error
         return self.batch(z, form), torch.zeros_like(z) if tangent is None else tangent
+
+
+def _warn_constant() -> None:
+    warnings.warn(
+        "the model's output does not depend on the chosen parameters, so every curvature matrix is zero. A model given as "
+        "a function must use the parameters it is passed",
+        CurvalgWarning,
+        stacklevel=3,
+    )
 
 
 def backward(
@@ -191,5 +196,3 @@ def backward(
             raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
         raise
 
-
-Evaluate = Callable[[Evaluation], Tensor]

@@ -103,15 +103,31 @@ class ModuleModel:
             batch: the batch as read.
         """
         own = params_.parameter_slots(self.module)
+        tensors = {f"module.{key}": chosen.get(id(p), state[key]) for key, p in own.items()}
         # Buffers are cloned in every call: batch-norm in training mode writes its running statistics into them.
-        tensors = {
-            f"module.{key}": chosen.get(id(own[key]), value) if key in own else value.clone()
-            for key, value in state.items()
-        }
+        tensors |= {f"module.{key}": state[key].clone() for key in params_.buffer_slots(self.module)}
         adapter = _Adapter(self.module, self.rule or call_model)
         # tie_weights=False with one key per slot: the default leaves plain tensors behind in a module that is reached
         # under two names.
-        return functional_call(adapter, tensors, (batch,), tie_weights=False)
+        with _attributes_restored(self.module):
+            return functional_call(adapter, tensors, (batch,), tie_weights=False)
+
+
+@contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Put back what a forward leaves on its modules.
+
+    Recurrent layers keep a list of the exchanged weights (and with it the whole graph) until their next forward; others
+    store activations.
+    """
+    before = [(child.__dict__, dict(child.__dict__)) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for live, saved in before:
+            for name in live.keys() - saved.keys():
+                del live[name]
+            live.update(saved)
 
 
 class CallableModel:

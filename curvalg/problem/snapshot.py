@@ -20,9 +20,10 @@ class Snapshot:
 
     def __init__(self, state: Mapping[str, Tensor], flags: tuple[bool, ...]) -> None:
         copies: dict[int, Tensor] = {}
-        for t in state.values():
-            if id(t) not in copies:
-                copies[id(t)] = t.detach().clone()
+        with torch.inference_mode(False):  # copies made under the caller's inference_mode would have no derivatives
+            for t in state.values():
+                if id(t) not in copies:
+                    copies[id(t)] = t.detach().clone()
         # Tied tensors stay tied: one copy for all their names.
         self.state: dict[str, Tensor] = {name: copies[id(t)] for name, t in state.items()}
         self.flags = flags

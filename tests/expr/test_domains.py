@@ -1,0 +1,130 @@
+"""Spaces: what does not fit together is refused when it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from curvalg.errors import ExpressionError
+from curvalg.expr import (
+    GGN,
+    Block,
+    Expr,
+    Hessian,
+    Identity,
+    Jacobian,
+    LossHessian,
+    Zero,
+    ZeroExpr,
+    block_diagonal,
+    inverse,
+    restrict,
+)
+from tests.strategies import O, P, expressions
+
+G, J, L = GGN(), Jacobian(), LossHessian()
+
+
+@settings(max_examples=80, deadline=None)
+@given(expressions((O, P), params=("w",)))
+def test_spaces_of_what_fits(expr: Expr) -> None:
+    assert (expr.codomain, expr.domain) in {(O, P), (None, None)}
+    assert expr.codomain_params is None
+    assert expr.domain_params == (("w",) if expr.domain else None)
+    assert (expr.T.codomain, expr.T.domain) == (expr.domain, expr.codomain)
+    assert expr.T.codomain_params == expr.domain_params
+
+
+def test_spaces_of_products() -> None:
+    gauss_newton = J.T @ L @ J
+    assert (gauss_newton.codomain, gauss_newton.domain) == (P, P)
+    assert ((J @ J.T).codomain, (J @ J.T).domain) == (O, O)
+    assert (Identity.codomain, Identity.domain) == (None, None)
+    restricted = restrict(J, "w")
+    assert (restricted.domain_params, restricted.codomain_params) == (("w",), None)
+    assert (restricted.T @ J).codomain_params == ("w",)
+    assert block_diagonal(restrict(G, "w")).domain_params == ("w",)
+
+
+def test_a_cancelled_sum_keeps_its_spaces() -> None:
+    for expr in (G, J, J.T, L, restrict(G, "w"), restrict(J, "w"), restrict(J, "w").T):
+        zero = expr - expr
+        assert (zero.domain, zero.codomain) == (expr.domain, expr.codomain)
+        assert (zero.domain_params, zero.codomain_params) == (expr.domain_params, expr.codomain_params)
+        assert zero.T == expr.T - expr.T
+        assert zero.T.T == zero
+        with pytest.raises(ExpressionError, match="zero operator has no inverse|only a square"):
+            inverse(zero.T)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "ggn @ jacobian": (lambda: G @ J, "cannot multiply"),
+    "jacobian + ggn": (lambda: J + G, "cannot add"),
+    "jacobian + its transpose": (lambda: J + J.T, "cannot add"),
+    "jacobian + identity": (lambda: J + Identity, "identity is square"),
+    "identity + jacobian": (lambda: Identity + J, "identity is square"),
+    "jacobian @ jacobian": (lambda: J @ J, "cannot multiply"),
+    "jacobian through identities": (lambda: J @ Identity @ (2 * Identity) @ J, "cannot multiply"),
+    "zero of the wrong space": (lambda: ZeroExpr(O, P) + G, "cannot add"),
+    "zero in a product": (lambda: (J - J) @ J, "cannot multiply"),
+    "jacobian ** 2": (lambda: J**2, "square"),
+    "ggn ** 0.5": (lambda: G**0.5, "integer power"),  # type: ignore[operator]
+    "ggn ** True": (lambda: G**True, "integer power"),
+    "inverse of a jacobian": (lambda: inverse(J), "square"),
+    "inverse of zero": (lambda: inverse(Zero), "zero operator"),
+    "inverse of a number": (lambda: inverse(3), "takes an expression"),  # type: ignore[arg-type]
+    "solver": (lambda: inverse(G, solver="lu"), "unknown solver"),  # type: ignore[arg-type]
+    "negative rtol": (lambda: inverse(G, rtol=-1.0), "rtol"),
+    "infinite atol": (lambda: inverse(G, atol=float("inf")), "atol"),
+    "boolean rtol": (lambda: inverse(G, rtol=True), "rtol"),
+    "no atol": (lambda: inverse(G, atol="0"), "atol"),  # type: ignore[arg-type]
+    "maxiter": (lambda: inverse(G, maxiter=0), "maxiter"),
+    "on_fail": (lambda: inverse(G, on_fail="ignore"), "on_fail"),  # type: ignore[arg-type]
+    "preconditioner": (lambda: inverse(G, preconditioner=print), "lower"),  # type: ignore[arg-type]
+    "A * B": (lambda: G * Hessian(), r"write \(ggn\) @ \(hessian\)"),
+    "A / B": (lambda: G / Hessian(), r"write \(ggn\) @ inverse\(hessian\)"),
+    "1 / A": (lambda: 1 / G, r"write 1 \* inverse\(ggn\)"),
+    "A / 0": (lambda: G / 0, "by zero"),
+    "A @ vector": (lambda: G @ [1.0], "lower"),  # type: ignore[operator]
+    "vector @ A": (lambda: [1.0] @ G, "lower"),  # type: ignore[operator]
+    "restricted + whole": (lambda: restrict(G, "w") + G, "cannot add"),
+    "different restrictions": (lambda: restrict(G, "w") + restrict(G, "v"), "cannot add"),
+    "restricted @ whole": (lambda: restrict(G, "w") @ G, "cannot multiply"),
+    "block-diagonal of restricted + whole": (lambda: block_diagonal(restrict(G, "w")) + G, "cannot add"),
+    "restricted again": (lambda: restrict(restrict(G, "w"), "v"), "restricted to"),
+    "half restricted": (lambda: restrict(J.T @ restrict(J, "w"), "w"), "restricted to"),
+    "restrict outputs": (lambda: restrict(L, "w"), "chooses parameters"),
+    "restrict to nothing": (lambda: restrict(G, []), "parameter names"),
+    "restrict to ''": (lambda: restrict(G, ""), "parameter names"),
+    "restrict to a number": (lambda: restrict(G, 3), "parameter names"),  # type: ignore[arg-type]
+    "restrict to lists": (lambda: restrict(G, [["a"]]), "parameter names"),  # type: ignore[list-item]
+    "restrict a number": (lambda: restrict(3, "w"), "takes an expression"),  # type: ignore[arg-type]
+    "blocks of a jacobian": (lambda: block_diagonal(J), "operator on parameters"),
+    "blocks of outputs": (lambda: block_diagonal({"w": L}), "operator on parameters"),
+    "blocks of a half restricted": (lambda: block_diagonal(J.T @ restrict(J, "w")), "operator on parameters"),
+    "no blocks": (lambda: block_diagonal([]), "takes an expression"),
+    "blocks of a number": (lambda: block_diagonal(3), "takes an expression"),  # type: ignore[call-overload]
+    "a block of a number": (lambda: Block(("w",), 3), "holds an expression"),  # type: ignore[arg-type]
+    "unknown partition": (lambda: block_diagonal(G, by="layer"), "'parameter', 'module'"),  # type: ignore[arg-type]
+    "no partition": (lambda: block_diagonal(G, by=()), "groups of names"),
+    "partition by a number": (lambda: block_diagonal(G, by=3), "groups of names"),  # type: ignore[arg-type]
+    "partition of blocks": (lambda: block_diagonal({"w": G}, by="module"), "name their own"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_when_written(what: str) -> None:
+    write, message = REFUSED[what]
+    with pytest.raises(ExpressionError, match=message):
+        write()
+
+
+def test_restrict_leaves_alone_what_needs_no_restriction() -> None:
+    assert restrict(Identity, "w") is Identity
+    assert restrict(Zero, "w") is Zero
+    once = restrict(G, ["a", "b", "a"])
+    assert restrict(once, ("a", "b")) is once
+    assert restrict(J @ G, "a").domain_params == ("a",)

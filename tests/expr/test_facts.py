@@ -1,0 +1,314 @@
+"""Facts are proven: what is claimed of a random expression must hold for its matrix over random leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from curvalg.expr import (
+    GGN,
+    Block,
+    BlockDiagonal,
+    Covariance,
+    Expr,
+    Facts,
+    Fisher,
+    Hessian,
+    Identity,
+    Inverse,
+    Jacobian,
+    LossFacts,
+    LossHessian,
+    MonteCarloGGN,
+    NamedExpr,
+    Product,
+    Residual,
+    Restriction,
+    Sum,
+    Transpose,
+    Zero,
+    ZeroExpr,
+    block_diagonal,
+    inverse,
+    restrict,
+)
+from curvalg.expr.node import Space
+from tests.strategies import O, P, expressions, moderate
+
+Matrix = np.ndarray
+SIZES: dict[Space, int] = {P: 4, O: 3}
+PARAMETERS = {"a": [0, 1], "b": [2], "c": [3]}
+"""Parameter names -> their entries in the layout."""
+
+
+# -- leaves whose facts are true by construction ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StandIn(NamedExpr):
+    """A random matrix that is ``kind``."""
+
+    kind: str
+    seed: int
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        return {
+            "any": Facts(),
+            "asymmetric": Facts(symmetric=False),
+            "symmetric": Facts(symmetric=True),
+            "semidefinite": Facts(psd=True),
+            "definite": Facts(positive_definite=True),
+            "indefinite": Facts(symmetric=True, psd=False),
+        }[self.kind]
+
+    def matrix(self) -> Matrix:
+        rows, columns = SIZES[self.codomain], SIZES[self.domain]
+        random = np.random.default_rng([self.seed, len(self.kind), rows, columns])
+        a = random.standard_normal((rows, columns))
+        if self.kind in ("any", "asymmetric"):
+            return a
+        symmetric = (a + a.T) / 2
+        if self.kind == "symmetric":
+            return symmetric
+        if self.kind == "indefinite":
+            return symmetric - (np.linalg.eigvalsh(symmetric)[0] + 0.5) * np.eye(rows)
+        low = a[:, : rows - 1] @ a[:, : rows - 1].T
+        return low if self.kind == "semidefinite" else low + 0.5 * np.eye(rows)
+
+
+@dataclass(frozen=True)
+class OutputStandIn(StandIn):
+    domain: ClassVar[Space] = O
+    codomain: ClassVar[Space] = O
+
+
+@dataclass(frozen=True)
+class MapStandIn(StandIn):
+    codomain: ClassVar[Space] = O
+
+
+kinds = st.sampled_from(["any", "asymmetric", "symmetric", "semidefinite", "semidefinite", "definite", "indefinite"])
+seeds = st.integers(0, 3)
+maps = st.builds(MapStandIn, st.just("asymmetric"), seeds)
+LEAVES: dict[tuple[Space, Space], st.SearchStrategy[Expr]] = {
+    (P, P): st.one_of(st.builds(StandIn, kinds, seeds), st.sampled_from([Identity, Zero, ZeroExpr(P, P)])),
+    (O, O): st.one_of(st.builds(OutputStandIn, kinds, seeds), st.just(Identity)),
+    (O, P): maps,
+    (P, O): maps.map(lambda m: m.T),
+}
+names = st.sampled_from([("a",), ("b",), ("c",), ("a", "b"), ("c", "a")])
+
+
+# -- the matrix of an expression, straight from the definitions -------------------------------------------------------
+
+
+def entries(params: Sequence[str] | None) -> list[int]:
+    return [i for name in (PARAMETERS if params is None else params) for i in PARAMETERS[name]]
+
+
+def size(space: Space, params: Sequence[str] | None) -> int:
+    return len(entries(params)) if space == P else SIZES[space]
+
+
+def shape(expr: Expr, context: int) -> tuple[int, int]:
+    if expr.domain is None:
+        return context, context
+    return size(expr.codomain, expr.codomain_params), size(expr.domain, expr.domain_params)
+
+
+def dense(expr: Expr, context: int) -> Matrix:
+    """The matrix; ``context`` is the size of what has none of its own."""
+    rows, columns = shape(expr, context)
+    match expr:
+        case StandIn():
+            return expr.matrix()
+        case ZeroExpr():
+            return np.zeros((rows, columns))
+        case Sum():
+            parts = [float(c) * dense(e, rows) for e, c in expr.coefficients.items()]
+            return sum(parts, start=float(expr.shift) * np.eye(rows, columns))
+        case Product():
+            product = np.eye(rows)
+            for factor in expr.factors:
+                product = product @ dense(factor, product.shape[1])
+            return product
+        case Transpose():
+            return dense(expr.expr, rows).T
+        case Inverse():
+            inner = dense(expr.expr, rows)
+            assume(np.linalg.cond(inner) < 1e4)
+            return np.linalg.inv(inner)
+        case Restriction():
+            return _restricted(expr, context)
+        case BlockDiagonal():
+            return _block_diagonal(expr)
+    return np.eye(rows)
+
+
+def _restricted(expr: Restriction, context: int) -> Matrix:
+    inner, kept = dense(expr.expr, context), entries(expr.params)
+    inner = inner[kept] if expr.codomain == P else inner
+    return inner[:, kept] if expr.domain == P else inner
+
+
+def _block_diagonal(expr: BlockDiagonal) -> Matrix:
+    if isinstance(expr.what, Expr):
+        layout = entries(expr.what.domain_params)
+        inner = dense(expr.what, len(layout))
+        groups = list(PARAMETERS) if isinstance(expr.by, str) else [name for group in expr.by or () for name in group]
+        blocks = [(kept, inner) for name in groups if (kept := [layout.index(i) for i in PARAMETERS[name] if i in layout])]
+        result = np.zeros_like(inner)
+        for kept, matrix in blocks:
+            result[np.ix_(kept, kept)] = matrix[np.ix_(kept, kept)]
+        return result
+    result = np.zeros((SIZES[P], SIZES[P]))
+    for block in expr.what:
+        kept = entries(block.params)
+        inner = dense(block.expr, len(kept))
+        result[np.ix_(kept, kept)] = inner if len(inner) == len(kept) else inner[np.ix_(kept, kept)]
+    return result
+
+
+def refuted(facts: Facts, matrix: Matrix) -> str | None:
+    """Which fact the matrix contradicts; None where it contradicts none."""
+    scale = 1e-7 * max(1.0, np.abs(matrix).max())
+    if matrix.shape[0] != matrix.shape[1]:
+        return "a fact of what is not square" if True in vars(facts).values() else None
+    asymmetry = np.abs(matrix - matrix.T).max()
+    lowest = np.linalg.eigvalsh((matrix + matrix.T) / 2)[0]
+    claims = {
+        "symmetric": (facts.symmetric, asymmetry <= scale),
+        "psd": (facts.psd, asymmetry <= scale and lowest >= -scale),
+        "positive_definite": (facts.positive_definite, asymmetry <= scale and lowest > scale * 1e-3),
+    }
+    return next((name for name, (claim, truth) in claims.items() if claim is not None and claim != truth), None)
+
+
+filters = [HealthCheck.filter_too_much, HealthCheck.too_slow]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=filters)
+@given(expressions((P, P), leaves=LEAVES, scales=moderate, names=names, depth=3))
+def test_claims_hold_for_random_expressions(expr: Expr) -> None:
+    covering = all(_covers(node) for node in _nodes(expr))
+    assume(covering)
+    matrix = dense(expr, SIZES[P])
+    assume(np.abs(matrix).max() < 1e5)
+    assert refuted(expr.facts(), matrix) is None
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=filters)
+@given(expressions((P, P), params=("a", "c"), leaves=LEAVES, scales=moderate, names=names, depth=3))
+def test_claims_hold_for_restricted_expressions(expr: Expr) -> None:
+    assume(all(_covers(node) for node in _nodes(expr)))
+    matrix = dense(expr, 3)
+    assume(np.abs(matrix).max() < 1e5)
+    assert refuted(expr.facts(), matrix) is None
+
+
+def _nodes(expr: Expr) -> list[Expr]:
+    return [expr, *(node for child in expr.children for node in _nodes(child))]
+
+
+def _covers(expr: Expr) -> bool:
+    """Blocks partition the parameters: what is no partition is refused when lowered, not when written."""
+    if not isinstance(expr, BlockDiagonal) or isinstance(expr.by, str):
+        return True
+    groups = [block.params for block in expr.what] if not isinstance(expr.what, Expr) else list(expr.by or ())
+    inside = (expr.what.domain_params if isinstance(expr.what, Expr) else None) or tuple(PARAMETERS)
+    return sorted(name for group in groups for name in group) == sorted(inside)
+
+
+@pytest.mark.parametrize("kind", ["any", "asymmetric", "symmetric", "semidefinite", "definite", "indefinite"])
+def test_the_stand_ins_are_what_they_claim(kind: str) -> None:
+    for seed in range(4):
+        for make in (StandIn, OutputStandIn):
+            leaf = make(kind, seed)
+            assert refuted(leaf.facts(), leaf.matrix()) is None
+
+
+# -- what must not be forgotten: claims that follow and that laws rely on ---------------------------------------------
+
+S, D, N = StandIn("semidefinite", 0), StandIn("definite", 0), StandIn("any", 0)
+J, B = MapStandIn("asymmetric", 0), OutputStandIn("semidefinite", 0)
+PSD, DEFINITE, SYMMETRIC = Facts(psd=True), Facts(positive_definite=True), Facts(symmetric=True)
+
+CLAIMS: dict[str, tuple[Expr, Facts]] = {
+    "identity": (Identity, DEFINITE),
+    "shifted": (S + 0.1 * Identity, DEFINITE),
+    "negatively shifted": (S - 0.1 * Identity, SYMMETRIC),
+    "sum": (S + 2 * D, DEFINITE),
+    "difference": (S - D, SYMMETRIC),
+    "negative": (-D, Facts(symmetric=True, psd=False)),
+    "negative semidefinite": (-S, SYMMETRIC),
+    "negative and shifted": (-S - Identity, Facts(symmetric=True, psd=False)),
+    "a multiple of the identity": (-2 * Identity, Facts(symmetric=True, psd=False)),
+    "one asymmetric part": (StandIn("asymmetric", 0) + S, Facts(symmetric=False)),
+    "two asymmetric parts": (StandIn("asymmetric", 0) + StandIn("asymmetric", 0).T, Facts()),
+    "unknown": (N + S, Facts()),
+    "gram": (N.T @ N, PSD),
+    "sandwich": (J.T @ B @ J, PSD),
+    "square": (S @ S, PSD),
+    "congruence": (N @ StandIn("symmetric", 0) @ N.T, SYMMETRIC),
+    "product of two": (S @ D, Facts()),
+    "map": (J, Facts(symmetric=False)),
+    "product of maps": (J @ S, Facts(symmetric=False)),
+    "inverse of semidefinite": (inverse(S + 0 * D), DEFINITE),
+    "inverse of symmetric": (inverse(StandIn("symmetric", 0)), SYMMETRIC),
+    "transpose": (D.T, DEFINITE),
+    "restriction": (restrict(D, "a"), DEFINITE),
+    "restriction of asymmetric": (restrict(StandIn("asymmetric", 0), "a"), Facts()),
+    "blocks": (block_diagonal(D), DEFINITE),
+    "blocks of unsymmetric": (block_diagonal(StandIn("asymmetric", 0)), Facts()),
+    "given blocks": (block_diagonal({"a": D, "b": S}), PSD),
+    "zero": (S - S, Facts(psd=True, positive_definite=False)),
+    "zero of a map": (J - J, Facts(symmetric=False)),
+    # Two patterns may choose the same parameters.
+    "different restrictions": (restrict(J, "head.*").T @ restrict(J, "head.w*"), Facts()),
+}
+
+
+@pytest.mark.parametrize("what", CLAIMS)
+def test_claims(what: str) -> None:
+    expr, expected = CLAIMS[what]
+    assert expr.facts() == expected
+
+
+CONVEX, CONCAVE = LossFacts("convex", convex=True), LossFacts("other", convex=False)
+
+
+@pytest.mark.parametrize(
+    ("term", "with_convex", "with_other"),
+    [
+        (Hessian(), SYMMETRIC, SYMMETRIC),
+        (GGN(), PSD, SYMMETRIC),
+        (Residual(), SYMMETRIC, SYMMETRIC),
+        (Fisher(), PSD, PSD),
+        (Covariance(), PSD, PSD),
+        (MonteCarloGGN(), PSD, PSD),
+        (LossHessian(), PSD, SYMMETRIC),
+        (Jacobian().T @ LossHessian() @ Jacobian(), PSD, SYMMETRIC),
+        (GGN() + Identity, DEFINITE, SYMMETRIC),
+        (inverse(GGN() + Identity), DEFINITE, SYMMETRIC),
+        (block_diagonal(GGN(), by="module"), PSD, SYMMETRIC),
+        (block_diagonal([Block(("a",), GGN(), joint=True)]), PSD, SYMMETRIC),
+        (restrict(GGN(), "a"), PSD, SYMMETRIC),
+    ],
+)
+def test_facts_follow_the_loss(term: Expr, with_convex: Facts, with_other: Facts) -> None:
+    assert term.facts(CONVEX) == with_convex
+    assert term.facts(CONCAVE) == with_other
+    assert term.facts() == with_other  # of a loss nothing is known of
+
+
+def test_implications() -> None:
+    assert Facts(positive_definite=True) == Facts(True, True, True)
+    assert Facts(psd=True) == Facts(True, True, None)
+    assert Facts(symmetric=False) == Facts(False, False, False)
+    assert Facts(psd=False) == Facts(None, False, False)

@@ -1,0 +1,93 @@
+"""Leaves that hold arrays."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from curvalg.errors import ExpressionError
+from curvalg.expr import ArrayLeaf, Diagonal, Eigenbasis, Facts, Identity, Kronecker, LowRank
+
+LEAVES: dict[str, ArrayLeaf] = {
+    "Diagonal<3, float64>": Diagonal(np.ones(3)),
+    "Diagonal<4, float32>": Diagonal(torch.ones(4)),
+    "Kronecker<2 x 3, float64>": Kronecker(np.eye(2), np.eye(3)),
+    "Kronecker<2, float32>": Kronecker(torch.eye(2)),
+    "LowRank<5, rank 2, float64>": LowRank(np.ones((5, 2))),
+    "LowRank<5, rank 2, float32>": LowRank(torch.ones(5, 2), torch.ones(2), torch.ones(5, 2)),
+    "Eigenbasis<3, float64>": Eigenbasis(np.eye(3), np.ones(3)),
+    "Eigenbasis<6, float64>": Eigenbasis(Kronecker(np.eye(2), np.eye(3)), np.ones(6)),
+}
+
+
+@pytest.mark.parametrize("shown", LEAVES)
+def test_printing_size_and_spaces(shown: str) -> None:
+    leaf = LEAVES[shown]
+    assert str(leaf) == repr(leaf) == shown
+    assert str(2 * leaf + Identity) == f"2*{shown} + identity"
+    assert (leaf.domain, leaf.codomain) == ("parameters", "parameters")
+    assert leaf.size == int(shown.split("<")[1].split(",")[0].replace("2 x 3", "6"))
+    assert all(array.dtype == leaf.arrays[0].dtype for array in leaf.arrays)
+    assert leaf._repr_latex_().startswith(rf"$\mathrm{{{type(leaf).__name__}}}_{{")
+
+
+@pytest.mark.parametrize("shown", LEAVES)
+def test_leaves_compare_by_token(shown: str) -> None:
+    leaf = LEAVES[shown]
+    for twin in (pickle.loads(pickle.dumps(leaf)), copy.copy(leaf), copy.deepcopy(leaf)):
+        assert twin == leaf
+        assert hash(twin) == hash(leaf)
+        assert twin.token == leaf.token
+        assert [np.asarray(a).tolist() for a in twin.arrays] == [np.asarray(a).tolist() for a in leaf.arrays]
+    assert len({str(leaf): leaf, **LEAVES}.values()) == len(LEAVES)
+    assert len(set(LEAVES.values())) == len(LEAVES)
+
+
+def test_equal_numbers_are_not_equal_leaves() -> None:
+    assert Diagonal(np.ones(3)) != Diagonal(np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Diagonal([1.0, 2.0]), "torch tensor or a NumPy array, got list"),
+        (lambda: Diagonal(np.eye(2)), r"values must be 1-d, got shape \(2, 2\)"),
+        (lambda: Kronecker(), "at least one factor"),
+        (lambda: Kronecker(np.eye(2), np.ones((2, 3))), "factor 1 must be square"),
+        (lambda: Kronecker(np.ones(3)), "factor 0 must be 2-d"),
+        (lambda: LowRank(np.ones(3)), "left must be 2-d"),
+        (lambda: LowRank(np.ones((5, 2)), np.ones(3)), r"core must be \(2,\) or \(2, 2\)"),
+        (lambda: LowRank(np.ones((5, 2)), np.ones((2, 3))), "core must be"),
+        (lambda: LowRank(np.ones((5, 2)), None, np.ones((4, 2))), r"left's shape \(5, 2\)"),
+        (lambda: Eigenbasis(np.eye(3), np.ones(2)), "3 columns but there are 2 values"),
+        (lambda: Eigenbasis(Kronecker(np.eye(2), np.eye(2)), np.ones(3)), "4 columns"),
+        (lambda: Eigenbasis(np.ones((3, 2)), np.ones(2)), "square"),
+        (lambda: Eigenbasis(Diagonal(np.ones(3)), np.ones(3)), "basis must be a torch tensor"),
+    ],
+)
+def test_wrong_arrays(make: Any, message: str) -> None:
+    with pytest.raises(ExpressionError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("lib", [np.array, torch.tensor])
+def test_facts(lib: Any) -> None:
+    definite, semi, mixed = lib([1.0, 2.0]), lib([0.0, 1.0]), lib([-1.0, 1.0])
+    eye, skew = lib([[1.0, 0.0], [0.0, 1.0]]), lib([[0.0, 1.0], [-1.0, 0.0]])
+    for make in (Diagonal, lambda values: Eigenbasis(eye, values)):
+        assert make(definite).facts() == Facts(positive_definite=True)
+        assert make(semi).facts() == Facts(psd=True, positive_definite=False)
+        assert make(mixed).facts() == Facts(symmetric=True, psd=False)
+    assert Kronecker(eye, eye).facts() == Facts(symmetric=True)
+    assert Kronecker(eye, skew).facts() == Facts()
+    assert LowRank(skew).facts() == Facts(psd=True)
+    assert LowRank(skew, definite).facts() == Facts(psd=True)
+    assert LowRank(skew, mixed).facts() == Facts(symmetric=True)
+    assert LowRank(skew, eye).facts() == Facts(symmetric=True)
+    assert LowRank(skew, skew).facts() == Facts()
+    assert LowRank(skew, None, eye).facts() == Facts()
