@@ -61,10 +61,11 @@ def _leaf(*exprs: Expr) -> st.SearchStrategy[Expr]:
 
 
 LEAVES: Leaves = {
-    (P, P): st.one_of(terms(), terms(), _leaf(Identity, Zero, ZeroExpr(P, P))),
-    (O, O): _leaf(LossHessian(), LossHessian(), Identity, ZeroExpr(O, O)),
-    (O, P): _leaf(Jacobian(), Jacobian(), ZeroExpr(O, P)),
-    (P, O): _leaf(Jacobian().T, Jacobian().T, ZeroExpr(P, O)),
+    # Zeros are rare: one of them swallows the whole product around it.
+    (P, P): st.one_of(*[terms()] * 5, _leaf(Identity, Identity, Identity, Zero, ZeroExpr(P, P))),
+    (O, O): _leaf(*[LossHessian()] * 12, Identity, Identity, Identity, ZeroExpr(O, O)),
+    (O, P): _leaf(*[Jacobian()] * 15, ZeroExpr(O, P)),
+    (P, O): _leaf(*[Jacobian().T] * 15, ZeroExpr(P, O)),
 }
 
 
@@ -92,7 +93,7 @@ class _Grammar:
     def expression(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
         rules = ["leaf"]
         if depth > 0:
-            rules += ["sum", "transpose", "product"]
+            rules += ["sum", "sum", "transpose", "product", "product"]
             rules += ["shift", "power", "inverse"] if kind[0] == kind[1] else []
             rules += ["whole"] if kind == (P, P) else []
             rules += ["blocks"] if kind == (P, P) and params is None else []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from curvalg.cli.report import BAD_INPUT, FAILED, Report, stdout
+
+if TYPE_CHECKING:  # importing it would import NumPy and SciPy for every command
+    from curvalg.cli.eigs import End
 
 app = typer.Typer(
     help="Curvature of neural networks: list its terms, read expressions of them, compute eigenvalues.",
@@ -26,6 +29,11 @@ class Which(str, Enum):
     SA = "SA"
     LM = "LM"
     BE = "BE"
+
+    @property
+    def end(self) -> End:
+        """As the eigensolver takes it."""
+        return self.value
 
 
 Expression = Annotated[str, typer.Argument(metavar="EXPR", help='An expression, such as "ggn + 1e-3 * identity".')]
@@ -124,10 +132,10 @@ def eigs(
             check_path(plot)
         with report.progress(f"loading {problem}"):
             op = expr.lower(load_problem(problem))
-        command.check(op, k, which.value)
+        command.check(op, k, which.end)
     with report.exits(FAILED):
         with report.progress(f"eigenvalues of {expr}") as say:
-            pairs = command.solve(op, k, which=which.value, tol=tol, seed=seed, say=say)
+            pairs = command.solve(op, k, which=which.end, tol=tol, seed=seed, say=say)
         if as_json:
             typer.echo(command.as_json(op, pairs, problem=problem, which=which.value, tol=tol, seed=seed))
         else:

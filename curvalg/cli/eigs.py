@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator
 
 from curvalg.errors import ConvergenceError, FactsError, ProblemError
 from curvalg.lowering import CurvatureOperator
+
+End: TypeAlias = Literal["LA", "SA", "LM", "BE"]
+"""Which end of the spectrum, as ``scipy.sparse.linalg.eigsh`` calls it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Pairs:
     seconds: float
 
 
-def check(op: CurvatureOperator, k: int, which: str) -> None:
+def check(op: CurvatureOperator, k: int, which: End) -> None:
     """Refuse, before anything is computed, what a symmetric eigensolver cannot do.
 
     Raises:
@@ -48,8 +52,8 @@ def check(op: CurvatureOperator, k: int, which: str) -> None:
     if op.facts.symmetric is not True:
         known = "is not symmetric" if op.facts.symmetric is False else "is not known to be symmetric"
         raise FactsError(
-            f"{op.expr} ({op.shape[0]} x {op.shape[1]}) {known}; eigenvalues are computed of symmetric operators: write a "
-            "symmetric expression, such as A.T @ A"
+            f"{op.expr} ({op.shape[0]} x {op.shape[1]}) {known}; eigenvalues are computed of symmetric "
+            "operators: write a symmetric expression, such as A.T @ A"
         )
     smallest = 2 if which == "BE" else 1
     if not smallest <= k < op.shape[0]:
@@ -60,7 +64,7 @@ def check(op: CurvatureOperator, k: int, which: str) -> None:
 
 
 def solve(
-    op: CurvatureOperator, k: int, *, which: str, tol: float, seed: int, say: Callable[[str], None] = lambda _: None
+    op: CurvatureOperator, k: int, *, which: End, tol: float, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> Pairs:
     """k eigenpairs by ARPACK, from a start vector that the seed fixes.
 
@@ -74,6 +78,13 @@ def solve(
 
     Raises:
         ConvergenceError: ARPACK gave up.
+
+    >>> import torch
+    >>> from curvalg import Problem, registry
+    >>> data = (torch.eye(3), torch.zeros(3, 1))
+    >>> problem = Problem(torch.nn.Linear(3, 1, bias=False), torch.nn.MSELoss(reduction="sum"), data)
+    >>> solve((3 * registry.build("ggn")).lower(problem), 1, which="LA", tol=0, seed=0).values.round(3)
+    array([6.], dtype=float32)
     """
     begin, products = time.perf_counter(), 0
 
@@ -91,8 +102,8 @@ def solve(
         values, vectors = eigsh(counted, k, which=which, tol=tol, v0=start)
     except ArpackNoConvergence as error:
         raise ConvergenceError(
-            f"{len(error.eigenvalues)} of {k} eigenvalues reached tol={tol:g} within {products} products; raise --tol, or "
-            "ask for another --k"
+            f"{len(error.eigenvalues)} of {k} eigenvalues reached tol={tol:g} within {products} products; raise --tol, "
+            "or ask for another --k"
         ) from error
     except ArpackError as error:
         raise ConvergenceError(

@@ -60,12 +60,13 @@ def draw_pairs(op: CurvatureOperator, pairs: Pairs, problem: str, which: str) ->
         which: the end of the spectrum they are from.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, and no window system is asked for
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     names, weights = tensor_weights(op, pairs.vectors)
     rows = max(len(names), 1)
     size = (11.5, min(9.0, max(4.4, 1.8 + 0.34 * rows)))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04)  # type: ignore[union-attr]
+    margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.04)
+    figure = Figure(figsize=size, dpi=150, layout=margins)
     if names:
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
         _draw_weights(right, names, weights)
@@ -122,14 +123,18 @@ def _draw_values(axes: Axes, values: NDArray[np.floating], outliers: int | None)
         axes.axhline(0, color=_GREY, linewidth=0.8)
     bulk = number > (len(number) if outliers is None else outliers)
     for chosen, color in ((~bulk & (values >= 0), _INK), (bulk | (values < 0), _ACCENT)):
-        axes.vlines(number[chosen], base, values[chosen], color=color, linewidth=2.6, alpha=0.4)
-        axes.plot(number[chosen], values[chosen], "o", color=color, markersize=7)
+        axes.vlines(
+            number[chosen], base, values[chosen], color=color, linewidth=2.6 if len(number) <= 20 else 1.6, alpha=0.4
+        )
+        axes.plot(number[chosen], values[chosen], "o", color=color, markersize=7 if len(number) <= 20 else 4.5)
     if outliers is not None and bulk.any():
         axes.axvline(outliers + 0.5, color=_ACCENT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.text(
-            outliers + 0.42, 0.98, f"C − 1 = {outliers}", transform=axes.get_xaxis_transform(), color=_ACCENT,
-            ha="right", va="top", fontsize=10,
-        )  # fmt: skip
+        # On the side with more room, a few points away from the line.
+        side, away = ("right", -5) if outliers > len(number) / 2 else ("left", 5)
+        text = axes.annotate(
+            f"C − 1 = {outliers}", (outliers + 0.5, 0.97), (away, 0), axes.get_xaxis_transform(), "offset points"
+        )
+        text.set(ha=side, va="top", color=_ACCENT, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.set_xlim(0.4, len(values) + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     axes.set_xlabel("eigenvalue number")
@@ -143,7 +148,7 @@ def _log_axis(axes: Axes, lowest: float, highest: float) -> float:
     """A logarithmic axis with some room at both ends; returns where it starts."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    room = (highest / lowest) ** 0.12
+    room = float((highest / lowest) ** 0.12)
     axes.set_yscale("log")
     axes.set_ylim(lowest / room, highest * room)
     if highest < 100 * lowest and 1e-3 < lowest < highest < 1e4:  # few powers of ten: plain numbers between them
@@ -177,17 +182,19 @@ def _draw_weights(axes: Axes, names: Sequence[str], weights: NDArray[np.floating
     axes.spines[:].set_visible(False)
     axes.set_xlabel("eigenvector number")
     axes.set_title("Where the eigenvectors live", loc="left", fontsize=11)
-    bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02)
+    bar = axes.figure.colorbar(
+        image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.02, aspect=max(20, 1.6 * rows)
+    )
     bar.set_label("share of squared norm")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
-def _short(name: str, longest: int = 32) -> str:
+def _short(name: str, longest: int = 36) -> str:
     """A name that fits beside the axis: the middle gives way, since both ends tell tensors apart."""
     if len(name) <= longest:
         return name
     half = (longest - 1) // 2
-    return f"{name[:half]}…{name[-half:]}"
+    return f"{name[:half].rstrip('.')}…{name[-half:].lstrip('.')}"
 
 
 def _math(op: CurvatureOperator) -> str:

@@ -15,6 +15,8 @@ from curvalg.cli.problems import BUILT_IN
 from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem import Problem
 
+_EXPECTED = "expected a function without arguments that returns a curvalg.Problem"
+
 
 def load_problem(name: str) -> Problem:
     """The problem behind a name.
@@ -29,8 +31,9 @@ def load_problem(name: str) -> Problem:
         return BUILT_IN[name]()
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
+        known = list(BUILT_IN)
         raise ProblemError(
-            f"no problem is called {name!r}{_guess(name, list(BUILT_IN))}; expected {' or '.join(BUILT_IN)}, or your own as "
+            f"no problem is called {name!r}{_guess(name, known)}; expected {' or '.join(known)}, or your own as "
             "module:function"
         )
     return _call(name, _find(_import(module_name), attribute))
@@ -56,20 +59,16 @@ def _find(module: ModuleType, attribute: str) -> Any:
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-            raise ProblemError(
-                f"{module.__name__} has no {attribute}{_guess(attribute, public)}; expected a function without arguments "
-                "that returns a curvalg.Problem"
-            )
+            raise ProblemError(f"{module.__name__} has no {attribute}{_guess(attribute, public)}; {_EXPECTED}")
         found = getattr(found, part)
     return found
 
 
 def _call(name: str, function: Any) -> Problem:
-    expected = "expected a function without arguments that returns a curvalg.Problem"
     if not callable(function):
-        raise ProblemError(f"{name} is a {type(function).__name__}; {expected}")
+        raise ProblemError(f"{name} is a {type(function).__name__}; {_EXPECTED}")
     if needed := _required(function):
-        raise ProblemError(f"{name} needs {', '.join(needed)}; {expected}")
+        raise ProblemError(f"{name} needs {', '.join(needed)}; {_EXPECTED}")
     try:
         problem = function()
     except CurvalgError as error:
@@ -77,7 +76,7 @@ def _call(name: str, function: Any) -> Problem:
     except Exception as error:
         raise ProblemError(f"calling {name} failed with {_shown(error)}") from error
     if not isinstance(problem, Problem):
-        raise ProblemError(f"{name} returned a {type(problem).__name__}; {expected}")
+        raise ProblemError(f"{name} returned a {type(problem).__name__}; {_EXPECTED}")
     return problem
 
 
@@ -100,5 +99,9 @@ def _shown(error: BaseException) -> str:
 
 
 def _guess(name: str, known: list[str]) -> str:
+    """
+    >>> _guess("digit", ["digits", "digits-cnn"])
+    " (did you mean 'digits'?)"
+    """
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a failure while computing, 2 input that cannot be used.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 import warnings
@@ -75,12 +76,10 @@ class Report:
 def stdout() -> Console:
     """The console that results go to.
 
-    A pipe has no width of its own; rich would assume 80 columns, which folds most tables.
+    A pipe has no width of its own; rich would assume 80 columns, which folds most tables. COLUMNS says otherwise.
     """
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, _PIPE_WIDTH))
-    return console
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_PIPE_WIDTH)
 
 
 def prepare_streams() -> None:

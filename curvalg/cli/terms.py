@@ -14,10 +14,10 @@ _ROLE = re.compile(r":[\w:]+:`~?([^`]*)`")  # how docstrings refer to a class: :
 
 
 def terms_table() -> Table:
-    """Every term that can be named, one row each; a plugin that cannot be used is a row that says why and what to do."""
+    """Every term that can be named, one row each; for a plugin that cannot be used, the row says why and what to do."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column in ("term", "what it is", "options", "from"):
-        table.add_column(column, overflow="fold", ratio=4 if column == "what it is" else None)
+        table.add_column(column, overflow="fold")
     broken = registry.failures()
     usable = [name for name in registry.names() if name not in broken]
     aliases = _aliases(usable)
@@ -34,7 +34,16 @@ def terms_table() -> Table:
         )
     for name, reason in sorted(broken.items()):
         table.add_row(Text(name, "bold red"), Text(reason, "red"), Text(), Text("broken", "red"))
+    _keep_whole(table, "term", "options", "from")
     return table
+
+
+def _keep_whole(table: Table, *headers: str, widest: int = 24) -> None:
+    """Where the window is narrow, let the descriptions give way first, so that names and options stay in one piece."""
+    for column in table.columns:
+        if column.header in headers:
+            lines = [line for cell in column.cells for line in str(cell).split("\n")]
+            column.min_width = min(widest, max(map(len, lines)))
 
 
 def _aliases(names: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -146,7 +147,9 @@ class Sum(Expr):
         # One definite matrix with a negative sign and nothing to make up for it: certainly not positive.
         negative = self.shift <= 0 and all(facts.psd and not positive for facts, positive in parts)
         negative = negative and (self.shift < 0 or any(facts.positive_definite for facts, _ in parts))
-        return Facts(symmetric=symmetric, psd=False if negative else None, positive_definite=False if negative else None)
+        return Facts(
+            symmetric=symmetric, psd=False if negative else None, positive_definite=False if negative else None
+        )
 
 
 def add(pairs: Iterable[tuple[Expr, Any]]) -> Expr:
@@ -291,7 +294,7 @@ def multiply(factors: Iterable[Expr]) -> Expr:
         if not isinstance(expr, IdentityExpr):
             flat.extend(expr.factors if isinstance(expr, Product) else [expr])
     sized = [expr for expr in flat if expr.domain is not None]
-    for left, right in zip(sized, sized[1:]):
+    for left, right in itertools.pairwise(sized):
         if _space(left, "domain") != _space(right, "codomain"):
             raise ExpressionError(
                 f"cannot multiply ({left}) @ ({right}): the left one is {_shape(left)}, the right one {_shape(right)}"
@@ -581,7 +584,9 @@ def block_diagonal(
     else:
         blocks = tuple(what) if isinstance(what, Iterable) else ()
     if not blocks or not all(isinstance(block, Block) for block in blocks):
-        raise ExpressionError("block_diagonal() takes an expression, a mapping {pattern: expression} or a list of Block")
+        raise ExpressionError(
+            "block_diagonal() takes an expression, a mapping {pattern: expression} or a list of Block"
+        )
     for block in blocks:
         _require_endomorphism(block.expr, "block_diagonal")
     return BlockDiagonal(blocks, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.errors import ExpressionError
@@ -62,19 +63,19 @@ class Expr:
     # -- arithmetic -------------------------------------------------------------------------------------------------
 
     def __add__(self, other: Expr) -> Expr:
-        return _algebra().add([(self, 1), (_operand(self, other, "+"), 1)])
+        return _add([(self, 1), (_operand(self, other, "+"), 1)])
 
     def __radd__(self, other: Any) -> Expr:
         raise _number_error(other, self, "+")
 
     def __sub__(self, other: Expr) -> Expr:
-        return _algebra().add([(self, 1), (_operand(self, other, "-"), -1)])
+        return _add([(self, 1), (_operand(self, other, "-"), -1)])
 
     def __rsub__(self, other: Any) -> Expr:
         raise _number_error(other, self, "-")
 
     def __neg__(self) -> Expr:
-        return _algebra().add([(self, -1)])
+        return _add([(self, -1)])
 
     def __pos__(self) -> Expr:
         return self
@@ -84,17 +85,17 @@ class Expr:
             raise ExpressionError(
                 f"* multiplies by a number; for the product of two operators write ({self}) @ ({other})"
             )
-        return _algebra().add([(self, _algebra().as_coefficient(other))])
+        return _add([(self, _coefficient(other))])
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Expr:
         if isinstance(other, Expr):
             raise ExpressionError(f"/ divides by a number; write ({self}) @ inverse({other}) for a solve")
-        divisor = _algebra().as_coefficient(other)
+        divisor = _coefficient(other)
         if divisor == 0:
             raise ExpressionError(f"cannot divide the operator {self} by zero")
-        return _algebra().add([(self, 1 / divisor)])
+        return _add([(self, 1 / divisor)])
 
     def __rtruediv__(self, other: Any) -> Expr:
         raise ExpressionError(f"{other!r} / ({self}) has no meaning for operators; write {other!r} * inverse({self})")
@@ -102,10 +103,12 @@ class Expr:
     def __matmul__(self, other: Expr) -> Expr:
         if not isinstance(other, Expr):
             raise ExpressionError(
-                f"expected an expression right of @, got {type(other).__name__}: an unbound expression cannot be applied "
-                "to a vector; write expr.lower(problem) @ vector"
+                f"expected an expression right of @, got {type(other).__name__}: an unbound expression cannot be "
+                "applied to a vector; write expr.lower(problem) @ vector"
             )
-        return _algebra().multiply([self, other])
+        from curvalg.expr.algebra import multiply
+
+        return multiply([self, other])
 
     def __rmatmul__(self, other: Any) -> Expr:
         raise ExpressionError(
@@ -113,12 +116,16 @@ class Expr:
         )
 
     def __pow__(self, exponent: int) -> Expr:
-        return _algebra().power(self, exponent)
+        from curvalg.expr.algebra import power
+
+        return power(self, exponent)
 
     @property
     def T(self) -> Expr:
         """The transpose."""
-        return _algebra().transpose(self)
+        from curvalg.expr.algebra import transpose
+
+        return transpose(self)
 
     # -- reaching upward ----------------------------------------------------------------------------------------------
 
@@ -172,11 +179,19 @@ class Expr:
         return f"${latex(self)}$"
 
 
-def _algebra() -> Any:
-    # The algebra's nodes derive from Expr, so they can only be imported once this module is complete.
-    from curvalg.expr import algebra
+# The algebra's nodes derive from Expr, so they can only be imported once this module is complete.
 
-    return algebra
+
+def _add(pairs: list[tuple[Expr, Any]]) -> Expr:
+    from curvalg.expr.algebra import add
+
+    return add(pairs)
+
+
+def _coefficient(value: Any) -> Fraction:
+    from curvalg.expr.algebra import as_coefficient
+
+    return as_coefficient(value)
 
 
 def _operand(left: Expr, right: Any, symbol: str) -> Expr:

@@ -151,7 +151,9 @@ def _patterns(patterns: tuple[str, ...]) -> str:
 
 def changed(expr: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Options of a dataclass node that differ from their defaults."""
-    fields = [f for f in dataclasses.fields(expr) if f.init and f.name not in skip] if dataclasses.is_dataclass(expr) else []
+    fields = (
+        [f for f in dataclasses.fields(expr) if f.init and f.name not in skip] if dataclasses.is_dataclass(expr) else []
+    )
     return {f.name: value for f in fields if (value := getattr(expr, f.name)) != f.default}
 
 
@@ -161,7 +163,7 @@ def call(name: str, positional: list[str], options: dict[str, Any]) -> str:
     return f"{name}({', '.join([*positional, *shown])})"
 
 
-# -- trees --------------------------------------------------------------------------------------------------------------
+# -- trees -------------------------------------------------------------------------------------------------------------
 
 
 def tree(expr: Expr) -> str:
@@ -197,11 +199,11 @@ def _node(expr: Expr) -> tuple[str, list[tuple[str, Expr | str]]]:
 
 
 def _options_text(expr: Expr) -> str:
-    options = {k: v for k, v in changed(expr, skip=("expr", "factors")).items()}
+    options = changed(expr, skip=("expr", "factors"))
     return f" {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""
 
 
-# -- LaTeX --------------------------------------------------------------------------------------------------------------
+# -- LaTeX -------------------------------------------------------------------------------------------------------------
 
 
 def latex(expr: Expr) -> str:

@@ -47,7 +47,8 @@ class NamedExpr(Expr):
     @property
     def label(self) -> str:
         """The name this instance was built by in the registry, else the class's own."""
-        return self.__dict__.get("_label", self.name)
+        label: str = self.__dict__.get("_label", self.name)
+        return label
 
     def labelled(self, label: str) -> NamedExpr:
         """This instance, printing by the given name. Equality and hash ignore it."""

@@ -1,7 +1,7 @@
 """The built-in curvature matrices.
 
-L(θ) = Σₙ cₙ is a sum of shares (class weights, ignored targets and the denominator of the whole data set inside), zₙ the
-output of sample n, Jₙ its Jacobian, rₙ = ∂cₙ/∂zₙ, Bₙ = ∂²cₙ/∂zₙ², s = N for a mean loss and 1 for a sum.
+L(θ) = Σₙ cₙ is a sum of shares (class weights, ignored targets and the denominator of the whole data set inside), zₙ
+the output of sample n, Jₙ its Jacobian, rₙ = ∂cₙ/∂zₙ, Bₙ = ∂²cₙ/∂zₙ², s = N for a mean loss and 1 for a sum.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class Sweep:
                 batch, tangent = evaluation.push(vector)
             else:
                 batch = evaluation.evaluate()
-            return evaluation.pull(self.rate(batch, prepared, totals)(tangent))
+            rates = self.rate(batch, prepared, totals)(tangent)
+            del batch, tangent  # released before the next model call, which is the peak
+            return evaluation.pull(rates)
         directions = evaluation.problem.layout.tangents(vector)
         z, leaves, form = evaluation.record()
         batch = evaluation.batch(z, form)
@@ -101,7 +103,7 @@ class Sweep:
             return evaluation.gather(backward(gradients, leaves, directions))
         # Totals of the data set must not enter the Function (under vmap one column would meet all): two stages, with u
         # a leaf and u̇ made outside the graph.
-        u = self.cotangent(batch).requires_grad_()
+        u = self.cotangent(batch).detach().requires_grad_()
         gradients = backward([z], leaves, [u], create_graph=True)
         if tangent is None:
             (tangent,) = backward(gradients, [u], directions, retain_graph=True)
@@ -110,12 +112,12 @@ class Sweep:
 
     def cotangent(self, batch: Batch) -> Tensor:
         """Σ cᵢ uᵢ, of the output's shape."""
-        total = torch.zeros_like(batch.output)
+        total: Tensor | None = None
         for coefficient, term in self.entries:
             u = term.cotangent(batch)
             if u is not None:
-                total = total + coefficient * _checked(term, "cotangent", u, batch.output)
-        return total
+                total = _accumulate(total, coefficient, _checked(term, "cotangent", u, batch.output))
+        return torch.zeros_like(batch.output) if total is None else total
 
     def rate(self, batch: Batch, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]) -> Rate:
         """ż -> Σ cᵢ u̇ᵢ, of the output's shape."""
@@ -128,8 +130,7 @@ class Sweep:
                 else:
                     rate = term.cotangent_dot(batch, tangent)
                 if rate is not None:
-                    scaled = coefficient * _checked(term, "cotangent_dot", rate, tangent)
-                    result = scaled if result is None else result + scaled
+                    result = _accumulate(result, coefficient, _checked(term, "cotangent_dot", rate, tangent))
             return torch.zeros_like(tangent) if result is None else result
 
         return total
@@ -146,7 +147,7 @@ class Cotangent(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, u: Tensor, rate: Rate) -> Tensor:  # type: ignore[override]
-        return u.clone()
+        return u.view_as(u)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,6 +170,12 @@ def prepare(terms: Sequence[DatasetTerm], problem: Problem, snapshot: Snapshot) 
                 sums[term] = trees.add(sums[term], term.prepare(batch))
         kept.update({("prepared", term): stats for term, stats in sums.items()})
     return {term: kept.get(("prepared", term)) for term in terms}
+
+
+def _accumulate(total: Tensor | None, coefficient: float, value: Tensor) -> Tensor:
+    # Outputs of language models are the largest tensors there are: no buffer that can be done without.
+    scaled = value if coefficient == 1 else coefficient * value
+    return scaled if total is None else total + scaled
 
 
 def _defines(term: Term, method: str) -> bool:

@@ -71,7 +71,7 @@ def discover() -> tuple[tuple[Plugin, ...], dict[str, str]]:
             if name not in found:
                 # Not this one but the one Python would use: an older copy may lie further down the path.
                 found[name] = _plugins(name, metadata.distribution(name))
-        except Exception as error:  # noqa: BLE001 - metadata is written by strangers: anything may be wrong with it
+        except Exception as error:  # written by strangers: anything may be wrong with it
             place = str(distribution.locate_file(""))
             problems[place] = f"metadata of a distribution in {place} cannot be read: {_shown(error)}; reinstall it"
     every = (plugin for plugins in found.values() for plugin in plugins)
@@ -91,7 +91,7 @@ def load(plugin: Plugin) -> object:
     """
     try:
         module_name, attribute = plugin.entry.module, plugin.entry.attr
-    except AttributeError as error:
+    except Exception as error:  # which one depends on the version of Python
         raise RegistryError(
             f"{plugin}: expected an entry point of the form module:attribute; {_report(plugin)}"
         ) from error

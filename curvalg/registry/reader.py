@@ -40,7 +40,7 @@ class Reader:
             "term": self._term,
         }
 
-    # -- messages -------------------------------------------------------------------------------------------------------
+    # -- messages ------------------------------------------------------------------------------------------------------
 
     def _place(self, node: ast.AST, message: str) -> str:
         line, offset = getattr(node, "lineno", 1), getattr(node, "col_offset", 0)
@@ -60,7 +60,7 @@ class Reader:
             kind = RegistryError if isinstance(error, RegistryError) else ExpressionError
             raise kind(self._place(node, str(error))) from error
 
-    # -- expressions ----------------------------------------------------------------------------------------------------
+    # -- expressions ---------------------------------------------------------------------------------------------------
 
     def read(self, node: ast.expr) -> Expr:
         """The operator that a node denotes."""
@@ -120,7 +120,7 @@ class Reader:
             self.fail(node, "a number has no transpose")
         return value.T
 
-    # -- arithmetic -----------------------------------------------------------------------------------------------------
+    # -- arithmetic ----------------------------------------------------------------------------------------------------
 
     def _chain(self, node: ast.BinOp) -> Expr | Fraction:
         # A sum of many terms leans to the left: walk down that side in a loop, not by recursion.
@@ -165,7 +165,7 @@ class Reader:
         with self.at(node):
             return left ** int(right)
 
-    # -- calls ----------------------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _call(self, node: ast.Call) -> Expr:
         if not isinstance(node.func, ast.Name):
@@ -263,7 +263,7 @@ class Reader:
         with self.at(node):
             return Block(patterns, expr, joint=joint)
 
-    # -- option values --------------------------------------------------------------------------------------------------
+    # -- option values -------------------------------------------------------------------------------------------------
 
     def _literal(self, node: ast.expr) -> Any:
         """A Python literal (numbers as Python has them, unlike coefficients), or an expression."""

@@ -46,7 +46,7 @@ class Registry:
         self._loaded: dict[Plugin, TermSpec] = {}
         self._found: tuple[tuple[Plugin, ...], dict[str, str]] | None = None
 
-    # -- building -------------------------------------------------------------------------------------------------------
+    # -- building ------------------------------------------------------------------------------------------------------
 
     def build(self, name: str, /, **options: Any) -> Expr:
         """The expression of this name.
@@ -94,7 +94,7 @@ class Registry:
         """
         return self.spec(name).describe()
 
-    # -- listing --------------------------------------------------------------------------------------------------------
+    # -- listing -------------------------------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """Every name that can be built, sorted; a plugin whose short name is taken is listed by its qualified name.
@@ -127,7 +127,7 @@ class Registry:
         self._found = None
         self._loaded.clear()
 
-    # -- registering ----------------------------------------------------------------------------------------------------
+    # -- registering ---------------------------------------------------------------------------------------------------
 
     @overload
     def register(self, name: str, factory: None = None, *, replace: bool = False) -> Callable[[F], F]: ...
@@ -183,7 +183,7 @@ class Registry:
         finally:
             self._registered = before
 
-    # -- resolving ------------------------------------------------------------------------------------------------------
+    # -- resolving -----------------------------------------------------------------------------------------------------
 
     def _discovered(self) -> tuple[tuple[Plugin, ...], dict[str, str]]:
         if self._found is None:
@@ -290,10 +290,10 @@ def _call(spec: TermSpec, arguments: dict[str, Any], plugin: Plugin | None) -> E
 
 
 def _reads_back(spec: TermSpec, built: NamedExpr) -> bool:
-    """Whether what a function built is built again by the options it prints, so that it may bear the function's name."""
+    """Whether what a function built is built again by the options it prints, and so may bear the function's name."""
     from curvalg.expr.show import changed
 
     try:
         return bool(dataclasses.is_dataclass(built) and spec.factory(**changed(built)) == built)
-    except Exception:  # noqa: BLE001 - a stranger's function, called with options it may never have met
+    except Exception:  # a stranger's function, called with options it may never have met
         return False

@@ -107,7 +107,7 @@ class TermSpec:
         return "\n".join(lines)
 
 
-# -- reading a factory --------------------------------------------------------------------------------------------------
+# -- reading a factory -------------------------------------------------------------------------------------------------
 
 
 def summary_of(factory: Factory) -> str:
@@ -158,8 +158,8 @@ def _check_class(cls: type[NamedExpr], who: str) -> None:
     params = cls.__dict__.get("__dataclass_params__")
     if params is None or not params.frozen or not params.eq or cls.__hash__ is None:
         raise RegistryError(
-            f"{who}: {cls.__name__} is not a frozen dataclass, so its instances are not hashable and comparable by their "
-            "options; decorate the class with @dataclass(frozen=True) (below @register, where that is used)"
+            f"{who}: {cls.__name__} is not a frozen dataclass, so its instances are not hashable and comparable by "
+            "their options; decorate the class with @dataclass(frozen=True) (below @register, where that is used)"
         )
 
 
@@ -180,7 +180,7 @@ def _hint(factory: Any, name: str, written: Any) -> Any:
     try:
         # One at a time: an annotation that only a type checker can resolve must not hide the others.
         return typing.get_type_hints(types.SimpleNamespace(__annotations__={name: written}), globalns=namespace)[name]
-    except Exception:  # noqa: BLE001 - evaluating an annotation may raise anything; what cannot be told is not checked
+    except Exception:  # evaluating an annotation may raise anything; what cannot be told is not checked
         return Any
 
 
@@ -190,7 +190,7 @@ def refused_name(name: object) -> str | None:
     return f"a term's name must be a Python identifier and no keyword, such as 'my_term'; got {name!r}"
 
 
-# -- checking options ---------------------------------------------------------------------------------------------------
+# -- checking options --------------------------------------------------------------------------------------------------
 
 
 def checked_options(spec: TermSpec, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,8 +211,8 @@ def checked_options(spec: TermSpec, options: Mapping[str, Any]) -> dict[str, Any
     for name, value in plain.items():
         if not fits(value, known[name].hint):
             raise RegistryError(
-                f"{spec.name}: option {name!r} must be {known[name].annotation}, got {value!r} ({type(value).__name__}); "
-                f"{shown}"
+                f"{spec.name}: option {name!r} must be {known[name].annotation}, got {value!r} "
+                f"({type(value).__name__}); {shown}"
             )
     return plain
 

@@ -30,6 +30,8 @@ TINY = """
         y = torch.arange(20) % 3
         return Problem(model, torch.nn.CrossEntropyLoss(), [(X[:7], y[:7]), (X[7:], y[7:])])
 """
+# What makes rich take a pipe for a terminal, or for one of another width.
+TERMINAL = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS")
 _numbers = itertools.count()
 
 
@@ -38,7 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object
     """``run("eigs", "ggn", ...)`` in an empty folder; a result with exit_code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])  # commands put the current folder in front
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+    for name in TERMINAL:
         monkeypatch.delenv(name, raising=False)
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
@@ -77,10 +79,11 @@ def process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``process("terms", PYTHONPATH=...)``: a fresh interpreter running the command line in an empty folder."""
 
     def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        inherited = {name: value for name, value in os.environ.items() if name not in TERMINAL}
         return subprocess.run(
             [sys.executable, "-m", "curvalg.cli", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+            env={**inherited, "PYTHONIOENCODING": "utf-8", **environment},
             capture_output=True,
             encoding="utf-8",
             timeout=120,

@@ -24,7 +24,7 @@ def test_a_picture_of_the_digits(run, tmp_path: Path) -> None:
 
 
 def test_the_c_minus_one_line(tiny_problem: Problem) -> None:
-    figure = _figure("ggn", tiny_problem, k=5)
+    figure = _figure("ggn", tiny_problem, k=12)
     assert "C − 1 = 2" in [text.get_text() for text in figure.axes[0].texts]
     assert figure.axes[0].get_yscale() == "log"
 

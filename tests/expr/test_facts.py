@@ -10,25 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from strategies import O, P, expressions, moderate
 
 from curvalg.expr import (
-    GGN,
-    Block,
     BlockDiagonal,
-    Covariance,
     Expr,
     Facts,
-    Fisher,
-    Hessian,
     Identity,
     Inverse,
-    Jacobian,
     LossFacts,
-    LossHessian,
-    MonteCarloGGN,
     NamedExpr,
     Product,
-    Residual,
     Restriction,
     Sum,
     Transpose,
@@ -39,7 +31,6 @@ from curvalg.expr import (
     restrict,
 )
 from curvalg.expr.node import Space
-from tests.strategies import O, P, expressions, moderate
 
 Matrix = np.ndarray
 SIZES: dict[Space, int] = {P: 4, O: 3}
@@ -162,7 +153,9 @@ def _block_diagonal(expr: BlockDiagonal) -> Matrix:
         layout = entries(expr.what.domain_params)
         inner = dense(expr.what, len(layout))
         groups = list(PARAMETERS) if isinstance(expr.by, str) else [name for group in expr.by or () for name in group]
-        blocks = [(kept, inner) for name in groups if (kept := [layout.index(i) for i in PARAMETERS[name] if i in layout])]
+        blocks = [
+            (kept, inner) for name in groups if (kept := [layout.index(i) for i in PARAMETERS[name] if i in layout])
+        ]
         result = np.zeros_like(inner)
         for kept, matrix in blocks:
             result[np.ix_(kept, kept)] = matrix[np.ix_(kept, kept)]
@@ -278,37 +271,3 @@ CLAIMS: dict[str, tuple[Expr, Facts]] = {
 def test_claims(what: str) -> None:
     expr, expected = CLAIMS[what]
     assert expr.facts() == expected
-
-
-CONVEX, CONCAVE = LossFacts("convex", convex=True), LossFacts("other", convex=False)
-
-
-@pytest.mark.parametrize(
-    ("term", "with_convex", "with_other"),
-    [
-        (Hessian(), SYMMETRIC, SYMMETRIC),
-        (GGN(), PSD, SYMMETRIC),
-        (Residual(), SYMMETRIC, SYMMETRIC),
-        (Fisher(), PSD, PSD),
-        (Covariance(), PSD, PSD),
-        (MonteCarloGGN(), PSD, PSD),
-        (LossHessian(), PSD, SYMMETRIC),
-        (Jacobian().T @ LossHessian() @ Jacobian(), PSD, SYMMETRIC),
-        (GGN() + Identity, DEFINITE, SYMMETRIC),
-        (inverse(GGN() + Identity), DEFINITE, SYMMETRIC),
-        (block_diagonal(GGN(), by="module"), PSD, SYMMETRIC),
-        (block_diagonal([Block(("a",), GGN(), joint=True)]), PSD, SYMMETRIC),
-        (restrict(GGN(), "a"), PSD, SYMMETRIC),
-    ],
-)
-def test_facts_follow_the_loss(term: Expr, with_convex: Facts, with_other: Facts) -> None:
-    assert term.facts(CONVEX) == with_convex
-    assert term.facts(CONCAVE) == with_other
-    assert term.facts() == with_other  # of a loss nothing is known of
-
-
-def test_implications() -> None:
-    assert Facts(positive_definite=True) == Facts(True, True, True)
-    assert Facts(psd=True) == Facts(True, True, None)
-    assert Facts(symmetric=False) == Facts(False, False, False)
-    assert Facts(psd=False) == Facts(None, False, False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from strategies import expressions
 
 from curvalg.expr import (
     GGN,
@@ -27,7 +28,6 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
-from tests.strategies import expressions
 
 EVERY = [
     GGN(),

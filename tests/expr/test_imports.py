@@ -11,12 +11,13 @@ import pytest
 
 BUILD = """
 from curvalg import registry
+from curvalg.expr.terms import ALIASES, BUILTIN
 from curvalg.registry.parse import parse
-for name in registry.names():
-    if registry.spec(name).origin == "built-in":
-        expr = registry.build(name)
-        assert parse(str(expr)) == expr
-        expr.T.tree(), expr._repr_latex_(), expr.facts(), registry.describe(name)
+registry.names()
+for name in [*BUILTIN, *ALIASES]:
+    expr = registry.build(name)
+    assert parse(str(expr)) == expr
+    expr.T.tree(), expr._repr_latex_(), expr.facts(), registry.describe(name)
 parse("inverse(ggn + 1e-3*identity) @ block_diagonal({'a': hessian}) - ggn ** 2")
 """
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
+from strategies import expressions
 
 from curvalg.expr import (
     GGN,
@@ -23,7 +24,6 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
-from tests.strategies import expressions
 
 G, H, J = GGN(), Hessian(), Jacobian()
 SHIFTED = H + Identity
@@ -57,7 +57,9 @@ TEXTS = {
     "(ggn @ hessian).T": (G @ H).T,
     "inverse(ggn)": inverse(G),
     "inverse(ggn, rtol=0.001, preconditioner=ggn + identity)": inverse(
-        G, rtol=Fraction(1, 1000), preconditioner=G + Identity  # type: ignore[arg-type]
+        G,
+        rtol=Fraction(1, 1000),
+        preconditioner=G + Identity,  # type: ignore[arg-type]
     ),
     "block_diagonal(ggn)": block_diagonal(G),
     "block_diagonal(ggn, by='module')": block_diagonal(G, by="module"),

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from fake_plugins import Install
 
 from curvalg.registry import Registry
-
-Install = Callable[..., None]
-
-TERM = """
-    from dataclasses import dataclass
-    from curvalg import Term
-
-    @dataclass(frozen=True)
-    class MyTerm(Term):
-        '''A term of a plugin.
-
-        More of it.
-        '''
-        k: int = 3
-        name_of: str | None = None
-
-        def cotangent_dot(self, batch, tangent):
-            return self.k * tangent
-"""
 
 
 @pytest.fixture

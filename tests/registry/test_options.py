@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
 import numpy as np
 import pytest
+from fake_plugins import Install
 
 from curvalg.errors import RegistryError
 from curvalg.expr import Expr, MonteCarloGGN, Term
@@ -95,6 +96,18 @@ def test_types_of_a_base_class_are_found(registry: Registry) -> None:
     with pytest.raises(RegistryError, match="option 'extra' must be bool"):
         registry.build("derived", extra=1)
     assert registry.build("derived", samples=2, extra=True) == Derived(samples=2, extra=True)
+
+
+def test_inherited_types_are_those_of_the_base_class_module(registry: Registry, install: Install) -> None:
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    base = "from curvalg import Term\nSize = int\n@dataclass(frozen=True)\nclass Base(Term):\n    size: Size = 1\n"
+    derived = "from plugin_base import Base\nSize = str\n@dataclass(frozen=True)\nclass Derived(Base):\n    pass\n"
+    install(
+        "typed", {"typed": "plugin_derived:Derived"}, {"plugin_base": head + base, "plugin_derived": head + derived}
+    )
+    with pytest.raises(RegistryError, match="'size' must be Size"):
+        registry.build("typed", size="1")
+    assert str(registry.build("typed", size=2)) == "typed(size=2)"
 
 
 def test_functions_have_options_too(registry: Registry) -> None:

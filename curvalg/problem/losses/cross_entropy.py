@@ -214,7 +214,7 @@ class IndexPoint(SoftmaxPoint):
         assert self.labels is not None
         p, axis, loss = self.probabilities, self.axis, self.loss
         hit = loss.hit(self.keep, self.labels, p.dtype)
-        result = (self.weights * p).scatter_add(axis, self.labels.unsqueeze(axis), -hit.unsqueeze(axis))
+        result = (self.weights * p).scatter_add_(axis, self.labels.unsqueeze(axis), -hit.unsqueeze(axis))
         if loss.label_smoothing == 0:
             return result
         omega = loss.class_weights(p, axis, p.ndim)

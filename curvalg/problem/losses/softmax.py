@@ -35,7 +35,9 @@ class SoftmaxPoint(LossPoint[Tensor]):
     def hvp(self, tangent: Tensor) -> Tensor:
         """m p ∘ (t − ⟨p, t⟩)."""
         p = self.probabilities
-        return self.weights * p * (tangent - (p * tangent).sum(self.axis, keepdim=True))
+        mean = (p * tangent).sum(self.axis, keepdim=True)
+        # With a large vocabulary these are the largest tensors of a product: one buffer, written in place.
+        return (tangent - mean).mul_(p).mul_(self.weights)
 
     def factor(self) -> Tensor:
         r"""The C − 1 Cholesky columns L_j = √(p_j r_{j+1}/r_j) (e_j − Σ_{i>j} p_i/r_{j+1} e_i), r_j = Σ_{i≥j} p_i.
