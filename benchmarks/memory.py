@@ -50,7 +50,6 @@ class Transformer(nn.Module):
 
 def measure(what: str) -> int:
     """Peak resident memory of this process in bytes after one evaluation of ``what``."""
-    import curvalg.lowering
     from curvalg import Problem, registry
 
     if what != "import":

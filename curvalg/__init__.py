@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvalg import errors as errors
+    from curvalg import losses as losses
     from curvalg import registry as registry
     from curvalg.errors import ConvergenceError as ConvergenceError
     from curvalg.errors import CurvalgError as CurvalgError
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from curvalg.problem import Batch as Batch
     from curvalg.problem import Layout as Layout
     from curvalg.problem import Problem as Problem
-    from curvalg import losses as losses
     from curvalg.registry.parse import parse as parse
 
 _ERRORS = (
@@ -93,7 +93,7 @@ _MODULES: dict[str, str] = {
     "losses": "curvalg.losses",
 }
 
-__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
+__all__ = sorted([*_HOME, *_MODULES])
 __version__ = "0.1.0"
 
 

@@ -33,7 +33,7 @@ from curvalg.expr import (
 from curvalg.expr.node import Space
 
 P: Space = "parameters"
-O: Space = "outputs"  # noqa: E741 - the output space
+O: Space = "outputs"
 Kind = tuple[Space, Space]  # codomain, domain
 Leaves = Mapping[Kind, st.SearchStrategy[Expr]]
 

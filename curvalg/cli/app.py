@@ -82,7 +82,8 @@ def terms(
         if name is not None:
             typer.echo(registry.describe(name))
         else:
-            stdout().print(terms_table())
+            console = stdout()
+            console.print(terms_table(console.width))
 
 
 @app.command()

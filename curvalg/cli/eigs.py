@@ -100,19 +100,19 @@ def solve(
     start = np.random.default_rng(seed).standard_normal(op.shape[0]).astype(op.dtype)
     try:
         values, vectors = eigsh(counted, k, which=which, tol=tol, v0=start)
-    except ArpackNoConvergence as error:
-        raise ConvergenceError(
-            f"{len(error.eigenvalues)} of {k} eigenvalues reached tol={tol:g} within {products} products; raise --tol, "
-            "or ask for another --k"
-        ) from error
     except ArpackError as error:
-        raise ConvergenceError(
-            f"ARPACK stopped after {products} products ({error}); try another --k or --seed"
-        ) from error
+        raise ConvergenceError(_why(error, k, tol, products)) from error
     order = np.argsort(values)[::-1]
     values, vectors = values[order], vectors[:, order]
     residuals = np.linalg.norm(op @ vectors - vectors * values, axis=0)
     return Pairs(values, vectors, residuals, products + k, time.perf_counter() - begin)
+
+
+def _why(error: ArpackError, k: int, tol: float, products: int) -> str:
+    if isinstance(error, ArpackNoConvergence):
+        reached = f"{len(error.eigenvalues)} of {k} eigenvalues reached tol={tol:g} within {products} products"
+        return f"{reached}; raise --tol, or ask for another --k"
+    return f"ARPACK stopped after {products} products ({error}); try another --k or --seed"
 
 
 def table(op: CurvatureOperator, pairs: Pairs, problem: str) -> Group:

@@ -11,10 +11,15 @@ from rich.text import Text
 from curvalg import registry
 
 _ROLE = re.compile(r":[\w:]+:`~?([^`]*)`")  # how docstrings refer to a class: :class:`Name`
+_ROOMY = 80  # with fewer columns every cell has to fold, lest the last column is cut off
 
 
-def terms_table() -> Table:
-    """Every term that can be named, one row each; for a plugin that cannot be used, the row says why and what to do."""
+def terms_table(width: int) -> Table:
+    """Every term that can be named, one row each; for a plugin that cannot be used, the row says why and what to do.
+
+    Args:
+        width: columns of the window.
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column in ("term", "what it is", "options", "from"):
         table.add_column(column, overflow="fold")
@@ -34,12 +39,13 @@ def terms_table() -> Table:
         )
     for name, reason in sorted(broken.items()):
         table.add_row(Text(name, "bold red"), Text(reason, "red"), Text(), Text("broken", "red"))
-    _keep_whole(table, "term", "options", "from")
+    if width >= _ROOMY:
+        _keep_whole(table, "term", "options", "from")
     return table
 
 
 def _keep_whole(table: Table, *headers: str, widest: int = 24) -> None:
-    """Where the window is narrow, let the descriptions give way first, so that names and options stay in one piece."""
+    """Let the descriptions give way first, so that names and options stay in one piece."""
     for column in table.columns:
         if column.header in headers:
             lines = [line for cell in column.cells for line in str(cell).split("\n")]

@@ -76,12 +76,6 @@ def _check_samples(term: NamedExpr, samples: int, seed: int) -> None:
         raise ExpressionError(f"{term.label}: seed must be an integer ≥ 0, got {seed!r}")
 
 
-def _outer_products(batch: Batch, draws: Tensor, tangent: Tensor) -> Tensor:
-    # One draw after the other: under vmap over columns each is a matrix product already.
-    first, *rest = (draw * batch.dot(draw, tangent) for draw in draws)
-    return sum(rest, first)
-
-
 @dataclass(frozen=True)
 class MonteCarloGGN(Term):
     """Monte-Carlo GGN, Σₙ Σₘ Jₙᵀ sₙₘ sₙₘᵀ Jₙ with E Σₘ sₙₘ sₙₘᵀ = Bₙ (D × D).
@@ -106,7 +100,7 @@ class MonteCarloGGN(Term):
         return PSD
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
-        return _outer_products(batch, batch.pseudo_gradients(self.samples, seed=self.seed), tangent)
+        return batch.outer(batch.pseudo_gradients(self.samples, seed=self.seed), tangent)
 
 
 def _require_likelihood(term: NamedExpr, loss: LossFacts | None) -> None:
@@ -162,7 +156,7 @@ class MonteCarloFisher(Term):
         return PSD
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
-        return _outer_products(batch, batch.pseudo_gradients(self.samples, seed=self.seed, fisher=True), tangent)
+        return batch.outer(batch.pseudo_gradients(self.samples, seed=self.seed, fisher=True), tangent)
 
 
 @dataclass(frozen=True)
@@ -176,7 +170,8 @@ class Covariance(Term):
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
         gradient = batch.loss_gradient
-        return batch.scale * gradient * batch.dot(gradient, tangent)
+        product: Tensor = batch.scale * gradient * batch.dot(gradient, tangent)
+        return product
 
 
 @dataclass(frozen=True)
@@ -192,11 +187,13 @@ class CenteredCovariance(DatasetTerm):
         return batch.vjp(batch.loss_gradient)
 
     def project(self, vector: Tensor, prepared: Any) -> Tensor:
-        return prepared @ vector
+        product: Tensor = prepared @ vector
+        return product
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor, prepared: Any, totals: Any) -> Tensor:  # type: ignore[override]
         gradient = batch.loss_gradient
-        return batch.scale * gradient * (batch.dot(gradient, tangent) - totals / batch.count)
+        product: Tensor = batch.scale * gradient * (batch.dot(gradient, tangent) - totals / batch.count)
+        return product
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 
-Preconditioner = Expr | LinearOperator | Callable[..., Any] | None
+Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
 
 
-class CurvatureOperator(LinearOperator):
+class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no types
     """A curvature expression bound to a problem: a SciPy ``LinearOperator`` computed by torch.
 
     Made by :meth:`curvalg.Expr.lower`. ``op @ x`` takes a NumPy array, a tensor on the problem's device, or a dict or list
@@ -213,7 +213,7 @@ class CurvatureOperator(LinearOperator):
         if isinstance(x, Expr):
             return self._combine(self.expr @ x)
         if isinstance(x, numbers.Real) and not isinstance(x, bool):
-            return self._combine(x * self.expr)
+            return self._combine(self.expr * x)
         if isinstance(x, (LinearOperator, numbers.Number)):
             return super().dot(x)
         if isinstance(x, (list, tuple)) and not any(isinstance(t, Tensor) for t in x):
@@ -230,7 +230,7 @@ class CurvatureOperator(LinearOperator):
 
     def __rmul__(self, other: Any) -> Any:
         if isinstance(other, numbers.Real) and not isinstance(other, bool):
-            return self._combine(other * self.expr)
+            return self._combine(self.expr * other)
         if isinstance(other, Tensor):
             return (self.T @ other.T).T if other.ndim == 2 else self.T @ other
         return super().__rmul__(other)
@@ -271,5 +271,3 @@ def _free_memory(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-

@@ -6,7 +6,7 @@ A plan is a small tree. Terms of one sum that share their input share a sweep; a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import singledispatch
@@ -337,7 +337,7 @@ def _(expr: alg.Sum, problem: Problem, size: int) -> Plan:
     return SumPlan(tuple(parts), as_float(expr.shift), size)
 
 
-def _by_last_factor(coefficients: dict[Expr, Fraction]) -> dict[Expr, Fraction]:
+def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
     """A @ C + B @ C as (A + B) @ C: products with one last factor share its result, and so one input."""
     groups: dict[Expr, list[tuple[Expr, Fraction]]] = {}
     result: dict[Expr, Fraction] = {}
@@ -371,12 +371,16 @@ def _(expr: alg.BlockDiagonal, problem: Problem, size: int) -> Plan:
     plans = []
     for block in blocks:
         if block.joint:
-            raise ExpressionError("blocks in the joint [W | b] layout cannot be lowered; lay the parameters one after another")
+            raise ExpressionError(
+                "blocks in the joint [W | b] layout cannot be lowered; lay the parameters one after another"
+            )
         names = params_.match(block.params, problem.layout.names)
         label = ", ".join(block.params)
         for name in names:
             if name in seen:
-                raise ExpressionError(f"blocks must not overlap, but {name!r} is in those of {seen[name]!r} and {label!r}")
+                raise ExpressionError(
+                    f"blocks must not overlap, but {name!r} is in those of {seen[name]!r} and {label!r}"
+                )
             seen[name] = label
         flat = torch.arange(problem.size, device=problem.device)
         positions = torch.cat([flat[problem.layout.slices[name]] for name in names])

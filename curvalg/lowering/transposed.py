@@ -58,13 +58,13 @@ class TransposedDatasetTerm(DatasetTerm):
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor, prepared: Any, totals: Any) -> Tensor:  # type: ignore[override]
         direct = self._pull(batch, tangent, prepared)[0]
-        _, pull = torch.func.vjp(lambda t: self.term.reduce(batch, t, prepared), torch.zeros_like(tangent))
+        pull = torch.func.vjp(lambda t: self.term.reduce(batch, t, prepared), torch.zeros_like(tangent))[1]
         return direct + pull(totals)[0]  # type: ignore[no-any-return]
 
     def _pull(self, batch: Batch, cotangent: Tensor, prepared: Any) -> tuple[Tensor, Any]:
         """Cotangents of ż and of the totals for a cotangent of u̇ (both maps are linear, so any point serves)."""
         zero = torch.zeros_like(cotangent)
-        reduced = self.term.reduce(batch, zero, prepared)
+        reduced: Any = self.term.reduce(batch, zero, prepared)
         totals = optree.tree_map(torch.zeros_like, reduced, namespace=NAMESPACE)
 
         def forward(t: Tensor, totals: Any) -> Tensor:

@@ -78,7 +78,9 @@ def _finite(columns: Tensor) -> Tensor:
 def _from_tensor(x: Tensor, domain: Space) -> Operand:
     _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"a tensor of shape {tuple(x.shape)}")
     if x.device != domain.device:
-        raise VectorError(f"expected a tensor on {domain.device}, got one on {x.device}; move it with x.to({str(domain.device)!r})")
+        raise VectorError(
+            f"expected a tensor on {domain.device}, got one on {x.device}; move it with x.to({str(domain.device)!r})"
+        )
     if x.is_complex():
         raise VectorError("complex tensors are not supported; multiply real and imaginary part one after the other")
     dtype = torch.promote_types(x.dtype, domain.dtype)
@@ -113,7 +115,9 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
 
 def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space) -> Operand:
     if domain.layout is None:
-        raise VectorError(f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor")
+        raise VectorError(
+            f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor"
+        )
     flat = domain.layout.flatten(x)
     inner = _from_tensor(flat, domain)
 
@@ -124,6 +128,6 @@ def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codoma
         tree = codomain.layout.unflatten(result)
         if isinstance(x, Mapping):
             return tree
-        return type(x)(tree.values()) if type(x) in (list, tuple) else list(tree.values())
+        return tuple(tree.values()) if isinstance(x, tuple) else list(tree.values())
 
     return Operand(inner.columns, restore)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,7 +69,7 @@ class Batch:
         self._draws: dict[tuple[int, int, bool], Tensor] = {}
 
     @cached_property
-    def _point(self) -> LossPoint:
+    def _point(self) -> LossPoint[Any]:
         if self._loss is None:
             raise LossError("this quantity needs a loss, but the problem was made with loss=None")
         return self._loss.at(self._form.split(self.output), self.target)
@@ -118,7 +119,7 @@ class Batch:
         Raises:
             LossError: B is not positive semi-definite.
         """
-        return self._share**0.5 * self._point.factor()
+        return self._point.factor() * math.sqrt(self._share)
 
     def pseudo_gradients(self, samples: int = 1, *, seed: int = 0, fisher: bool = False) -> Tensor:
         """Draws (samples, *output.shape), scaled by samples^-1/2, with E Σₘ sₘ sₘᵀ = B and positions independent.
@@ -135,7 +136,7 @@ class Batch:
             point, z = self._point, self.output
             uniform = uniforms(seed, samples, self._start, point.noise_shape, z.dtype, z.device)
             draws = point.pseudo_gradients(uniform, fisher=fisher)
-            self._draws[key] = (self._share / samples) ** 0.5 * draws
+            self._draws[key] = draws * math.sqrt(self._share / samples)
         return self._draws[key]
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
@@ -144,6 +145,11 @@ class Batch:
         if self.samples == "item":
             return product.sum(tuple(range(1, product.ndim)), keepdim=True) if product.ndim > 1 else product
         return product if self.class_axis is None else product.sum(self.class_axis, keepdim=True)
+
+    def outer(self, columns: Tensor, tangent: Tensor) -> Tensor:
+        """Σₘ sₘ (sₘᵀ ż) per sample, for columns sₘ of shape (columns, *output.shape)."""
+        products = torch.func.vmap(lambda s: s * self.dot(s, tangent))(columns)
+        return products.sum(0)  # type: ignore[no-any-return]
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀu of this batch, shape (D,)."""
@@ -157,7 +163,7 @@ class Batch:
         """
         return self._per_sample(self)
 
-    def sample_cotangents(self) -> list[tuple[int, ...] | torch.Tensor]:
+    def sample_masks(self) -> list[Tensor]:
         """Masks (output's shape) that pick one sample each, in order."""
         shape = list(self.output.shape)
         if self.samples == "item":

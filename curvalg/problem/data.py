@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,9 @@ class Data:
             )
         one_batch = isinstance(data, (tuple, Mapping, UserDict, Tensor))
         if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
-            raise ProblemError(f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}")
+            raise ProblemError(
+                f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}"
+            )
         self.source = [data] if one_batch else data
         self.target = target
         self.needs_target = needs_target
@@ -192,5 +195,5 @@ def _total(prints: list[tuple[float, float]]) -> tuple[float, float]:
 
 def _close(a: tuple[float, float], b: tuple[float, float]) -> bool:
     # Sums in another order differ by rounding only, relative to the second moment.
-    scale = 1e-9 * (1 + b[1] ** 0.5 + abs(b[1]))
+    scale = 1e-9 * (1 + math.sqrt(b[1]) + b[1])
     return abs(a[0] - b[0]) <= scale and abs(a[1] - b[1]) <= scale

@@ -196,4 +196,3 @@ def backward(
         if cure := explain_failure(error):
             raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
         raise
-

@@ -174,7 +174,9 @@ def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> M
         return ModuleModel(unwrap(model), params, forward)
     if callable(model):
         return CallableModel(model, params, forward)
-    raise ProblemError(f"model must be an nn.Module or a function (params, inputs) -> output, got {type(model).__name__}")
+    raise ProblemError(
+        f"model must be an nn.Module or a function (params, inputs) -> output, got {type(model).__name__}"
+    )
 
 
 def explain_failure(error: Exception) -> str | None:

@@ -50,11 +50,10 @@ def uniforms(
     samples, elements = shape[0], 1
     for n in shape[1:]:
         elements *= n
-    count = {"dtype": torch.int64, "device": device}
-    sample = torch.arange(start, start + samples, **count)  # type: ignore[call-overload]
-    element = torch.arange(elements, **count)  # type: ignore[call-overload]
-    draw = torch.arange(draws, **count)  # type: ignore[call-overload]
-    key = _mix(torch.tensor(_signed(seed + 1), **count) * _GOLDEN)  # type: ignore[call-overload]
+    draw = torch.arange(draws, device=device)
+    sample = torch.arange(start, start + samples, device=device)
+    element = torch.arange(elements, device=device)
+    key = _mix(torch.tensor(_signed(seed + 1), dtype=torch.int64, device=device) * _GOLDEN)
     key = _mix(key + (draw + 1) * _GOLDEN)[:, None]
     key = _mix(key + (sample + 1) * _GOLDEN)[:, :, None]
     bits = _mix(key + (element + 1) * _GOLDEN)

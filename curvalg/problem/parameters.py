@@ -94,7 +94,9 @@ class Layout:
             VectorError: the leading axis is not D.
         """
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
-            raise VectorError(f"expected a tensor of shape ({self.size},) or ({self.size}, K), got {tuple(vector.shape)}")
+            raise VectorError(
+                f"expected a tensor of shape ({self.size},) or ({self.size}, K), got {tuple(vector.shape)}"
+            )
         parts = vector.split(self.sizes)
         return {n: t.reshape(*s, *t.shape[1:]) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
 
@@ -210,7 +212,9 @@ def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         unique.setdefault(id(p), (name, p))
     devices = {p.device for _, p in unique.values()}
     if len(devices) > 1:
-        raise ProblemError(f"the chosen parameters lie on several devices {sorted(map(str, devices))}; choose those on one")
+        raise ProblemError(
+            f"the chosen parameters lie on several devices {sorted(map(str, devices))}; choose those on one"
+        )
     if not unique or not math.fsum(p.numel() for _, p in unique.values()):
         raise ProblemError("there are no parameters to compute curvature for")
     return dict(unique.values())

@@ -142,7 +142,9 @@ def _by_backpack(evaluation: Evaluation, batch: Batch) -> Gradients:
 
 
 def _check_structure(model: ModuleModel) -> None:
-    if any(child._forward_hooks or child._forward_pre_hooks or child._backward_hooks for child in model.module.modules()):
+    if any(
+        child._forward_hooks or child._forward_pre_hooks or child._backward_hooks for child in model.module.modules()
+    ):
         raise _Declined("the model carries hooks")
     chosen = {id(p) for p in model.chosen.values()}
     owners: dict[int, int] = {}
@@ -197,7 +199,7 @@ def _by_torch_func(evaluation: Evaluation, batch: Batch) -> Gradients:
     def gradient(rows: list[Tensor], cotangent: Tensor) -> list[Tensor]:
         given = iter([t if dim is None else t[None] for t, dim in zip(rows, dims, strict=True)])
         row = Sample(trees.tensor_map(lambda _: next(given), sample.batch), None, 1, 0, sample.index)
-        _, pull = torch.func.vjp(lambda ps: evaluation.run(ps, row)[0], leaves)
+        pull = torch.func.vjp(lambda ps: evaluation.run(ps, row)[0], leaves)[1]
         return pull(cotangent[None])[0]  # type: ignore[no-any-return]
 
     gradients = torch.func.vmap(gradient, in_dims=(dims, 0))(tensors, batch.loss_gradient)
@@ -212,7 +214,7 @@ def _one_by_one(evaluation: Evaluation, batch: Batch) -> Gradients:
 
     z, leaves, _ = evaluation.record()
     rows = []
-    for mask in batch.sample_cotangents():
+    for mask in batch.sample_masks():
         grads = backward([z], leaves, [mask * batch.loss_gradient], retain_graph=True)
         rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)])
     names = evaluation.problem.layout.names

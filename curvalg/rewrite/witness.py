@@ -113,7 +113,9 @@ class DenseWorld:
 
     @dense.register
     def _(self, expr: alg.ZeroExpr, size: int) -> Array:
-        return np.zeros((self.length(expr.codomain), self.length(expr.domain))) if expr.domain else np.zeros((size, size))
+        return (
+            np.zeros((self.length(expr.codomain), self.length(expr.domain))) if expr.domain else np.zeros((size, size))
+        )
 
     @dense.register
     def _(self, expr: alg.Sum, size: int) -> Array:
@@ -146,8 +148,8 @@ class DenseWorld:
             whole = self.dense(expr.what, self.size)
             by = [(g,) for g in self.groups] if isinstance(expr.by, str) or expr.by is None else expr.by
             for group in by:
-                keep = np.ix_(self.positions(group), self.positions(group))
-                result[keep] = whole[keep]
+                at = np.ix_(self.positions(group), self.positions(group))
+                result[at] = whole[at]
             return result
         for block in expr.what:
             keep = self.positions(block.params)

@@ -27,6 +27,15 @@ def test_every_name_is_listed_with_options_and_origin(run) -> None:
     assert row.rstrip().endswith("built-in")
 
 
+@pytest.mark.parametrize("width", [50, 80])
+def test_a_narrow_window_cuts_nothing_off(run, monkeypatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = run("terms").stdout.splitlines()
+    assert max(map(len, lines)) <= width
+    last_column = "".join(line[lines[0].index("from") :].strip() for line in lines[2:])
+    assert last_column.count("built-in") >= 10
+
+
 def test_an_alias_stands_with_its_term(run) -> None:
     lines = run("terms").stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.split()[:1] == ["covariance"])

@@ -138,7 +138,9 @@ def test_terms_equal_dense(name, samples, vectors):
     assert (problem.gradient() - dense.gradient).norm() <= 1e-10 * dense.gradient.norm()
 
 
-@pytest.mark.parametrize("name", ["weights and smoothing", "padded tokens", "bce, weights and pos_weight", "poisson", "mse"])
+@pytest.mark.parametrize(
+    "name", ["weights and smoothing", "padded tokens", "bce, weights and pos_weight", "poisson", "mse"]
+)
 @pytest.mark.parametrize("samples", ["item", "position"])
 def test_monte_carlo_is_built_from_its_draws_and_ignores_batch_splits(name, samples, vectors):
     case = _case(name, samples)

@@ -67,7 +67,13 @@ def test_jacobian_of_a_tree_is_a_tensor_of_outputs(problem_of):
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [("float32", "float32"), ("float64", "float64"), ("int64", "float64"), ("bool", "float32"), ("complex64", "complex64")],
+    [
+        ("float32", "float32"),
+        ("float64", "float64"),
+        ("int64", "float64"),
+        ("bool", "float32"),
+        ("complex64", "complex64"),
+    ],
 )
 def test_numpy_result_types(single, dtype, expected):
     x = np.arange(single.shape[1]).astype(dtype) + (1j if dtype.startswith("complex") else 0)

@@ -273,7 +273,11 @@ def test_everything_of_the_users_is_bit_identical(model, problem_of):
     before = _state(case.model)
     problem = problem_of(case)
     build = registry.build
-    op = (build("hessian") + build("centered_covariance") + build("ggn_mc", samples=2) if model != "gaussian_nll" and model != "several_outputs" else build("hessian")).lower(problem)
+    op = (
+        build("hessian") + build("centered_covariance") + build("ggn_mc", samples=2)
+        if model != "gaussian_nll" and model != "several_outputs"
+        else build("hessian")
+    ).lower(problem)
     op @ torch.ones(problem.size).double()
     (build("ggn") + build("covariance")).lower(problem) @ np.ones(problem.size)
     if model != "batchnorm_training":
@@ -294,7 +298,9 @@ def test_a_failing_model_is_left_intact(problem_of):
         assert _same(value, before[key]), key
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
 @pytest.mark.parametrize("term", ["hessian", "ggn", "centered_covariance", "jacobian"])
 def test_the_callers_context_does_not_matter(context, term, problem_of, vectors):
     op = registry.build(term).lower(problem_of("attention_fused"))
@@ -317,10 +323,18 @@ def test_a_model_and_data_made_under_inference_mode():
 
 
 def test_process_wide_switches_are_put_back(problem_of):
-    before = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.backends.mha.get_fastpath_enabled())
+    before = (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+    )
     op = registry.build("hessian").lower(problem_of("attention_fused"))
     op @ np.ones(op.shape[0])
-    assert before == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.backends.mha.get_fastpath_enabled())
+    assert before == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
+    )
 
 
 def test_threads(problem_of):
@@ -374,7 +388,9 @@ def test_restrictions_and_blocks(dense_of, problem_of, vectors):
         expected[s, s] = H[s, s]
     assert torch.allclose(block_diagonal(registry.build("hessian")).lower(problem) @ V, expected @ V, atol=1e-13)
     by_module = torch.block_diag(H[:25, :25], H[25:, 25:])
-    assert torch.allclose(block_diagonal(registry.build("hessian"), by="module").lower(problem) @ V, by_module @ V, atol=1e-13)
+    assert torch.allclose(
+        block_diagonal(registry.build("hessian"), by="module").lower(problem) @ V, by_module @ V, atol=1e-13
+    )
     mixed = block_diagonal({"0.*": registry.build("ggn"), "2.bias": 3 * Identity}).lower(problem)
     zero = torch.zeros_like(H)
     zero[:25, :25] = dense.ggn[:25, :25]
@@ -413,7 +429,9 @@ def test_dense_checks_memory_first(problem_of, monkeypatch):
 
 def test_explain_says_what_happens(problem_of):
     build = registry.build
-    op = (2 * build("hessian") + build("fisher") - build("centered_covariance").T + 1e-3 * Identity).lower(problem_of("mlp"))
+    op = (2 * build("hessian") + build("fisher") - build("centered_covariance").T + 1e-3 * Identity).lower(
+        problem_of("mlp")
+    )
     text = op.explain()
     for part in (
         "2*hessian + fisher - centered_covariance.T + 0.001*identity",

@@ -143,4 +143,7 @@ def test_covariance_diagonal_comes_in_through_its_entry_point(world, vectors):
     assert registry.spec("covariance_diagonal").distribution == "curvalg"
     V = vectors(dense.D)
     close(term.lower(problem) @ V, dense.covariance.diagonal()[:, None] * V)
-    close((registry.build("covariance") - term).lower(problem) @ V, dense.covariance @ V - dense.covariance.diagonal()[:, None] * V)
+    close(
+        (registry.build("covariance") - term).lower(problem) @ V,
+        dense.covariance @ V - dense.covariance.diagonal()[:, None] * V,
+    )

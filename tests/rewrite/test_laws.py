@@ -31,7 +31,9 @@ def test_every_law_has_a_witness():
 
 
 def test_a_wrong_law_is_caught():
-    wrong = Law("wrong", "(A @ B).T = A.T @ B.T", lambda e, _: A.T @ B.T if e == (A @ B).T else None, lambda: [(A @ B).T])
+    wrong = Law(
+        "wrong", "(A @ B).T = A.T @ B.T", lambda e, _: A.T @ B.T if e == (A @ B).T else None, lambda: [(A @ B).T]
+    )
     result = rewrite((A @ B).T, [wrong])
     assert not np.allclose(WORLD.value(result.expr), WORLD.value((A @ B).T))
 

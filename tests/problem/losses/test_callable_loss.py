@@ -240,5 +240,5 @@ def test_ignored_labels_are_found_out():
     """A mean over unequally many labels is not a mean over rows; the message names the cause."""
     target = torch.tensor([0, -100, -100, 1, 2])
     torch.manual_seed(0)
-    with pytest.raises(LossError, match="ignored labels.*Pass reduction="):
+    with pytest.raises(LossError, match=r"ignored labels.*Pass reduction="):
         infer_reduction(lambda z, t: F.cross_entropy(z, t), torch.randn(5, 3), target)

@@ -204,5 +204,5 @@ def test_misfits_are_refused(case):
     ],
 )
 def test_bad_options_are_refused(build):
-    with pytest.raises(LossError, match="expected|none"):
+    with pytest.raises(LossError, match=r"expected|none"):
         build()
