@@ -9,7 +9,7 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.algebra import BlockDiagonal, Restriction
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
-from curvalg.lowering.plan import partition
+from curvalg.lowering.planner import partition
 from curvalg.problem import Problem, Snapshot, trees
 
 

@@ -17,9 +17,10 @@ from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind, matrix_terms
 from curvalg.lowering.linearization import Sweep, prepare, require_finite
-from curvalg.lowering.plan import BlocksPlan, Plan, ProductPlan, SumPlan, SweepPlan, output_sizes, plan
+from curvalg.lowering.plan import BlocksPlan, Plan, ProductPlan, SumPlan, SweepPlan, output_sizes
+from curvalg.lowering.planner import plan
 from curvalg.lowering.vectors import Space, Vector, parse
-from curvalg.problem import Problem, Snapshot
+from curvalg.problem import Layout, Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 
 Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
@@ -64,7 +65,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def _lower(self) -> None:
         self._steps: list[Step] = []
         self._simplified = self._simplify(self.expr)
-        self._plan: Plan = plan(self._simplified, self.problem, self.problem.size)
+        self._plan: Plan = plan(self._simplified, self.problem)
         self._bound = not matrix_terms(self._simplified)
         self._domain = self._space(self.expr.domain, self.expr.domain_params)
         self._codomain = self._space(self.expr.codomain, self.expr.codomain_params)
@@ -87,6 +88,11 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def device(self) -> torch.device:
         """Where products are computed."""
         return self.problem.device
+
+    @property
+    def layout(self) -> Layout | None:
+        """Layout of the vectors it acts on; None for operators on outputs."""
+        return self._domain.layout
 
     @property
     def facts(self) -> Facts:
@@ -112,7 +118,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
             if not self._bound:
                 bound = bind(self._simplified, self.problem, self.snapshot)
                 self._simplified = self._simplify(bound)
-                self._plan = plan(self._simplified, self.problem, self.problem.size)
+                self._plan = plan(self._simplified, self.problem)
                 self._bound = True
             for problem, sweep in _sweeps(self._plan):
                 prepare(sweep.dataset_terms, problem, self.snapshot)

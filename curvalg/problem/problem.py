@@ -102,6 +102,11 @@ class Problem:
         _one_of("columns", columns, ("auto", "loop"))
         if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0):
             raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
+        if samples == "position" and self.loss is not None and not self.loss.positions:
+            raise LossError(
+                f"samples='position' needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
+                f"MSE; {self.loss.name} does not. Use samples='item'"
+            )
         self.samples: Samples = samples
         self.cache = cache
         self.columns = columns

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dense import Case, Dense
 from torch import nn
 
-from curvalg import Problem, registry
+from curvalg import LossError, Problem, registry
 from curvalg.losses import CrossEntropy, KLDivWithLogits
 
 torch.manual_seed(3)
@@ -126,7 +126,9 @@ def _count(name, samples, target):
 @pytest.mark.parametrize("name", CASES)
 def test_terms_equal_dense(name, samples, vectors):
     if name.startswith("callable") and samples == "position":
-        pytest.skip("a callable does not say where its positions are")
+        with pytest.raises(LossError, match="where its positions are"):
+            Problem(_case(name, samples).model, CASES[name][3], (X, REAL), samples=samples)
+        return
     case = _case(name, samples)
     case.count = _count(name, samples, CASES[name][2])
     dense = Dense(case)
@@ -189,5 +191,5 @@ def test_gaussian_nll_fisher_is_its_own_matrix(dense_of, problem_of, vectors):
     expected = dense.jacobian.T @ torch.block_diag(*blocks) @ dense.jacobian
     V = vectors(dense.D)
     assert (registry.build("fisher").lower(problem) @ V - expected @ V).norm() <= 1e-10 * (expected @ V).norm()
-    many = registry.build("fisher_mc", samples=20000).lower(problem).to_dense()
-    assert (many - expected).norm() <= 0.05 * expected.norm()
+    many = registry.build("fisher_mc", samples=4000).lower(problem).to_dense()
+    assert (many - expected).norm() <= 0.1 * expected.norm()

@@ -126,6 +126,11 @@ class Loss(ABC):
         """The axis of the output that holds classes, possibly negative; None for an elementwise loss."""
         return None
 
+    @property
+    def positions(self) -> bool:
+        """Whether the loss is a sum over positions that its target and class axis tell, each a sample if asked for."""
+        return True
+
     @abstractmethod
     def weights(self, target: Structure) -> Tensor:
         """α̂, the unnormalised weight of each position (no class axis), from the target alone; 0 where ignored."""

@@ -60,6 +60,11 @@ class CallableLoss(Loss):
         """Nothing is known of a callable."""
         return LossFacts(self.name, classes=self.class_axis is not None)
 
+    @property
+    def positions(self) -> bool:
+        """A callable does not say where its positions are."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of a module, tensor keywords of a partial."""
         if isinstance(self.fn, nn.Module):

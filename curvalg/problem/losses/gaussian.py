@@ -60,6 +60,11 @@ class GaussianNLL(Loss):
         """Not convex in (μ, v); a likelihood."""
         return LossFacts(_NAME, convex=False, likelihood=True, fisher_is_ggn=False)
 
+    @property
+    def positions(self) -> bool:
+        """Mean and variance of an element are in two places of the output."""
+        return False
+
     def weights(self, target: Structure) -> Tensor:
         """Ones, of the target's shape."""
         tensor = real_target(_NAME, target)
