@@ -1,0 +1,30 @@
+"""The README's Python blocks run, in their order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_blocks_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    names: dict[str, object] = {"__name__": "readme"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in blocks:
+            exec(compile(block, str(README), "exec"), names)
+    assert "sweep: ggn" in capsys.readouterr().out
+    assert names["squared"].shape == names["op"].shape
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_the_two_commands_are_targets(command):
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    assert command in README.read_text(encoding="utf-8")
+    assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
