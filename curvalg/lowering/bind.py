@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from curvalg.errors import ExpressionError
-from curvalg.expr.algebra import BlockDiagonal, Restriction
+from curvalg.expr import BlockDiagonal, Restriction
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.planner import partition
@@ -49,7 +49,7 @@ def matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
 
 
 def _bind_blocks(expr: BlockDiagonal, problem: Problem, snapshot: Snapshot) -> Expr:
-    from curvalg.expr.algebra import Block
+    from curvalg.expr import Block
 
     if isinstance(expr.what, Expr):
         blocks = [Block(group, expr.what) for group in partition(expr.by, problem)]

@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, ProblemError
-from curvalg.expr.algebra import Inverse
+from curvalg.expr import Inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind, matrix_terms
@@ -46,7 +46,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     >>> data = (torch.randn(6, 3), torch.randn(6, 1))
     >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), data)
     >>> op = (registry.build("ggn") + 1e-3 * Identity).lower(problem)
-    >>> op.shape, (op @ np.ones(4)).dtype, (op @ torch.ones(4, 2)).shape
+    >>> op.shape, (op @ np.ones(4, np.float32)).dtype, (op @ torch.ones(4, 2)).shape
     ((4, 4), dtype('float32'), torch.Size([4, 2]))
     """
 

@@ -8,8 +8,8 @@ from functools import singledispatch
 
 import torch
 
+import curvalg.expr as alg
 from curvalg.errors import ExpressionError, VectorError
-from curvalg.expr import algebra as alg
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, Term

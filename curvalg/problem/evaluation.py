@@ -13,7 +13,7 @@ from torch import Tensor
 from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
-from curvalg.problem.model import explain_failure, ordered
+from curvalg.problem.model import explain_failure, recording
 from curvalg.problem.outputs import OutputForm
 from curvalg.problem.per_sample import per_sample_gradients
 from curvalg.problem.snapshot import Snapshot
@@ -43,10 +43,10 @@ class Evaluation:
             ProblemError: the model fails on the batch, draws random numbers, or returns something without a derivative.
         """
         problem, batch = self.problem, (sample or self.sample).batch
-        chosen = ordered(problem.model.chosen, tensors)
 
         def call() -> Any:
-            return problem.model(chosen, self.snapshot.state, batch)
+            with recording(problem.device, problem.model.recurrent):
+                return problem.model(tensors, self.snapshot.state, batch)
 
         try:
             raw = problem.draws.run(call, self.sample.index)
@@ -60,8 +60,7 @@ class Evaluation:
 
     def values(self) -> list[Tensor]:
         """The chosen parameters of the snapshot, detached, in flat order."""
-        copies = {id(t): self.snapshot.state[name] for name, t in self.problem.model.state().items()}
-        return [copies[id(p)].detach() for p in self.problem.model.chosen.values()]
+        return [self.snapshot.state[name].detach() for name in self.problem.model.chosen]
 
     def record(self) -> tuple[Tensor, list[Tensor], OutputForm]:
         """z with its graph, and the leaves that it depends on."""

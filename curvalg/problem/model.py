@@ -16,23 +16,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvalg.errors import ProblemError
 from curvalg.problem import parameters as params_
 from curvalg.problem.data import call_model
+from curvalg.problem.snapshot import Slot
 
 # The attention kernel and the compile stance are switches of the whole process: one product at a time may hold them.
 _SWITCHES = threading.RLock()
 
 
 @contextmanager
-def differentiable(device: torch.device, recurrent: bool) -> Iterator[None]:
-    """Where a product may be taken: gradients on, and only kernels that can be differentiated twice.
+def recording(device: torch.device, recurrent: bool) -> Iterator[None]:
+    """Where the model is called: only kernels that can be differentiated twice.
 
     Fused attention has neither a double backward nor forward AD, the encoder fast path and cuDNN's recurrent layers
-    neither; compiled code has no double backward. Autocast of the caller's is switched off: the matrix is that of the
-    model in its own dtype (a model that casts inside its forward still does).
+    neither; compiled code has no double backward.
     """
     with _SWITCHES, ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -41,6 +38,16 @@ def differentiable(device: torch.device, recurrent: bool) -> Iterator[None]:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # something may be compiled; importing dynamo only to ask is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def differentiable(device: torch.device) -> Iterator[None]:
+    """Where a product is taken, whatever the caller's context: gradients on, inference mode and autocast off.
+
+    The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -86,26 +93,43 @@ class ModuleModel:
         self.chosen = params_.select(module, params)
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
 
-    def state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer, one key per (module, slot)."""
-        return {**params_.parameter_slots(self.module), **params_.buffer_slots(self.module)}
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules, each once."""
+        return list(self.module.modules())
 
-    def flags(self) -> tuple[bool, ...]:
-        """The training flags of all modules."""
-        return tuple(child.training for child in self.module.modules())
+    def slots(self) -> list[Slot]:
+        """Where every parameter and buffer is, one name per (module, slot)."""
+        return params_.slots(self.module, "_parameters") + params_.slots(self.module, "_buffers")
 
-    def __call__(self, chosen: Mapping[int, Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
+    def update(self) -> None:
+        """Take the parameters that stand under the chosen names now.
+
+        Raises:
+            ProblemError: a parameter is gone or has another shape.
+        """
+        live = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, p in self.chosen.items():
+            if name not in live or live[name].shape != p.shape:
+                raise ProblemError(f"parameter {name!r} is gone or has another shape; make a new Problem")
+        self.chosen = {name: live[name] for name in self.chosen}
+
+    def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch.
 
         Args:
-            chosen: id of a chosen parameter -> the tensor to use for it.
-            state: private copies of everything else, by the keys of :meth:`state`.
+            leaves: tensors to use for the chosen parameters, in their order.
+            state: private copies of everything, by the names of :meth:`slots`.
             batch: the batch as read.
         """
-        own = params_.parameter_slots(self.module)
-        tensors = {f"module.{key}": chosen.get(id(p), state[key]) for key, p in own.items()}
+        given = {id(p): leaf for p, leaf in zip(self.chosen.values(), leaves, strict=True)}
+        tensors = {
+            f"module.{name}": given.get(id(owner[key]), state[name])
+            for name, owner, key in params_.slots(self.module, "_parameters")
+        }
         # Buffers are cloned in every call: batch-norm in training mode writes its running statistics into them.
-        tensors |= {f"module.{key}": state[key].clone() for key in params_.buffer_slots(self.module)}
+        buffers = params_.slots(self.module, "_buffers")
+        tensors |= {f"module.{name}": state[name].clone() for name, _, _ in buffers}
         adapter = _Adapter(self.module, self.rule or call_model)
         # tie_weights=False with one key per slot: the default leaves plain tensors behind in a module that is reached
         # under two names.
@@ -134,6 +158,7 @@ class CallableModel:
     """A function ``(params, inputs) -> output`` with its parameters in a dict."""
 
     recurrent = False
+    modules: list[nn.Module] = []  # noqa: RUF012  a function has none
 
     def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], params: Any, rule: Rule | None) -> None:
         if not isinstance(params, Mapping):
@@ -142,20 +167,28 @@ class CallableModel:
             )
         self.function = function
         self.rule = rule
-        self.own = dict(params)
-        self.chosen = params_.check(self.own)
+        self.own = params
+        self.chosen = params_.check(params)
 
-    def state(self) -> dict[str, Tensor]:
-        """Every parameter."""
-        return self.own
+    def slots(self) -> list[Slot]:
+        """Where every parameter is."""
+        return [(name, self.own, name) for name in self.own]
 
-    def flags(self) -> tuple[bool, ...]:
-        """A function has no training flags."""
-        return ()
+    def update(self) -> None:
+        """Take the tensors that stand in the user's dict now.
 
-    def __call__(self, chosen: Mapping[int, Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
+        Raises:
+            ProblemError: a parameter is gone or has another shape.
+        """
+        for name, p in self.chosen.items():
+            if name not in self.own or self.own[name].shape != p.shape:
+                raise ProblemError(f"parameter {name!r} is gone or has another shape; make a new Problem")
+        self.chosen = {name: self.own[name] for name in self.chosen}
+
+    def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch; see :class:`ModuleModel`."""
-        tensors = {name: chosen.get(id(p), state[name]) for name, p in self.own.items()}
+        given = {id(p): leaf for p, leaf in zip(self.chosen.values(), leaves, strict=True)}
+        tensors = {name: given.get(id(p), state[name]) for name, p in self.own.items()}
         if self.rule is not None:
             return self.rule(lambda inputs: self.function(tensors, inputs), batch)
         return call_model(lambda *args, **kwargs: self.function(tensors, args[0] if args else kwargs), batch)
@@ -202,8 +235,3 @@ _KNOWN_FAILURES: dict[str, str] = {
     "double backward": "an operation of the model lacks a second derivative; replace it by one that has it",
     "derivative for": "an operation of the model lacks a second derivative; replace it by one that has it",
 }
-
-
-def ordered(chosen: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """id of a chosen parameter -> the tensor to use for it."""
-    return {id(p): t for p, t in zip(chosen.values(), tensors, strict=True)}

@@ -7,12 +7,14 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from curvalg.errors import ProblemError, VectorError
+from curvalg.problem.snapshot import Slot
 
 
 class Layout:
@@ -119,24 +121,15 @@ class Layout:
         return f"Layout({self.size} parameters in {len(self.shapes)} tensors, {self.dtype})"
 
 
-def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter]:
-    """name -> parameter, one name per (module, slot): a module under two names once, a tied parameter twice."""
-    return {
-        f"{prefix}.{name}" if prefix else name: p
+def slots(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[Slot]:
+    """Where the tensors of a module are: one name per (module, slot), a module under two names once, tied tensors twice."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, owner, key)
         for prefix, child in module.named_modules()
-        for name, p in child._parameters.items()
-        if p is not None
-    }
-
-
-def buffer_slots(module: nn.Module) -> dict[str, Tensor]:
-    """name -> buffer, one name per (module, slot)."""
-    return {
-        f"{prefix}.{name}" if prefix else name: b
-        for prefix, child in module.named_modules()
-        for name, b in child._buffers.items()
-        if b is not None
-    }
+        for owner in (getattr(child, kind),)
+        for key, t in owner.items()
+        if t is not None
+    ]
 
 
 Selection = None | str | Sequence[str] | Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample, call_model
-from curvalg.problem.model import ModuleModel
+from curvalg.problem.model import ModuleModel, recording
 from curvalg.problem.noise import uniforms
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def _by_backpack(evaluation: Evaluation, batch: Batch) -> Gradients:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of BackPACK's hooks about modules that it does not extend
         extend(twin)
-        z = (model.rule or call_model)(twin, evaluation.sample.batch)
+        with recording(problem.device, model.recurrent):
+            z = (model.rule or call_model)(twin, evaluation.sample.batch)
         if not isinstance(z, Tensor):
             raise _Declined("the model has several outputs")
         with backpack(BatchGrad()):
@@ -161,10 +162,10 @@ def _check_structure(model: ModuleModel) -> None:
 
 def _private_copy(evaluation: Evaluation, model: ModuleModel) -> tuple[nn.Module, dict[str, str]]:
     """A structural copy of the module over the snapshot's tensors, and each chosen parameter's name in it."""
-    live = model.state()
     chosen = {id(p) for p in model.chosen.values()}
     memo: dict[int, object] = {}
-    for name, t in live.items():
+    for name, owner, key in model.slots():
+        t = owner[key]
         value = evaluation.snapshot.state[name].detach()
         memo[id(t)] = nn.Parameter(value, id(t) in chosen) if isinstance(t, nn.Parameter) else value.clone()
     twin = copy.deepcopy(model.module, memo)

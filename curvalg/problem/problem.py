@@ -24,7 +24,7 @@ from curvalg.problem.losses import CallableLoss, Loss, infer_reduction, resolve_
 from curvalg.problem.model import ModuleModel, differentiable, make_model
 from curvalg.problem.parameters import Layout
 from curvalg.problem.randomness import DrawGuard, Randomness
-from curvalg.problem.snapshot import Snapshot
+from curvalg.problem.snapshot import Slot, Snapshot
 
 
 @dataclass(frozen=True)
@@ -183,23 +183,25 @@ class Problem:
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
-        """Every live tensor that the loss of the data set depends on, by name."""
+    def slots(self) -> list[Slot]:
+        """Where every live tensor is that the loss of the data set depends on."""
         tensors = {} if self.loss is None else self.loss.tensors()
-        return {**self.model.state(), **{f"loss.{name}": t for name, t in tensors.items()}}
+        return self.model.slots() + [(f"loss.{name}", tensors, name) for name in tensors]
 
     def snapshot(self) -> Snapshot:
         """The state now; the same object as long as the live model does not change."""
-        state, flags = self.state(), self.model.flags()
-        if self._snapshot is None or self._snapshot.changed(state, flags):
-            self._snapshot = Snapshot(state, flags)
+        slots, modules = self.slots(), self.model.modules
+        if self._snapshot is None or self._snapshot.changed(slots, modules):
+            self.model.update()
+            self._snapshot = Snapshot(slots, modules)
         return self._snapshot
 
     def check(self, snapshot: Snapshot) -> None:
         """Raises:
         StaleError: the live model differs from the snapshot.
         """
-        snapshot.check(self.state(), self.model.flags())
+        if not snapshot.intact():
+            snapshot.check(self.slots(), self.model.modules)
 
     def kept(self, snapshot: Snapshot) -> dict[Any, Any]:
         """What is kept between products at a snapshot; lives as long as the snapshot or until :meth:`close`."""
@@ -216,7 +218,7 @@ class Problem:
     @contextmanager
     def differentiating(self) -> Iterator[None]:
         """Where products may be taken; see :func:`curvalg.problem.model.differentiable`."""
-        with differentiable(self.device, self.model.recurrent):
+        with differentiable(self.device):
             yield
 
     def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:

@@ -2,54 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvalg.errors import StaleError
+
+Slot = tuple[str, Mapping[str, Any], str]
+"""A place that holds a tensor: its name, the dict that owns it, the key in that dict."""
 
 
 class Snapshot:
     """Private copies of all parameters and buffers of model and loss, selected or not, and the training flags.
 
     Args:
-        state: name -> live tensor.
-        flags: training flags.
+        slots: where the live tensors are.
+        modules: modules whose structure and training flags belong to the state.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], flags: tuple[bool, ...]) -> None:
+    def __init__(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> None:
         copies: dict[int, Tensor] = {}
         with torch.inference_mode(False):  # copies made under the caller's inference_mode would have no derivatives
-            for t in state.values():
-                if id(t) not in copies:
-                    copies[id(t)] = t.detach().clone()
+            for _, owner, key in slots:
+                if id(owner[key]) not in copies:
+                    copies[id(owner[key])] = owner[key].detach().clone()
         # Tied tensors stay tied: one copy for all their names.
-        self.state: dict[str, Tensor] = {name: copies[id(t)] for name, t in state.items()}
-        self.flags = flags
+        self.state: dict[str, Tensor] = {name: copies[id(owner[key])] for name, owner, key in slots}
+        # Comparing happens in every product: everything that can be looked up beforehand is.
+        once = {id(owner[key]): (name, owner, key) for name, owner, key in reversed(slots)}
+        self._watched = [(name, owner, key, _bits(self.state[name])) for name, owner, key in once.values()]
+        self._modules = [(m, m.training, tuple(m._modules.values())) for m in modules]
+        self._ids = {name: id(owner[key]) for name, owner, key in slots}
 
-    def changed(self, state: Mapping[str, Tensor], flags: tuple[bool, ...]) -> list[str]:
-        """Names whose live tensors differ now, bit for bit; "training flags" where those do.
+    def changed(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> list[str]:
+        """Names whose live tensors differ now, bit for bit; "training flags" and "modules" where those do.
 
         A fused optimiser step changes neither a version counter nor a pointer, so only the bits tell.
         """
-        if state.keys() != self.state.keys():
-            return sorted(state.keys() ^ self.state.keys())
-        seen: dict[int, bool] = {}
-        differing = []
-        for name, live in state.items():
-            if id(live) not in seen:
-                seen[id(live)] = _same_bits(live.detach(), self.state[name])
-            if not seen[id(live)]:
-                differing.append(name)
-        return differing if flags == self.flags else [*differing, "training flags"]
+        live = {name: owner[key] for name, owner, key in slots}
+        names = sorted(live.keys() ^ self.state.keys())
+        names += [n for n, t in live.items() if n in self.state and not _same_bits(t.detach(), _bits(self.state[n]))]
+        if [m.training for m in modules] != [training for _, training, _ in self._modules]:
+            names.append("training flags")
+        return names
 
-    def check(self, state: Mapping[str, Tensor], flags: tuple[bool, ...]) -> None:
+    def intact(self) -> bool:
+        """Whether nothing that is watched changed; a fast form of :meth:`changed` that does not say what."""
+        for module, training, children in self._modules:
+            if module.training is not training or tuple(module._modules.values()) != children:
+                return False
+        for _, owner, key, bits in self._watched:
+            live = owner.get(key)
+            if live is None or not _same_bits(live.detach(), bits):
+                return False
+        return True
+
+    def check(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> None:
         """Raises:
         StaleError: the live model differs from this snapshot.
         """
-        if names := self.changed(state, flags):
-            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        names = self.changed(slots, modules)
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        if names:
             raise StaleError(
                 f"the model changed after the operator was lowered ({shown}); call operator.refresh() to go on at the new "
                 "state, or lower the expression again"
@@ -59,13 +75,15 @@ class Snapshot:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+def _bits(t: Tensor) -> Tensor:
+    """The tensor as integers of the same width, so that NaN equals itself."""
+    if t.dtype.is_complex:
+        t = torch.view_as_real(t.resolve_conj())
+    return t.view(_BITS[t.element_size()]) if t.dtype.is_floating_point else t
+
+
+def _same_bits(live: Tensor, bits: Tensor) -> bool:
+    if live.device != bits.device or live.dtype.itemsize != bits.dtype.itemsize * (2 if live.dtype.is_complex else 1):
         return False
-    if a.dtype.is_complex:
-        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
-    if a.dtype.is_floating_point:
-        # As integers NaN equals itself; torch.equal on floats says it does not.
-        bits = _BITS[a.element_size()]
-        a, b = a.view(bits), b.view(bits)
-    return torch.equal(a, b)
+    live = _bits(live)
+    return live.dtype == bits.dtype and live.shape == bits.shape and torch.equal(live, bits)

@@ -444,3 +444,22 @@ def test_explain_says_what_happens(problem_of):
         "symmetric: yes",
     ):
         assert part in text, part
+
+
+def test_replaced_parameters_and_modules_are_seen_and_taken_up(problem_of):
+    from dense import Dense
+
+    case = make("mlp")
+    op = registry.build("hessian").lower(problem_of(case))
+    v = torch.ones(op.shape[0]).double()
+    case.model[0].weight = nn.Parameter(case.model[0].weight.detach() * 1.5)
+    with pytest.raises(StaleError, match=r"0\.weight"):
+        op @ v
+    assert torch.allclose(op.refresh() @ v, Dense(case).hessian @ v, atol=1e-12)
+    case.model[2] = nn.Linear(5, 3).double()
+    with pytest.raises(StaleError, match=r"2\.weight"):
+        op @ v
+    assert torch.allclose(op.refresh() @ v, Dense(case).hessian @ v, atol=1e-12)
+    case.model[0] = nn.Linear(4, 5, bias=False).double()
+    with pytest.raises(ProblemError, match="make a new Problem"):
+        op.refresh()
