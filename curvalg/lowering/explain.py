@@ -28,7 +28,7 @@ def explain(op: CurvatureOperator) -> str:
         fired = Counter(step.law for step in op._steps)
         laws = [f"by {law}" + (f" ({n} times)" if n > 1 else "") for law, n in fired.items()]
         sections["simplified"] = [str(op._simplified), *laws]
-    sections["plan"] = op._plan.lines()
+    sections["plan"] = op._plan.lines(op.snapshot)
     sections["execution"] = _execution(op)
     return "\n".join(line for title, lines in sections.items() for line in [title, *indent(lines)])
 
@@ -37,10 +37,13 @@ def _tri(value: bool | None) -> str:
     return {True: "yes", False: "no", None: "unknown"}[value]
 
 
+_KINDS = {"prepared": "statistics", "matrix": "matrix"}
+
+
 def _execution(op: CurvatureOperator) -> list[str]:
     problem = op.problem
-    lines = ["fresh: every product evaluates the model; columns one after the other"]
-    kept = [f"{kind} of {term}" for kind, term in (k for k in problem.kept(op.snapshot) if isinstance(k, tuple))]
+    lines = [f"recordings take {problem.budget.used / 2**20:.3g} of at most {problem.budget.limit / 2**20:.0f} MiB"]
+    kept = [f"{_KINDS[kind]} of {term}" for kind, term in (k for k in problem.kept(op.snapshot) if isinstance(k, tuple)) if kind != "linearization"]
     if kept:
         lines.append(f"kept on the problem: {', '.join(kept)}")
     if problem.no_forward_ad is not None:

@@ -1,207 +1,288 @@
-"""Products of local terms with one vector: the pair (u, u̇) turned into passes over the data.
+"""A sweep on a problem at a snapshot: recorded once, batch by batch, and multiplied many times.
 
-One pass records, per batch, z = f(θ), u (whose backward is the sum of all u̇) and G = J(θ)ᵀu; one backward of G along v
-is then the whole fused product (∂_v J)ᵀu + Jᵀu̇. Where no term has a u, forward AD gives ż = J v and one backward Jᵀu̇.
+What fits the problem's budget is kept between products; other batches are recorded, multiplied and dropped ("fresh").
+Both give the same numbers, since both multiply the same recording.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, ProblemError
-from curvalg.expr.term import DatasetTerm, Term
-from curvalg.lowering.transposed import TransposedDatasetTerm, TransposedTerm
-from curvalg.problem import Batch, Evaluation, Problem, Snapshot, trees
-from curvalg.problem.evaluation import backward
+from curvalg.errors import CurvalgError
+from curvalg.expr.term import DatasetTerm
+from curvalg.lowering.columns import chunked, mapped
+from curvalg.lowering.recorded import Recorded, SinglePass, TwoStage, graph_bytes
+from curvalg.lowering.sweep import Sweep, prepare
+from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
+from curvalg.problem import Evaluation, Problem, Snapshot, trees
 
-Rate = Callable[[Tensor], Tensor]
+MOST_COLUMNS = 64
+"""The most columns in one batched backward pass."""
+COLUMN_MEMORY = 2**30
+"""Bytes that the intermediates of a batched backward pass may take, by estimate."""
+AMORTISED = 32
+"""Products after which a linearised program, which is expensive to record, may be tried."""
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A weighted sum of local terms that share one input, and so one tangent and one pass.
+class Linearization:
+    """One sweep on one problem at one snapshot.
 
     Args:
-        entries: (coefficient, term).
+        problem: whose budget decides what is kept.
+        sweep: the terms.
     """
 
-    entries: tuple[tuple[float, Term], ...]
+    def __init__(self, problem: Problem, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.nbytes = 0
+        self.batches: dict[int, Recorded] = {}
+        self.complete = False
+        self.keeping = problem.budget.limit > 0
+        self.route = "two backward passes"
+        self.chunk = {"auto": None, "loop": 1}.get(str(problem.columns), problem.columns)
+        self.notes: list[str] = []
+        self.products = 0
+        self._measured = self._tried = False
 
-    @property
-    def records(self) -> bool:
-        """Whether a term has a u, so that second derivatives of the model are needed."""
-        return any(_defines(term, "cotangent") for _, term in self.entries)
+    def drop(self) -> None:
+        """Release all recordings; the next product makes them anew."""
+        self.batches.clear()
+        self.nbytes, self.complete = 0, False
 
-    @property
-    def dataset_terms(self) -> list[DatasetTerm]:
-        """Terms that need statistics of the whole data set."""
-        return [term for _, term in self.entries if isinstance(term, DatasetTerm)]
+    # -- products -------------------------------------------------------------------------------------------------------
 
-    @property
-    def reduces(self) -> list[DatasetTerm]:
-        """Terms that need a pass of their own before the cotangents are known."""
-        return [term for term in self.dataset_terms if _defines(term, "reduce")]
+    def product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
+        """The product with vectors (K, D), shape (K, D)."""
+        problem.budget.touch(self)
+        self.products += len(rows)
+        if self.products > AMORTISED and not self._tried:
+            self._try_linearized(problem, snapshot, rows[:1])
+        try:
+            return self._product(problem, snapshot, rows)
+        except CurvalgError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
+            if len(rows) == 1 or self.chunk == 1:
+                raise
+            self.chunk = 1
+            result = self._product(problem, snapshot, rows)
+            self.notes.append(f"columns one after the other: {str(error).strip().splitlines()[0]}")
+            return result
 
-    def apply(self, problem: Problem, snapshot: Snapshot, vector: Tensor) -> Tensor:
-        """The product with one vector (D,), batch by batch, nothing kept but what the terms prepared."""
-        prepared = prepare(self.dataset_terms, problem, snapshot)
-        totals = {
-            term: term.project(vector, prepared[term]) for term in self.dataset_terms if _defines(term, "project")
-        }
-        tangents = self._reduce(problem, snapshot, vector, prepared, totals) if self.reduces else {}
-        result = torch.zeros_like(vector)
-        for evaluation in problem.evaluations(snapshot, order_matters=bool(tangents)):
-            tangent = tangents.pop(evaluation.sample.index, None)
-            result += self._product(evaluation, vector, tangent, prepared, totals)
-        return result
-
-    def _reduce(
-        self,
-        problem: Problem,
-        snapshot: Snapshot,
-        vector: Tensor,
-        prepared: dict[DatasetTerm, Any],
-        totals: dict[DatasetTerm, Any],
-    ) -> dict[int, Tensor]:
-        """The pass of terms with ``reduce``: adds to the totals, gives the tangents of all batches."""
-        tangents = {}
-        for evaluation in problem.evaluations(snapshot):
-            batch, tangents[evaluation.sample.index] = evaluation.push(vector)
-            for term in self.reduces:
-                stats = term.reduce(batch, tangents[evaluation.sample.index], prepared[term])
-                totals[term] = trees.add(totals.get(term), stats)
-        return tangents
-
-    def _product(
-        self,
-        evaluation: Evaluation,
-        vector: Tensor,
-        tangent: Tensor | None,
-        prepared: dict[DatasetTerm, Any],
-        totals: dict[DatasetTerm, Any],
-    ) -> Tensor:
-        if not self.records:
+    def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
+        sweep, total = self.sweep, torch.zeros_like(rows)
+        if sweep.curved and not sweep.dataset_terms:
+            for recorded in self.recordings(problem, snapshot, len(rows)):
+                assert isinstance(recorded, SinglePass)
+                total += recorded.multiply(rows, self._columns(recorded, rows))
+            return total
+        prepared = prepare(sweep.dataset_terms, problem, snapshot)
+        totals: dict[DatasetTerm, Any] = {}
+        for term in sweep.projects:
+            totals[term] = self._project(term, rows, prepared)
+        tangents: dict[int, Tensor] = {}
+        if sweep.reduces:
+            for recorded in self.recordings(problem, snapshot, len(rows)):
+                tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(recorded, rows))  # type: ignore[attr-defined]
+                for term in sweep.reduces:
+                    stats = self._reduce(term, recorded, tangent, prepared)
+                    totals[term] = trees.add(totals.get(term), stats)
+        for recorded in self.recordings(problem, snapshot, len(rows), again=bool(tangents)):
+            chunk = self._columns(recorded, rows)
+            tangent = tangents.pop(recorded.index, None)
             if tangent is None:
-                batch, tangent = evaluation.push(vector)
-            else:
-                batch = evaluation.evaluate()
-            rates = self.rate(batch, prepared, totals)(tangent)
-            del batch, tangent  # released before the next model call, which is the peak
-            return evaluation.pull(rates)
-        directions = evaluation.problem.layout.tangents(vector)
-        z, leaves, form = evaluation.record()
-        batch = evaluation.batch(z, form)
-        rate = self.rate(batch, prepared, totals)
-        if not self.dataset_terms:
-            u = Cotangent.apply(z, self.cotangent(batch), rate)
-            gradients = backward([z], leaves, [u], create_graph=True)
-            return evaluation.gather(backward(gradients, leaves, directions))
-        # Totals of the data set must not enter the Function (under vmap one column would meet all): two stages, with u
-        # a leaf and u̇ made outside the graph.
-        u = self.cotangent(batch).detach().requires_grad_()
-        gradients = backward([z], leaves, [u], create_graph=True)
-        if tangent is None:
-            (tangent,) = backward(gradients, [u], directions, retain_graph=True)
-        rates = rate(torch.zeros_like(z) if tangent is None else tangent.detach())
-        return evaluation.gather(backward([*gradients, z], leaves, [*directions, rates]))
-
-    def cotangent(self, batch: Batch) -> Tensor:
-        """Σ cᵢ uᵢ, of the output's shape."""
-        total: Tensor | None = None
-        for coefficient, term in self.entries:
-            u = term.cotangent(batch)
-            if u is not None:
-                total = _accumulate(total, coefficient, _checked(term, "cotangent", u, batch.output))
-        return torch.zeros_like(batch.output) if total is None else total
-
-    def rate(self, batch: Batch, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]) -> Rate:
-        """ż -> Σ cᵢ u̇ᵢ, of the output's shape."""
-
-        def total(tangent: Tensor) -> Tensor:
-            result: Tensor | None = None
-            for coefficient, term in self.entries:
-                if isinstance(term, DatasetTerm):
-                    rate = term.cotangent_dot(batch, tangent, prepared[term], totals.get(term))
-                else:
-                    rate = term.cotangent_dot(batch, tangent)
-                if rate is not None:
-                    result = _accumulate(result, coefficient, _checked(term, "cotangent_dot", rate, tangent))
-            return torch.zeros_like(tangent) if result is None else result
-
+                tangent = recorded.tangent(rows, chunk)  # type: ignore[attr-defined]
+            rates = self._rates(recorded, tangent, prepared, totals)
+            del tangent  # released before the last stage, which is the peak
+            total += recorded.finish(rows, rates, chunk)  # type: ignore[attr-defined]
         return total
 
+    def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
+        return chunked(lambda part: mapped(lambda v: term.project(v, prepared[term]), part), self._width(), rows)
 
-class Cotangent(torch.autograd.Function):
-    """u on the way forward; on the way back the arriving ż = J v becomes u̇ and goes on to z.
+    def _reduce(self, term: DatasetTerm, recorded: Recorded, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
+        def reduce(part: Tensor) -> Any:
+            return mapped(lambda t: term.reduce(recorded.batch, t, prepared[term]), part)
 
-    The context holds a function over detached data only, never what owns the graph: a cycle through the autograd engine
-    is not collected.
-    """
+        return chunked(reduce, self._width(), tangent)
 
-    generate_vmap_rule = True
+    def _rates(
+        self, recorded: Recorded, tangent: Tensor, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]
+    ) -> Tensor:
+        terms, values = list(totals), list(totals.values())
 
-    @staticmethod
-    def forward(z: Tensor, u: Tensor, rate: Rate) -> Tensor:  # type: ignore[override]
-        return u.view_as(u)
+        def rate(t: Tensor, given: list[Any]) -> Tensor:
+            return self.sweep.rate(recorded.batch, t, prepared, dict(zip(terms, given, strict=True)))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rate = inputs[2]
+        def rates(part: Tensor, given: list[Any]) -> Tensor:
+            return mapped(rate, part, given)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.rate(tangent), None, None
+        if not values:
+            return chunked(lambda part: mapped(lambda t: rate(t, []), part), self._width(), tangent)  # type: ignore[no-any-return]
+        return chunked(rates, self._width(), tangent, values)  # type: ignore[no-any-return]
+
+    def _width(self) -> int:
+        return MOST_COLUMNS if self.chunk is None else self.chunk
+
+    # -- recordings -----------------------------------------------------------------------------------------------------
+
+    def recordings(
+        self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool = False
+    ) -> Iterator[Recorded]:
+        """All batches, kept ones as they are, the others recorded now.
+
+        Args:
+            problem: the problem.
+            snapshot: the state.
+            columns: of the product they are for.
+            again: whether the batches must come in the order of the pass before.
+        """
+        if self.complete:
+            yield from list(self.batches.values())
+            return
+        for evaluation in problem.evaluations(snapshot, order_matters=again or bool(self.batches)):
+            index = evaluation.sample.index
+            recorded = self.batches.get(index)
+            if recorded is None:
+                recorded = self._record(evaluation, columns)
+                self._keep(problem, recorded)
+            yield recorded
+            del recorded  # a fresh graph is released before the next is recorded
+        self.complete = self.keeping
+
+    def _record(self, evaluation: Evaluation, columns: int) -> Recorded:
+        sweep, keep = self.sweep, self.keeping
+        if sweep.curved and not sweep.dataset_terms:
+            return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
+        if sweep.curved:
+            return TwoStage(evaluation, sweep.cotangent, keep)
+        if not keep and columns == 1:
+            return Transient(evaluation)
+        if not self._measured:
+            self._measured = True
+            self._measure_route(evaluation)
+        if self.route == ForwardAD.ROUTE:
+            return ForwardAD(evaluation, keep)
+        return TwoStage(evaluation, None, keep)
+
+    def _keep(self, problem: Problem, recorded: Recorded) -> None:
+        if not self.keeping:
+            return
+        nbytes = graph_bytes(recorded)
+        if problem.budget.reserve(self, nbytes):
+            self.batches[recorded.index] = recorded
+            return
+        self.keeping = recorded.keep = False
+        if not problem.data.ordered:  # which batch is which could not be told in the next pass
+            self.drop()
+        kept = f"{len(self.batches)} batches kept" if self.batches else "no batch kept"
+        self.notes.append(f"{kept}: one more needs {nbytes / 2**20:.0f} MiB of a budget of {problem.budget.limit / 2**20:.0f} MiB")
+
+    # -- choices ----------------------------------------------------------------------------------------------------------
+
+    def _measure_route(self, evaluation: Evaluation) -> None:
+        """J v by two backward passes through the recorded graph, or by forward AD with a forward pass of its own."""
+        rows = torch.ones(1, evaluation.problem.layout.size, dtype=evaluation.problem.dtype, device=evaluation.problem.device)
+        seconds: dict[str, float] = {}
+        for make in (lambda: TwoStage(evaluation, None, True), lambda: ForwardAD(evaluation, True)):
+            recorded = make()
+            seconds[recorded.ROUTE] = _fastest(lambda r=recorded: r.tangent(rows, 1), evaluation)  # type: ignore[misc]
+        if evaluation.problem.no_forward_ad is None and seconds[ForwardAD.ROUTE] < 0.9 * seconds[TwoStage.ROUTE]:
+            self.route = ForwardAD.ROUTE
+        shown = ", ".join(f"{name} {1e3 * t:.2g} ms" for name, t in seconds.items())
+        self.notes.append(f"tangents by {self.route} ({shown} on one batch)")
+
+    def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
+        """After many products: tangents by a linearised program, if it is verified and faster."""
+        if self.sweep.curved or not self.complete:
+            return
+        self._tried = True
+        replaced: dict[int, Recorded] = {}
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            old = self.batches[evaluation.sample.index]
+            reason = None
+            try:
+                new = Linearized(evaluation, True)
+                reason = decline_linearized(new, old, rows)
+                if reason is None and not replaced:
+                    before = _fastest(lambda o=old: o.tangent(rows, 1), evaluation)  # type: ignore[misc]
+                    after = _fastest(lambda n=new: n.tangent(rows, 1), evaluation)  # type: ignore[misc]
+                    reason = None if after < 0.9 * before else f"not faster ({1e3 * after:.2g} against {1e3 * before:.2g} ms)"
+            except CurvalgError:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            if reason is not None:
+                self.notes.append(f"no linearised program: {reason}")
+                return
+            replaced[evaluation.sample.index] = new
+        self.batches = replaced
+        self.route = Linearized.ROUTE
+        self.notes.append(f"tangents by {self.route}, verified and faster")
+
+    def _columns(self, recorded: Recorded, rows: Tensor) -> int:
+        """Columns in one backward pass: as asked for, or measured on the first batch that meets several."""
+        if len(rows) == 1 or self.chunk is not None:
+            return 1 if self.chunk is None else self.chunk
+        most = max(1, min(MOST_COLUMNS, COLUMN_MEMORY // max(1, graph_bytes(recorded))))
+        few = rows[: min(len(rows), most, 8)]
+        if isinstance(recorded, Transient) or len(few) == 1:
+            return 1
+        keep, recorded.keep = recorded.keep, True
+        try:
+            self.chunk = self._measure_columns(recorded, few, most)
+        finally:
+            recorded.keep = keep
+        return self.chunk
+
+    def _measure_columns(self, recorded: Recorded, rows: Tensor, most: int) -> int:
+        def run(part: Tensor, chunk: int) -> Tensor:
+            if isinstance(recorded, SinglePass):
+                return recorded.multiply(part, chunk)
+            tangent = recorded.tangent(part, chunk)  # type: ignore[attr-defined]
+            return recorded.finish(part, tangent, chunk)  # type: ignore[attr-defined,no-any-return]
+
+        try:
+            batched, single = run(rows, len(rows)), run(rows[:1], 1)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            self.notes.append(f"columns one after the other: {str(error).strip().splitlines()[0]}")
+            return 1
+        tolerance = torch.finfo(rows.dtype).eps ** 0.75 * single.norm()
+        if not bool((batched[:1] - single).norm() <= tolerance):
+            self.notes.append("columns one after the other: a batched product differs from a single one")
+            return 1
+        many = _fastest(lambda: run(rows, len(rows))) / len(rows)
+        one = _fastest(lambda: run(rows[:1], 1))
+        chosen = most if many < one else 1
+        self.notes.append(
+            f"columns {'in batches of ' + str(most) if chosen > 1 else 'one after the other'} "
+            f"({1e3 * many:.2g} ms a column batched, {1e3 * one:.2g} ms alone, on one batch)"
+        )
+        return chosen
 
 
-def prepare(terms: Sequence[DatasetTerm], problem: Problem, snapshot: Snapshot) -> dict[DatasetTerm, Any]:
-    """What the terms need of the whole data set without a tangent; one pass for all of them, kept on the problem."""
+def _fastest(run: Callable[[], Any], evaluation: Evaluation | None = None) -> float:
+    """Seconds of the faster of two runs after one to warm up."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run()
+        if isinstance(result, Tensor) and result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def linearization(problem: Problem, snapshot: Snapshot, sweep: Sweep) -> Linearization:
+    """The linearisation of a sweep, shared by all expressions that contain it."""
     kept = problem.kept(snapshot)
-    missing = [t for t in dict.fromkeys(terms) if ("prepared", t) not in kept and _defines(t, "prepare")]
-    if missing:
-        sums: dict[DatasetTerm, Any] = dict.fromkeys(missing)
-        for evaluation in problem.evaluations(snapshot):
-            batch = evaluation.evaluate()
-            for term in missing:
-                sums[term] = trees.add(sums[term], term.prepare(batch))
-        kept.update({("prepared", term): stats for term, stats in sums.items()})
-    return {term: kept.get(("prepared", term)) for term in terms}
-
-
-def _accumulate(total: Tensor | None, coefficient: float, value: Tensor) -> Tensor:
-    # Outputs of language models are the largest tensors there are: no buffer that can be done without.
-    scaled = value if coefficient == 1 else coefficient * value
-    return scaled if total is None else total + scaled
-
-
-def _defines(term: Term, method: str) -> bool:
-    """Whether a term overrides an optional method of its contract."""
-    inner = term.term if isinstance(term, (TransposedTerm, TransposedDatasetTerm)) else term
-    base = DatasetTerm if isinstance(inner, DatasetTerm) else Term
-    return getattr(type(inner), method) is not getattr(base, method)
-
-
-def _checked(term: Term, method: str, value: Tensor, like: Tensor) -> Tensor:
-    # autograd broadcasts a wrong-shaped cotangent without a word.
-    if not isinstance(value, Tensor) or value.shape != like.shape:
-        raise ExpressionError(
-            f"{term.label}.{method} must return a tensor of the output's shape {tuple(like.shape)} or None, got "
-            f"{trees.describe(value)}"
-        )
-    return value
-
-
-def require_finite(result: Tensor, what: str) -> Tensor:
-    """Raises:
-    ProblemError: a product with NaN or infinite entries.
-    """
-    if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
-        raise ProblemError(
-            f"the product with {what} has NaN or infinite entries; the loss or a second derivative is not finite there "
-            "(half precision overflows in double backward: use float32 or bfloat16)"
-        )
-    return result
+    key = ("linearization", sweep.key)
+    if key not in kept:
+        kept[key] = Linearization(problem, sweep)
+    return kept[key]  # type: ignore[no-any-return]

@@ -18,7 +18,8 @@ from curvalg.errors import ExpressionError, ProblemError
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.lowering import leaves
-from curvalg.lowering.linearization import Sweep
+from curvalg.lowering.linearization import Linearization, linearization
+from curvalg.lowering.sweep import Sweep
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.evaluation import backward
 
@@ -33,7 +34,7 @@ class Plan(ABC):
         """The product with x (n, K), shape (m, K)."""
 
     @abstractmethod
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         """The plan for people, a line each, nested by indentation."""
 
 
@@ -63,23 +64,36 @@ class SweepPlan(Plan):
     expr: Expr
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        return torch.stack([self.sweep.apply(self.problem, snapshot, column) for column in x.unbind(1)], 1)
+        return linearization(self.problem, snapshot, self.sweep).product(self.problem, snapshot, x.T.contiguous()).T
 
-    def lines(self) -> list[str]:
-        sweep = self.sweep
-        if sweep.records and sweep.dataset_terms:
-            how = "record, one backward for the tangent, one for the product: 1 model call a batch"
-        elif sweep.records:
-            how = "record, then one backward for all terms: 1 model call a batch"
-        else:
-            reason = self.problem.no_forward_ad
-            push = "forward AD" if reason is None else f"two backward passes (no forward AD: {reason})"
-            how = f"tangent by {push}, then one backward: 2 model calls a batch"
-        if sweep.reduces:
-            how += f"; a pass before it for the totals of {', '.join(t.label for t in sweep.reduces)}"
-        elif sweep.dataset_terms:
-            how += f"; statistics of {', '.join(t.label for t in sweep.dataset_terms)} prepared in one pass and kept"
-        return [f"sweep: {self.expr}", f"  {how}"]
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        kept = linearization(self.problem, snapshot, self.sweep)
+        return [f"sweep: {self.expr}", *indent(_how(self.sweep, self.problem, kept))]
+
+
+def _how(sweep: Sweep, problem: Problem, kept: Linearization) -> list[str]:
+    lines = []
+    if sweep.curved and sweep.dataset_terms:
+        lines.append("recorded: one backward for the tangent, one for the product")
+    elif sweep.curved:
+        lines.append("recorded: one backward for all terms")
+    elif kept.keeping:
+        lines.append(f"recorded: tangent by {kept.route}, then one backward")
+    else:
+        reason = problem.no_forward_ad
+        push = "forward AD" if reason is None else f"two backward passes (no forward AD: {reason})"
+        lines.append(f"fresh: tangent by {push}, then one backward, with a model call each")
+    if sweep.reduces:
+        lines.append(f"a pass before it for the totals of {', '.join(t.label for t in sweep.reduces)}")
+    elif sweep.dataset_terms:
+        lines.append(f"statistics of {', '.join(t.label for t in sweep.dataset_terms)} prepared in one pass and kept")
+    if kept.complete:
+        lines.append(f"kept: {len(kept.batches)} batches, {kept.nbytes / 2**20:.3g} MiB; no model call in a product")
+    elif kept.keeping:
+        lines.append("kept from the first product on, within the budget")
+    elif sweep.curved:
+        lines.append("fresh: recorded in every product, 1 model call a batch")
+    return lines + kept.notes
 
 
 @dataclass(frozen=True)
@@ -98,10 +112,10 @@ class SumPlan(Plan):
             total = total.add_(part.apply(snapshot, x), alpha=coefficient)
         return total.add_(x, alpha=self.shift) if self.shift else total
 
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         lines = ["sum"]
         for coefficient, part in self.parts:
-            head, *tail = part.lines()
+            head, *tail = part.lines(snapshot)
             lines += indent([head if coefficient == 1 else f"{coefficient:g} * {head}", *tail])
         return [*lines, f"  {self.shift:g} * identity"] if self.shift else lines
 
@@ -117,8 +131,8 @@ class ProductPlan(Plan):
             x = factor.apply(snapshot, x)
         return x
 
-    def lines(self) -> list[str]:
-        return ["product, from the last to the first", *(line for f in self.factors for line in indent(f.lines()))]
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return ["product, from the last to the first", *(line for f in self.factors for line in indent(f.lines(snapshot)))]
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class LeafPlan(Plan):
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         return leaves.multiply(self.leaf, x, self.transpose)
 
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"arrays: {self.leaf}{'.T' if self.transpose else ''}"]
 
 
@@ -164,7 +178,7 @@ class OutputPlan(Plan):
     def _evaluations(self, snapshot: Snapshot) -> Iterator[Evaluation]:
         return self.problem.evaluations(snapshot, order_matters=True)
 
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"{self.kind}: one pass over the data, batch by batch"]
 
 
@@ -198,10 +212,10 @@ class BlocksPlan(Plan):
             result[positions] = plan.apply(snapshot, x[positions])
         return result
 
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         lines = [f"{len(self.blocks)} diagonal blocks, each with passes of its own"]
         for _, plan, label in self.blocks:
-            lines += indent([f"over {label}:", *indent(plan.lines())])
+            lines += indent([f"over {label}:", *indent(plan.lines(snapshot))])
         return lines
 
 
@@ -214,7 +228,7 @@ class Unbound(Plan):
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         raise AssertionError("matrix terms are bound before a product")
 
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"matrix: {self.expr}, accumulated over the data at the first product and kept"]
 
 
@@ -233,5 +247,5 @@ class ZeroPlan(Plan):
         }[self.codomain]()
         return x.new_zeros(rows, x.shape[1])
 
-    def lines(self) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         return ["zero"]

@@ -14,7 +14,7 @@ from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, Term
 from curvalg.expr.terms import Jacobian, LossHessian
-from curvalg.lowering.linearization import Sweep
+from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.plan import (
     BlocksPlan,
     LeafPlan,

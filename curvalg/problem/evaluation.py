@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -78,7 +79,7 @@ class Evaluation:
             ProblemError: z has non-finite entries.
         """
         problem, totals = self.problem, self.problem.totals
-        z = z.detach()
+        z, again = z.detach(), self.again()
         # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
         if not bool(torch.isfinite(z.sum())) and not bool(torch.isfinite(z).all()):
             raise ProblemError(
@@ -95,9 +96,24 @@ class Evaluation:
             denominator=totals.denominator,
             samples=problem.samples,
             start=self.sample.start,
-            pullback=self.pull,
-            per_sample=lambda batch: per_sample_gradients(self, batch),
+            pullback=lambda u: again().pull(u),
+            per_sample=lambda batch: per_sample_gradients(again(), batch),
         )
+
+    def again(self) -> Callable[[], Evaluation]:
+        """A function that makes this evaluation anew, without holding problem and snapshot.
+
+        Recordings are kept on the problem; if they held it, a cycle through the autograd engine would never be freed.
+        """
+        problem, snapshot, sample = ref(self.problem), ref(self.snapshot), self.sample
+
+        def make() -> Evaluation:
+            live, state = problem(), snapshot()
+            if live is None or state is None:
+                raise ProblemError("a batch was used after its problem was gone; keep the Problem as long as its batches")
+            return Evaluation(live, state, sample)
+
+        return make
 
     def evaluate(self) -> Batch:
         """What terms see, by one model call without a graph."""
@@ -171,8 +187,11 @@ def backward(
     *,
     create_graph: bool = False,
     retain_graph: bool | None = None,
+    batched: bool = False,
 ) -> list[Tensor | None]:
     """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero.
+
+    With ``batched`` all cotangents have a leading axis, and so do the results.
 
     Raises:
         ProblemError: autograd fails for a known reason that has a cure.
@@ -189,6 +208,7 @@ def backward(
                 create_graph=create_graph,
                 retain_graph=retain_graph,
                 allow_unused=True,
+                is_grads_batched=batched,
             )
         )
     except RuntimeError as error:

@@ -18,6 +18,7 @@ from curvalg.errors import LossError, ProblemError
 from curvalg.expr.facts import LossFacts
 from curvalg.problem import parameters as params_
 from curvalg.problem.batch import Samples
+from curvalg.problem.budget import Budget
 from curvalg.problem.data import Data
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.losses import CallableLoss, Loss, infer_reduction, resolve_loss
@@ -46,6 +47,10 @@ class Totals:
     loss: Loss | None
 
 
+DEFAULT_BUDGET = 2 * 2**30
+"""Bytes that recordings may take with ``cache="auto"``."""
+
+
 class Problem:
     """What curvature is about: L(θ) = Σₙ cₙ over a data set.
 
@@ -61,8 +66,10 @@ class Problem:
         samples: whether one sample is a row of a batch ("item") or an element of the loss ("position", as a token);
             decides gradient covariances.
         randomness: "refuse" random layers in training mode, or "frozen": replay the same draws in every product.
-        cache: the memory in bytes that may be used to keep things between products, or "auto"; 0 keeps nothing.
-        columns: "auto" or "loop": products with several columns run one column after the other.
+        cache: bytes that recordings kept between products may take, or "auto" (2 GiB); 0 records anew in every product.
+            Statistics and explicit matrices are kept in any case.
+        columns: how products with several columns are taken: "loop" (one after the other), a number (so many in one
+            batched backward pass), or "auto" (whichever is faster, measured once).
         progress: show a progress bar for passes over the data.
 
     Raises:
@@ -89,7 +96,7 @@ class Problem:
         samples: Samples = "item",
         randomness: Randomness = "refuse",
         cache: Literal["auto"] | int = "auto",
-        columns: Literal["auto", "loop"] = "auto",
+        columns: Literal["auto", "loop"] | int = "auto",
         progress: bool = False,
     ) -> None:
         self.model = make_model(model, params, forward)
@@ -99,7 +106,8 @@ class Problem:
         self.loss: Loss | None = None if loss is None else resolve_loss(loss, reduction)
         self.data = Data(data, target, needs_target=loss is not None)
         _one_of("samples", samples, ("item", "position"))
-        _one_of("columns", columns, ("auto", "loop"))
+        if columns not in ("auto", "loop") and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
+            raise ProblemError(f"columns is 'auto', 'loop' or the number of columns in one backward pass, got {columns!r}")
         if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0):
             raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
         if samples == "position" and self.loss is not None and not self.loss.positions:
@@ -110,6 +118,7 @@ class Problem:
         self.samples: Samples = samples
         self.cache = cache
         self.columns = columns
+        self.budget = Budget(_limit(cache))
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
         self._totals: Totals | None = None
@@ -124,12 +133,13 @@ class Problem:
         self._restrictions: dict[tuple[str, ...], Problem] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_snapshot", "_kept", "_restrictions")
+        dropped = ("_snapshot", "_kept", "_restrictions", "budget")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._reset()
         self.__dict__.update(state)
+        self.budget = Budget(_limit(self.cache))
 
     # -- sizes and facts ------------------------------------------------------------------------------------------------
 
@@ -282,6 +292,10 @@ class Problem:
             f"Problem({model}, {loss}, {self.size} parameters in {len(self.layout.names)} tensors, {self.dtype} on "
             f"{self.device})"
         )
+
+
+def _limit(cache: Literal["auto"] | int) -> int:
+    return DEFAULT_BUDGET if cache == "auto" else int(cache)
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -1,0 +1,224 @@
+"""One batch, recorded once and multiplied many times. Rows of all operands are columns of the product: (K, ...)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.lowering.columns import chunked, grad_columns, mapped
+from curvalg.problem import Batch, Evaluation, Layout
+from curvalg.problem.evaluation import backward
+
+Rate = Callable[[Tensor], Tensor]
+"""ż -> u̇, both of the output's shape."""
+
+
+class Cotangent(torch.autograd.Function):
+    """u on the way forward; on the way back the arriving ż = J v becomes u̇ and goes on to z.
+
+    The context holds a function over detached data only, never what owns the graph: a cycle through the autograd engine
+    is not collected.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, u: Tensor, rate: Rate) -> Tensor:  # type: ignore[override]
+        return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rate = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.rate(tangent), None, None
+
+
+class Recorded(ABC):
+    """A batch in the form in which products are taken.
+
+    Args:
+        evaluation: the batch; not held.
+        keep: whether graphs survive a product.
+    """
+
+    batch: Batch
+
+    def __init__(self, evaluation: Evaluation, keep: bool) -> None:
+        self.layout: Layout = evaluation.problem.layout
+        self.device = evaluation.problem.device
+        self.index = evaluation.sample.index
+        self.keep = keep
+
+    def directions(self, rows: Tensor) -> list[Tensor]:
+        """Vectors (K, D) as one tensor (K, *shape) per parameter, in its dtype."""
+        parts = zip(rows.split(self.layout.sizes, 1), self.layout.shapes.values(), self.layout.dtypes.values(), strict=True)
+        return [t.reshape(len(rows), *shape).to(dtype) for t, shape, dtype in parts]
+
+    def gather(self, gradients: list[Tensor | None], columns: int) -> Tensor:
+        """Gradients (K, *shape) of the parameters (None: zero) as vectors (K, D)."""
+        parts = zip(gradients, self.layout.sizes, strict=True)
+        dtype = self.layout.dtype
+        flat = [
+            torch.zeros(columns, size, dtype=dtype, device=self.device) if g is None else g.reshape(columns, -1).to(dtype)
+            for g, size in parts
+        ]
+        return torch.cat(flat, 1)
+
+    @abstractmethod
+    def graphs(self) -> Iterable[Tensor]:
+        """Tensors whose graphs are kept."""
+
+
+class SinglePass(Recorded):
+    """z, u = Cotangent(z) and G = J(θ)ᵀu: one backward of G along v is (∂_v J)ᵀu + Jᵀu̇.
+
+    Args:
+        evaluation: the batch.
+        cotangent: batch -> u.
+        rate: batch -> (ż -> u̇).
+        keep: whether the graph survives a product.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        cotangent: Callable[[Batch], Tensor],
+        rate: Callable[[Batch], Rate],
+        keep: bool,
+    ) -> None:
+        super().__init__(evaluation, keep)
+        z, self.leaves, form = evaluation.record()
+        self.batch = evaluation.batch(z, form)
+        u = Cotangent.apply(z, cotangent(self.batch), rate(self.batch))
+        self.gradients = backward([z], self.leaves, [u], create_graph=True)
+
+    def graphs(self) -> Iterable[Tensor]:
+        return [g for g in self.gradients if g is not None]
+
+    def multiply(self, rows: Tensor, chunk: int) -> Tensor:
+        """The product with vectors (K, D), shape (K, D)."""
+        several = len(rows) > chunk
+
+        def product(part: Tensor) -> Tensor:
+            grads = grad_columns(self.gradients, self.leaves, self.directions(part), retain=self.keep or several)
+            return self.gather(grads, len(part))
+
+        return chunked(product, chunk, rows)  # type: ignore[no-any-return]
+
+
+class TwoStage(Recorded):
+    """z and, with u a leaf, G = J(θ)ᵀu: first all tangents ż = J v, then (∂_v J)ᵀu + Jᵀu̇ for a given u̇.
+
+    Totals of the whole data set stand between the two. They must not enter a Function's backward: under vmap one column
+    would meet all.
+
+    Args:
+        evaluation: the batch.
+        cotangent: batch -> u, or None where u ≡ 0 and only tangents are taken from G.
+        keep: whether the graph survives a product.
+    """
+
+    ROUTE = "two backward passes"
+
+    def __init__(self, evaluation: Evaluation, cotangent: Callable[[Batch], Tensor] | None, keep: bool) -> None:
+        super().__init__(evaluation, keep)
+        self.z, self.leaves, form = evaluation.record()
+        self.batch = evaluation.batch(self.z, form)
+        self.curved = cotangent is not None
+        u = torch.zeros_like(self.batch.output) if cotangent is None else cotangent(self.batch).detach()
+        self.u = u.requires_grad_()
+        self.gradients = backward([self.z], self.leaves, [self.u], create_graph=True)
+
+    def graphs(self) -> Iterable[Tensor]:
+        return [self.z, *(g for g in self.gradients if g is not None)]
+
+    def tangent(self, rows: Tensor, chunk: int) -> Tensor:
+        """J v for vectors (K, D), shape (K, *output.shape)."""
+
+        def push(part: Tensor) -> Tensor:
+            (t,) = grad_columns(self.gradients, [self.u], self.directions(part), retain=True)
+            return self.u.new_zeros(len(part), *self.u.shape) if t is None else t
+
+        return chunked(push, chunk, rows)  # type: ignore[no-any-return]
+
+    def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
+        """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
+        retain = self.keep or len(rows) > chunk
+
+        def product(part: Tensor, udot: Tensor) -> Tensor:
+            if self.curved:
+                outputs, cotangents = [*self.gradients, self.z], [*self.directions(part), udot]
+            else:
+                outputs, cotangents = [self.z], [udot]
+            return self.gather(grad_columns(outputs, self.leaves, cotangents, retain=retain), len(part))
+
+        return chunked(product, chunk, rows, rates)  # type: ignore[no-any-return]
+
+
+class Pushed(Recorded):
+    """z with its graph, and J v by a function that needs no graph (forward AD or a linearised program).
+
+    Args:
+        evaluation: the batch.
+        push: a vector (D,) -> J v.
+        keep: whether the graph survives a product.
+    """
+
+    def __init__(self, evaluation: Evaluation, push: Callable[[Tensor], Tensor], keep: bool) -> None:
+        super().__init__(evaluation, keep)
+        self.z, self.leaves, form = evaluation.record()
+        self.batch = evaluation.batch(self.z, form)
+        self.push = push
+
+    def graphs(self) -> Iterable[Tensor]:
+        return [self.z]
+
+    def tangent(self, rows: Tensor, chunk: int) -> Tensor:
+        """J v for vectors (K, D), shape (K, *output.shape)."""
+        return chunked(lambda part: mapped(self.push, part), chunk, rows)  # type: ignore[no-any-return]
+
+    def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
+        """Jᵀu̇ for rates (K, *output.shape), shape (K, D)."""
+        retain = self.keep or len(rows) > chunk
+
+        def product(udot: Tensor) -> Tensor:
+            return self.gather(grad_columns([self.z], self.leaves, [udot], retain=retain), len(udot))
+
+        return chunked(product, chunk, rates)  # type: ignore[no-any-return]
+
+
+def graph_bytes(recorded: Recorded) -> int:
+    """Memory that the graphs of a recorded batch hold, as far as autograd's nodes tell: distinct storages, each once."""
+    roots = list(recorded.graphs())
+    seen: set[Any] = set()
+    storages: dict[int, int] = {}
+
+    def count(value: object) -> None:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+
+    for root in roots:
+        count(root)
+    todo = [root.grad_fn for root in roots]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                try:
+                    value = getattr(node, name)
+                except RuntimeError:  # a saved tensor that was freed or changed in place says nothing
+                    continue
+                for item in value if isinstance(value, (tuple, list)) else (value,):
+                    count(item)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return sum(storages.values())

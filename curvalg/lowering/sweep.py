@@ -1,0 +1,117 @@
+"""A weighted sum of local terms that share one input, and so one tangent and one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.term import DatasetTerm, Term
+from curvalg.lowering.recorded import Rate
+from curvalg.lowering.transposed import TransposedDatasetTerm, TransposedTerm
+from curvalg.problem import Batch, Problem, Snapshot, trees
+
+Prepared = dict[DatasetTerm, Any]
+Totals = dict[DatasetTerm, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Local terms to be computed together.
+
+    Args:
+        entries: (coefficient, term).
+    """
+
+    entries: tuple[tuple[float, Term], ...]
+
+    @property
+    def key(self) -> frozenset[tuple[float, Term]]:
+        """What equal sums share, in whatever order they were written."""
+        return frozenset(self.entries)
+
+    @property
+    def curved(self) -> bool:
+        """Whether a term has a u, so that second derivatives of the model are needed."""
+        return any(defines(term, "cotangent") for _, term in self.entries)
+
+    @property
+    def dataset_terms(self) -> list[DatasetTerm]:
+        """Terms that need statistics of the whole data set."""
+        return [term for _, term in self.entries if isinstance(term, DatasetTerm)]
+
+    @property
+    def projects(self) -> list[DatasetTerm]:
+        """Terms with totals that need no pass over the data."""
+        return [term for term in self.dataset_terms if defines(term, "project")]
+
+    @property
+    def reduces(self) -> list[DatasetTerm]:
+        """Terms that need a pass of their own before the cotangents are known."""
+        return [term for term in self.dataset_terms if defines(term, "reduce")]
+
+    def cotangent(self, batch: Batch) -> Tensor:
+        """Σ cᵢ uᵢ, of the output's shape."""
+        total: Tensor | None = None
+        for coefficient, term in self.entries:
+            u = term.cotangent(batch)
+            if u is not None:
+                total = _accumulate(total, coefficient, _checked(term, "cotangent", u, batch.output))
+        return torch.zeros_like(batch.output) if total is None else total
+
+    def rate(self, batch: Batch, tangent: Tensor, prepared: Prepared, totals: Totals) -> Tensor:
+        """Σ cᵢ u̇ᵢ for one tangent, of the output's shape."""
+        result: Tensor | None = None
+        for coefficient, term in self.entries:
+            if isinstance(term, DatasetTerm):
+                rate = term.cotangent_dot(batch, tangent, prepared[term], totals.get(term))
+            else:
+                rate = term.cotangent_dot(batch, tangent)
+            if rate is not None:
+                result = _accumulate(result, coefficient, _checked(term, "cotangent_dot", rate, tangent))
+        return torch.zeros_like(tangent) if result is None else result
+
+    def rate_of(self, batch: Batch) -> Rate:
+        """ż -> Σ cᵢ u̇ᵢ, for sweeps without data-set terms."""
+        return lambda tangent: self.rate(batch, tangent, {}, {})
+
+
+def prepare(terms: Sequence[DatasetTerm], problem: Problem, snapshot: Snapshot) -> Prepared:
+    """What the terms need of the whole data set without a tangent; one pass for all of them, kept on the problem."""
+    kept = problem.kept(snapshot)
+    missing = [t for t in dict.fromkeys(terms) if ("prepared", t) not in kept and defines(t, "prepare")]
+    if missing:
+        sums: Prepared = dict.fromkeys(missing)
+        for evaluation in problem.evaluations(snapshot):
+            batch = evaluation.evaluate()
+            for term in missing:
+                sums[term] = trees.add(sums[term], term.prepare(batch))
+        kept.update({("prepared", term): stats for term, stats in sums.items()})
+    return {term: kept.get(("prepared", term)) for term in terms}
+
+
+def defines(term: Term, method: str) -> bool:
+    """Whether a term overrides an optional method of its contract."""
+    inner = term.term if isinstance(term, (TransposedTerm, TransposedDatasetTerm)) else term
+    base = DatasetTerm if isinstance(inner, DatasetTerm) else Term
+    return getattr(type(inner), method) is not getattr(base, method)
+
+
+def _accumulate(total: Tensor | None, coefficient: float, value: Tensor) -> Tensor:
+    # Outputs of language models are the largest tensors there are: no buffer that can be done without.
+    scaled = value if coefficient == 1 else coefficient * value
+    return scaled if total is None else total + scaled
+
+
+def _checked(term: Term, method: str, value: Tensor, like: Tensor) -> Tensor:
+    # autograd broadcasts a wrong-shaped cotangent without a word.
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        raise ExpressionError(
+            f"{term.label}.{method} must return a tensor of the output's shape {tuple(like.shape)} or None, got "
+            f"{trees.describe(value)}"
+        )
+    return value

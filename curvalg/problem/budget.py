@@ -1,0 +1,51 @@
+"""The memory that a problem may use to keep things between products."""
+
+from __future__ import annotations
+
+from typing import Protocol
+from weakref import ref
+
+
+class Keeper(Protocol):
+    """Something that keeps memory and can be asked to give it up."""
+
+    nbytes: int
+
+    def drop(self) -> None:
+        """Release what is kept."""
+
+
+class Budget:
+    """A limit in bytes, shared by all that a problem (and its restrictions) keeps; the least recently used gives way.
+
+    Args:
+        limit: in bytes; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._order: list[ref[Keeper]] = []
+
+    def touch(self, keeper: Keeper) -> None:
+        """Mark as used just now."""
+        self._order = [r for r in self._order if r() is not None and r() is not keeper]
+        self._order.append(ref(keeper))
+
+    @property
+    def used(self) -> int:
+        """Bytes kept now."""
+        return sum(keeper.nbytes for r in self._order if (keeper := r()) is not None)
+
+    def reserve(self, keeper: Keeper, nbytes: int) -> bool:
+        """Whether so many more bytes may be kept; others are dropped to make room, the keeper itself is not."""
+        if nbytes > self.limit - keeper.nbytes:
+            return False
+        for r in list(self._order):
+            if self.used + nbytes <= self.limit:
+                break
+            other = r()
+            if other is not None and other is not keeper:
+                other.drop()
+        self.touch(keeper)
+        keeper.nbytes += nbytes
+        return True

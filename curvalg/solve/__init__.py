@@ -1,0 +1,8 @@
+"""Solvers that know no expression: a product in, a solution and a report per column out."""
+
+from curvalg.solve.cg import cg
+from curvalg.solve.direct import factorize
+from curvalg.solve.minres import minres
+from curvalg.solve.result import Matmul, SolveResult
+
+__all__ = ["Matmul", "SolveResult", "cg", "factorize", "minres"]

@@ -1,0 +1,95 @@
+"""Conjugate gradients for positive definite matrices, many columns at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvalg.solve.columns import Columns
+from curvalg.solve.result import CONVERGED, Matmul, SolveResult
+
+NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
+STAGNATED = "stagnated: the true residual no longer falls"
+
+
+def cg(
+    matmul: Matmul,
+    b: Tensor,
+    *,
+    x0: Tensor | None = None,
+    preconditioner: Matmul | None = None,
+    rtol: float,
+    atol: float = 0.0,
+    maxiter: int,
+) -> SolveResult:
+    """Solve A X = B for symmetric positive definite A (Hestenes and Stiefel, 1952).
+
+    Each column ends by itself: converged, confirmed by a recomputed residual; at a direction p with pᵀAp ≤ 0, which
+    proves that A is not positive definite; or at ``maxiter``.
+
+    Args:
+        matmul: X -> A X.
+        b: right-hand sides (n, K).
+        x0: starting point (n, K).
+        preconditioner: R -> P⁻¹ R, symmetric positive definite.
+        rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
+        atol: absolute tolerance.
+        maxiter: the most iterations.
+
+    >>> import torch
+    >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+    >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
+    tensor([1.0000, 0.5000, 0.2500])
+    """
+    apply = preconditioner or _same
+    columns = Columns(matmul, b, x0, rtol, atol)
+    _, x, r = columns.start()
+    z = apply(r)
+    p, rz = z.clone(), (r * z).sum(0)
+    for _ in range(maxiter):
+        if not len(columns.active):
+            break
+        columns.count()
+        q = matmul(p)
+        curvature = (p * q).sum(0)
+        bad = (curvature <= 0) | (rz <= 0)
+        if bool(bad.any()):
+            kept = columns.freeze(bad, NON_POSITIVE)
+            x, r, p, q, rz, curvature = (t[..., kept] for t in (x, r, p, q, rz, curvature))
+            if not len(kept):
+                break
+        step = rz / curvature
+        x = x + step * p
+        r = r - step * q
+        norms = r.norm(dim=0)
+        claims = norms <= columns.tolerance[columns.active]
+        columns.observe(x, norms)
+        restart = torch.zeros_like(claims)
+        if bool(claims.any()):
+            converged, stagnated, true = columns.confirm(x, claims)
+            r = r.clone()
+            r[:, claims] = true
+            restart = claims & ~converged & ~stagnated
+            x, r, p, rz, restart = _go_on(columns, converged, stagnated, (x, r, p, rz, restart))
+            if not len(columns.active):
+                break
+        z = apply(r)
+        new = (r * z).sum(0)
+        # After a refuted claim the recurrence has lost the residual: such columns start anew from the true one.
+        ratio = torch.where(restart, torch.zeros_like(new), new / rz)
+        p, rz = z + ratio * p, new
+    return columns.result(f"{maxiter} iterations were not enough")
+
+
+def _same(r: Tensor) -> Tensor:
+    return r
+
+
+def _go_on(
+    columns: Columns, converged: Tensor, stagnated: Tensor, arrays: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Freeze columns that converged or stagnated; the arrays of the rest."""
+    kept = torch.nonzero(~(converged | stagnated)).reshape(-1)
+    columns.freeze(stagnated, STAGNATED)
+    columns.freeze(converged[~stagnated], CONVERGED)
+    return tuple(t[..., kept] for t in arrays)

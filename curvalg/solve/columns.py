@@ -1,0 +1,95 @@
+"""Book-keeping that the iterative solvers share: columns that end are frozen, the rest go on in smaller products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvalg.solve.result import CONVERGED, Matmul, SolveResult
+
+
+class Columns:
+    """The columns of A X = B that are still being solved.
+
+    Args:
+        matmul: X -> A X.
+        b: right-hand sides (n, K).
+        x0: starting point (n, K), or None for zero.
+        rtol: relative to ‖b‖.
+        atol: absolute; a column has converged when ‖b − A x‖ ≤ atol + rtol ‖b‖.
+    """
+
+    MOST_CONFIRMATIONS = 5
+    """How often a column may claim convergence and be refuted by its true residual before it counts as stagnated."""
+
+    def __init__(self, matmul: Matmul, b: Tensor, x0: Tensor | None, rtol: float, atol: float) -> None:
+        self.matmul = matmul
+        self.b = b
+        self.tolerance = atol + rtol * b.norm(dim=0)
+        self.best = torch.zeros_like(b) if x0 is None else x0.clone()
+        self.residual = b.norm(dim=0) if x0 is None else (b - matmul(x0)).norm(dim=0)
+        self.iterations = torch.zeros(b.shape[1], dtype=torch.int64, device=b.device)
+        self.reasons: list[str | None] = [None] * b.shape[1]
+        self.refuted = torch.zeros_like(self.iterations)
+        self.active = torch.arange(b.shape[1], device=b.device)
+
+    def start(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(positions kept, x, r) after freezing the columns that need no iteration."""
+        kept = self.freeze(self.residual <= self.tolerance, CONVERGED)
+        x = self.best[:, self.active].clone()
+        r = self.b[:, self.active] if not bool(x.any()) else self.b[:, self.active] - self.matmul(x)
+        return kept, x, r
+
+    def freeze(self, ended: Tensor, reason: str) -> Tensor:
+        """End some of the active columns; positions (among the active ones) of those that go on."""
+        for column in self.active[ended].tolist():
+            self.reasons[column] = reason
+        kept = torch.nonzero(~ended).reshape(-1)
+        self.active = self.active[kept]
+        return kept
+
+    def count(self) -> None:
+        """One more iteration of the active columns."""
+        self.iterations[self.active] += 1
+
+    def observe(self, x: Tensor, norms: Tensor) -> None:
+        """Remember the iterates of the active columns whose residual norm is the smallest so far."""
+        better = norms < self.residual[self.active]
+        if bool(better.any()):
+            columns = self.active[better]
+            self.best[:, columns] = x[:, better]
+            self.residual[columns] = norms[better]
+
+    def confirm(self, x: Tensor, claims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Check claims of convergence with the true residual.
+
+        Args:
+            x: iterates of the active columns.
+            claims: which of them claim convergence, boolean.
+
+        Returns:
+            (converged, stagnated, true residuals of the claims), the first two boolean over the active columns.
+        """
+        true = self.b[:, self.active[claims]] - self.matmul(x[:, claims])
+        norms = true.norm(dim=0)
+        columns = self.active[claims]
+        self.best[:, columns] = x[:, claims]
+        self.residual[columns] = norms
+        good = norms <= self.tolerance[columns]
+        self.refuted[columns] += (~good).long()
+        converged, stagnated = torch.zeros_like(claims), torch.zeros_like(claims)
+        converged[claims] = good
+        stagnated[claims] = ~good & (self.refuted[columns] >= self.MOST_CONFIRMATIONS)
+        return converged, stagnated, true
+
+    def result(self, rest: str) -> SolveResult:
+        """The report; columns still active ended for the reason ``rest``. Residuals are recomputed."""
+        self.freeze(torch.ones_like(self.active, dtype=torch.bool), rest)
+        residual = (self.b - self.matmul(self.best)).norm(dim=0)
+        reasons = tuple(reason or rest for reason in self.reasons)
+        converged = residual <= self.tolerance
+        # A residual that grew by rounding between two evaluations is still a solve; one that was never met is not.
+        claimed = torch.tensor([reason == CONVERGED for reason in reasons], device=residual.device)
+        converged = converged | (claimed & (residual <= 2 * self.tolerance))
+        reasons = tuple(CONVERGED if ok else reason for ok, reason in zip(converged.tolist(), reasons, strict=True))
+        return SolveResult(self.best, converged, self.iterations, residual, reasons)

@@ -1,0 +1,40 @@
+"""Dense factorisations, kept and used for many right-hand sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import FactsError
+
+Solve = Callable[[Tensor], Tensor]
+"""B (n, K) -> A⁻¹ B (n, K)."""
+
+
+def factorize(matrix: Tensor, *, positive_definite: bool | None, symmetric: bool | None) -> Solve:
+    """Factorise a dense matrix for solves.
+
+    By Cholesky where positive definiteness is proved, else by LU with partial pivoting.
+
+    Args:
+        matrix: (n, n).
+        positive_definite: the fact; a Cholesky factorisation that fails although it is True falls back to LU.
+        symmetric: whether A⁻¹ is symmetrised by one step of refinement against its transpose; unused by LU itself.
+
+    Raises:
+        FactsError: the matrix is singular to working precision.
+    """
+    if positive_definite:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not int(info):
+            return lambda b: torch.cholesky_solve(b, factor)
+    lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    diagonal = lu.diagonal().abs()
+    if int(info) or float(diagonal.min()) <= torch.finfo(matrix.dtype).eps * float(diagonal.max()):
+        raise FactsError(
+            f"the {matrix.shape[0]} x {matrix.shape[1]} matrix is singular to working precision ({matrix.dtype}), so it has "
+            "no inverse; add damping, c * Identity"
+        )
+    return lambda b: torch.linalg.lu_solve(lu, pivots, b)

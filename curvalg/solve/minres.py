@@ -1,0 +1,130 @@
+"""MINRES for symmetric matrices, definite or not, many columns at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvalg.solve.cg import STAGNATED, _same
+from curvalg.solve.columns import Columns
+from curvalg.solve.result import CONVERGED, Matmul, SolveResult
+
+NOT_DEFINITE = "the preconditioner is not positive definite"
+
+
+class _Recurrence:
+    """The three-term recurrences of one restart; every array has one entry or column per active right-hand side."""
+
+    def __init__(self, r: Tensor, apply: Matmul) -> None:
+        self.v_old, self.v = torch.zeros_like(r), r
+        self.z = apply(r)
+        self.gamma = (self.z * r).sum(0).clamp_min(0).sqrt()
+        self.gamma_old = torch.ones_like(self.gamma)
+        self.eta = self.gamma.clone()
+        self.w_old, self.w = torch.zeros_like(r), torch.zeros_like(r)
+        self.c_old = self.c = torch.ones_like(self.gamma)
+        self.s_old = self.s = torch.zeros_like(self.gamma)
+
+    def select(self, kept: Tensor) -> None:
+        """Keep some of the columns."""
+        for name, value in vars(self).items():
+            setattr(self, name, value[..., kept])
+
+    def step(self, matmul: Matmul, apply: Matmul) -> Tensor:
+        """One Lanczos step and one Givens rotation; the update of x. ``eta`` becomes the residual's estimate."""
+        z = self.z / self.gamma
+        az = matmul(z)
+        delta = (az * z).sum(0)
+        v_new = az - (delta / self.gamma) * self.v - (self.gamma / self.gamma_old) * self.v_old
+        z_new = apply(v_new)
+        gamma_new = (z_new * v_new).sum(0).clamp_min(0).sqrt()
+        a0 = self.c * delta - self.c_old * self.s * self.gamma
+        a1 = (a0.square() + gamma_new.square()).sqrt().clamp_min(torch.finfo(a0.dtype).tiny)
+        a2 = self.s * delta + self.c_old * self.c * self.gamma
+        a3 = self.s_old * self.gamma
+        w_new = (z - a3 * self.w_old - a2 * self.w) / a1
+        self.c_old, self.c = self.c, a0 / a1
+        self.s_old, self.s = self.s, gamma_new / a1
+        update = self.c * self.eta * w_new
+        self.eta = -self.s * self.eta
+        self.w_old, self.w = self.w, w_new
+        self.v_old, self.v, self.z = self.v, v_new, z_new
+        self.gamma_old, self.gamma = self.gamma, gamma_new
+        return update
+
+
+def minres(
+    matmul: Matmul,
+    b: Tensor,
+    *,
+    x0: Tensor | None = None,
+    preconditioner: Matmul | None = None,
+    rtol: float,
+    atol: float = 0.0,
+    maxiter: int,
+) -> SolveResult:
+    """Solve A X = B for symmetric A by minimal residuals (Paige and Saunders, SIAM J. Numer. Anal. 1975).
+
+    Args:
+        matmul: X -> A X.
+        b: right-hand sides (n, K).
+        x0: starting point (n, K).
+        preconditioner: R -> P⁻¹ R, symmetric positive definite.
+        rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
+        atol: absolute tolerance.
+        maxiter: the most iterations.
+
+    >>> import torch
+    >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
+    >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
+    tensor([ 1.0000, -0.5000,  0.2500])
+    """
+    apply = preconditioner or _same
+    columns = Columns(matmul, b, x0, rtol, atol)
+    _, x, r = columns.start()
+    state = _Recurrence(r, apply)
+    target = state.eta * columns.tolerance[columns.active] / r.norm(dim=0)
+    for _ in range(maxiter):
+        if not len(columns.active):
+            break
+        exhausted = ~(state.gamma > 0)
+        if bool(exhausted.any()):  # the Krylov space is complete: nothing more can be gained
+            reason = STAGNATED if preconditioner is None else NOT_DEFINITE
+            kept = columns.freeze(exhausted, reason)
+            x, target = x[:, kept], target[kept]
+            state.select(kept)
+            continue
+        columns.count()
+        x = x + state.step(matmul, apply)
+        claims = (state.eta.abs() <= target) | ~(state.gamma > 0)
+        if not bool(claims.any()):
+            continue
+        converged, stagnated, true = columns.confirm(x, claims)
+        r = torch.zeros_like(x)
+        r[:, claims] = true
+        restart = (claims & ~converged & ~stagnated).clone()
+        kept = torch.nonzero(~(converged | stagnated)).reshape(-1)
+        columns.freeze(stagnated, STAGNATED)
+        columns.freeze(converged[~stagnated], CONVERGED)
+        x, r, target, restart = x[:, kept], r[:, kept], target[kept], restart[kept]
+        state.select(kept)
+        if bool(restart.any()):
+            target = _restarted(state, r, restart, target, columns, apply)
+    # What is left did not meet the tolerance, but its last iterates are the best.
+    if len(columns.active):
+        columns.confirm(x, torch.ones_like(columns.active, dtype=torch.bool))
+    return columns.result(f"{maxiter} iterations were not enough")
+
+
+def _restarted(
+    state: _Recurrence, r: Tensor, restart: Tensor, target: Tensor, columns: Columns, apply: Matmul
+) -> Tensor:
+    """Start the recurrences of refuted columns anew from their true residuals; the new targets."""
+    fresh = _Recurrence(r[:, restart], apply)
+    for name, value in vars(fresh).items():
+        whole = getattr(state, name).clone()
+        whole[..., restart] = value
+        setattr(state, name, whole)
+    target = target.clone()
+    target[restart] = fresh.eta * columns.tolerance[columns.active[restart]] / r[:, restart].norm(dim=0)
+    return target

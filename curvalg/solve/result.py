@@ -1,0 +1,49 @@
+"""What every solver returns: an iterate and a report for each column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Matmul = Callable[[Tensor], Tensor]
+"""X (n, K) -> A X (n, K), for any K."""
+
+CONVERGED = "converged"
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """The outcome of A x = b, one entry per column.
+
+    Args:
+        x: the solution or, where not converged, the iterate of the smallest residual seen; shape of b.
+        converged: whether the true residual met the tolerance, shape (K,).
+        iterations: iterations spent, shape (K,); 0 for a direct solver.
+        residual: true residual ‖b − A x‖, recomputed, shape (K,).
+        reason: why each column ended.
+    """
+
+    x: Tensor
+    converged: Tensor
+    iterations: Tensor
+    residual: Tensor
+    reason: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every column converged."""
+        return bool(self.converged.all())
+
+    def summary(self) -> str:
+        """One line for messages: the columns that did not converge and why."""
+        failed = [i for i, ok in enumerate(self.converged.tolist()) if not ok]
+        if not failed:
+            return f"all {len(self.reason)} columns converged in at most {int(self.iterations.max())} iterations"
+        worst = max(failed, key=lambda i: float(self.residual[i]))
+        reasons = sorted({self.reason[i] for i in failed})
+        return (
+            f"{len(failed)} of {len(self.reason)} columns did not converge ({'; '.join(reasons)}); the largest residual is "
+            f"{float(self.residual[worst]):.2e} after {int(self.iterations[worst])} iterations"
+        )
