@@ -37,7 +37,15 @@ class VectorError(CurvalgError, ValueError):
 
 
 class ConvergenceError(CurvalgError, RuntimeError):
-    """An iterative method stopped before it reached the asked tolerance."""
+    """An iterative method stopped before it reached the asked tolerance.
+
+    Attributes:
+        result: what it reached, with the best iterate; None where there is none.
+    """
+
+    def __init__(self, message: str, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class StaleError(CurvalgError, RuntimeError):

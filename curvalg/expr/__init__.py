@@ -1,24 +1,15 @@
 """Unbound expressions: nodes, the algebra, terms, facts and printing. Imports no torch."""
 
-from curvalg.expr.algebra import (
-    Block,
-    BlockDiagonal,
-    Identity,
-    IdentityExpr,
-    Inverse,
-    Product,
-    Restriction,
-    Sum,
-    Transpose,
-    Zero,
-    ZeroExpr,
-    block_diagonal,
-    inverse,
-    restrict,
-)
+from curvalg.expr.blocks import Block, BlockDiagonal, Partition, block_diagonal
+from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.inverses import Inverse, inverse
 from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
 from curvalg.expr.node import Expr
+from curvalg.expr.products import Product, multiply
+from curvalg.expr.restrictions import Restriction, restrict
+from curvalg.expr.scalars import as_coefficient
+from curvalg.expr.sums import Sum, add
 from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import (
     GGN,
@@ -32,6 +23,7 @@ from curvalg.expr.terms import (
     MonteCarloGGN,
     Residual,
 )
+from curvalg.expr.transposes import Transpose, transpose
 
 __all__ = [
     "GGN",
@@ -59,6 +51,7 @@ __all__ = [
     "MonteCarloFisher",
     "MonteCarloGGN",
     "NamedExpr",
+    "Partition",
     "Product",
     "Residual",
     "Restriction",
@@ -67,7 +60,11 @@ __all__ = [
     "Transpose",
     "Zero",
     "ZeroExpr",
+    "add",
+    "as_coefficient",
     "block_diagonal",
     "inverse",
+    "multiply",
     "restrict",
+    "transpose",
 ]

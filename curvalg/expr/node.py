@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.scalars import as_coefficient
 
 if TYPE_CHECKING:  # deferred imports: the two methods that reach upward, and the algebra built on this class
     from scipy.sparse.linalg import LinearOperator
@@ -56,6 +56,13 @@ class Expr:
         """The same node over other children."""
         return self
 
+    def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
+        """The transpose in terms of the transposes of the children, which ``of`` gives.
+
+        A node without children, or that knows no such form, is only marked as transposed.
+        """
+        return self.T
+
     def facts(self, loss: LossFacts | None = None) -> Facts:
         """What is known of this matrix, given the facts of the loss (None: of any loss)."""
         return Facts()
@@ -85,14 +92,14 @@ class Expr:
             raise ExpressionError(
                 f"* multiplies by a number; for the product of two operators write ({self}) @ ({other})"
             )
-        return _add([(self, _coefficient(other))])
+        return _add([(self, as_coefficient(other))])
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Expr:
         if isinstance(other, Expr):
             raise ExpressionError(f"/ divides by a number; write ({self}) @ inverse({other}) for a solve")
-        divisor = _coefficient(other)
+        divisor = as_coefficient(other)
         if divisor == 0:
             raise ExpressionError(f"cannot divide the operator {self} by zero")
         return _add([(self, 1 / divisor)])
@@ -106,7 +113,7 @@ class Expr:
                 f"expected an expression right of @, got {type(other).__name__}: an unbound expression cannot be "
                 "applied to a vector; write expr.lower(problem) @ vector"
             )
-        from curvalg.expr.algebra import multiply
+        from curvalg.expr.products import multiply
 
         return multiply([self, other])
 
@@ -116,14 +123,14 @@ class Expr:
         )
 
     def __pow__(self, exponent: int) -> Expr:
-        from curvalg.expr.algebra import power
+        from curvalg.expr.products import power
 
         return power(self, exponent)
 
     @property
     def T(self) -> Expr:
         """The transpose."""
-        from curvalg.expr.algebra import transpose
+        from curvalg.expr.transposes import transpose
 
         return transpose(self)
 
@@ -160,7 +167,7 @@ class Expr:
     # -- printing -----------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        from curvalg.expr.show import text
+        from curvalg.expr.show.text import text
 
         return text(self)
 
@@ -169,12 +176,12 @@ class Expr:
 
     def tree(self) -> str:
         """The expression as an indented tree, one node a line."""
-        from curvalg.expr.show import tree
+        from curvalg.expr.show.tree import tree
 
         return tree(self)
 
     def _repr_latex_(self) -> str:
-        from curvalg.expr.show import latex
+        from curvalg.expr.show.latex import latex
 
         return f"${latex(self)}$"
 
@@ -183,15 +190,9 @@ class Expr:
 
 
 def _add(pairs: list[tuple[Expr, Any]]) -> Expr:
-    from curvalg.expr.algebra import add
+    from curvalg.expr.sums import add
 
     return add(pairs)
-
-
-def _coefficient(value: Any) -> Fraction:
-    from curvalg.expr.algebra import as_coefficient
-
-    return as_coefficient(value)
 
 
 def _operand(left: Expr, right: Any, symbol: str) -> Expr:

@@ -133,7 +133,9 @@ class Fisher(Term):
 
 @dataclass(frozen=True)
 class MonteCarloFisher(Term):
-    """Monte-Carlo Fisher information, as :class:`MonteCarloGGN` with draws whose second moment is the Fisher's.
+    """Monte-Carlo Fisher information, Σₙ Σₘ Jₙᵀ sₙₘ sₙₘᵀ Jₙ with E Σₘ sₙₘ sₙₘᵀ = αₙ E[∇ log p ∇ log pᵀ] (D × D).
+
+    The draws are fixed as those of :class:`MonteCarloGGN` are.
 
     Args:
         samples: draws per sample.

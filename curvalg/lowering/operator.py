@@ -17,9 +17,9 @@ from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind, matrix_terms
 from curvalg.lowering.finite import require_finite
-from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.plan import BlocksPlan, Plan, ProductPlan, SumPlan, SweepPlan, output_sizes
 from curvalg.lowering.planner import plan
+from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem, Snapshot
 from curvalg.rewrite import Step, simplify

@@ -14,7 +14,6 @@ from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, Term
 from curvalg.expr.terms import Jacobian, LossHessian
-from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.plan import (
     BlocksPlan,
     LeafPlan,
@@ -27,6 +26,7 @@ from curvalg.lowering.plan import (
     ZeroPlan,
     as_float,
 )
+from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.transposed import transposed
 from curvalg.problem import Problem
 from curvalg.problem import parameters as params_

@@ -10,8 +10,17 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from curvalg.errors import CurvalgError, ExpressionError, RegistryError
-from curvalg.expr.algebra import Block, Identity, Zero, ZeroExpr, as_coefficient, block_diagonal, inverse, restrict
-from curvalg.expr.node import Expr
+from curvalg.expr import (
+    Block,
+    Expr,
+    Identity,
+    Zero,
+    ZeroExpr,
+    as_coefficient,
+    block_diagonal,
+    inverse,
+    restrict,
+)
 from curvalg.registry.arithmetic import OPERATIONS, arithmetic
 from curvalg.registry.messages import ALLOWED, located
 from curvalg.registry.registry import Registry
@@ -217,10 +226,11 @@ class Reader:
     def _zero(self, node: ast.Call) -> Expr:
         form = "zero, or zero('codomain', 'domain') of the spaces 'parameters' and 'outputs'"
         spaces = [self._literal(arg) for arg in self._positional(node, 2, form)]
-        self._options(node, ())
+        options = self._options(node, ("codomain_params", "domain_params"))
         if not all(space in ("parameters", "outputs") for space in spaces):
             self.fail(node, f"expected {form}")
-        return ZeroExpr(codomain=spaces[0], domain=spaces[1])
+        with self.at(node):
+            return ZeroExpr(spaces[0], spaces[1], **options)
 
     def _term(self, node: ast.Call) -> Expr:
         (first,) = self._positional(node, 1, "term('distribution/name', option=value)")

@@ -291,7 +291,7 @@ def _call(spec: TermSpec, arguments: dict[str, Any], plugin: Plugin | None) -> E
 
 def _reads_back(spec: TermSpec, built: NamedExpr) -> bool:
     """Whether what a function built is built again by the options it prints, and so may bear the function's name."""
-    from curvalg.expr.show import changed
+    from curvalg.expr.show.text import changed
 
     try:
         return bool(dataclasses.is_dataclass(built) and spec.factory(**changed(built)) == built)

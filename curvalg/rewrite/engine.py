@@ -9,6 +9,9 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 
+Apply = Callable[[Expr, LossFacts | None], Expr | None]
+"""The right side of a law for an expression that is an instance of its left side, else None."""
+
 
 @dataclass(frozen=True)
 class Law:
@@ -25,7 +28,7 @@ class Law:
 
     name: str
     statement: str
-    apply: Callable[[Expr, LossFacts | None], Expr | None]
+    apply: Apply
     witnesses: Callable[[], Sequence[Expr]]
     loss: LossFacts | None = None
 
@@ -75,6 +78,9 @@ def rewrite(expr: Expr, laws: Sequence[Law], loss: LossFacts | None = None) -> R
             visited = tuple(visit(child) for child in children)
             if any(new is not old for new, old in zip(visited, children, strict=True)):
                 result = node.rebuild(visited)
+                if result.children != visited:  # 2*(B @ C) of B @ (2*C): a product that no law has seen yet
+                    result = done[node] = visit(result)
+                    return result
         for law in laws:
             after = law.apply(result, loss)
             if after is not None and after != result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from curvalg.expr.algebra import (
+from curvalg.expr import (
     BlockDiagonal,
     Identity,
     Inverse,
@@ -22,7 +22,7 @@ from curvalg.expr.algebra import (
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 from curvalg.expr.terms import GGN, Fisher, Jacobian, LossHessian, MonteCarloFisher, MonteCarloGGN
-from curvalg.rewrite.engine import Law
+from curvalg.rewrite.engine import Apply, Law
 from curvalg.rewrite.witness import Matrix
 
 A, B, S = Matrix("A"), Matrix("B"), Matrix("S", symmetric=True)
@@ -34,39 +34,13 @@ def _transpose_symmetric(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return None
 
 
-def _transpose_sum(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Transpose) and isinstance(total := expr.expr, Sum):
-        parts = [(transpose(part), c) for part, c in total.coefficients.items()]
-        space = [] if total.space is None else [(transpose(total.space), 1)]
-        return add([*parts, *space, (Identity, total.shift)])
-    return None
+def _transpose(kind: type[Expr]) -> Apply:
+    def apply(expr: Expr, loss: LossFacts | None) -> Expr | None:
+        if isinstance(expr, Transpose) and isinstance(expr.expr, kind):
+            return expr.expr.transposed(transpose)
+        return None
 
-
-def _transpose_product(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Transpose) and isinstance(expr.expr, Product):
-        return multiply(transpose(factor) for factor in reversed(expr.expr.factors))
-    return None
-
-
-def _transpose_inverse(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Transpose) and isinstance(solve := expr.expr, Inverse):
-        options = solve.options
-        if solve.preconditioner is not None:
-            options["preconditioner"] = transpose(solve.preconditioner)
-        return inverse(transpose(solve.expr), **options)
-    return None
-
-
-def _transpose_restriction(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Transpose) and isinstance(expr.expr, Restriction):
-        return restrict(transpose(expr.expr.expr), expr.expr.params)
-    return None
-
-
-def _transpose_blocks(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Transpose) and isinstance(expr.expr, BlockDiagonal):
-        return expr.expr.rebuild(tuple(transpose(child) for child in expr.expr.children))
-    return None
+    return apply
 
 
 def _inverse_inverse(expr: Expr, loss: LossFacts | None) -> Expr | None:
@@ -141,11 +115,11 @@ def _gauss_newton_witnesses() -> Sequence[Expr]:
 
 LAWS: tuple[Law, ...] = (
     Law("transpose of a symmetric matrix", "S.T = S", _transpose_symmetric, lambda: [S.T, GGN().T]),
-    Law("transpose of a sum", "(a*A + b*B + c*I).T = a*A.T + b*B.T + c*I", _transpose_sum, lambda: [(2 * A - B + 3 * Identity).T]),
-    Law("transpose of a product", "(A @ B).T = B.T @ A.T", _transpose_product, lambda: [(A @ B).T, (A @ S @ B).T]),
-    Law("transpose of an inverse", "inverse(A).T = inverse(A.T)", _transpose_inverse, lambda: [inverse(A).T]),
-    Law("transpose of a sub-matrix", "restrict(A, p).T = restrict(A.T, p)", _transpose_restriction, lambda: [restrict(A, "a").T]),
-    Law("transpose of blocks", "block_diagonal(A).T = block_diagonal(A.T)", _transpose_blocks, lambda: [block_diagonal(A).T]),
+    Law("transpose of a sum", "(a*A + b*B + c*I).T = a*A.T + b*B.T + c*I", _transpose(Sum), lambda: [(2 * A - B + 3 * Identity).T]),
+    Law("transpose of a product", "(A @ B).T = B.T @ A.T", _transpose(Product), lambda: [(A @ B).T, (A @ S @ B).T]),
+    Law("transpose of an inverse", "inverse(A).T = inverse(A.T)", _transpose(Inverse), lambda: [inverse(A).T]),
+    Law("transpose of a sub-matrix", "restrict(A, p).T = restrict(A.T, p)", _transpose(Restriction), lambda: [restrict(A, "a").T]),
+    Law("transpose of blocks", "block_diagonal(A).T = block_diagonal(A.T)", _transpose(BlockDiagonal), lambda: [block_diagonal(A).T]),
     Law("inverse of an inverse", "inverse(inverse(A)) = A", _inverse_inverse, lambda: [inverse(inverse(A))]),
     Law("inverse of a multiple", "inverse(c*A) = inverse(A) / c", _inverse_scaled, lambda: [inverse(-3 * A), inverse(4 * Identity) @ A]),
     Law("Gauss-Newton", "jacobian.T @ loss_hessian @ jacobian = ggn", _gauss_newton, _gauss_newton_witnesses),

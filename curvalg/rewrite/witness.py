@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from curvalg.expr import algebra as alg
+import curvalg.expr as alg
 from curvalg.expr import terms
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
@@ -113,9 +113,10 @@ class DenseWorld:
 
     @dense.register
     def _(self, expr: alg.ZeroExpr, size: int) -> Array:
-        return (
-            np.zeros((self.length(expr.codomain), self.length(expr.domain))) if expr.domain else np.zeros((size, size))
-        )
+        if expr.domain is None:
+            return np.zeros((size, size))
+        rows, columns = (expr.codomain, expr.codomain_params), (expr.domain, expr.domain_params)
+        return np.zeros((self.length(*rows), self.length(*columns)))
 
     @dense.register
     def _(self, expr: alg.Sum, size: int) -> Array:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import Columns
-from curvalg.solve.result import CONVERGED, Matmul, SolveResult
+from curvalg.solve.columns import Columns, same
+from curvalg.solve.result import Matmul, SolveResult
 
 NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
-STAGNATED = "stagnated: the true residual no longer falls"
 
 
 def cg(
@@ -41,7 +40,7 @@ def cg(
     >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([1.0000, 0.5000, 0.2500])
     """
-    apply = preconditioner or _same
+    apply = preconditioner or same
     columns = Columns(matmul, b, x0, rtol, atol)
     _, x, r = columns.start()
     z = apply(r)
@@ -70,7 +69,8 @@ def cg(
             r = r.clone()
             r[:, claims] = true
             restart = claims & ~converged & ~stagnated
-            x, r, p, rz, restart = _go_on(columns, converged, stagnated, (x, r, p, rz, restart))
+            kept = columns.settle(converged, stagnated)
+            x, r, p, rz, restart = (t[..., kept] for t in (x, r, p, rz, restart))
             if not len(columns.active):
                 break
         z = apply(r)
@@ -79,17 +79,3 @@ def cg(
         ratio = torch.where(restart, torch.zeros_like(new), new / rz)
         p, rz = z + ratio * p, new
     return columns.result(f"{maxiter} iterations were not enough")
-
-
-def _same(r: Tensor) -> Tensor:
-    return r
-
-
-def _go_on(
-    columns: Columns, converged: Tensor, stagnated: Tensor, arrays: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Freeze columns that converged or stagnated; the arrays of the rest."""
-    kept = torch.nonzero(~(converged | stagnated)).reshape(-1)
-    columns.freeze(stagnated, STAGNATED)
-    columns.freeze(converged[~stagnated], CONVERGED)
-    return tuple(t[..., kept] for t in arrays)

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from curvalg.solve.result import CONVERGED, Matmul, SolveResult
 
+STAGNATED = "stagnated: the true residual no longer falls"
+
+
+def same(r: Tensor) -> Tensor:
+    """No preconditioner."""
+    return r
+
 
 class Columns:
     """The columns of A X = B that are still being solved.
@@ -81,6 +88,13 @@ class Columns:
         converged[claims] = good
         stagnated[claims] = ~good & (self.refuted[columns] >= self.MOST_CONFIRMATIONS)
         return converged, stagnated, true
+
+    def settle(self, converged: Tensor, stagnated: Tensor) -> Tensor:
+        """Freeze columns that converged or stagnated; positions of those that go on."""
+        kept = torch.nonzero(~(converged | stagnated)).reshape(-1)
+        self.freeze(stagnated, STAGNATED)
+        self.freeze(converged[~stagnated], CONVERGED)
+        return kept
 
     def result(self, rest: str) -> SolveResult:
         """The report; columns still active ended for the reason ``rest``. Residuals are recomputed."""

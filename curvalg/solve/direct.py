@@ -13,7 +13,7 @@ Solve = Callable[[Tensor], Tensor]
 """B (n, K) -> A⁻¹ B (n, K)."""
 
 
-def factorize(matrix: Tensor, *, positive_definite: bool | None, symmetric: bool | None) -> Solve:
+def factorize(matrix: Tensor, *, positive_definite: bool | None) -> Solve:
     """Factorise a dense matrix for solves.
 
     By Cholesky where positive definiteness is proved, else by LU with partial pivoting.
@@ -21,7 +21,6 @@ def factorize(matrix: Tensor, *, positive_definite: bool | None, symmetric: bool
     Args:
         matrix: (n, n).
         positive_definite: the fact; a Cholesky factorisation that fails although it is True falls back to LU.
-        symmetric: whether A⁻¹ is symmetrised by one step of refinement against its transpose; unused by LU itself.
 
     Raises:
         FactsError: the matrix is singular to working precision.

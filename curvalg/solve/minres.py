@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.solve.cg import STAGNATED, _same
-from curvalg.solve.columns import Columns
-from curvalg.solve.result import CONVERGED, Matmul, SolveResult
+from curvalg.solve.columns import STAGNATED, Columns, same
+from curvalg.solve.result import Matmul, SolveResult
 
 NOT_DEFINITE = "the preconditioner is not positive definite"
 
@@ -79,7 +78,7 @@ def minres(
     >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    apply = preconditioner or _same
+    apply = preconditioner or same
     columns = Columns(matmul, b, x0, rtol, atol)
     _, x, r = columns.start()
     state = _Recurrence(r, apply)
@@ -103,9 +102,7 @@ def minres(
         r = torch.zeros_like(x)
         r[:, claims] = true
         restart = (claims & ~converged & ~stagnated).clone()
-        kept = torch.nonzero(~(converged | stagnated)).reshape(-1)
-        columns.freeze(stagnated, STAGNATED)
-        columns.freeze(converged[~stagnated], CONVERGED)
+        kept = columns.settle(converged, stagnated)
         x, r, target, restart = x[:, kept], r[:, kept], target[kept], restart[kept]
         state.select(kept)
         if bool(restart.any()):

@@ -60,10 +60,43 @@ def test_a_cancelled_sum_keeps_its_spaces() -> None:
             inverse(zero.T)
 
 
+def test_a_zero_may_be_restricted_on_one_side() -> None:
+    half = restrict(J, "a").T @ (L - L) @ J
+    assert half == ZeroExpr(P, P, codomain_params=("a",))
+    assert half.T == J.T @ (L - L) @ restrict(J, "a") == ZeroExpr(P, P, domain_params=("a",))
+    assert half == half.T.T
+    assert half @ G == half
+    assert ZeroExpr(P, P, ("b",), ("a",)) == restrict(J, "b").T @ J @ half.T
+    assert restrict(J, "a").T @ J + half == restrict(J, "a").T @ J
+    assert half == restrict(J, "a").T @ J - restrict(J, "a").T @ J
+
+
+def test_zeros_can_be_restricted() -> None:
+    assert restrict(G - G, "a") == restrict(G, "a") - restrict(G, "a") == ZeroExpr(P, P, ("a",), ("a",))
+    assert restrict(J - J, ["a", "b"]) == ZeroExpr(O, P, None, ("a", "b"))
+    assert restrict((J - J).T, "a") == restrict(J - J, "a").T == ZeroExpr(P, O, ("a",))
+    once = restrict(G - G, "a")
+    assert restrict(once, "a") is once
+    assert once.children == ()
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ggn @ jacobian": (lambda: G @ J, "cannot multiply"),
     "jacobian + ggn": (lambda: J + G, "cannot add"),
     "jacobian + its transpose": (lambda: J + J.T, "cannot add"),
+    "jacobian + a multiple of the identity": (lambda: J + inverse(2 * Identity), "identity.* is square"),
+    "zero of a map + a multiple of the identity": (lambda: J - J + inverse(2 * Identity), "identity.* is square"),
+    "zero of one space": (lambda: ZeroExpr(P), "two spaces"),
+    "zero of an unknown space": (lambda: ZeroExpr("pixels", P), "two spaces"),  # type: ignore[arg-type]
+    "zero of some outputs": (lambda: ZeroExpr(O, P, ("a",)), "codomain of this zero is outputs"),
+    "zero of any size and some parameters": (lambda: ZeroExpr(domain_params=("a",)), "domain of this zero is None"),
+    "zero of no parameters": (lambda: ZeroExpr(P, P, ()), "parameter names"),
+    "zero restricted again": (lambda: restrict(restrict(G - G, "w"), "v"), "restricted to"),
+    "half restricted zero": (lambda: restrict(ZeroExpr(P, P, ("w",)), "w"), "restricted to"),
+    "zeros of different restrictions": (lambda: ZeroExpr(P, P, ("w",)) + G, "cannot add"),
+    "half restricted zero + identity": (lambda: ZeroExpr(P, P, ("w",)) + Identity, "identity is square"),
+    "blocks of a half restricted zero": (lambda: block_diagonal(ZeroExpr(P, P, ("w",))), "operator on parameters"),
+    "inverse of a restricted zero": (lambda: inverse(restrict(G - G, "w")), "zero operator"),
     "jacobian + identity": (lambda: J + Identity, "identity is square"),
     "identity + jacobian": (lambda: Identity + J, "identity is square"),
     "jacobian @ jacobian": (lambda: J @ J, "cannot multiply"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -210,12 +211,13 @@ def _nodes(expr: Expr) -> list[Expr]:
 
 
 def _covers(expr: Expr) -> bool:
-    """Blocks partition the parameters: what is no partition is refused when lowered, not when written."""
+    """Blocks are disjoint and within the parameters: others are refused when lowered, not when written."""
     if not isinstance(expr, BlockDiagonal) or isinstance(expr.by, str):
         return True
     groups = [block.params for block in expr.what] if not isinstance(expr.what, Expr) else list(expr.by or ())
     inside = (expr.what.domain_params if isinstance(expr.what, Expr) else None) or tuple(PARAMETERS)
-    return sorted(name for group in groups for name in group) == sorted(inside)
+    named = [name for group in groups for name in group]
+    return len(set(named)) == len(named) and set(named) <= set(inside)
 
 
 @pytest.mark.parametrize("kind", ["any", "asymmetric", "symmetric", "semidefinite", "definite", "indefinite"])
@@ -228,7 +230,7 @@ def test_the_stand_ins_are_what_they_claim(kind: str) -> None:
 
 # -- what must not be forgotten: claims that follow and that laws rely on ---------------------------------------------
 
-S, D, N = StandIn("semidefinite", 0), StandIn("definite", 0), StandIn("any", 0)
+S, D, N, A = (StandIn(kind, 0) for kind in ("semidefinite", "definite", "any", "asymmetric"))
 J, B = MapStandIn("asymmetric", 0), OutputStandIn("semidefinite", 0)
 PSD, DEFINITE, SYMMETRIC = Facts(psd=True), Facts(positive_definite=True), Facts(symmetric=True)
 
@@ -243,12 +245,37 @@ CLAIMS: dict[str, tuple[Expr, Facts]] = {
     "negative and shifted": (-S - Identity, Facts(symmetric=True, psd=False)),
     "a multiple of the identity": (-2 * Identity, Facts(symmetric=True, psd=False)),
     "one asymmetric part": (StandIn("asymmetric", 0) + S, Facts(symmetric=False)),
-    "two asymmetric parts": (StandIn("asymmetric", 0) + StandIn("asymmetric", 0).T, Facts()),
+    "two asymmetric parts": (StandIn("asymmetric", 0) + StandIn("asymmetric", 1).T, Facts()),
+    "asymmetric beside unknown": (StandIn("asymmetric", 0) + N, Facts()),
+    "with its transpose": (A + A.T, SYMMETRIC),
+    "minus its transpose": (A - A.T, Facts()),
+    "unevenly with its transpose": (A + 2 * A.T, Facts()),
+    "with its transpose and a third": (A + A.T + StandIn("asymmetric", 1), Facts()),
+    "unknown with its transpose": (N + N.T + S, SYMMETRIC),
+    "products that mirror each other": (2 * S @ D + 2 * D @ S, SYMMETRIC),
+    "products that do not": (2 * S @ D + D @ S, Facts()),
+    "transposed products": ((N @ A).T + N @ A, SYMMETRIC),
+    "transposed products, written out": (A.T @ N.T - S + N @ A, SYMMETRIC),
+    "transposed sums": ((N + A).T + N + A, SYMMETRIC),
+    "inverses that mirror each other": (inverse(A + Identity) + inverse(A.T + Identity), SYMMETRIC),
+    "restrictions that mirror each other": (restrict(A, "a") + restrict(A.T, "a"), SYMMETRIC),
+    "blocks that mirror each other": (block_diagonal(A) + block_diagonal(A.T), SYMMETRIC),
+    "inverse of what turns out to be zero": (inverse(D - D.T) @ N, Facts()),
+    "sum of maps": (J + MapStandIn("asymmetric", 1), Facts(symmetric=False)),
     "unknown": (N + S, Facts()),
     "gram": (N.T @ N, PSD),
     "sandwich": (J.T @ B @ J, PSD),
     "square": (S @ S, PSD),
     "congruence": (N @ StandIn("symmetric", 0) @ N.T, SYMMETRIC),
+    "gram of a product": ((N @ A).T @ (N @ A), PSD),
+    "gram of a transposed product": ((N @ A) @ (N @ A).T, PSD),
+    "gram of a sum": ((N + A).T @ (N.T + A.T).T, PSD),
+    "sandwich by a product": ((A @ N).T @ S @ (A @ N), PSD),
+    "sandwich of maps and products": ((J @ A).T @ B @ J @ A, PSD),
+    "congruence by a product": ((A @ N).T @ StandIn("symmetric", 0) @ A @ N, SYMMETRIC),
+    "gram of a negative": ((-N).T @ N, SYMMETRIC),
+    "no gram of a product": ((N @ A).T @ (A @ N), Facts()),
+    "symmetric sum in the middle": (N.T @ (A + A.T) @ N, SYMMETRIC),
     "product of two": (S @ D, Facts()),
     "map": (J, Facts(symmetric=False)),
     "product of maps": (J @ S, Facts(symmetric=False)),
@@ -258,10 +285,16 @@ CLAIMS: dict[str, tuple[Expr, Facts]] = {
     "restriction": (restrict(D, "a"), DEFINITE),
     "restriction of asymmetric": (restrict(StandIn("asymmetric", 0), "a"), Facts()),
     "blocks": (block_diagonal(D), DEFINITE),
+    "blocks by module": (block_diagonal(D, by="module"), DEFINITE),
+    "blocks of groups": (block_diagonal(D, by=[["a"], ["b", "c"]]), PSD),
+    "blocks that leave parameters out": (block_diagonal({"a": D, "b": D}), PSD),
+    "block of a symmetric": (block_diagonal({"a": StandIn("symmetric", 0)}), SYMMETRIC),
     "blocks of unsymmetric": (block_diagonal(StandIn("asymmetric", 0)), Facts()),
     "given blocks": (block_diagonal({"a": D, "b": S}), PSD),
     "zero": (S - S, Facts(psd=True, positive_definite=False)),
     "zero of a map": (J - J, Facts(symmetric=False)),
+    "zero of a restriction": (restrict(N, "a") - restrict(N, "a"), Facts(psd=True, positive_definite=False)),
+    "zero between restrictions": (restrict(J, "a").T @ (B - B) @ J, Facts(positive_definite=False)),
     # Two patterns may choose the same parameters.
     "different restrictions": (restrict(J, "head.*").T @ restrict(J, "head.w*"), Facts()),
 }
@@ -271,3 +304,47 @@ CLAIMS: dict[str, tuple[Expr, Facts]] = {
 def test_claims(what: str) -> None:
     expr, expected = CLAIMS[what]
     assert expr.facts() == expected
+
+
+# Without a value in this world: inverses of what is singular, and names of other parameters.
+WORDS_ALONE = ("inverse of what turns out to be zero", "inverse of semidefinite", "different restrictions")
+
+
+@pytest.mark.parametrize("what", [what for what in CLAIMS if what not in WORDS_ALONE])
+@settings(max_examples=5, deadline=None, suppress_health_check=filters)
+@given(seed=st.integers(0, 99))
+def test_these_claims_hold(what: str, seed: int) -> None:
+    expr = _reseeded(CLAIMS[what][0], seed)
+    matrix = dense(expr, SIZES[P])
+    assert matrix.shape == shape(expr, SIZES[P])
+    assert refuted(expr.facts(), matrix) is None
+
+
+def _reseeded(expr: Expr, seed: int) -> Expr:
+    """The expression over other stand-ins."""
+    if isinstance(expr, StandIn):
+        return dataclasses.replace(expr, seed=expr.seed + 10 * seed)
+    return expr.rebuild(tuple(_reseeded(child, seed) for child in expr.children))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=filters)
+@given(expressions((P, P), leaves=LEAVES, scales=moderate, names=names, depth=2))
+def test_what_is_added_to_or_multiplied_by_its_transpose_is_symmetric(expr: Expr) -> None:
+    assume(all(_covers(node) for node in _nodes(expr)))
+    assume(not any(isinstance(node, Inverse) for node in _nodes(expr)))  # a preconditioner is no part of the value
+    matrix = dense(expr, SIZES[P])
+    assume(np.abs(matrix).max() < 1e3)
+    for symmetric in (expr + expr.T, expr.T @ expr, expr @ expr.T):
+        facts = symmetric.facts()
+        assert facts.symmetric
+        assert refuted(facts, dense(symmetric, SIZES[P])) is None
+
+
+def test_facts_of_deep_nesting_take_no_exponential_time() -> None:
+    unknown: Expr = N
+    definite: Expr = S
+    for _ in range(40):
+        unknown = inverse(A.T @ unknown @ A + N + Identity)
+        definite = inverse(A.T @ definite @ A + Identity)
+    assert unknown.facts() == Facts()
+    assert definite.facts() == DEFINITE

@@ -22,6 +22,7 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
+from curvalg.expr.terms import BUILTIN
 
 PSD, DEFINITE, SYMMETRIC = Facts(psd=True), Facts(positive_definite=True), Facts(symmetric=True)
 CONVEX, CONCAVE = LossFacts("convex", convex=True), LossFacts("other", convex=False)
@@ -49,6 +50,13 @@ def test_facts_follow_the_loss(term: Expr, with_convex: Facts, with_other: Facts
     assert term.facts(CONVEX) == with_convex
     assert term.facts(CONCAVE) == with_other
     assert term.facts() == with_other  # of a loss nothing is known of
+
+
+def test_first_lines_of_docstrings_are_plain_text() -> None:
+    for name, term in BUILTIN.items():
+        first = (term.__doc__ or "").split("\n")[0]
+        assert first.endswith("."), name
+        assert not {"`", "*"} & set(first), name
 
 
 def test_implications() -> None:

@@ -33,6 +33,16 @@ TEXTS = {
     "identity": Identity,
     "zero": Zero,
     "zero('outputs', 'parameters')": J - J,
+    "restrict(zero('parameters', 'parameters'), 'a')": restrict(G, "a") - restrict(G, "a"),
+    "restrict(zero('outputs', 'parameters'), ['a', 'b'])": ZeroExpr("outputs", "parameters", None, ("a", "b")),
+    "restrict(zero('parameters', 'outputs'), 'a')": ZeroExpr("parameters", "outputs", ("a",)),
+    "zero('parameters', 'parameters', codomain_params='a')": restrict(J, "a").T @ J - restrict(J, "a").T @ J,
+    "zero('parameters', 'parameters', domain_params=['a', 'b'])": ZeroExpr(
+        "parameters", "parameters", None, ("a", "b")
+    ),
+    "zero('parameters', 'parameters', codomain_params='a', domain_params='b')": ZeroExpr(
+        "parameters", "parameters", ("a",), ("b",)
+    ),
     "ggn / 3": G / 3,
     "2*ggn / 3": 2 * G / 3,
     "-ggn": -G,
@@ -127,9 +137,33 @@ def test_tree() -> None:
         "│     │  │  └─ jacobian",
         "│     │  └─ jacobian",
         "│     └─ -2 * identity",
-        "└─ blockdiagonal",
-        "   └─ hessian",
+        "└─ block_diagonal",
+        "   └─ 'a': hessian",
     ]
+
+
+TREES = {
+    "restrict '0.*'\n└─ ggn": restrict(G, "0.*"),
+    "restrict ['a', 'b']\n└─ transpose\n   └─ jacobian": restrict(J.T, ["a", "b"]),
+    "sum\n├─ ggn\n└─ identity": G + Identity,
+    "sum\n├─ -ggn\n└─ -identity": -G - Identity,
+    "sum\n└─ -ggn": -G,
+    "sum\n└─ 2 * ggn": 2 * G,
+    "sum\n├─ zero('parameters', 'parameters')\n└─ 2 * identity": G - G + 2 * Identity,
+    "sum\n├─ -product\n│  ├─ ggn\n│  └─ hessian\n└─ ggn": -(G @ H) + G,
+    "block_diagonal by=module\n└─ ggn": block_diagonal(G, by="module"),
+    "block_diagonal\n└─ ggn": block_diagonal(G),
+    "block_diagonal by=(('a', 'b'),)\n└─ ggn": block_diagonal(G, by=[["a", "b"]]),
+    "block_diagonal\n├─ 'a': ggn\n└─ ['b', 'c'] joint: sum\n   └─ -hessian": block_diagonal(
+        [Block(("a",), G), Block(("b", "c"), -H, joint=True)]
+    ),
+    "restrict(zero('outputs', 'parameters'), 'a')": restrict(J, "a") - restrict(J, "a"),
+}
+
+
+@pytest.mark.parametrize("shown", TREES)
+def test_trees(shown: str) -> None:
+    assert TREES[shown].tree() == shown
 
 
 LATEX = {
@@ -140,6 +174,15 @@ LATEX = {
     r"\tfrac{1}{3}\,G + 10^{-5}\,I": G / 3 + 1e-5 * Identity,
     r"-G - 2.5 \cdot 10^{-7}\,H": -G - 2.5e-7 * H,
     r"0.5\,G": G / 2,
+    r"G + 10^{-3}\,I": G + 1e-3 * Identity,
+    r"2.5 \cdot 10^{-3}\,G": 0.0025 * G,
+    r"-1.25 \cdot 10^{-3}\,G": -0.00125 * G,
+    r"9.9 \cdot 10^{-3}\,G": 0.0099 * G,
+    r"0.01\,G": G / 100,
+    r"0.05\,G - 0.5\,H": 0.05 * G - H / 2,
+    r"\tfrac{1}{300}\,G": G / 300,
+    r"1000000\,G": 1e6 * G,
+    r"2.5\,G": 2.5 * G,
     r"G\,\left(H + I\right)": G @ SHIFTED,
     r"J^\top": J.T,
     r"\left(G + I\right)^{-1}": inverse(G + Identity),

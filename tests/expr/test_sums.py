@@ -113,6 +113,19 @@ def test_any_real_scalar_scales(number: Any) -> None:
         assert str(expr) == "2*ggn"
 
 
+@pytest.mark.parametrize("decimal", [0.1, 1e-3, 3.0, -0.7, 6.1e4])
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_arrays_without_dimensions_are_their_shortest_decimal(decimal: float, kind: str) -> None:
+    tensor = torch.tensor(decimal, dtype=getattr(torch, kind), requires_grad=True)
+    for number in (tensor, tensor.detach(), np.array(decimal, dtype=kind), getattr(np, kind)(decimal)):
+        assert number * A == A * number == decimal * A
+        assert str(A * number) == str(decimal * A)
+
+
+def test_precisions_mix() -> None:
+    assert torch.tensor(0.1) * A + np.array(0.1, np.float32) * A + 0.1 * A == 0.3 * A
+
+
 def test_numpy_integers_do_not_overflow() -> None:
     expr = np.int64(2**62) * A
     for _ in range(4):

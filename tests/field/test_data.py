@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import Case, Dense
-from third_party import MeanTangent
+from third_party import CenteredTangent
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
@@ -22,6 +22,12 @@ from curvalg import CurvalgError, CurvalgWarning, LossError, Problem, ProblemErr
 from curvalg.losses import CrossEntropy
 
 _g = torch.Generator().manual_seed(0)
+
+
+def rng():
+    return torch.Generator().manual_seed(2)
+
+
 N = 7
 X = torch.randn(N, 3, generator=_g).double()
 Y = torch.tensor([0, 2, 1, 1, 0, 2, 2])
@@ -79,6 +85,11 @@ def whole(net):
     return Dense(Case(net, CE, [(X, Y)], ce, float(N)))
 
 
+def fresh(*args, **options):
+    """A problem that reads the data in every product: what is kept is immune to loaders that change."""
+    return Problem(*args, **{"cache": 0, **options})
+
+
 def lower(name, problem):
     return registry.build(name).lower(problem)
 
@@ -95,7 +106,7 @@ def test_uneven_last_batch_of_a_mean_loss(size, net, whole, agrees):
     problem = Problem(net, CE, DataLoader(PAIRS, batch_size=size))
     agrees(problem, whole)
     assert problem.num_samples == N
-    assert abs(problem.value() - float(CE(net(X), Y))) < 1e-12
+    assert abs(problem.value() - CE(net(X), Y).item()) < 1e-12
 
 
 def test_uneven_last_batch_is_not_the_average_of_batch_means(net, whole):
@@ -105,7 +116,9 @@ def test_uneven_last_batch_is_not_the_average_of_batch_means(net, whole):
 
 
 @pytest.mark.parametrize(
-    "loss", [lambda z, y: (z - y).square().mean(), partial(F.mse_loss), nn.MSELoss()], ids=["callable", "function", "module"]
+    "loss",
+    [lambda z, y: (z - y).square().mean(), partial(F.mse_loss), nn.MSELoss()],
+    ids=["callable", "function", "module"],
 )
 def test_uneven_last_batch_of_a_regression(loss, net, dense, agrees):
     reference = dense(net, [(X, R)], mse, float(R.numel()))
@@ -160,7 +173,8 @@ def test_padding_and_variable_length_count_tokens_over_all_batches(label, sample
     problem = Problem(tagger, nn.CrossEntropyLoss(ignore_index=label), padded(label), samples=samples)
     agrees(problem, reference)
     assert problem.num_samples == (len(SENTENCES) if samples == "item" else tokens)
-    expected = sum(float(ce(tagger(s[None]), t[None]).sum()) for s, t in zip(SENTENCES, TAGS, strict=True)) / tokens
+    with torch.no_grad():
+        expected = sum(ce(tagger(s[None]), t[None]).sum().item() for s, t in zip(SENTENCES, TAGS, strict=True)) / tokens
     assert abs(problem.value() - expected) < 1e-12
 
 
@@ -174,13 +188,11 @@ def test_padding_does_not_depend_on_how_far_batches_are_padded(tagger, vectors):
 
 
 def test_padding_labels_are_ignored_whole_rows_and_batches_too(tagger, dense, agrees):
-    tokens = torch.randint(0, 6, (4, 3), generator=_g)
+    tokens = torch.randint(0, 6, (4, 3), generator=rng())
     labels = torch.tensor([[0, 1, -100], [-100] * 3, [2, 2, 0], [-100] * 3])
     data = [(tokens[:2], labels[:2]), (tokens[2:3], labels[2:3]), (tokens[3:], labels[3:])]
     keep = torch.tensor([0, 2])
-    reference = dense(
-        tagger, [(tokens[keep], labels[keep])], lambda z, y: ce(z, y).sum(1), 5.0, count=2
-    )
+    reference = dense(tagger, [(tokens[keep], labels[keep])], lambda z, y: ce(z, y).sum(1), 5.0, count=2)
     problem = Problem(tagger, CE, data)
     agrees(problem, reference)
     assert problem.num_samples == 2
@@ -210,7 +222,7 @@ def test_padding_in_a_packed_sequence(build_net, dense, agrees):
             return self.head(last)
 
     model = build_net(Packed)
-    series = [torch.randn(n, 2, generator=_g).double() for n in (2, 3, 1, 2)]
+    series = torch.randn(8, 2, generator=rng()).double().split((2, 3, 1, 2))
     y = torch.tensor([0, 2, 1, 1])
     data = [(pack_sequence(series[a:b], enforce_sorted=False), y[a:b]) for a, b in ((0, 3), (3, 4))]
     reference = dense(model, [(s[None], t[None]) for s, t in zip(series, y, strict=True)], ce, 4.0)
@@ -460,7 +472,7 @@ def test_batches_in_a_tuple_for_a_list_are_explained(net):
     data = tuple((X[s], Y[s]) for s in slices(0, 2, 5, 7))
     with pytest.raises(CurvalgError, match="list"):
         lower("ggn", Problem(net, CE, data))
-    with pytest.raises(CurvalgError, match="list|target="):
+    with pytest.raises(CurvalgError, match=r"list|target="):
         lower("ggn", Problem(net, CE, data[:2]))
 
 
@@ -469,9 +481,11 @@ def test_batches_that_the_model_does_not_take_are_explained(net):
         lower("ggn", Problem(net, CE, {"pixels": X, "labels": Y})) @ torch.ones(24).double()
 
 
-@pytest.mark.parametrize("data", [[], DataLoader([]), [(X[:0], Y[:0])], {}, ()], ids=["list", "loader", "rows", "dict", "tuple"])
+@pytest.mark.parametrize(
+    "data", [[], DataLoader([]), [(X[:0], Y[:0])], {}, ()], ids=["list", "loader", "rows", "dict", "tuple"]
+)
 def test_empty_data_are_refused(data, net):
-    with pytest.raises(ProblemError, match="empty|target"):
+    with pytest.raises(ProblemError, match=r"empty|target"):
         lower("ggn", Problem(net, CE, data))
 
 
@@ -480,7 +494,9 @@ def one_shot():
     yield X[3:], Y[3:]
 
 
-@pytest.mark.parametrize("make", [one_shot, lambda: iter([(X, Y)]), lambda: map(tuple, [(X, Y)]), lambda: iter(DataLoader(PAIRS))])
+@pytest.mark.parametrize(
+    "make", [one_shot, lambda: iter([(X, Y)]), lambda: map(tuple, [(X, Y)]), lambda: iter(DataLoader(PAIRS))]
+)
 def test_one_shot_generators_are_refused_at_once(make, net):
     with pytest.raises(ProblemError, match=r"only once.*list\(data\)"):
         Problem(net, CE, make())
@@ -497,8 +513,8 @@ def test_one_shot_generators_behind_an_iterable_are_explained(net):
             return self.source
 
     for data in (Once(), DataLoader(Once(), batch_size=None)):
-        op = lower("ggn", Problem(net, CE, data))
-        with pytest.raises(ProblemError, match="once|starts anew|first pass"):
+        op = lower("ggn", fresh(net, CE, data))
+        with pytest.raises(ProblemError, match=r"once|starts anew|first pass"):
             op @ ones(op)
 
 
@@ -519,7 +535,7 @@ def test_stateful_data_set_that_grows_or_shrinks_is_detected(net):
             self.passes += 1
             return iter([(X[k], Y[k]) for k in range(N - self.passes)])
 
-    op = lower("ggn", Problem(net, CE, DataLoader(Shrinking(), batch_size=2)))
+    op = lower("ggn", fresh(net, CE, DataLoader(Shrinking(), batch_size=2)))
     with pytest.raises(ProblemError, match=r"differ from the first pass.*stateful"):
         op @ ones(op)
 
@@ -529,7 +545,7 @@ def test_stateful_data_set_that_grows_or_shrinks_is_detected(net):
 
 @pytest.mark.parametrize("size", [2, 7])
 def test_shuffling_loader_leaves_additive_terms_right(size, net, whole, agrees):
-    agrees(Problem(net, CE, DataLoader(PAIRS, batch_size=size, shuffle=True)), whole)
+    agrees(fresh(net, CE, DataLoader(PAIRS, batch_size=size, shuffle=True)), whole)
 
 
 SHUFFLED = {
@@ -544,10 +560,10 @@ class Reshuffled:
     """Re-iterable, another order in every pass."""
 
     def __init__(self, size):
-        self.size, self.generator = size, torch.Generator().manual_seed(3)
+        self.size, self.rng = size, torch.Generator().manual_seed(3)
 
     def __iter__(self):
-        order = torch.randperm(N, generator=self.generator)
+        order = torch.randperm(N, generator=self.rng)
         return ((X[k], Y[k]) for k in order.split(self.size))
 
 
@@ -555,22 +571,23 @@ class Reshuffled:
 @pytest.mark.parametrize("kind", SHUFFLED)
 @pytest.mark.parametrize("name", ["jacobian", "loss_hessian"])
 def test_shuffling_loader_is_refused_where_rows_have_an_order(name, kind, size, net):
-    problem = Problem(net, CE, SHUFFLED[kind](size))
+    problem = fresh(net, CE, SHUFFLED[kind](size))
     with pytest.raises(ProblemError, match=r"shuffle=False.*list\(loader\)"):
         op = lower(name, problem)
         for _ in range(3):
             op @ ones(op)
 
 
+@pytest.mark.parametrize("cache", [0, "auto"])
 @pytest.mark.parametrize("size", [2, 7])
 @pytest.mark.parametrize("kind", SHUFFLED)
-def test_shuffling_loader_never_changes_monte_carlo_draws_silently(kind, size, net):
+def test_shuffling_loader_never_changes_monte_carlo_draws_silently(kind, size, cache, net):
     """Draws are keyed by the number of the sample in the data: refused, or the same matrix in every product."""
-    op = lower("ggn_mc", Problem(net, CE, SHUFFLED[kind](size)))
+    op = lower("ggn_mc", fresh(net, CE, SHUFFLED[kind](size), cache=cache))
     try:
         first, *others = [op @ ones(op) for _ in range(4)]
     except ProblemError as error:
-        assert "shuffle=False" in str(error)  # noqa: PT017
+        assert "shuffle=False" in str(error)
     else:
         assert all(torch.allclose(first, other, atol=1e-12) for other in others)
 
@@ -580,7 +597,7 @@ def test_shuffling_loader_never_changes_monte_carlo_draws_silently(kind, size, n
 def test_shuffling_loader_with_frozen_randomness_is_refused(kind, size, build_net):
     """The masks are replayed by position in the batch, so other rows would meet them in every pass."""
     model = build_net(lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3)))
-    problem = Problem(model, CE, SHUFFLED[kind](size), randomness="frozen")
+    problem = fresh(model, CE, SHUFFLED[kind](size), randomness="frozen")
     with pytest.raises(ProblemError, match="order"):
         op = lower("ggn", problem)
         for _ in range(3):
@@ -591,9 +608,8 @@ def test_shuffling_loader_with_frozen_randomness_is_refused(kind, size, build_ne
 def test_shuffling_loader_with_batch_statistics_is_refused(kind, build_net):
     """Batch-norm in training mode: which samples share a batch decides the matrix."""
     model = build_net(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).train())
-    data = {"sampler": 3}.get(kind, 4)
-    with pytest.raises(ProblemError, match="order|shuffle"):
-        op = lower("hessian", Problem(model, CE, SHUFFLED[kind](data)))
+    with pytest.raises(ProblemError, match=r"order|shuffle"):
+        op = lower("hessian", fresh(model, CE, SHUFFLED[kind](4)))
         for _ in range(3):
             op @ ones(op)
 
@@ -621,12 +637,12 @@ WITHIN = (torch.tensor([1, 0, 2, 3, 4, 5, 6]),)
 )
 def test_shuffling_between_the_two_passes_of_one_product_is_not_silent(orders, net):
     """Tangents of the first pass are used in the second: either refused, or right."""
-    expected = MeanTangent().lower(Problem(net, CE, (X, Y))) @ torch.ones(24).double()
-    op = MeanTangent().lower(Problem(net, CE, Alternating(*orders)))
+    expected = CenteredTangent().lower(fresh(net, CE, (X, Y))) @ torch.ones(24).double()
+    op = CenteredTangent().lower(fresh(net, CE, Alternating(*orders)))
     try:
         got = op @ ones(op)
     except ProblemError as error:
-        assert "order" in str(error)  # noqa: PT017
+        assert "order" in str(error)
     else:
         assert torch.allclose(got, expected, atol=1e-12)
 
@@ -636,23 +652,23 @@ def test_shuffling_with_dropped_rows_or_replacement_is_another_matrix(net):
         DataLoader(PAIRS, batch_size=3, shuffle=True, drop_last=True),
         DataLoader(PAIRS, batch_size=3, sampler=RandomSampler(PAIRS, replacement=True)),
     ):
-        op = lower("hessian", Problem(net, CE, loader))
+        op = lower("hessian", fresh(net, CE, loader))
         with pytest.raises(ProblemError, match=r"differ from the first pass.*list\(loader\)"):
             for _ in range(20):
                 op @ ones(op)
 
 
 def test_shuffling_is_told_by_explain(net):
-    text = lower("hessian", Problem(net, CE, DataLoader(PAIRS, batch_size=2, shuffle=True))).explain()
+    text = lower("hessian", fresh(net, CE, DataLoader(PAIRS, batch_size=2, shuffle=True))).explain()
     assert "shuffles" in text
 
 
 def test_list_of_a_shuffling_loader_fixes_one_pass(net, whole, agrees):
     batches = list(DataLoader(PAIRS, batch_size=2, shuffle=True))
-    problem = Problem(net, CE, batches)
+    problem = fresh(net, CE, batches)
     agrees(problem, whole)
     J = lower("jacobian", problem)
-    order = torch.cat([(X == x).all(1).nonzero()[0] for x in torch.cat([b[0] for b in batches])])
+    order = torch.cat([(x == X).all(1).nonzero()[0] for x in torch.cat([b[0] for b in batches])])
     expected = (whole.jacobian @ torch.ones(24).double()).reshape(N, 3)[order].reshape(-1)
     assert torch.allclose(J @ ones(J), expected, atol=1e-12)
 
@@ -689,7 +705,7 @@ AUGMENTATIONS = {
 def test_augmenting_loader_is_detected_and_explained(kind, shuffle, net):
     loader = DataLoader(Augmented(AUGMENTATIONS[kind]), batch_size=3, shuffle=shuffle)
     forward = (lambda m, b: m(b[0].real + b[0].imag)) if kind == "complex noise" else None
-    op = lower("hessian", Problem(net, CE, loader, forward=forward))
+    op = lower("hessian", fresh(net, CE, loader, forward=forward))
     with pytest.raises(ProblemError, match=r"augmentation.*list\(loader\)"):
         for _ in range(4):
             op @ ones(op)
@@ -705,7 +721,7 @@ def test_augmenting_by_another_pairing_of_inputs_and_targets_is_detected(net):
             self.passes += 1
             return iter([(X, Y.roll(self.passes - 1))])
 
-    op = lower("hessian", Problem(net, CE, Pairing()))
+    op = lower("hessian", fresh(net, CE, Pairing()))
     with pytest.raises(ProblemError, match="differ from the first pass"):
         op @ ones(op)
 
@@ -715,7 +731,7 @@ def test_augmenting_inside_a_mapping_of_another_class_is_detected(net):
         def __iter__(self):
             return iter([OwnMapping(x=X + torch.randn_like(X), labels=Y)])
 
-    op = lower("hessian", Problem(net, CE, Noisy()))
+    op = lower("hessian", fresh(net, CE, Noisy()))
     with pytest.raises(ProblemError, match="augmentation"):
         op @ ones(op)
 
@@ -723,7 +739,7 @@ def test_augmenting_inside_a_mapping_of_another_class_is_detected(net):
 def test_augmenting_loader_fixed_by_a_list(net, dense, agrees):
     batches = list(DataLoader(Augmented(AUGMENTATIONS["torch noise"]), batch_size=3))
     reference = dense(net, [tuple(torch.cat(t) for t in zip(*batches, strict=True))], ce, 7.0)
-    agrees(Problem(net, CE, batches), reference)
+    agrees(fresh(net, CE, batches), reference)
 
 
 def test_stateful_data_set_is_detected(net):
@@ -737,7 +753,7 @@ def test_stateful_data_set_is_detected(net):
             self.calls += 1
             return X[k] * (1 + self.calls), Y[k]
 
-    op = lower("ggn", Problem(net, CE, DataLoader(Counting(), batch_size=3)))
+    op = lower("ggn", fresh(net, CE, DataLoader(Counting(), batch_size=3)))
     with pytest.raises(ProblemError, match="stateful"):
         op @ ones(op)
 
@@ -760,7 +776,7 @@ def test_random_states_of_the_user_and_the_loader_do_not_move(net):
     ]
     for loader in loaders:
         before = random_states(own)
-        problem = Problem(net, CE, loader)
+        problem = fresh(net, CE, loader)
         op = lower("hessian", problem)
         op @ ones(op), op @ ones(op), problem.value(), problem.gradient()
         assert random_states(own) == before
@@ -771,7 +787,7 @@ def test_random_states_do_not_move_when_a_product_fails(net):
     for change in ("torch noise", "NumPy noise", "Python noise"):
         loader = DataLoader(Augmented(AUGMENTATIONS[change]), batch_size=2, shuffle=True, generator=own)
         before = random_states(own)
-        op = lower("hessian", Problem(net, CE, loader))
+        op = lower("hessian", fresh(net, CE, loader))
         with pytest.raises(ProblemError):
             op @ ones(op)
         assert random_states(own) == before
@@ -783,7 +799,7 @@ def test_random_states_an_interrupted_epoch_of_the_users_goes_on(net):
     torch.manual_seed(0)
     expected = [x for x, _ in loader]
     torch.manual_seed(0)
-    op = lower("hessian", Problem(net, CE, loader))
+    op = lower("hessian", fresh(net, CE, loader))
     seen = []
     for x, _ in loader:
         op @ ones(op)
@@ -794,7 +810,7 @@ def test_random_states_an_interrupted_epoch_of_the_users_goes_on(net):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_loader_with_worker_processes(shuffle, net, whole, agrees):
     before = random_states()
-    problem = Problem(net, CE, DataLoader(PAIRS, batch_size=3, shuffle=shuffle, num_workers=2))
+    problem = fresh(net, CE, DataLoader(PAIRS, batch_size=3, shuffle=shuffle, num_workers=2))
     agrees(problem, whole, terms=("hessian",), gradient=False)
     assert random_states() == before
 
@@ -802,7 +818,7 @@ def test_loader_with_worker_processes(shuffle, net, whole, agrees):
 def test_loader_with_persistent_worker_processes_that_augment_is_detected(net):
     data = Augmented(AUGMENTATIONS["torch noise"])
     loader = DataLoader(data, batch_size=3, num_workers=1, persistent_workers=True)
-    op = lower("hessian", Problem(net, CE, loader))
+    op = lower("hessian", fresh(net, CE, loader))
     with pytest.raises(ProblemError, match="augmentation"):
         op @ ones(op)
 
@@ -815,12 +831,14 @@ def test_inputs_changed_in_place_by_the_model_are_not_silent(build_net):
             return super().forward(x.mul_(1.5))
 
     model, data = build_net(InPlace), (X.clone(), Y)
-    with pytest.raises(ProblemError, match="in place|in-place"):
-        op = lower("hessian", Problem(model, CE, data))
-        first = op @ ones(op)
+    op = lower("hessian", fresh(model, CE, data))
+    try:
+        first, second = op @ ones(op), op @ ones(op)
+    except ProblemError as error:
+        assert "place" in str(error)
+    else:
+        assert torch.equal(first, second)
         assert torch.equal(data[0], X)
-        assert torch.equal(op @ ones(op), first)
-        raise ProblemError("never in place")  # both are right: the input was a copy
 
 
 # -- empirical Fisher from per-sample gradients ---------------------------------------------------------------------------------
@@ -849,4 +867,6 @@ def test_empirical_fisher_is_the_mean_of_outer_products_of_per_sample_gradients(
 
 def test_empirical_fisher_of_a_sum_loss_has_no_factor(net, dense, agrees):
     reference = dense(net, [(X, Y)], ce, None)
-    agrees(Problem(net, CrossEntropy(reduction="sum"), DataLoader(PAIRS, batch_size=4)), reference, terms=("covariance",))
+    agrees(
+        Problem(net, CrossEntropy(reduction="sum"), DataLoader(PAIRS, batch_size=4)), reference, terms=("covariance",)
+    )

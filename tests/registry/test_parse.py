@@ -22,11 +22,15 @@ from curvalg.expr import (
     LowRank,
     MonteCarloGGN,
     Zero,
+    ZeroExpr,
     block_diagonal,
     inverse,
     restrict,
 )
+from curvalg.expr.node import Space
 from curvalg.registry.parse import parse
+
+Names = tuple[str, ...] | None
 
 
 @settings(max_examples=200, deadline=None)
@@ -71,6 +75,20 @@ G, H, SHIFTED = GGN(), Hessian(), Hessian() + Identity
 )
 def test_numbers_stay_where_they_belong(expr: Expr) -> None:
     assert parse(str(expr)) == expr
+
+
+@pytest.mark.parametrize("codomain", [P, O])
+@pytest.mark.parametrize("domain", [P, O])
+@pytest.mark.parametrize("rows", [None, ("a",), ("a", "b")])
+@pytest.mark.parametrize("columns", [None, ("a",), ("it's", "b")])
+def test_every_zero_is_read_back(codomain: Space, domain: Space, rows: Names, columns: Names) -> None:
+    zero = ZeroExpr(codomain, domain, rows if codomain == P else None, columns if domain == P else None)
+    assert parse(str(zero)) == zero
+    assert parse(str(zero.T)) == zero.T
+    product = (
+        ZeroExpr(codomain, P, zero.codomain_params) @ (GGN() - GGN()) @ ZeroExpr(P, domain, None, zero.domain_params)
+    )
+    assert product == zero
 
 
 LEAVES = {
@@ -138,6 +156,10 @@ def test_leaves_must_be_expressions() -> None:
         ("Identity", Identity),
         ("Zero + zero", Zero),
         ("zero('outputs', 'parameters')", Jacobian() - Jacobian()),
+        ("zero('parameters', 'parameters', domain_params='a')", ZeroExpr(P, P, None, ("a",))),
+        ("zero('parameters', 'outputs', codomain_params=['a', 'b', 'a'])", ZeroExpr(P, O, ("a", "b"))),
+        ("restrict(zero('outputs', 'parameters'), 'a')", restrict(Jacobian(), "a") - restrict(Jacobian(), "a")),
+        ("restrict(zero, 'a')", Zero),
         ("ggn_mc(samples=3)", MonteCarloGGN(samples=3)),
         ("ggn_mc()", MonteCarloGGN()),
         ("term('curvalg/ggn_mc', seed=3)", MonteCarloGGN(seed=3)),
@@ -202,6 +224,7 @@ def test_syntax(text: str, expected: Expr) -> None:
         ("restrict(ggn, 'a', by=3)", 19, "unexpected 'by'"),
         ("zero('parameters')", 0, "codomain"),
         ("zero('a', 'b')", 0, "codomain"),
+        ("zero('outputs', 'parameters', rows='a')", 30, "its options are codomain_params, domain_params"),
         ("block_diagonal([ggn])", 16, "expected block"),
         ("block_diagonal([block('a', ggn, joint=3)])", 16, "True or False"),
         ("block_diagonal({'a': ggn, 'a': ggn})", 26, "once"),
@@ -226,6 +249,19 @@ def test_faults_are_pointed_at(text: str, place: int, message: str) -> None:
     *_, quoted, caret = str(caught.value).split("\n")
     assert quoted == f"  {text}"
     assert caret == " " * (place + 2) + "^"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zero('outputs', 'parameters', codomain_params='a')", "codomain of this zero is outputs"),
+        ("zero('parameters', 'parameters', domain_params=3)", "parameter names"),
+    ],
+)
+def test_parameters_of_a_zero_are_checked(text: str, message: str) -> None:
+    with pytest.raises(ExpressionError, match=message) as caught:
+        parse(f"ggn + {text}")
+    assert str(caught.value).endswith("\n" + " " * 8 + "^")
 
 
 @pytest.mark.parametrize(

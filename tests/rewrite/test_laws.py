@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from strategies import expressions
 
-from curvalg import ExpressionError, Identity
+from curvalg import ExpressionError, Identity, inverse, restrict
+from curvalg.expr import GGN, Hessian, Jacobian, LossHessian, transpose
 from curvalg.rewrite import LAWS, Law, rewrite, simplify
 from curvalg.rewrite.laws import A, B, S
 from curvalg.rewrite.witness import DenseWorld
@@ -51,6 +52,35 @@ def test_simplification_ends_and_is_idempotent(expr):
     once = simplify(expr).expr
     assert simplify(once).expr == once
     assert (once.domain, once.codomain) == (expr.domain, expr.codomain)
+
+
+def test_what_rebuilding_makes_is_rewritten_too():
+    J, L, H = Jacobian(), LossHessian(), Hessian()
+    assert simplify((L @ J @ H).T @ (2 * J.T).T).expr == 2 * H @ GGN()
+    assert simplify(H @ (3 * (J.T @ L)).T.T @ J.T.T).expr == 3 * H @ GGN()
+
+
+def test_zeros_of_every_restriction_keep_their_shape():
+    J, L = Jacobian(), LossHessian()
+    half = restrict(J, "a").T @ (L - L) @ J
+    for expr, shape in [
+        (half, (2, 5)),
+        (half.T, (5, 2)),
+        (restrict(J - J, "b"), (4, 3)),
+        (restrict(A - A, "a"), (2, 2)),
+        ((restrict(A - A, "a") + 2 * Identity).T, (2, 2)),
+        (restrict(J, "a").T @ restrict(J - J, "b"), (2, 3)),
+    ]:
+        assert WORLD.value(expr).shape == shape
+        np.testing.assert_array_equal(WORLD.value(simplify(expr).expr), WORLD.value(expr))
+
+
+def test_sums_whose_parts_cancel_are_transposed_with_their_space():
+    shift = A - A + 2 * Identity
+    assert simplify(shift.T).expr == shift.transposed(transpose) == shift
+    left = A - A + inverse(2 * Identity)
+    assert left.transposed(transpose).domain == "parameters"
+    assert simplify(left.T).expr.domain == "parameters"
 
 
 def test_nested_rewriting_reaches_the_bottom():

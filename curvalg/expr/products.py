@@ -1,0 +1,121 @@
+"""Products and integer powers."""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
+from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.inverses import inverse
+from curvalg.expr.node import Expr, Space
+from curvalg.expr.spaces import shape, side, square
+from curvalg.expr.sums import Sum, add
+from curvalg.expr.transposes import symmetric_form
+
+
+@dataclass(frozen=True, repr=False)
+class Product(Expr):
+    """A product of two or more factors, applied from right to left; made by ``@``."""
+
+    factors: tuple[Expr, ...]
+
+    @property
+    def _first(self) -> Expr:
+        # A factor without a size of its own, as inverse(2 * Identity), takes its neighbour's.
+        return next((f for f in self.factors if f.domain is not None), self.factors[0])
+
+    @property
+    def _last(self) -> Expr:
+        return next((f for f in reversed(self.factors) if f.domain is not None), self.factors[-1])
+
+    @property
+    def domain(self) -> Space | None:  # type: ignore[override]
+        return self._last.domain
+
+    @property
+    def codomain(self) -> Space | None:  # type: ignore[override]
+        return self._first.codomain
+
+    @property
+    def domain_params(self) -> tuple[str, ...] | None:
+        return self._last.domain_params
+
+    @property
+    def codomain_params(self) -> tuple[str, ...] | None:
+        return self._first.codomain_params
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return self.factors
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return multiply(children)
+
+    def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
+        return multiply(of(factor) for factor in reversed(self.factors))
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        if self.domain != self.codomain:
+            return Facts(symmetric=False)
+        form = symmetric_form(self, loss)
+        if form is None:
+            return Facts()
+        if not isinstance(form, Product):  # a number came to its front
+            return Facts(symmetric=True)
+        # Aᵀ M A is positive semi-definite where M is, and Aᵀ A always.
+        middle = form.factors[len(form.factors) // 2].facts(loss) if len(form.factors) % 2 else Facts(psd=True)
+        return Facts(symmetric=True, psd=True if middle.psd else None)
+
+
+def multiply(factors: Iterable[Expr]) -> Expr:
+    """The canonical form of A₁ @ A₂ @ …: flattened, numbers in front, identities dropped, zeros absorbing.
+
+    Raises:
+        ExpressionError: the spaces of neighbours do not match.
+    """
+    factors = list(factors)
+    scale = Fraction(1)
+    flat: list[Expr] = []
+    for expr in factors:
+        if isinstance(expr, Sum) and len(expr.coefficients) + bool(expr.shift) == 1 and expr.space is None:
+            (part, coefficient), *_ = [*expr.coefficients.items(), (Identity, expr.shift)]
+            scale *= coefficient
+            expr = part
+        if not isinstance(expr, IdentityExpr):
+            flat.extend(expr.factors if isinstance(expr, Product) else [expr])
+    sized = [expr for expr in flat if expr.domain is not None]
+    for left, right in itertools.pairwise(sized):
+        if side(left, "domain") != side(right, "codomain"):
+            raise ExpressionError(
+                f"cannot multiply ({left}) @ ({right}): the left one is {shape(left)}, the right one {shape(right)}"
+            )
+    if any(isinstance(expr, ZeroExpr) for expr in flat):
+        return zero_between(sized[0], sized[-1]) if sized else Zero
+    if not flat:
+        return add([(Identity, scale)])
+    product = flat[0] if len(flat) == 1 else Product(tuple(flat))
+    return add([(product, scale)])
+
+
+def power(base: Expr, exponent: Any) -> Expr:
+    """``base ** exponent``: repeated products; the inverse for negative exponents.
+
+    Raises:
+        ExpressionError: the exponent is not an integer, or the base is not square.
+    """
+    if isinstance(exponent, bool) or not isinstance(exponent, numbers.Integral):
+        raise ExpressionError(f"expected an integer power of an operator, got {exponent!r}")
+    if not square(base):
+        raise ExpressionError(f"a power needs a square operator; {base} is {shape(base)}")
+    exponent = int(exponent)
+    if exponent == 0:
+        return add([(base, 0), (Identity, 1)])
+    if exponent < 0:
+        base = inverse(base)
+    return multiply([base] * abs(exponent))

@@ -1,0 +1,85 @@
+"""Restrictions: sub-matrices over chosen parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.constants import IdentityExpr, ZeroExpr, zero_between
+from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.node import Expr, Space
+from curvalg.expr.spaces import as_patterns, shape, side
+
+
+@dataclass(frozen=True, repr=False)
+class Restriction(Expr):
+    """The sub-matrix over chosen parameters, in their own layout; made by :func:`restrict`."""
+
+    expr: Expr
+    params: tuple[str, ...]
+
+    @property
+    def domain(self) -> Space | None:  # type: ignore[override]
+        return self.expr.domain
+
+    @property
+    def codomain(self) -> Space | None:  # type: ignore[override]
+        return self.expr.codomain
+
+    @property
+    def domain_params(self) -> tuple[str, ...] | None:
+        return self.params if self.expr.domain == "parameters" else None
+
+    @property
+    def codomain_params(self) -> tuple[str, ...] | None:
+        return self.params if self.expr.codomain == "parameters" else None
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.expr,)
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return restrict(children[0], self.params)
+
+    def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
+        return restrict(of(self.expr), self.params)
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        inner = self.expr.facts(loss)
+        if self.domain != self.codomain:
+            return Facts(symmetric=False)
+        return Facts(inner.symmetric or None, inner.psd or None, inner.positive_definite or None)
+
+
+def restrict(expr: Expr, params: str | Sequence[str]) -> Expr:
+    """The sub-matrix of an expression over some parameters (of a jacobian: its columns), in their own layout.
+
+    Args:
+        expr: an expression with parameters on at least one side.
+        params: names or glob patterns, matched against the problem's parameter names when lowered.
+
+    Raises:
+        ExpressionError: the expression has no parameter side, or is restricted to other parameters already.
+
+    >>> from curvalg import registry, restrict
+    >>> print(restrict(registry.build("hessian"), "head.*"))
+    restrict(hessian, 'head.*')
+    """
+    patterns = as_patterns(params)
+    if not isinstance(expr, Expr):
+        raise ExpressionError(f"restrict() takes an expression, got {type(expr).__name__}")
+    if isinstance(expr, IdentityExpr) or (isinstance(expr, ZeroExpr) and expr.domain is None):
+        return expr
+    if "parameters" not in (expr.domain, expr.codomain) and expr.domain is not None:
+        raise ExpressionError(f"restrict() chooses parameters, but {expr} is {shape(expr)}")
+    sides = (side(expr, "domain"), side(expr, "codomain"))
+    inner = [params for space, params in sides if space == "parameters"]
+    if all(params == patterns for params in inner):
+        return expr
+    if restricted := next((params for params in inner if params is not None), None):
+        raise ExpressionError(
+            f"{expr} is restricted to {list(restricted)} already; restrict the original to {list(patterns)}"
+        )
+    part = Restriction(expr, patterns)
+    return zero_between(part, part) if isinstance(expr, ZeroExpr) else part

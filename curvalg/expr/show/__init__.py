@@ -1,0 +1,1 @@
+"""Printing expressions: what a person would write, a tree, and LaTeX."""

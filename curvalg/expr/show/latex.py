@@ -1,0 +1,116 @@
+"""Expressions as LaTeX."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from functools import singledispatch
+
+from curvalg.expr.blocks import BlockDiagonal
+from curvalg.expr.constants import IdentityExpr, ZeroExpr
+from curvalg.expr.inverses import Inverse
+from curvalg.expr.leaves import ArrayLeaf
+from curvalg.expr.node import Expr
+from curvalg.expr.products import Product
+from curvalg.expr.restrictions import Restriction
+from curvalg.expr.show.text import changed, join, number, text
+from curvalg.expr.sums import Sum
+from curvalg.expr.term import NamedExpr
+from curvalg.expr.transposes import Transpose
+
+SMALL = Fraction(1, 100)
+"""Decimals below are written with a power of ten: 10^{-3}, but 0.05."""
+
+
+def latex(expr: Expr) -> str:
+    """The expression as LaTeX, without dollar signs."""
+    return _latex(expr)
+
+
+def _latex_wrapped(expr: Expr) -> str:
+    shown = _latex(expr)
+    return rf"\left({shown}\right)" if isinstance(expr, Sum) else shown
+
+
+def _latex_number(value: Fraction) -> str:
+    shown = number(abs(value))
+    if "/" in shown:
+        numerator, denominator = shown.split("/")
+        return rf"\tfrac{{{numerator}}}{{{denominator}}}\,"
+    if abs(value) < SMALL:
+        mantissa, exponent = f"{Decimal(shown):e}".split("e")
+        times = "" if mantissa == "1" else rf"{mantissa} \cdot "
+        return rf"{times}10^{{{int(exponent)}}}\,"
+    return "" if shown == "1" else rf"{shown}\,"
+
+
+@singledispatch
+def _latex(expr: Expr) -> str:
+    return rf"\mathrm{{{_escape(text(expr))}}}"
+
+
+def _escape(name: str) -> str:
+    return name.replace("\\", r"\backslash ").replace("_", r"\_").replace("#", r"\#").replace("%", r"\%")
+
+
+@_latex.register
+def _(expr: NamedExpr) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in changed(expr).items())
+    symbol = expr.symbol or rf"\mathrm{{{_escape(expr.label)}}}"
+    return rf"{symbol}_{{\mathrm{{{_escape(options)}}}}}" if options else symbol
+
+
+@_latex.register
+def _(expr: IdentityExpr) -> str:
+    return "I"
+
+
+@_latex.register
+def _(expr: ZeroExpr) -> str:
+    return "0"
+
+
+@_latex.register
+def _(expr: Sum) -> str:
+    parts = [(c < 0, _latex_number(c) + _latex(e)) for e, c in expr.coefficients.items()]
+    if expr.shift:
+        parts.append((expr.shift < 0, _latex_number(expr.shift) + "I"))
+    return join(parts)
+
+
+@_latex.register
+def _(expr: Product) -> str:
+    return r"\,".join(_latex_wrapped(f) for f in expr.factors)
+
+
+def _latex_base(expr: Expr) -> str:
+    atomic = isinstance(expr, (NamedExpr, BlockDiagonal, IdentityExpr, ArrayLeaf))
+    return _latex(expr) if atomic else rf"\left({_latex(expr)}\right)"
+
+
+@_latex.register
+def _(expr: Transpose) -> str:
+    return rf"{_latex_base(expr.expr)}^\top"
+
+
+@_latex.register
+def _(expr: Inverse) -> str:
+    return rf"{_latex_base(expr.expr)}^{{-1}}"
+
+
+@_latex.register
+def _(expr: BlockDiagonal) -> str:
+    inner = ", ".join(_latex(child) for child in expr.children)
+    return rf"\operatorname{{blockdiag}}\left({inner}\right)"
+
+
+@_latex.register
+def _(expr: Restriction) -> str:
+    names = _escape(", ".join(expr.params))
+    return rf"{_latex_base(expr.expr)}\big|_{{\mathrm{{{names}}}}}"
+
+
+@_latex.register
+def _(expr: ArrayLeaf) -> str:
+    inner = expr.describe().replace(" x ", r" \times ")
+    return rf"\mathrm{{{type(expr).__name__}}}_{{{_escape(inner)}}}"

@@ -1,0 +1,181 @@
+"""Expressions as text: :func:`text` gives what :func:`curvalg.parse` reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from functools import singledispatch
+from typing import Any
+
+from curvalg.expr.blocks import Block, BlockDiagonal
+from curvalg.expr.constants import IdentityExpr, ZeroExpr
+from curvalg.expr.inverses import Inverse
+from curvalg.expr.leaves import ArrayLeaf
+from curvalg.expr.node import Expr
+from curvalg.expr.products import Product
+from curvalg.expr.restrictions import Restriction
+from curvalg.expr.sums import Sum
+from curvalg.expr.term import NamedExpr
+from curvalg.expr.transposes import Transpose
+
+# Binding strengths, weakest first, as in Python's own grammar.
+SUM, PRODUCT, ATOM = 0, 1, 2
+
+
+def text(expr: Expr) -> str:
+    """The expression in the syntax of the command line and of :func:`curvparse`."""
+    return _text(expr)[0]
+
+
+def _wrapped(expr: Expr, strength: int) -> str:
+    shown, own = _text(expr)
+    return shown if own >= strength else f"({shown})"
+
+
+def number(value: Fraction) -> str:
+    """A positive fraction as the shortest decimal if it has one, else as p or p/q."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    decimal = repr(float(value)) if _fits_float(value) else ""
+    return decimal if decimal and Fraction(decimal) == value else f"{value.numerator}/{value.denominator}"
+
+
+def _fits_float(value: Fraction) -> bool:
+    try:
+        return 1e-300 < float(value) < 1e300
+    except OverflowError:
+        return False
+
+
+def _scaled(coefficient: Fraction, factor: str) -> str:
+    """|coefficient| times a factor, as ``2*A``, ``0.1*A``, ``A / 3`` or ``2*A / 3``."""
+    coefficient = abs(coefficient)
+    shown = number(coefficient)
+    if "/" not in shown:
+        return factor if coefficient == 1 else f"{shown}*{factor}"
+    numerator, denominator = shown.split("/")
+    return f"{factor} / {denominator}" if numerator == "1" else f"{numerator}*{factor} / {denominator}"
+
+
+def join(parts: list[tuple[bool, str]]) -> str:
+    """Summands, each with whether it is subtracted."""
+    (negative, first), *rest = parts
+    shown = f"-{first}" if negative else first
+    return shown + "".join(f" {'-' if minus else '+'} {part}" for minus, part in rest)
+
+
+@singledispatch
+def _text(expr: Expr) -> tuple[str, int]:
+    return f"{type(expr).__name__}", ATOM
+
+
+@_text.register
+def _(expr: IdentityExpr) -> tuple[str, int]:
+    return "identity", ATOM
+
+
+@_text.register
+def _(expr: ZeroExpr) -> tuple[str, int]:
+    if expr.domain is None:
+        return "zero", ATOM
+    spaces = [repr(expr.codomain), repr(expr.domain)]
+    sides = {"codomain_params": expr.codomain_params, "domain_params": expr.domain_params}
+    restricted = {name: params for name, params in sides.items() if params}
+    if not restricted:
+        return call("zero", spaces, {}), ATOM
+    chosen = set(restricted.values())
+    if len(chosen) == 1 and len(restricted) == (expr.codomain, expr.domain).count("parameters"):
+        return call("restrict", [call("zero", spaces, {}), patterns(*chosen)], {}), ATOM
+    return call("zero", spaces, {name: _names(params) for name, params in restricted.items()}), ATOM
+
+
+@_text.register
+def _(expr: Sum) -> tuple[str, int]:
+    parts: list[tuple[bool, str]] = []
+    for e, c in expr.coefficients.items():
+        # A number or a sign in front of (A + B) @ C would be read as the sum's own.
+        bare = abs(c) == 1 and not (c < 0 and not parts)
+        leading_sum = isinstance(e, Product) and isinstance(e.factors[0], Sum)
+        shown = _wrapped(e, ATOM if leading_sum and not bare else PRODUCT)
+        parts.append((c < 0, _scaled(c, shown)))
+    if expr.space is not None:
+        parts.append((False, text(expr.space)))
+    if expr.shift:
+        parts.append((expr.shift < 0, _scaled(expr.shift, "identity")))
+    return join(parts), SUM if len(parts) > 1 or parts[0][0] else PRODUCT
+
+
+@_text.register
+def _(expr: Product) -> tuple[str, int]:
+    # A scaled factor would lend its number to the whole product when read back, so it is wrapped like a sum.
+    return " @ ".join(_wrapped(f, ATOM) for f in expr.factors), PRODUCT
+
+
+@_text.register
+def _(expr: Transpose) -> tuple[str, int]:
+    return f"{_wrapped(expr.expr, ATOM)}.T", ATOM
+
+
+@_text.register
+def _(expr: Inverse) -> tuple[str, int]:
+    return call("inverse", [text(expr.expr)], changed(expr, skip=("expr",))), ATOM
+
+
+@_text.register
+def _(expr: BlockDiagonal) -> tuple[str, int]:
+    if isinstance(expr.what, Expr):
+        by = {} if expr.by == "parameter" else {"by": expr.by}
+        return call("block_diagonal", [text(expr.what)], by), ATOM
+    if all(len(block.params) == 1 and not block.joint for block in expr.what):
+        entries = ", ".join(f"{block.params[0]!r}: {text(block.expr)}" for block in expr.what)
+        unique = len({block.params for block in expr.what}) == len(expr.what)
+        if unique:
+            return f"block_diagonal({{{entries}}})", ATOM
+    return f"block_diagonal([{', '.join(text_block(block) for block in expr.what)}])", ATOM
+
+
+def text_block(block: Block) -> str:
+    """One block in the syntax of :func:`curvparse`."""
+    joint = {"joint": True} if block.joint else {}
+    return call("block", [patterns(block.params), text(block.expr)], joint)
+
+
+@_text.register
+def _(expr: Restriction) -> tuple[str, int]:
+    return call("restrict", [text(expr.expr), patterns(expr.params)], {}), ATOM
+
+
+@_text.register
+def _(expr: ArrayLeaf) -> tuple[str, int]:
+    return f"{type(expr).__name__}<{expr.describe()}>", ATOM
+
+
+@_text.register
+def _(expr: NamedExpr) -> tuple[str, int]:
+    options = changed(expr)
+    if not expr.label.isidentifier():
+        return call("term", [repr(expr.label)], options), ATOM
+    return (call(expr.label, [], options) if options else expr.label), ATOM
+
+
+def patterns(params: tuple[str, ...]) -> str:
+    """Parameter names or patterns: one string, or a list."""
+    return repr(_names(params))
+
+
+def _names(params: tuple[str, ...]) -> str | list[str]:
+    return params[0] if len(params) == 1 else list(params)
+
+
+def changed(expr: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Options of a dataclass node that differ from their defaults."""
+    fields = (
+        [f for f in dataclasses.fields(expr) if f.init and f.name not in skip] if dataclasses.is_dataclass(expr) else []
+    )
+    return {f.name: value for f in fields if (value := getattr(expr, f.name)) != f.default}
+
+
+def call(name: str, positional: list[str], options: dict[str, Any]) -> str:
+    """``name(a, b, option=value)``."""
+    shown = [f"{key}={text(v) if isinstance(v, Expr) else repr(v)}" for key, v in options.items()]
+    return f"{name}({', '.join([*positional, *shown])})"

@@ -1,0 +1,74 @@
+"""Expressions as trees."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import singledispatch
+
+from curvalg.expr.blocks import Block, BlockDiagonal
+from curvalg.expr.constants import Identity
+from curvalg.expr.node import Expr
+from curvalg.expr.restrictions import Restriction
+from curvalg.expr.show.text import changed, number, patterns, text
+from curvalg.expr.sums import Sum
+
+Branch = tuple[str, Expr]
+"""What stands before a child, and the child."""
+
+
+def tree(expr: Expr) -> str:
+    """One node a line, children indented below it."""
+    return "\n".join(_lines(expr, "", ""))
+
+
+def _lines(expr: Expr, first: str, rest: str) -> list[str]:
+    head, branches = _node(expr)
+    lines = [first + head]
+    for i, (label, child) in enumerate(branches):
+        stem, pad = ("└─ ", "   ") if i == len(branches) - 1 else ("├─ ", "│  ")
+        lines += _lines(child, rest + stem + label, rest + pad)
+    return lines
+
+
+@singledispatch
+def _node(expr: Expr) -> tuple[str, list[Branch]]:
+    if not expr.children:
+        return text(expr), []
+    head = f"{type(expr).__name__.lower()}{_options(expr, 'expr', 'factors')}"
+    return head, [("", child) for child in expr.children]
+
+
+def _options(expr: Expr, *skip: str) -> str:
+    options = changed(expr, skip=skip)
+    return f" {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""
+
+
+@_node.register
+def _(expr: Sum) -> tuple[str, list[Branch]]:
+    branches: list[Branch] = [(_factor(c), child) for child, c in expr.coefficients.items()]
+    if expr.space is not None:
+        branches.append(("", expr.space))
+    if expr.shift:
+        branches.append((_factor(expr.shift), Identity))
+    return "sum", branches
+
+
+def _factor(coefficient: Fraction) -> str:
+    sign = "-" if coefficient < 0 else ""
+    return sign if abs(coefficient) == 1 else f"{sign}{number(abs(coefficient))} * "
+
+
+@_node.register
+def _(expr: Restriction) -> tuple[str, list[Branch]]:
+    return f"restrict {patterns(expr.params)}", [("", expr.expr)]
+
+
+@_node.register
+def _(expr: BlockDiagonal) -> tuple[str, list[Branch]]:
+    if isinstance(expr.what, Expr):
+        return f"block_diagonal{_options(expr, 'what')}", [("", expr.what)]
+    return "block_diagonal", [(_block(block), block.expr) for block in expr.what]
+
+
+def _block(block: Block) -> str:
+    return f"{patterns(block.params)}{' joint' if block.joint else ''}: "

@@ -1,0 +1,137 @@
+"""CG and MINRES on many columns: right, frozen one by one, confirmed by true residuals, loud when they fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curvalg import FactsError
+from curvalg.solve import cg, factorize, minres
+
+
+def matrix(spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=generator, dtype=torch.float64))[0]
+    A = Q @ torch.diag(spectrum.double()) @ Q.T
+    return (A + A.T) / 2
+
+
+def rhs(n: int, columns: int = 4, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+DEFINITE = matrix(torch.logspace(-3, 0, 60))
+INDEFINITE = matrix(torch.linspace(-1, 2, 60) + 0.013)
+
+
+class Counted:
+    """A product that counts the columns it was asked for."""
+
+    def __init__(self, A):
+        self.A, self.columns = A, []
+
+    def __call__(self, x):
+        self.columns.append(x.shape[1])
+        return self.A @ x
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_reaches_the_tolerance_in_the_true_residual(method, preconditioned):
+    B = rhs(60)
+    P = torch.linalg.inv(DEFINITE + 1e-2 * torch.eye(60).double()) if preconditioned else None
+    result = method(
+        lambda x: DEFINITE @ x, B, rtol=1e-9, maxiter=2000, preconditioner=None if P is None else lambda r: P @ r
+    )
+    assert result.ok and result.reason == ("converged",) * 4
+    true = (B - DEFINITE @ result.x).norm(dim=0)
+    assert (true <= 1e-9 * B.norm(dim=0)).all()
+    assert torch.allclose(result.residual, true)
+    plain = method(lambda x: DEFINITE @ x, B, rtol=1e-9, maxiter=2000)
+    if preconditioned:
+        assert (result.iterations < plain.iterations / 2).all()
+
+
+def test_minres_solves_indefinite_and_cg_reports_non_positive_curvature():
+    B = rhs(60)
+    assert minres(lambda x: INDEFINITE @ x, B, rtol=1e-8, maxiter=2000).ok
+    result = cg(lambda x: INDEFINITE @ x, B, rtol=1e-8, maxiter=2000)
+    assert not result.ok
+    assert all("non-positive curvature" in reason for reason in result.reason)
+    assert "4 of 4 columns did not converge (non-positive curvature" in result.summary()
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_columns_that_end_are_frozen(method):
+    B = rhs(60)
+    B[:, 0] = 0
+    B[:, 1] = torch.linalg.eigh(DEFINITE)[1][:, -1]
+    product = Counted(DEFINITE)
+    result = method(product, B, rtol=1e-9, maxiter=2000)
+    assert result.iterations[0] == 0 and result.iterations[1] == 1
+    assert (result.x[:, 0] == 0).all()
+    assert product.columns[0] == 3
+    assert product.columns.count(3) <= 2  # the eigenvector leaves after one iteration
+    alone = method(lambda x: DEFINITE @ x, B[:, 2:3], rtol=1e-9, maxiter=2000)
+    assert torch.allclose(alone.x[:, 0], result.x[:, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_warm_start(method):
+    B = rhs(60)
+    X = torch.linalg.solve(DEFINITE, B)
+    assert (method(lambda x: DEFINITE @ x, B, x0=X, rtol=1e-8, maxiter=100).iterations == 0).all()
+    near = X + 1e-6 * rhs(60, seed=5)
+    started = near.clone()
+    warm = method(lambda x: DEFINITE @ x, B, x0=near, rtol=1e-8, maxiter=2000)
+    cold = method(lambda x: DEFINITE @ x, B, rtol=1e-8, maxiter=2000)
+    assert warm.ok and (warm.iterations < cold.iterations).all()
+    assert torch.equal(near, started)
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_running_out_of_iterations_keeps_the_best_iterate(method):
+    B = rhs(60)
+    result = method(lambda x: DEFINITE @ x, B, rtol=1e-12, maxiter=5)
+    assert not result.ok
+    assert all("5 iterations were not enough" in reason for reason in result.reason)
+    assert torch.allclose(result.residual, (B - DEFINITE @ result.x).norm(dim=0))
+    assert (result.residual < B.norm(dim=0)).all()
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_a_tolerance_below_the_precision_is_not_claimed(method):
+    A, B = matrix(torch.logspace(-6, 0, 60)).float(), rhs(60).float()
+    result = method(lambda x: A @ x, B, rtol=1e-9, maxiter=3000)
+    assert not result.ok
+    true = (B - A @ result.x).norm(dim=0)
+    assert (true > 1e-9 * B.norm(dim=0)).all()
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_a_product_that_drifts_is_caught_by_the_true_residual(method):
+    calls = [0]
+
+    def drifting(x):  # right at first; later products are of another matrix
+        calls[0] += 1
+        return DEFINITE @ x * (1.0 if calls[0] < 10 else 1.5)
+
+    result = method(drifting, rhs(60), rtol=1e-9, maxiter=500)
+    true = (rhs(60) - 1.5 * DEFINITE @ result.x).norm(dim=0)
+    assert torch.allclose(result.residual, true)
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_one_by_one_and_zero_right_hand_sides(method):
+    A = torch.tensor([[2.0]])
+    result = method(lambda x: A @ x, torch.tensor([[4.0, 0.0]]), rtol=1e-6, maxiter=3)
+    assert torch.allclose(result.x, torch.tensor([[2.0, 0.0]]))
+    assert result.ok
+
+
+def test_factorisations():
+    B = rhs(60)
+    for A, definite in ((DEFINITE, True), (INDEFINITE, False), (INDEFINITE, True)):
+        assert torch.allclose(A @ factorize(A, positive_definite=definite)(B), B, atol=1e-9)
+    with pytest.raises(FactsError, match="singular"):
+        factorize(torch.ones(3, 3), positive_definite=None)
