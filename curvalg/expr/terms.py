@@ -91,6 +91,7 @@ class MonteCarloGGN(Term):
     samples: int = 1
     seed: int = 0
     name: ClassVar[str] = "ggn_mc"
+    numbered: ClassVar[bool] = True
     symbol: ClassVar[str] = r"\hat{G}"
 
     def __post_init__(self) -> None:
@@ -145,6 +146,7 @@ class MonteCarloFisher(Term):
     samples: int = 1
     seed: int = 0
     name: ClassVar[str] = "fisher_mc"
+    numbered: ClassVar[bool] = True
     symbol: ClassVar[str] = r"\hat{F}"
 
     def __post_init__(self) -> None:

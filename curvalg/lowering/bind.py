@@ -6,18 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from curvalg.errors import ExpressionError
-from curvalg.expr import BlockDiagonal, Restriction
+from curvalg.expr import Block, BlockDiagonal, Inverse, Restriction, inverse
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
-from curvalg.lowering.planner import partition
+from curvalg.lowering.planner import is_local, matrix_terms, partition
 from curvalg.problem import Problem, Snapshot, trees
-
-
-def matrix_terms(expr: Expr) -> list[MatrixTerm]:
-    """All matrix terms of an expression, each once."""
-    if isinstance(expr, MatrixTerm):
-        return [expr]
-    return list(dict.fromkeys(term for child in expr.children for term in matrix_terms(child)))
 
 
 def bind(expr: Expr, problem: Problem, snapshot: Snapshot) -> Expr:
@@ -29,13 +22,18 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot) -> Expr:
         return _matrix(expr, problem, snapshot)
     if not matrix_terms(expr):
         return expr
-    if isinstance(expr, Restriction):
+    if isinstance(expr, Restriction) and is_local(expr.expr):
         # The methods of a term see the restricted problem only; the finished matrix is square in it already.
         inner = bind(expr.expr, problem.restricted(expr.params), snapshot)
         return expr.rebuild((inner,))
-    if isinstance(expr, BlockDiagonal):
+    if isinstance(expr, BlockDiagonal) and (not isinstance(expr.what, Expr) or is_local(expr.what)):
         return _bind_blocks(expr, problem, snapshot)
     _accumulate(matrix_terms_here(expr), problem, snapshot)
+    if isinstance(expr, Inverse):
+        options = expr.options
+        if expr.preconditioner is not None:
+            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot)
+        return inverse(bind(expr.expr, problem, snapshot), **options)
     return expr.rebuild(tuple(bind(child, problem, snapshot) for child in expr.children))
 
 
@@ -49,8 +47,6 @@ def matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
 
 
 def _bind_blocks(expr: BlockDiagonal, problem: Problem, snapshot: Snapshot) -> Expr:
-    from curvalg.expr import Block
-
     if isinstance(expr.what, Expr):
         blocks = [Block(group, expr.what) for group in partition(expr.by, problem)]
     else:

@@ -12,6 +12,11 @@ from torch import Tensor
 from curvalg.problem.trees import NAMESPACE
 
 
+def _columns(tree: Any) -> int:
+    leaves: list[Any] = optree.tree_leaves(tree, namespace=NAMESPACE)
+    return len(leaves[0])
+
+
 def mapped(function: Callable[..., Any], *trees: Any) -> Any:
     """A function over the leading axis of all leaves: directly for one column, by vmap for several.
 
@@ -19,7 +24,7 @@ def mapped(function: Callable[..., Any], *trees: Any) -> Any:
         function: for one column.
         trees: pytrees of tensors with a leading column axis; None passes through.
     """
-    columns = next(len(t) for t in optree.tree_leaves(trees, namespace=NAMESPACE))  # type: ignore[arg-type]
+    columns = _columns(trees)
     if columns == 1:
         first = [optree.tree_map(lambda t: t[0], tree, namespace=NAMESPACE) for tree in trees]
         result = function(*first)
@@ -30,7 +35,7 @@ def mapped(function: Callable[..., Any], *trees: Any) -> Any:
 
 def chunked(function: Callable[..., Any], chunk: int, *trees: Any) -> Any:
     """A function of column-leading pytrees, applied to at most ``chunk`` columns at a time and put together again."""
-    columns = next(len(t) for t in optree.tree_leaves(trees, namespace=NAMESPACE))  # type: ignore[arg-type]
+    columns = _columns(trees)
     if columns <= chunk:
         return function(*trees)
     parts = [

@@ -43,7 +43,8 @@ _KINDS = {"prepared": "statistics", "matrix": "matrix"}
 def _execution(op: CurvatureOperator) -> list[str]:
     problem = op.problem
     lines = [f"recordings take {problem.budget.used / 2**20:.3g} of at most {problem.budget.limit / 2**20:.0f} MiB"]
-    kept = [f"{_KINDS[kind]} of {term}" for kind, term in (k for k in problem.kept(op.snapshot) if isinstance(k, tuple)) if kind != "linearization"]
+    keys = [key for key in problem.kept(op.snapshot) if isinstance(key, tuple) and key[0] in _KINDS]
+    kept = [f"{_KINDS[kind]} of {term}" for kind, term in keys]
     if kept:
         lines.append(f"kept on the problem: {', '.join(kept)}")
     if problem.no_forward_ad is not None:

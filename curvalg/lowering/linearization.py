@@ -44,8 +44,11 @@ class Linearization:
         self.complete = False
         self.keeping = problem.budget.limit > 0
         self.route = "two backward passes"
-        self.chunk = {"auto": None, "loop": 1}.get(str(problem.columns), problem.columns)
-        self.notes: list[str] = []
+        self.chunk: int | None = None
+        if problem.columns != "auto":
+            self.chunk = 1 if problem.columns == "loop" else problem.columns
+        self.notes: dict[str, str] = {}
+        """What was chosen and why, by topic."""
         self.products = 0
         self._measured = self._tried = False
 
@@ -72,7 +75,7 @@ class Linearization:
                 raise
             self.chunk = 1
             result = self._product(problem, snapshot, rows)
-            self.notes.append(f"columns one after the other: {str(error).strip().splitlines()[0]}")
+            self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return result
 
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class Linearization:
             totals[term] = self._project(term, rows, prepared)
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
-            for recorded in self.recordings(problem, snapshot, len(rows)):
+            for recorded in self.recordings(problem, snapshot, len(rows), again=True):
                 tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(recorded, rows))  # type: ignore[attr-defined]
                 for term in sweep.reduces:
                     stats = self._reduce(term, recorded, tangent, prepared)
@@ -182,13 +185,16 @@ class Linearization:
         if not problem.data.ordered:  # which batch is which could not be told in the next pass
             self.drop()
         kept = f"{len(self.batches)} batches kept" if self.batches else "no batch kept"
-        self.notes.append(f"{kept}: one more needs {nbytes / 2**20:.0f} MiB of a budget of {problem.budget.limit / 2**20:.0f} MiB")
+        needed, limit = nbytes / 2**20, problem.budget.limit / 2**20
+        self.notes["budget"] = f"{kept}: one more needs {needed:.3g} MiB of a budget of {limit:.3g} MiB"
 
     # -- choices ----------------------------------------------------------------------------------------------------------
 
     def _measure_route(self, evaluation: Evaluation) -> None:
         """J v by two backward passes through the recorded graph, or by forward AD with a forward pass of its own."""
-        rows = torch.ones(1, evaluation.problem.layout.size, dtype=evaluation.problem.dtype, device=evaluation.problem.device)
+        rows = torch.ones(
+            1, evaluation.problem.layout.size, dtype=evaluation.problem.dtype, device=evaluation.problem.device
+        )
         seconds: dict[str, float] = {}
         for make in (lambda: TwoStage(evaluation, None, True), lambda: ForwardAD(evaluation, True)):
             recorded = make()
@@ -196,7 +202,7 @@ class Linearization:
         if evaluation.problem.no_forward_ad is None and seconds[ForwardAD.ROUTE] < 0.9 * seconds[TwoStage.ROUTE]:
             self.route = ForwardAD.ROUTE
         shown = ", ".join(f"{name} {1e3 * t:.2g} ms" for name, t in seconds.items())
-        self.notes.append(f"tangents by {self.route} ({shown} on one batch)")
+        self.notes["tangents"] = f"tangents by {self.route} ({shown} on one batch)"
 
     def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         """After many products: tangents by a linearised program, if it is verified and faster."""
@@ -213,18 +219,22 @@ class Linearization:
                 if reason is None and not replaced:
                     before = _fastest(lambda o=old: o.tangent(rows, 1), evaluation)  # type: ignore[misc]
                     after = _fastest(lambda n=new: n.tangent(rows, 1), evaluation)  # type: ignore[misc]
-                    reason = None if after < 0.9 * before else f"not faster ({1e3 * after:.2g} against {1e3 * before:.2g} ms)"
+                    reason = (
+                        None
+                        if after < 0.9 * before
+                        else f"not faster ({1e3 * after:.2g} against {1e3 * before:.2g} ms)"
+                    )
             except CurvalgError:
                 raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             if reason is not None:
-                self.notes.append(f"no linearised program: {reason}")
+                self.notes["program"] = f"no linearised program: {reason}"
                 return
             replaced[evaluation.sample.index] = new
         self.batches = replaced
         self.route = Linearized.ROUTE
-        self.notes.append(f"tangents by {self.route}, verified and faster")
+        self.notes["tangents"] = f"tangents by {self.route}, verified and faster"
 
     def _columns(self, recorded: Recorded, rows: Tensor) -> int:
         """Columns in one backward pass: as asked for, or measured on the first batch that meets several."""
@@ -251,16 +261,16 @@ class Linearization:
         try:
             batched, single = run(rows, len(rows)), run(rows[:1], 1)
         except (RuntimeError, NotImplementedError, ValueError) as error:
-            self.notes.append(f"columns one after the other: {str(error).strip().splitlines()[0]}")
+            self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return 1
         tolerance = torch.finfo(rows.dtype).eps ** 0.75 * single.norm()
         if not bool((batched[:1] - single).norm() <= tolerance):
-            self.notes.append("columns one after the other: a batched product differs from a single one")
+            self.notes["columns"] = "columns one after the other: a batched product differs from a single one"
             return 1
         many = _fastest(lambda: run(rows, len(rows))) / len(rows)
         one = _fastest(lambda: run(rows[:1], 1))
         chosen = most if many < one else 1
-        self.notes.append(
+        self.notes["columns"] = (
             f"columns {'in batches of ' + str(most) if chosen > 1 else 'one after the other'} "
             f"({1e3 * many:.2g} ms a column batched, {1e3 * one:.2g} ms alone, on one batch)"
         )

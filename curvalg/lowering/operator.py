@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,18 +12,19 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, ProblemError
-from curvalg.expr import Inverse
+from curvalg.errors import ConvergenceError, ExpressionError, ProblemError, VectorError
+from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
-from curvalg.lowering.bind import bind, matrix_terms
+from curvalg.lowering.bind import bind
 from curvalg.lowering.finite import require_finite
-from curvalg.lowering.plan import BlocksPlan, Plan, ProductPlan, SumPlan, SweepPlan, output_sizes
-from curvalg.lowering.planner import plan
+from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan, output_sizes
+from curvalg.lowering.planner import matrix_terms, plan
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem, Snapshot
 from curvalg.rewrite import Step, simplify
+from curvalg.solve import SolveResult
 
 Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
 
@@ -52,7 +54,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     """
 
     def __init__(self, expr: Expr, problem: Problem, preconditioner: Preconditioner = None) -> None:
-        if preconditioner is not None and not _inverses(expr):
+        if preconditioner is not None and not _has_inverse(expr):
             raise ExpressionError(f"a preconditioner is for inverses, but {expr} has none; leave it out")
         self.expr = expr
         self.problem = problem
@@ -65,8 +67,11 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
 
     def _lower(self) -> None:
         self._steps: list[Step] = []
-        self._simplified = self._simplify(self.expr)
-        self._plan: Plan = plan(self._simplified, self.problem)
+        given = self.preconditioner
+        expr = _preconditioned(self.expr, given) if isinstance(given, Expr) else self.expr
+        self._given = None if isinstance(given, Expr) else given
+        self._simplified = self._simplify(expr)
+        self._plan: Plan = plan(self._simplified, self.problem, self._given)
         self._bound = not matrix_terms(self._simplified)
         self._domain = self._space(self.expr.domain, self.expr.domain_params)
         self._codomain = self._space(self.expr.codomain, self.expr.codomain_params)
@@ -119,7 +124,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
             if not self._bound:
                 bound = bind(self._simplified, self.problem, self.snapshot)
                 self._simplified = self._simplify(bound)
-                self._plan = plan(self._simplified, self.problem)
+                self._plan = plan(self._simplified, self.problem, self._given)
                 self._bound = True
             for problem, sweep in _sweeps(self._plan):
                 prepare(sweep.dataset_terms, problem, self.snapshot)
@@ -166,6 +171,62 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         return self._combine(self.expr.T)
 
     _transpose = _adjoint
+
+    # -- inverses -------------------------------------------------------------------------------------------------------
+
+    @property
+    def last_solve(self) -> SolveResult | None:
+        """The report of the last solve inside a product or :meth:`solve`; None before, and without an inverse."""
+        todo: list[Plan] = [self._plan]
+        while todo:
+            node = todo.pop(0)
+            if isinstance(node, InversePlan) and node.last is not None:
+                return node.last
+            todo.extend(node.inner)
+        return None
+
+    def solve(self, b: Vector, *, x0: Vector | None = None) -> SolveResult:
+        """For an operator A⁻¹ (or c A⁻¹): its product with b, with a report per column.
+
+        Args:
+            b: right-hand side(s), of any kind and shape that a product takes.
+            x0: a guess of the result, of the same kind and shape; iterative solvers start there.
+
+        Returns:
+            The result, ``x`` in the kind and shape of b.
+
+        Raises:
+            ExpressionError: the operator is not an inverse.
+            ConvergenceError: a column did not reach the tolerance (the best iterates are in ``error.result.x``), unless the
+                inverse was made with ``on_fail="warn"``.
+        """
+        operand = parse(b, self._domain, self._codomain)
+        start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
+        if start is not None and start.shape != operand.columns.shape:
+            raise VectorError(
+                f"x0 must have the shape of b, got {tuple(start.shape)} for {tuple(operand.columns.shape)}"
+            )
+        self.problem.check(self.snapshot)
+        with self.problem.differentiating():
+            self._prepare()
+            scale, node = self._inverse_plan()
+            try:
+                result = node.solve(self.snapshot, operand.columns, None if start is None else start / scale)
+            except ConvergenceError as error:
+                if isinstance(best := error.result, SolveResult):
+                    error.result = replace(best, x=operand.restore(scale * best.x))
+                raise
+        return replace(result, x=operand.restore(scale * result.x))
+
+    def _inverse_plan(self) -> tuple[float, InversePlan]:
+        scale, node = 1.0, self._plan
+        if isinstance(node, SumPlan) and len(node.parts) == 1 and not node.shift:
+            scale, node = node.parts[0]
+        if not isinstance(node, InversePlan):
+            raise ExpressionError(
+                f"solve() is for operators that are an inverse, but this one is {self.expr}; use op @ b"
+            )
+        return scale, node
 
     def to_dense(self) -> Tensor:
         """The matrix, shape ``op.shape``, on the problem's device.
@@ -254,22 +315,22 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         return f"<{self.shape[0]}x{self.shape[1]} CurvatureOperator {self.expr}, {self.dtype} on {self.device}>"
 
 
-def _inverses(expr: Expr) -> bool:
-    return isinstance(expr, Inverse) or any(map(_inverses, expr.children))
+def _has_inverse(expr: Expr) -> bool:
+    return isinstance(expr, Inverse) or any(map(_has_inverse, expr.children))
+
+
+def _preconditioned(expr: Expr, by: Expr) -> Expr:
+    """The expression with a preconditioner for every inverse that names none."""
+    expr = expr.rebuild(tuple(_preconditioned(child, by) for child in expr.children)) if expr.children else expr
+    if isinstance(expr, Inverse) and expr.preconditioner is None:
+        return inverse(expr.expr, **{**expr.options, "preconditioner": by})
+    return expr
 
 
 def _sweeps(node: Plan) -> list[tuple[Problem, Sweep]]:
     """All sweeps of a plan, with the problem each runs on."""
-    if isinstance(node, SweepPlan):
-        return [(node.problem, node.sweep)]
-    inner: list[Plan] = []
-    if isinstance(node, SumPlan):
-        inner = [part for _, part in node.parts]
-    elif isinstance(node, ProductPlan):
-        inner = list(node.factors)
-    elif isinstance(node, BlocksPlan):
-        inner = [part for _, part, _ in node.blocks]
-    return [pair for part in inner for pair in _sweeps(part)]
+    own = [(node.problem, node.sweep)] if isinstance(node, SweepPlan) else []
+    return own + [pair for part in node.inner for pair in _sweeps(part)]
 
 
 def _free_memory(device: torch.device) -> int:

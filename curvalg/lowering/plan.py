@@ -5,6 +5,7 @@ A plan is a small tree. Terms of one sum that share their input share a sweep; a
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, ProblemError
+from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, ProblemError
+from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.lowering import leaves
 from curvalg.lowering.linearization import Linearization, linearization
+from curvalg.lowering.strategies import Solver
 from curvalg.lowering.sweep import Sweep
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.evaluation import backward
+from curvalg.solve import SolveResult
 
 Shape = tuple[int, int]
 
@@ -36,6 +40,11 @@ class Plan(ABC):
     @abstractmethod
     def lines(self, snapshot: Snapshot) -> list[str]:
         """The plan for people, a line each, nested by indentation."""
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        """Plans inside this one."""
+        return ()
 
 
 def as_float(coefficient: Fraction) -> float:
@@ -93,7 +102,7 @@ def _how(sweep: Sweep, problem: Problem, kept: Linearization) -> list[str]:
         lines.append("kept from the first product on, within the budget")
     elif sweep.curved:
         lines.append("fresh: recorded in every product, 1 model call a batch")
-    return lines + kept.notes
+    return [*lines, *kept.notes.values()]
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,10 @@ class SumPlan(Plan):
 
     parts: tuple[tuple[float, Plan], ...]
     shift: float
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return tuple(part for _, part in self.parts)
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         if not self.parts:
@@ -126,13 +139,20 @@ class ProductPlan(Plan):
 
     factors: tuple[Plan, ...]
 
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return self.factors
+
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         for factor in reversed(self.factors):
             x = factor.apply(snapshot, x)
         return x
 
     def lines(self, snapshot: Snapshot) -> list[str]:
-        return ["product, from the last to the first", *(line for f in self.factors for line in indent(f.lines(snapshot)))]
+        return [
+            "product, from the last to the first",
+            *(line for f in self.factors for line in indent(f.lines(snapshot))),
+        ]
 
 
 @dataclass(frozen=True)
@@ -206,6 +226,10 @@ class BlocksPlan(Plan):
 
     blocks: tuple[tuple[Tensor, Plan, str], ...]
 
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return tuple(part for _, part, _ in self.blocks)
+
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         result = torch.zeros_like(x)
         for positions, plan, _ in self.blocks:
@@ -217,6 +241,84 @@ class BlocksPlan(Plan):
         for _, plan, label in self.blocks:
             lines += indent([f"over {label}:", *indent(plan.lines(snapshot))])
         return lines
+
+
+@dataclass(frozen=True)
+class SubmatrixPlan(Plan):
+    """Rows and columns of a plan on all parameters.
+
+    Args:
+        whole: the plan.
+        size: number of all parameters.
+        positions: those that are kept.
+        domain: whether the columns are parameters.
+        codomain: whether the rows are.
+        label: names of the kept parameters.
+    """
+
+    whole: Plan
+    size: int
+    positions: Tensor
+    domain: bool
+    codomain: bool
+    label: str
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return (self.whole,)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        if self.domain:
+            padded = x.new_zeros(self.size, x.shape[1])
+            padded[self.positions] = x
+            x = padded
+        result = self.whole.apply(snapshot, x)
+        return result[self.positions] if self.codomain else result
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [f"sub-matrix over {self.label}", *indent(self.whole.lines(snapshot))]
+
+
+class InversePlan(Plan):
+    """A solve with the matrix of another plan.
+
+    Args:
+        expr: the inverse, with its options.
+        solver: the strategy that accepted.
+        chain: what every strategy said.
+        matrix: the plan of the matrix.
+    """
+
+    def __init__(self, expr: Inverse, solver: Solver, chain: tuple[str, ...], matrix: Plan) -> None:
+        self.expr, self.solver, self.chain, self.matrix = expr, solver, chain, matrix
+        self.last: SolveResult | None = None
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return (self.matrix,)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        return self.solve(snapshot, x, None).x
+
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
+        """A⁻¹ B (n, K) with a report per column.
+
+        Raises:
+            ConvergenceError: a column did not reach the tolerance; carries the result with the best iterates.
+        """
+        self.last = result = self.solver.solve(snapshot, b, x0)
+        if not result.ok:
+            message = (
+                f"{self.solver.name} did not solve {self.expr.expr}: {result.summary()}. Raise maxiter= or rtol=, add damping "
+                "or a preconditioner, or pass on_fail='warn' to accept the best iterate"
+            )
+            if self.expr.on_fail == "raise":
+                raise ConvergenceError(message, result)
+            warnings.warn(message, CurvalgWarning, stacklevel=2)
+        return result
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [f"inverse by {self.solver.name}", *indent(self.chain), *indent(self.matrix.lines(snapshot))]
 
 
 @dataclass(frozen=True)

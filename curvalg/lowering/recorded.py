@@ -11,7 +11,6 @@ from torch import Tensor
 
 from curvalg.lowering.columns import chunked, grad_columns, mapped
 from curvalg.problem import Batch, Evaluation, Layout
-from curvalg.problem.evaluation import backward
 
 Rate = Callable[[Tensor], Tensor]
 """ż -> u̇, both of the output's shape."""
@@ -57,7 +56,9 @@ class Recorded(ABC):
 
     def directions(self, rows: Tensor) -> list[Tensor]:
         """Vectors (K, D) as one tensor (K, *shape) per parameter, in its dtype."""
-        parts = zip(rows.split(self.layout.sizes, 1), self.layout.shapes.values(), self.layout.dtypes.values(), strict=True)
+        parts = zip(
+            rows.split(self.layout.sizes, 1), self.layout.shapes.values(), self.layout.dtypes.values(), strict=True
+        )
         return [t.reshape(len(rows), *shape).to(dtype) for t, shape, dtype in parts]
 
     def gather(self, gradients: list[Tensor | None], columns: int) -> Tensor:
@@ -65,7 +66,9 @@ class Recorded(ABC):
         parts = zip(gradients, self.layout.sizes, strict=True)
         dtype = self.layout.dtype
         flat = [
-            torch.zeros(columns, size, dtype=dtype, device=self.device) if g is None else g.reshape(columns, -1).to(dtype)
+            torch.zeros(columns, size, dtype=dtype, device=self.device)
+            if g is None
+            else g.reshape(columns, -1).to(dtype)
             for g, size in parts
         ]
         return torch.cat(flat, 1)
@@ -96,7 +99,7 @@ class SinglePass(Recorded):
         z, self.leaves, form = evaluation.record()
         self.batch = evaluation.batch(z, form)
         u = Cotangent.apply(z, cotangent(self.batch), rate(self.batch))
-        self.gradients = backward([z], self.leaves, [u], create_graph=True)
+        self.gradients = evaluation.differentiate(z, self.leaves, u)
 
     def graphs(self) -> Iterable[Tensor]:
         return [g for g in self.gradients if g is not None]
@@ -133,7 +136,7 @@ class TwoStage(Recorded):
         self.curved = cotangent is not None
         u = torch.zeros_like(self.batch.output) if cotangent is None else cotangent(self.batch).detach()
         self.u = u.requires_grad_()
-        self.gradients = backward([self.z], self.leaves, [self.u], create_graph=True)
+        self.gradients = evaluation.differentiate(self.z, self.leaves, self.u)
 
     def graphs(self) -> Iterable[Tensor]:
         return [self.z, *(g for g in self.gradients if g is not None)]

@@ -45,6 +45,7 @@ class Request:
         node: the expression, with its options.
         facts: of the matrix inside, given the loss.
         problem: restricted already where the inverse is inside a restriction.
+        size: number of rows.
         matrix: the plan of the matrix.
         preconditioner: R -> P⁻¹ R, if given.
     """
@@ -52,13 +53,9 @@ class Request:
     node: Inverse
     facts: Facts
     problem: Problem
+    size: int
     matrix: Product
     preconditioner: Preconditioning | None = field(default=None, compare=False)
-
-    @property
-    def size(self) -> int:
-        """Number of rows."""
-        return self.problem.size
 
     @property
     def rtol(self) -> float:
@@ -101,7 +98,9 @@ class Direct(Solver):
 
     REFINEMENTS = 3
 
-    def __init__(self, request: Request, name: str, cost: str, factor: Callable[[Snapshot], Callable[[Tensor], Tensor]]) -> None:
+    def __init__(
+        self, request: Request, name: str, cost: str, factor: Callable[[Snapshot], Callable[[Tensor], Tensor]]
+    ) -> None:
         self.request, self.name, self.cost, self._factor = request, name, cost, factor
         # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
         self._kept: WeakKeyDictionary[Snapshot, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
@@ -187,7 +186,9 @@ def _diagonal_parts(expr: Expr) -> tuple[list[tuple[Diagonal, float]], float] | 
     if isinstance(expr, Diagonal):
         return [(expr, 1.0)], 0.0
     if isinstance(expr, Sum) and all(isinstance(part, Diagonal) for part in expr.coefficients):
-        return [(part, float(c)) for part, c in expr.coefficients.items() if isinstance(part, Diagonal)], float(expr.shift)
+        return [(part, float(c)) for part, c in expr.coefficients.items() if isinstance(part, Diagonal)], float(
+            expr.shift
+        )
     return None
 
 
@@ -207,7 +208,8 @@ def _dense(request: Request) -> Solver | str:
         return lambda b: apply(b.double()).to(b.dtype)
 
     kind = "Cholesky" if request.facts.positive_definite else "LU"
-    return Direct(request, "dense", f"{n} products once, a {kind} factorisation of {n**2 * 8 / 2**20:.3g} MiB", factor)
+    cost = f"{n} products once, then a {kind} factorisation of {n**2 * 8 / 2**20:.3g} MiB"
+    return Direct(request, "dense", cost, factor)
 
 
 def _cg(request: Request) -> Solver | str:
@@ -237,7 +239,7 @@ def choose(request: Request) -> tuple[Solver, list[str]]:
         FactsError: none accepts; says which fact is missing.
     """
     asked = request.node.solver
-    chain = []
+    chain: list[str] = []
     for name, strategy in STRATEGIES.items():
         if asked not in ("auto", name):
             continue

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from curvalg.lowering.recorded import Pushed, Recorded
-from curvalg.problem import Evaluation
+from curvalg.problem import Batch, Evaluation
 
 
 class Transient(Recorded):
@@ -19,19 +19,25 @@ class Transient(Recorded):
     def __init__(self, evaluation: Evaluation) -> None:
         super().__init__(evaluation, keep=False)
         self.evaluation = evaluation
+        self._batch: Batch | None = None
+
+    @property
+    def batch(self) -> Batch:  # type: ignore[override]
+        if self._batch is None:
+            self._batch = self.evaluation.evaluate()
+        return self._batch
 
     def graphs(self) -> Iterable[Tensor]:
         return []
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
         """J v for one vector (1, D), shape (1, *output.shape)."""
-        self.batch, tangent = self.evaluation.push(rows[0])
+        self._batch, tangent = self.evaluation.push(rows[0])
         return tangent[None]
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
         """Jᵀu̇ for one rate, shape (1, D)."""
-        if "batch" in vars(self):
-            del self.batch  # released before the model call, which is the peak
+        self._batch = None  # released before the model call, which is the peak
         return self.evaluation.pull(rates[0])[None]
 
 
@@ -104,4 +110,3 @@ def _constants(program: Callable[..., Any]) -> list[Tensor]:
                 if isinstance(t, Tensor):
                     found[id(t)] = t
     return list(found.values())
-

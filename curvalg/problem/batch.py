@@ -31,11 +31,13 @@ class Batch:
         form: how the output came from what the model returned.
         target: as the loss gets it.
         loss: the loss, or None.
+        point: makes the loss at this output and target.
         scale: s, the number of samples N for a mean loss, 1 for a sum.
         count: N, the number of samples in the data set whose share is not identically zero.
         denominator: what a mean loss divides by, over the whole data set.
         samples: whether one sample is a row of the batch ("item") or an element of the loss ("position").
         start: running number of the first row in the data set.
+        number: called where samples are told apart by their running number; refuses data in random order.
         pullback: u -> Jᵀu (D,).
         per_sample: the gradients of all shares.
     """
@@ -46,12 +48,14 @@ class Batch:
         form: OutputForm,
         target: Any,
         loss: Loss | None,
+        point: Callable[[], LossPoint[Any]],
         *,
         scale: float,
         count: int,
         denominator: float,
         samples: Samples,
         start: int,
+        number: Callable[[], None],
         pullback: Callable[[Tensor], Tensor],
         per_sample: Callable[[Batch], dict[str, Tensor]],
     ) -> None:
@@ -62,6 +66,8 @@ class Batch:
         self.samples = samples
         self._form = form
         self._loss = loss
+        self._make_point = point
+        self._number = number
         self._start = start
         self._share = 1.0 / denominator
         self._pullback = pullback
@@ -72,7 +78,7 @@ class Batch:
     def _point(self) -> LossPoint[Any]:
         if self._loss is None:
             raise LossError("this quantity needs a loss, but the problem was made with loss=None")
-        return self._loss.at(self._form.split(self.output), self.target)
+        return self._make_point()
 
     @property
     def class_axis(self) -> int | None:
@@ -131,6 +137,7 @@ class Batch:
             seed: of the draws.
             fisher: second moment of the Fisher instead of B.
         """
+        self._number()
         key = (samples, seed, fisher)
         if key not in self._draws:
             point, z = self._point, self.output

@@ -43,21 +43,28 @@ class Evaluation:
         Raises:
             ProblemError: the model fails on the batch, draws random numbers, or returns something without a derivative.
         """
-        problem, batch = self.problem, (sample or self.sample).batch
+        problem = self.problem
+        with problem.guarding_inputs((sample or self.sample).batch) as batch:
+            raw = self._call(tensors, batch)
+        form = OutputForm(raw)
+        return form.join(raw), form
+
+    def _call(self, tensors: Sequence[Tensor], batch: Any) -> Any:
+        problem = self.problem
 
         def call() -> Any:
-            with recording(problem.device, problem.model.recurrent):
+            with recording(problem.device, problem.model):
                 return problem.model(tensors, self.snapshot.state, batch)
 
         try:
-            raw = problem.draws.run(call, self.sample.index)
+            return problem.draws.run(call, self.sample.index)
+        except UserWarning as warning:
+            raise ProblemError(f"{explain_failure(warning) or warning}") from warning
         except TypeError as error:
             raise ProblemError(
                 f"calling the model on a batch failed: {error}. Pairs (X, y) are called as model(X), mappings as "
                 "model(**batch) without the target; for others pass forward=lambda model, batch: ..."
             ) from error
-        form = OutputForm(raw)
-        return form.join(raw), form
 
     def values(self) -> list[Tensor]:
         """The chosen parameters of the snapshot, detached, in flat order."""
@@ -72,6 +79,20 @@ class Evaluation:
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
         return z, leaves, form
 
+    def differentiate(self, z: Tensor, leaves: Sequence[Tensor], u: Tensor) -> list[Tensor | None]:
+        """G = J(θ)ᵀu with a graph, by one backward.
+
+        Raises:
+            ProblemError: an operation of the model forbids a second derivative.
+        """
+        gradients = backward([z], leaves, [u], create_graph=True)
+        if all(g is None for g in gradients):
+            _warn_constant()
+        if not self.problem.twice_differentiable:
+            _require_second_derivatives(gradients)
+            self.problem.twice_differentiable = True
+        return gradients
+
     def batch(self, z: Tensor, form: OutputForm) -> Batch:
         """What terms see, given z (its graph is not kept).
 
@@ -79,7 +100,7 @@ class Evaluation:
             ProblemError: z has non-finite entries.
         """
         problem, totals = self.problem, self.problem.totals
-        z, again = z.detach(), self.again()
+        z, again, sample = z.detach(), self.again(), self.sample
         # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
         if not bool(torch.isfinite(z.sum())) and not bool(torch.isfinite(z).all()):
             raise ProblemError(
@@ -91,11 +112,13 @@ class Evaluation:
             form,
             self.sample.target,
             problem.loss,
+            lambda: again().problem.loss_point(form.split(z), sample),
             scale=totals.scale,
             count=totals.count,
             denominator=totals.denominator,
             samples=problem.samples,
             start=self.sample.start,
+            number=lambda: again().problem.number_samples(),
             pullback=lambda u: again().pull(u),
             per_sample=lambda batch: per_sample_gradients(again(), batch),
         )
@@ -110,7 +133,9 @@ class Evaluation:
         def make() -> Evaluation:
             live, state = problem(), snapshot()
             if live is None or state is None:
-                raise ProblemError("a batch was used after its problem was gone; keep the Problem as long as its batches")
+                raise ProblemError(
+                    "a batch was used after its problem was gone; keep the Problem as long as its batches"
+                )
             return Evaluation(live, state, sample)
 
         return make
@@ -123,7 +148,10 @@ class Evaluation:
     def pull(self, cotangent: Tensor) -> Tensor:
         """Jᵀu, shape (D,), by one model call and one backward."""
         z, leaves, _ = self.record()
-        return self.gather(backward([z], leaves, [cotangent]))
+        gradients = backward([z], leaves, [cotangent])
+        if all(g is None for g in gradients):
+            _warn_constant()
+        return self.gather(gradients)
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Gradients of the chosen parameters as one vector (D,)."""
@@ -162,7 +190,7 @@ class Evaluation:
         try:
             z, leaves, form = self.record()
             u = torch.zeros_like(z, requires_grad=True)
-            gradients = backward([z], leaves, [u], create_graph=True)
+            gradients = self.differentiate(z, leaves, u)
             (tangent,) = backward(gradients, [u], tangents)
         except CurvalgError:
             raise
@@ -178,6 +206,23 @@ def _warn_constant() -> None:
         CurvalgWarning,
         stacklevel=3,
     )
+
+
+def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
+    # torch.autograd.grad never runs the node that would raise, when it does not lead to the inputs: the branch is cut
+    # without a word.
+    todo, seen = [g.grad_fn for g in gradients if g is not None], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in ("torch::autograd::Error", "Error"):
+            raise ProblemError(
+                "an operation of the model can be differentiated only once (once_differentiable?), but curvature needs its "
+                "second derivative; write its backward with differentiable operations"
+            )
+        todo.extend(parent for parent, _ in node.next_functions)
 
 
 def backward(

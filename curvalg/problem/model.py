@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from curvalg.errors import ProblemError
 from curvalg.problem import parameters as params_
@@ -23,22 +26,38 @@ _SWITCHES = threading.RLock()
 
 
 @contextmanager
-def recording(device: torch.device, recurrent: bool) -> Iterator[None]:
-    """Where the model is called: only kernels that can be differentiated twice.
+def recording(device: torch.device, model: Model) -> Iterator[None]:
+    """Where the model (and a loss that is the user's code) is called: only kernels that can be differentiated twice.
 
     Fused attention has neither a double backward nor forward AD, the encoder fast path and cuDNN's recurrent layers
-    neither; compiled code has no double backward.
+    neither; compiled code has no double backward; the one of torch's weight norm is wrong. A reentrant checkpoint whose
+    inputs need no gradient only warns and then drops its parameters: that warning becomes an error.
     """
-    with _SWITCHES, ExitStack() as stack:
+    with _SWITCHES, ExitStack() as stack, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=_REENTRANT)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        if recurrent and device.type == "cuda":
+        if model.weight_norm:
+            stack.enter_context(_WeightNorm())
+        if model.recurrent and device.type == "cuda":
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # something may be compiled; importing dynamo only to ask is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+class _WeightNorm(TorchFunctionMode):
+    """g v / ‖v‖ written out: the double backward of ``torch._weight_norm`` is wrong (torch 2.13, on CPU)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3]
+            dim = (kwargs or {}).get("dim", dim)
+            axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
+            return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -91,7 +110,22 @@ class ModuleModel:
         self.module = module
         self.rule = rule
         self.chosen = params_.select(module, params)
+        for name, owner, key in self.slots():
+            if isinstance(owner[key], (UninitializedParameter, UninitializedBuffer)):
+                raise ProblemError(f"{name!r} is not initialised yet; run the model once on a batch first")
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
+        self.weight_norm = any(_has_weight_norm(child) for child in module.modules())
+
+    @property
+    def batch_statistics(self) -> list[str]:
+        """Modules through which the samples of a batch influence each other."""
+        return [
+            name or type(child).__name__
+            for name, child in self.module.named_modules()
+            if isinstance(child, nn.modules.batchnorm._NormBase)
+            and not isinstance(child, nn.modules.instancenorm._InstanceNorm)
+            and (child.training or child.running_mean is None)
+        ]
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -137,6 +171,11 @@ class ModuleModel:
             return functional_call(adapter, tensors, (batch,), tie_weights=False)
 
 
+def _has_weight_norm(module: nn.Module) -> bool:
+    parametrised = type(module).__name__ == "_WeightNorm"
+    return parametrised or any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
+
+
 @contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """Put back what a forward leaves on its modules.
@@ -157,8 +196,9 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
 class CallableModel:
     """A function ``(params, inputs) -> output`` with its parameters in a dict."""
 
-    recurrent = False
+    recurrent = weight_norm = False
     modules: list[nn.Module] = []  # noqa: RUF012  a function has none
+    batch_statistics: list[str] = []  # noqa: RUF012
 
     def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], params: Any, rule: Rule | None) -> None:
         if not isinstance(params, Mapping):
@@ -221,7 +261,12 @@ def explain_failure(error: Exception) -> str | None:
     return None
 
 
+_REENTRANT = "None of the inputs have requires_grad=True"
 _KNOWN_FAILURES: dict[str, str] = {
+    _REENTRANT: (
+        "reentrant activation checkpointing drops the parameters inside it here; use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+    ),
     "Checkpointing is not compatible with .grad()": (
         "reentrant activation checkpointing cannot be differentiated twice; use torch.utils.checkpoint.checkpoint(..., "
         "use_reentrant=False)"

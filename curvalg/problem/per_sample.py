@@ -19,7 +19,7 @@ from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample, call_model
-from curvalg.problem.model import ModuleModel, recording
+from curvalg.problem.model import Model, ModuleModel, recording
 from curvalg.problem.noise import uniforms
 
 if TYPE_CHECKING:
@@ -47,18 +47,12 @@ def per_sample_gradients(evaluation: Evaluation, batch: Batch) -> Gradients:
     return ROUTES[problem.per_sample_route](evaluation, batch)
 
 
-def _refuse_batch_statistics(model: object) -> None:
-    if not isinstance(model, ModuleModel):
-        return
-    for name, child in model.module.named_modules():
-        statistics = isinstance(child, nn.modules.batchnorm._NormBase) and not isinstance(
-            child, nn.modules.instancenorm._InstanceNorm
+def _refuse_batch_statistics(model: Model) -> None:
+    for name in model.batch_statistics:
+        raise ProblemError(
+            f"per-sample gradients are not defined while {name} normalises with batch statistics, since samples influence "
+            "each other; call model.eval()"
         )
-        if statistics and (child.training or child.running_mean is None):
-            raise ProblemError(
-                f"per-sample gradients are not defined while {name or type(child).__name__} normalises with batch "
-                "statistics, since samples influence each other; call model.eval()"
-            )
 
 
 def _choose(evaluation: Evaluation, batch: Batch) -> tuple[Gradients, str, list[str]]:
@@ -130,7 +124,7 @@ def _by_backpack(evaluation: Evaluation, batch: Batch) -> Gradients:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of BackPACK's hooks about modules that it does not extend
         extend(twin)
-        with recording(problem.device, model.recurrent):
+        with recording(problem.device, model):
             z = (model.rule or call_model)(twin, evaluation.sample.batch)
         if not isinstance(z, Tensor):
             raise _Declined("the model has several outputs")

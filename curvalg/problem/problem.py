@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 from curvalg.errors import LossError, ProblemError
 from curvalg.expr.facts import LossFacts
 from curvalg.problem import parameters as params_
+from curvalg.problem import trees
 from curvalg.problem.batch import Samples
 from curvalg.problem.budget import Budget
-from curvalg.problem.data import Data
+from curvalg.problem.data import Data, Sample
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.losses import CallableLoss, Loss, infer_reduction, resolve_loss
-from curvalg.problem.model import ModuleModel, differentiable, make_model
+from curvalg.problem.losses import CallableLoss, Loss, LossPoint, infer_reduction, resolve_loss
+from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
 from curvalg.problem.parameters import Layout
 from curvalg.problem.randomness import DrawGuard, Randomness
 from curvalg.problem.snapshot import Slot, Snapshot
@@ -106,19 +107,20 @@ class Problem:
         self.loss: Loss | None = None if loss is None else resolve_loss(loss, reduction)
         self.data = Data(data, target, needs_target=loss is not None)
         _one_of("samples", samples, ("item", "position"))
-        if columns not in ("auto", "loop") and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
-            raise ProblemError(f"columns is 'auto', 'loop' or the number of columns in one backward pass, got {columns!r}")
-        if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0):
-            raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
+        if columns not in ("auto", "loop") and (
+            isinstance(columns, bool) or not isinstance(columns, int) or columns < 1
+        ):
+            raise ProblemError(
+                f"columns is 'auto', 'loop' or the number of columns in one backward pass, got {columns!r}"
+            )
         if samples == "position" and self.loss is not None and not self.loss.positions:
             raise LossError(
                 f"samples='position' needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
                 f"MSE; {self.loss.name} does not. Use samples='item'"
             )
         self.samples: Samples = samples
-        self.cache = cache
         self.columns = columns
-        self.budget = Budget(_limit(cache))
+        self.cache = cache
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
         self._totals: Totals | None = None
@@ -126,6 +128,9 @@ class Problem:
 
     def _reset(self) -> None:
         self.no_forward_ad: str | None = None
+        self.twice_differentiable = False
+        self._strict_order = False
+        self._writes_inputs: bool | None = None
         self.per_sample_route: str | None = None
         self.per_sample_notes: list[str] = []
         self._snapshot: Snapshot | None = None
@@ -133,13 +138,30 @@ class Problem:
         self._restrictions: dict[tuple[str, ...], Problem] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_snapshot", "_kept", "_restrictions", "budget")
+        dropped = ("_snapshot", "_kept", "_restrictions", "_budget")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._reset()
         self.__dict__.update(state)
-        self.budget = Budget(_limit(self.cache))
+        self.cache = self._cache
+
+    @property
+    def cache(self) -> Literal["auto"] | int:
+        """Bytes that recordings kept between products may take; setting it holds for what is recorded from then on."""
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: Literal["auto"] | int) -> None:
+        if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0):
+            raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
+        self._cache = cache
+        self._budget = Budget(DEFAULT_BUDGET if cache == "auto" else cache)
+
+    @property
+    def budget(self) -> Budget:
+        """The memory that recordings share."""
+        return self._budget
 
     # -- sizes and facts ------------------------------------------------------------------------------------------------
 
@@ -186,7 +208,7 @@ class Problem:
 
     def _infer(self, loss: CallableLoss, sample: Any) -> CallableLoss:
         evaluation = Evaluation(self, self.snapshot(), sample)
-        with self.differentiating(), torch.no_grad():
+        with self.differentiating(), torch.no_grad(), recording(self.device, self.model):
             z, form = evaluation.run(evaluation.values())
             reduction = infer_reduction(loss.fn, form.split(z), sample.target)
         return dataclasses.replace(loss, reduction=reduction)
@@ -233,19 +255,60 @@ class Problem:
 
     def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:
         """One pass over the data at a snapshot."""
-        order_matters = order_matters or self.draws.mode == "frozen"
+        order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
+        # Which samples share a batch decides the matrix while they influence each other.
+        order_matters = order_matters or bool(self.model.batch_statistics)
         samples = self.data.read(self.device, order_matters=order_matters)
         for sample in tqdm(samples, "batches", leave=False, disable=not self.progress):
             yield Evaluation(self, snapshot, sample)
 
+    def number_samples(self) -> None:
+        """From now on samples are told apart by their running number: another order is an error.
+
+        Raises:
+            ProblemError: the loader shuffles.
+        """
+        if not self.data.ordered:
+            raise ProblemError(
+                "Monte-Carlo draws are fixed by the running number of each sample, but the loader shuffles, so that every "
+                "product would be of another matrix. Pass shuffle=False, or list(loader) to fix one pass"
+            )
+        self._strict_order = True
+
+    @contextmanager
+    def guarding_inputs(self, batch: Any) -> Iterator[Any]:
+        """A batch that the model may be called on: its tensors, or copies where the model writes into its inputs.
+
+        Raises:
+            ProblemError: the model wrote into the inputs although it did not on the first batch.
+        """
+        if self._writes_inputs is not False:
+            batch = trees.tensor_map(torch.clone, batch)
+        tensors = trees.tensors(batch)
+        before = [t._version for t in tensors]
+        yield batch
+        written = before != [t._version for t in tensors]
+        if written and self._writes_inputs is False:
+            raise ProblemError("the model writes into its inputs in place on some batches; clone them in its forward")
+        if self._writes_inputs is None:
+            self._writes_inputs = written
+
+    def loss_point(self, output: Any, sample: Sample) -> LossPoint[Any]:
+        """The loss at one output; a loss that is the user's code is guarded like the model."""
+        loss = self._need_loss()
+        if not isinstance(loss, CallableLoss):
+            return loss.at(output, sample.target)
+        with recording(self.device, self.model):
+            return self.draws.run(lambda: loss.at(output, sample.target), sample.index)
+
     def value(self) -> float:
         """L(θ), the loss of the whole data set."""
-        loss = self._need_loss()
+        self._need_loss()
         total, snapshot = 0.0, self.snapshot()
         with self.differentiating(), torch.no_grad():
             for evaluation in self.evaluations(snapshot):
                 z, form = evaluation.run(evaluation.values())
-                total += float(loss.at(form.split(z), evaluation.sample.target).value())
+                total += float(self.loss_point(form.split(z), evaluation.sample).value())
         return total / self.totals.denominator
 
     def gradient(self) -> Tensor:
@@ -292,10 +355,6 @@ class Problem:
             f"Problem({model}, {loss}, {self.size} parameters in {len(self.layout.names)} tensors, {self.dtype} on "
             f"{self.device})"
         )
-
-
-def _limit(cache: Literal["auto"] | int) -> int:
-    return DEFAULT_BUDGET if cache == "auto" else int(cache)
 
 
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -54,8 +54,7 @@ class Snapshot:
             if module.training is not training or tuple(module._modules.values()) != children:
                 return False
         for _, owner, key, bits in self._watched:
-            live = owner.get(key)
-            if live is None or not _same_bits(live.detach(), bits):
+            if key not in owner or owner[key] is None or not _same_bits(owner[key].detach(), bits):
                 return False
         return True
 

@@ -583,8 +583,8 @@ def test_shuffling_loader_is_refused_where_rows_have_an_order(name, kind, size, 
 @pytest.mark.parametrize("kind", SHUFFLED)
 def test_shuffling_loader_never_changes_monte_carlo_draws_silently(kind, size, cache, net):
     """Draws are keyed by the number of the sample in the data: refused, or the same matrix in every product."""
-    op = lower("ggn_mc", fresh(net, CE, SHUFFLED[kind](size), cache=cache))
     try:
+        op = lower("ggn_mc", fresh(net, CE, SHUFFLED[kind](size), cache=cache))
         first, *others = [op @ ones(op) for _ in range(4)]
     except ProblemError as error:
         assert "shuffle=False" in str(error)

@@ -253,7 +253,9 @@ def test_an_operation_without_forward_ad_takes_the_double_backward(cache, proble
     assert "no forward AD" in op.explain()
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "lstm", "attention_softmax", "inplace_activation", "batchnorm_training"])
+@pytest.mark.parametrize(
+    "model", ["mlp", "cnn", "lstm", "attention_softmax", "inplace_activation", "batchnorm_training"]
+)
 def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, dense_of):
     """After many products a linearised program may be tried; on some models its second call is silently wrong."""
     dense, problem = dense_of(model), problem_of(model)

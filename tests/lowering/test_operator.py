@@ -414,8 +414,6 @@ def test_lowering_needs_a_problem_and_a_size(problem_of):
         registry.build("ggn").lower(nn.Linear(2, 2))
     problem = problem_of("mlp")
     assert (2 * Identity).lower(problem).shape == (problem.size, problem.size)
-    with pytest.raises(ExpressionError, match="cannot be lowered"):
-        inverse(registry.build("ggn") + Identity).lower(problem)
     with pytest.raises(ExpressionError, match="preconditioner"):
         registry.build("ggn").lower(problem, preconditioner=Identity)
 
@@ -463,3 +461,42 @@ def test_replaced_parameters_and_modules_are_seen_and_taken_up(problem_of):
     case.model[0] = nn.Linear(4, 5, bias=False).double()
     with pytest.raises(ProblemError, match="make a new Problem"):
         op.refresh()
+
+
+def test_parts_of_what_is_not_local(dense_of, problem_of, vectors):
+    """A sub-matrix of a product or an inverse is not the product or inverse of sub-matrices."""
+    from third_party import GradientOuter
+
+    from curvalg import Diagonal
+
+    dense, problem = dense_of("mlp"), problem_of("mlp")
+    G, H, g = dense.ggn, dense.hessian, dense.gradient
+    ggn, hessian = registry.build("ggn"), registry.build("hessian")
+    A = torch.linalg.inv(G + torch.eye(dense.D))
+    outer = torch.outer(g, g) / g.norm() ** 2
+    values = torch.linspace(1, 2, dense.D).double()
+    damped = torch.linalg.inv(outer + torch.eye(dense.D))
+    V = vectors(dense.D)
+    for expr, whole in (
+        (ggn @ hessian, G @ H),
+        (inverse(ggn + Identity), A),
+        (inverse(ggn + Identity) @ hessian, A @ H),
+        (Diagonal(values), torch.diag(values)),
+        (GradientOuter(), outer),
+        (GradientOuter() @ ggn, outer @ G),
+        (inverse(GradientOuter() + Identity), damped),
+        (ggn + GradientOuter() - 2 * Identity, G + outer - 2 * torch.eye(dense.D)),
+    ):
+        keep = list(range(25, dense.D))
+        got = restrict(expr, "2.*").lower(problem)
+        part = whole[keep][:, keep]
+        if expr == GradientOuter() or "ggn + gradient_outer" in str(expr):
+            # A matrix term sees the restricted problem: its gradient's norm is that of the kept part.
+            scale = g.norm() ** 2 / g[keep].norm() ** 2
+            part = part + (scale - 1) * outer[keep][:, keep]
+        assert torch.allclose(got.to_dense(), part, atol=1e-9), str(expr)
+        if "gradient_outer" not in str(expr):
+            blocks = torch.block_diag(whole[:25, :25], whole[25:, 25:])
+            assert torch.allclose(block_diagonal(expr, by="module").lower(problem) @ V, blocks @ V, atol=1e-9), str(
+                expr
+            )
