@@ -14,38 +14,8 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with causal attention."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """A small language model with a learned positional table; classes on axis 1."""
-
-    def __init__(self, vocabulary: int = 2000, width: int = 128, layers: int = 3, length: int = 64) -> None:
-        super().__init__()
-        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(length, width))
-        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(layers)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+from models import Transformer
+from torch import nn
 
 
 def measure(what: str) -> int:

@@ -12,9 +12,11 @@ from torch import Tensor
 from curvalg.problem.trees import NAMESPACE
 
 
-def _columns(tree: Any) -> int:
+def _columns(tree: tuple[Any, ...]) -> int:
+    if isinstance(tree[0], Tensor):
+        return int(tree[0].shape[0])
     leaves: list[Any] = optree.tree_leaves(tree, namespace=NAMESPACE)
-    return len(leaves[0])
+    return int(leaves[0].shape[0])
 
 
 def mapped(function: Callable[..., Any], *trees: Any) -> Any:
@@ -51,7 +53,7 @@ def grad_columns(
     """Σ cotangentᵀ ∂outputs/∂inputs for cotangents with a leading column axis; one backward pass for all columns."""
     from curvalg.problem.evaluation import backward
 
-    if len(cotangents[0]) == 1:
+    if cotangents[0].shape[0] == 1:
         single = backward(outputs, inputs, [c[0] for c in cotangents], retain_graph=retain)
         return [None if g is None else g[None] for g in single]
     return backward(outputs, inputs, cotangents, retain_graph=retain, batched=True)

@@ -57,12 +57,20 @@ class Linearization:
         self.batches.clear()
         self.nbytes, self.complete = 0, False
 
+    def prepare(self, problem: Problem, snapshot: Snapshot) -> None:
+        """Statistics and, within the budget, recordings of all batches."""
+        prepare(self.sweep.dataset_terms, problem, snapshot)
+        if self.keeping:
+            problem.budget.touch(self)
+            for _ in self.recordings(problem, snapshot, 1):
+                pass
+
     # -- products -------------------------------------------------------------------------------------------------------
 
     def product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         """The product with vectors (K, D), shape (K, D)."""
         problem.budget.touch(self)
-        self.products += len(rows)
+        self.products += rows.shape[0]
         if self.products > AMORTISED and not self._tried:
             self._try_linearized(problem, snapshot, rows[:1])
         try:
@@ -71,7 +79,7 @@ class Linearization:
             raise
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
-            if len(rows) == 1 or self.chunk == 1:
+            if rows.shape[0] == 1 or self.chunk == 1:
                 raise
             self.chunk = 1
             result = self._product(problem, snapshot, rows)
@@ -81,7 +89,7 @@ class Linearization:
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         sweep, total = self.sweep, torch.zeros_like(rows)
         if sweep.curved and not sweep.dataset_terms:
-            for recorded in self.recordings(problem, snapshot, len(rows)):
+            for recorded in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(recorded, SinglePass)
                 total += recorded.multiply(rows, self._columns(recorded, rows))
             return total
@@ -91,12 +99,12 @@ class Linearization:
             totals[term] = self._project(term, rows, prepared)
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
-            for recorded in self.recordings(problem, snapshot, len(rows), again=True):
+            for recorded in self.recordings(problem, snapshot, rows.shape[0], again=True):
                 tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(recorded, rows))  # type: ignore[attr-defined]
                 for term in sweep.reduces:
                     stats = self._reduce(term, recorded, tangent, prepared)
                     totals[term] = trees.add(totals.get(term), stats)
-        for recorded in self.recordings(problem, snapshot, len(rows), again=bool(tangents)):
+        for recorded in self.recordings(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(recorded, rows)
             tangent = tangents.pop(recorded.index, None)
             if tangent is None:
@@ -238,11 +246,11 @@ class Linearization:
 
     def _columns(self, recorded: Recorded, rows: Tensor) -> int:
         """Columns in one backward pass: as asked for, or measured on the first batch that meets several."""
-        if len(rows) == 1 or self.chunk is not None:
+        if rows.shape[0] == 1 or self.chunk is not None:
             return 1 if self.chunk is None else self.chunk
         most = max(1, min(MOST_COLUMNS, COLUMN_MEMORY // max(1, graph_bytes(recorded))))
-        few = rows[: min(len(rows), most, 8)]
-        if isinstance(recorded, Transient) or len(few) == 1:
+        few = rows[: min(rows.shape[0], most, 8)]
+        if isinstance(recorded, Transient) or few.shape[0] == 1:
             return 1
         keep, recorded.keep = recorded.keep, True
         try:
@@ -259,7 +267,7 @@ class Linearization:
             return recorded.finish(part, tangent, chunk)  # type: ignore[attr-defined,no-any-return]
 
         try:
-            batched, single = run(rows, len(rows)), run(rows[:1], 1)
+            batched, single = run(rows, rows.shape[0]), run(rows[:1], 1)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return 1
@@ -267,7 +275,7 @@ class Linearization:
         if not bool((batched[:1] - single).norm() <= tolerance):
             self.notes["columns"] = "columns one after the other: a batched product differs from a single one"
             return 1
-        many = _fastest(lambda: run(rows, len(rows))) / len(rows)
+        many = _fastest(lambda: run(rows, rows.shape[0])) / rows.shape[0]
         one = _fastest(lambda: run(rows[:1], 1))
         chosen = most if many < one else 1
         self.notes["columns"] = (

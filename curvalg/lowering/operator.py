@@ -18,9 +18,10 @@ from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind
 from curvalg.lowering.finite import require_finite
+from curvalg.lowering.linearization import linearization
 from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan, output_sizes
 from curvalg.lowering.planner import matrix_terms, plan
-from curvalg.lowering.sweep import Sweep, prepare
+from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem, Snapshot
 from curvalg.rewrite import Step, simplify
@@ -116,18 +117,20 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def prepare(self) -> CurvatureOperator:
         """Make now the passes over the data that the first product would make; returns the operator itself."""
         self.problem.check(self.snapshot)
-        self._prepare()
+        with self.problem.differentiating():
+            self._bind()
+            for problem, sweep in _sweeps(self._plan):
+                linearization(problem, self.snapshot, sweep).prepare(problem, self.snapshot)
         return self
 
-    def _prepare(self) -> None:
-        with self.problem.differentiating():
-            if not self._bound:
-                bound = bind(self._simplified, self.problem, self.snapshot)
-                self._simplified = self._simplify(bound)
-                self._plan = plan(self._simplified, self.problem, self._given)
-                self._bound = True
-            for problem, sweep in _sweeps(self._plan):
-                prepare(sweep.dataset_terms, problem, self.snapshot)
+    def _bind(self) -> None:
+        """Make the matrices that need a pass over the data, and plan again with them."""
+        if self._bound:
+            return
+        bound = bind(self._simplified, self.problem, self.snapshot)
+        self._simplified = self._simplify(bound)
+        self._plan = plan(self._simplified, self.problem, self._given)
+        self._bound = True
 
     def refresh(self) -> CurvatureOperator:
         """Take the model as it is now; returns the operator itself."""
@@ -150,7 +153,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def _apply(self, columns: Tensor) -> Tensor:
         self.problem.check(self.snapshot)
         with self.problem.differentiating():
-            self._prepare()
+            self._bind()
             return require_finite(self._plan.apply(self.snapshot, columns), str(self.expr))
 
     def _product(self, x: Vector) -> Any:
@@ -208,7 +211,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
             )
         self.problem.check(self.snapshot)
         with self.problem.differentiating():
-            self._prepare()
+            self._bind()
             scale, node = self._inverse_plan()
             try:
                 result = node.solve(self.snapshot, operand.columns, None if start is None else start / scale)

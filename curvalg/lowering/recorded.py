@@ -50,28 +50,29 @@ class Recorded(ABC):
 
     def __init__(self, evaluation: Evaluation, keep: bool) -> None:
         self.layout: Layout = evaluation.problem.layout
+        # Casting tensors that have the right dtype already costs more than all else for a small network.
+        self.uniform = set(self.layout.dtypes.values()) == {self.layout.dtype}
         self.device = evaluation.problem.device
         self.index = evaluation.sample.index
         self.keep = keep
 
     def directions(self, rows: Tensor) -> list[Tensor]:
         """Vectors (K, D) as one tensor (K, *shape) per parameter, in its dtype."""
-        parts = zip(
-            rows.split(self.layout.sizes, 1), self.layout.shapes.values(), self.layout.dtypes.values(), strict=True
-        )
-        return [t.reshape(len(rows), *shape).to(dtype) for t, shape, dtype in parts]
+        columns = rows.shape[0]
+        parts = zip(rows.split(self.layout.sizes, 1), self.layout.shapes.values(), strict=True)
+        tensors = [t.reshape(columns, *shape) for t, shape in parts]
+        if self.uniform:
+            return tensors
+        return [t.to(dtype) for t, dtype in zip(tensors, self.layout.dtypes.values(), strict=True)]
 
     def gather(self, gradients: list[Tensor | None], columns: int) -> Tensor:
         """Gradients (K, *shape) of the parameters (None: zero) as vectors (K, D)."""
-        parts = zip(gradients, self.layout.sizes, strict=True)
         dtype = self.layout.dtype
         flat = [
-            torch.zeros(columns, size, dtype=dtype, device=self.device)
-            if g is None
-            else g.reshape(columns, -1).to(dtype)
-            for g, size in parts
+            torch.zeros(columns, size, dtype=dtype, device=self.device) if g is None else g.reshape(columns, size)
+            for g, size in zip(gradients, self.layout.sizes, strict=True)
         ]
-        return torch.cat(flat, 1)
+        return torch.cat(flat if self.uniform else [t.to(dtype) for t in flat], 1)
 
     @abstractmethod
     def graphs(self) -> Iterable[Tensor]:
@@ -106,11 +107,11 @@ class SinglePass(Recorded):
 
     def multiply(self, rows: Tensor, chunk: int) -> Tensor:
         """The product with vectors (K, D), shape (K, D)."""
-        several = len(rows) > chunk
+        several = rows.shape[0] > chunk
 
         def product(part: Tensor) -> Tensor:
             grads = grad_columns(self.gradients, self.leaves, self.directions(part), retain=self.keep or several)
-            return self.gather(grads, len(part))
+            return self.gather(grads, part.shape[0])
 
         return chunked(product, chunk, rows)  # type: ignore[no-any-return]
 
@@ -146,20 +147,20 @@ class TwoStage(Recorded):
 
         def push(part: Tensor) -> Tensor:
             (t,) = grad_columns(self.gradients, [self.u], self.directions(part), retain=True)
-            return self.u.new_zeros(len(part), *self.u.shape) if t is None else t
+            return self.u.new_zeros(part.shape[0], *self.u.shape) if t is None else t
 
         return chunked(push, chunk, rows)  # type: ignore[no-any-return]
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
         """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
-        retain = self.keep or len(rows) > chunk
+        retain = self.keep or rows.shape[0] > chunk
 
         def product(part: Tensor, udot: Tensor) -> Tensor:
             if self.curved:
                 outputs, cotangents = [*self.gradients, self.z], [*self.directions(part), udot]
             else:
                 outputs, cotangents = [self.z], [udot]
-            return self.gather(grad_columns(outputs, self.leaves, cotangents, retain=retain), len(part))
+            return self.gather(grad_columns(outputs, self.leaves, cotangents, retain=retain), part.shape[0])
 
         return chunked(product, chunk, rows, rates)  # type: ignore[no-any-return]
 
@@ -188,10 +189,10 @@ class Pushed(Recorded):
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
         """Jᵀu̇ for rates (K, *output.shape), shape (K, D)."""
-        retain = self.keep or len(rows) > chunk
+        retain = self.keep or rows.shape[0] > chunk
 
         def product(udot: Tensor) -> Tensor:
-            return self.gather(grad_columns([self.z], self.leaves, [udot], retain=retain), len(udot))
+            return self.gather(grad_columns([self.z], self.leaves, [udot], retain=retain), udot.shape[0])
 
         return chunked(product, chunk, rates)  # type: ignore[no-any-return]
 

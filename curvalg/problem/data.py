@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.problem import trees
+from curvalg.problem.fingerprint import Fingerprint, fingerprint, same_order, same_rows, total
 from curvalg.problem.randomness import LoaderStream, own_generators
 
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
@@ -56,18 +56,19 @@ class Data:
                 f"data is a {type(data).__name__} that can be read only once, but every product reads it again; pass "
                 "list(data), a DataLoader, or an object whose __iter__ starts anew"
             )
-        one_batch = isinstance(data, (tuple, Mapping, UserDict, Tensor))
+        one_batch = isinstance(data, (tuple, Mapping, Tensor))
         if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
             raise ProblemError(
                 f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}"
             )
+        self.single = one_batch
         self.source = [data] if one_batch else data
         self.target = target
         self.needs_target = needs_target
         # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
         self.fixed = isinstance(self.source, list)
         self._stream = LoaderStream()
-        self._reference: list[tuple[float, float]] | None = None
+        self._reference: list[Fingerprint] | None = None
 
     @property
     def ordered(self) -> bool:
@@ -89,24 +90,31 @@ class Data:
             ProblemError: no data, a batch without a target, or data that differ from the first pass.
         """
         start, prints = 0, []
-        for index, batch in enumerate(self._raw()):
-            if not self.fixed:
-                prints.append(_fingerprint(batch))
-                if order_matters:
-                    self._compare(prints, index + 1)
-            batch = trees.place(batch, device)
+        for index, raw in enumerate(self._raw()):
+            batch = trees.place(raw, device)
             target = self._target(batch)
             count = trees.rows(target) if target is not None else trees.rows(batch)
             if count is None:
-                raise ProblemError(f"cannot tell the number of samples in a batch that is a {trees.describe(batch)}")
+                raise ProblemError(f"cannot tell the number of samples in a batch that is a {_countless(batch)}")
+            if not self.fixed:
+                prints.append(fingerprint(raw, count))
+                if order_matters:
+                    self._compare_order(prints)
             if count:
                 yield Sample(batch, target, count, start, index)
             start += count
         if not start:
-            raise ProblemError("the data are empty: there is no batch with a sample in it")
+            raise ProblemError(
+                _ONCE if self._reference else "the data are empty: there is no batch with a sample in it"
+            )
         if self._reference is None:
             self._reference = prints
-        self._compare(prints, None)
+        if not same_rows(total(prints), total(self._reference)):
+            raise ProblemError(
+                "the data differ from the first pass over them (random augmentation, a stateful data set, or shuffling "
+                "with per-batch padding), so every product would be of another matrix. Turn that off, or pass "
+                "list(loader) to fix one pass"
+            )
 
     def _raw(self) -> Iterator[Any]:
         if self.fixed:
@@ -128,27 +136,21 @@ class Data:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
-    def _compare(self, prints: list[tuple[float, float]], upto: int | None) -> None:
-        """Compare fingerprints with the first pass: batch by batch so far, or as a whole."""
-        if self._reference is None or self.fixed:
+    def _compare_order(self, prints: list[Fingerprint]) -> None:
+        """Compare the last batch so far with the same batch of the first pass, row by row."""
+        last = len(prints) - 1
+        if self._reference is None:
             return
-        if upto is not None:
-            if len(self._reference) < upto or not _close(prints[upto - 1], self._reference[upto - 1]):
-                raise ProblemError(
-                    "the loader gives the samples in another order than in its first pass, and this quantity depends on the "
-                    "order. Pass shuffle=False, or list(loader) to fix one pass"
-                )
-        elif not _close(_total(prints), _total(self._reference)):
+        if last >= len(self._reference) or not same_order(prints[last], self._reference[last]):
             raise ProblemError(
-                "the data differ from the first pass over them (random augmentation, a stateful data set, or shuffling "
-                "with per-batch padding), so every product would be of another matrix. Turn that off, or pass "
-                "list(loader) to fix one pass"
+                "the loader gives the samples in another order than in its first pass, or other samples, and this quantity "
+                "depends on the order. Pass shuffle=False, or list(loader) to fix one pass"
             )
 
     def _target(self, batch: Any) -> Any:
         if self.target is not None:
             return self.target(batch)
-        if isinstance(batch, (Mapping, UserDict)):
+        if isinstance(batch, Mapping):
             found = [key for key in TARGET_KEYS if key in batch]
             if len(found) == 1:
                 return batch[found[0]]
@@ -159,6 +161,13 @@ class Data:
             hint = f"it is a {trees.describe(batch)}"
             if self.fixed and isinstance(batch, Tensor):
                 hint += " (a list is read as a list of batches; one batch is a tuple (X, y))"
+            elif (
+                self.single
+                and isinstance(batch, tuple)
+                and batch
+                and all(isinstance(part, (tuple, list, Mapping)) for part in batch)
+            ):
+                hint += " (a tuple is read as one batch; a list of batches is written [...])"
         if not self.needs_target:
             return None
         raise ProblemError(
@@ -169,31 +178,19 @@ class Data:
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
     """The model on a batch: ``model(X)`` for pairs, keywords for mappings, the whole batch otherwise."""
-    if isinstance(batch, (Mapping, UserDict)):
+    if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS})
     return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch)
 
 
-def _fingerprint(batch: Any) -> tuple[float, float]:
-    """Two sums over the rows that do not depend on their order, but on every entry of each row."""
-    first, second = 0.0, 0.0
-    with torch.no_grad():
-        for t in trees.tensors(batch):
-            if t.is_complex() or not t.numel():
-                continue
-            rows = t.detach().reshape(t.shape[0] if t.ndim else 1, -1).to(torch.float64)
-            weights = torch.cos(torch.arange(rows.shape[1], dtype=torch.float64, device=t.device) + 1)
-            hashed = rows.nan_to_num() @ weights
-            first += float(hashed.sum())
-            second += float(hashed.square().sum())
-    return first, second
+def _countless(batch: Any) -> str:
+    """A batch whose samples cannot be counted, and what to do."""
+    if any(isinstance(leaf, np.ndarray) for leaf in trees.leaves(batch)):
+        return f"{trees.describe(batch)}: convert NumPy arrays to tensors with torch.from_numpy"
+    return f"{trees.describe(batch)}: its tensors need a leading axis over the samples"
 
 
-def _total(prints: list[tuple[float, float]]) -> tuple[float, float]:
-    return sum(p[0] for p in prints), sum(p[1] for p in prints)
-
-
-def _close(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    # Sums in another order differ by rounding only, relative to the second moment.
-    scale = 1e-9 * (1 + math.sqrt(b[1]) + b[1])
-    return abs(a[0] - b[0]) <= scale and abs(a[1] - b[1]) <= scale
+_ONCE = (
+    "the data can be read only once: there was a first pass over them, but the next one gives no samples, as when __iter__ "
+    "returns the same iterator each time. Pass list(data), a DataLoader, or an object whose __iter__ starts anew"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class Evaluation:
         problem, totals = self.problem, self.problem.totals
         z, again, sample = z.detach(), self.again(), self.sample
         # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
-        if not bool(torch.isfinite(z.sum())) and not bool(torch.isfinite(z).all()):
+        if not math.isfinite(z.sum().item()) and not bool(torch.isfinite(z).all()):
             raise ProblemError(
                 f"the model's output on batch {self.sample.index} has NaN or infinite entries; check parameters and data "
                 "(half precision overflows at 65504)"

@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,14 +60,18 @@ class _WeightNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
+def differentiable(device: torch.device) -> AbstractContextManager[Any]:
     """Where a product is taken, whatever the caller's context: gradients on, inference mode and autocast off.
 
     The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    return stack
 
 
 def unwrap(model: nn.Module) -> nn.Module:

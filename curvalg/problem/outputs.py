@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ class OutputForm:
 
     def __init__(self, raw: Any) -> None:
         self.single = isinstance(raw, Tensor)
-        leaves, self._tree = optree.tree_flatten(_plain(raw), none_is_leaf=False, namespace=trees.NAMESPACE)  # type: ignore[arg-type]
+        leaves, self._form = trees.flatten(raw)
         if not leaves or not all(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
             raise ProblemError(
                 f"the model must return a floating-point tensor, or a tuple or mapping of them; it returned "
@@ -47,23 +45,15 @@ class OutputForm:
         """The structure as one tensor of at least float32; gradients flow through."""
         if self.single:
             return _widen(structure)
-        leaves = optree.tree_leaves(_plain(structure), none_is_leaf=False, namespace=trees.NAMESPACE)  # type: ignore[arg-type]
-        return torch.cat([_widen(t).reshape(t.shape[0], -1) for t in leaves], 1)  # type: ignore[arg-type,attr-defined]
+        return torch.cat([_widen(t).reshape(t.shape[0], -1) for t in trees.leaves(structure)], 1)
 
     def split(self, z: Tensor) -> Any:
-        """The inverse of :meth:`join`, up to the dtype."""
+        """The inverse of :meth:`join`, up to the dtype: containers of the classes that the model returned."""
         if self.single:
             return z
         widths = [shape[1:].numel() for shape in self._shapes]
         parts = [t.reshape(shape) for t, shape in zip(z.split(widths, 1), self._shapes, strict=True)]
-        return optree.tree_unflatten(self._tree, parts)
-
-
-def _plain(raw: Any) -> Any:
-    """Mappings of any class (model outputs of other libraries) as dicts, which optree knows."""
-    if isinstance(raw, Mapping) and type(raw) is not dict:
-        return dict(raw)
-    return raw
+        return trees.unflatten(self._form, parts)
 
 
 def _widen(t: Tensor) -> Tensor:

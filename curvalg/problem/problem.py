@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -247,11 +247,9 @@ class Problem:
 
     # -- evaluation -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def differentiating(self) -> Iterator[None]:
+    def differentiating(self) -> AbstractContextManager[Any]:
         """Where products may be taken; see :func:`curvalg.problem.model.differentiable`."""
-        with differentiable(self.device):
-            yield
+        return differentiable(self.device)
 
     def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:
         """One pass over the data at a snapshot."""

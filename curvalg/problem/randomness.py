@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,8 +28,67 @@ def _device_generators(device: torch.device) -> list[Generator]:
     return generators
 
 
+class _NumPyState:
+    """NumPy's global random state, read cheaply.
+
+    ``np.random.get_state`` takes tens of microseconds, as long as a small model. Where the state in memory has not moved
+    since it was last read in full, a comparison of that memory does.
+    """
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._full: dict[str, Any] = {}
+
+    def save(self, *, exactly: bool) -> tuple[bytes | None, dict[str, Any]]:
+        """The state now; ``exactly`` reads all of it."""
+        memory = _numpy_memory()
+        # A second number of a normal pair waits outside of that memory, and goes without a trace in it.
+        if exactly or memory is None or memory != self._memory or self._full.get("has_gauss"):
+            self._memory, self._full = memory, _numpy_full()
+        return memory, self._full
+
+    def restore(self, saved: tuple[bytes | None, dict[str, Any]], *, exactly: bool) -> bool:
+        """Go back to a saved state; whether anything had been drawn since, which ``exactly`` does not ask."""
+        memory, full = saved
+        if exactly:
+            moved = True
+        elif memory is None or full["has_gauss"]:
+            moved = pickle.dumps(_numpy_full()) != pickle.dumps(full)
+        else:
+            moved = _numpy_memory() != memory
+        if moved:
+            np.random.set_state(full)
+        return moved
+
+
+def _numpy_full() -> dict[str, Any]:
+    return cast("dict[str, Any]", np.random.get_state(legacy=False))
+
+
+def _seed_numpy(key: int) -> None:
+    generator = np.random.get_bit_generator()
+    if type(generator) is np.random.MT19937:
+        np.random.seed(key)
+    else:  # np.random.seed refuses all others
+        fresh = type(generator)(key).state
+        np.random.set_state({**fresh, "has_gauss": 0, "gauss": 0.0})
+
+
+def _numpy_memory() -> bytes | None:
+    """Key and position of the Mersenne twister; None for other generators, whose state is behind pointers."""
+    generator = np.random.get_bit_generator()
+    if type(generator) is not np.random.MT19937:
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)
+
+
+_TWISTER_BYTES = 624 * 4 + 4
+
+
 class DrawGuard:
-    """Runs model calls so that they either draw no random numbers, or the same ones each time.
+    """Runs calls of the user's code so that they either draw no random numbers, or the same ones each time.
+
+    Watched are the generators of torch on the device, Python's ``random`` and NumPy's global state.
 
     Args:
         mode: "refuse" raises when a call draws; "frozen" seeds each call by its key and restores the state.
@@ -39,6 +100,7 @@ class DrawGuard:
             raise ProblemError(f"randomness is 'refuse' or 'frozen', got {mode!r}")
         self.mode = mode
         self.device = device
+        self._numpy = _NumPyState()
 
     def run(self, call: Callable[[], T], key: int) -> T:
         """The result of a call, with the random state left as it was.
@@ -46,27 +108,40 @@ class DrawGuard:
         Raises:
             ProblemError: the call draws random numbers and the mode is "refuse".
         """
+        frozen = self.mode == "frozen"
         generators = _device_generators(self.device)
-        before = [generator.get_state() for generator in generators]
+        states = [generator.get_state() for generator in generators]
+        python = random.getstate()
+        numpy = self._numpy.save(exactly=frozen)
         try:
-            if self.mode == "frozen":
+            if frozen:
                 for generator in generators:
                     generator.manual_seed(key)
+                random.seed(key)
+                _seed_numpy(key)
             result = call()
-            after = [generator.get_state() for generator in generators]
         finally:
-            for generator, state in zip(generators, before, strict=True):
-                generator.set_state(state)
-        if self.mode == "refuse" and not all(map(torch.equal, before, after)):
+            drawn = []
+            for generator, state in zip(generators, states, strict=True):
+                if not torch.equal(generator.get_state(), state):
+                    generator.set_state(state)
+                    drawn.append("torch")
+            if random.getstate() != python:
+                random.setstate(python)
+                drawn.append("Python's random")
+            if self._numpy.restore(numpy, exactly=frozen):
+                drawn.append("NumPy")
+        if drawn and not frozen:
             raise ProblemError(
-                "the model draws random numbers (dropout in training mode?), so every product would be of another matrix. "
-                "Call model.eval(), or pass randomness='frozen' to replay the same draws in every product"
+                f"the model (or a loss that is a callable) draws random numbers from {' and '.join(drawn)} (dropout in "
+                "training mode?), so every product would be of another matrix. Call model.eval(), or pass "
+                "randomness='frozen' to replay the same draws in every product"
             )
         return result
 
 
 def _global_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+    return torch.get_rng_state(), random.getstate(), _numpy_full()
 
 
 def _set_global_state(state: tuple[Any, ...]) -> None:

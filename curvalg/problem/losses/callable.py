@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 
 from curvalg.errors import CurvalgWarning, LossError
 from curvalg.expr.facts import LossFacts
+from curvalg.problem import trees
 from curvalg.problem.losses.base import Loss, LossPoint, Structure, rows, width
+from curvalg.problem.losses.blocks import square_roots
+from curvalg.problem.losses.calls import call, name_of
 from curvalg.problem.losses.checks import check_reduction, floating
 from curvalg.problem.losses.cross_entropy import CrossEntropy
 
@@ -53,7 +55,7 @@ class CallableLoss(Loss):
     @property
     def name(self) -> str:
         """What messages call the loss."""
-        return getattr(self.fn, "__name__", type(self.fn).__name__)
+        return name_of(self.fn)
 
     @property
     def facts(self) -> LossFacts:
@@ -85,7 +87,7 @@ class CallableLoss(Loss):
     def numerator(self, output: Structure, target: Structure) -> Tensor:
         """What is differentiated: rows · fn for a mean, fn otherwise."""
         scale = self.denominator(target) if self.reduction == "mean" else 1.0  # first: it checks the target
-        value: Tensor = self.fn(output, target)
+        value: Tensor = call(self.fn, output, target)
         return value * scale if scale != 1.0 and isinstance(value, Tensor) else value
 
     def at(self, output: Structure, target: Structure) -> CallablePoint:
@@ -93,8 +95,8 @@ class CallableLoss(Loss):
         return CallablePoint(self, output, target)
 
     def _first(self, target: Structure) -> Tensor:
-        for leaf in optree.tree_leaves(target):
-            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+        for leaf in trees.tensors(target):
+            if leaf.ndim > 0:
                 return leaf
         raise LossError(
             f"{self.name}: expected a target with a tensor whose first axis holds the samples, got "
@@ -113,7 +115,7 @@ class CallablePoint(LossPoint[Structure]):
 
     def __init__(self, loss: CallableLoss, output: Structure, target: Structure) -> None:
         self.facts = loss.facts
-        leaves, self.structure = optree.tree_flatten(output)
+        leaves, self.form = trees.flatten(output)
         detached = [floating(loss.name, leaf) for leaf in leaves]
         if not detached or len({len(leaf) for leaf in detached}) != 1:
             raise LossError(
@@ -124,7 +126,7 @@ class CallablePoint(LossPoint[Structure]):
             self.leaves = [leaf.clone().requires_grad_() for leaf in detached]
             # Given away as views: a callable that works in place must not hit a leaf, nor our copy.
             views = [leaf.clone() for leaf in self.leaves]
-            self.numerator = _checked(loss.name, loss.numerator(self.structure.unflatten(views), target))
+            self.numerator = _checked(loss.name, loss.numerator(trees.unflatten(self.form, views), target))
             self.gradients = torch.autograd.grad(
                 self.numerator, self.leaves, create_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -140,26 +142,18 @@ class CallablePoint(LossPoint[Structure]):
 
     def gradient(self) -> Structure:
         """By one backward pass."""
-        return self.structure.unflatten([gradient.detach() for gradient in self.gradients])
+        return trees.unflatten(self.form, [gradient.detach() for gradient in self.gradients])
 
     def hvp(self, tangent: Structure) -> Structure:
         """By a backward pass through the gradient.
 
         Not forward over reverse: torch 2.13 raises for ``jvp(grad(mse_loss))``, as its zero tensors are immutable.
         """
-        return self.structure.unflatten(self._product(optree.tree_leaves(tangent)))
+        return trees.unflatten(self.form, self._product(trees.leaves(tangent)))
 
     def factor(self) -> Tensor:
         """√λ q of every eigenpair of every sample's block, as many columns as a sample has entries."""
-        values, vectors = torch.linalg.eigh(self._blocks())
-        largest = values.abs().max() if values.numel() else 0.0
-        noise = 32 * values.shape[-1] * torch.finfo(values.dtype).eps * largest
-        if bool((values < -noise).any()):
-            raise LossError(
-                f"{self.facts.name}: the Hessian in the output is not positive semi-definite (least eigenvalue "
-                f"{values.min().item():.3g}), so it has no square root; use the hessian, or a convex loss."
-            )
-        columns: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+        columns = square_roots(self.facts.name, self._blocks())
         return columns.movedim(-1, 0).reshape(self.noise_shape[1], *self.shape)
 
     def pseudo_gradients(self, uniform: Tensor, *, fisher: bool = False) -> Tensor:

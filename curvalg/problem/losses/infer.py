@@ -6,12 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import optree
 import torch
-from torch import Tensor
 
 from curvalg.errors import LossError
+from curvalg.problem.losses.additive import (
+    adds_up,
+    causes,
+    number,
+    perturbed,
+    repeat,
+    row_count,
+    tolerance_of,
+    whole_and_parts,
+)
 from curvalg.problem.losses.base import Reduction, Structure
+from curvalg.problem.losses.calls import name_of
 
 
 def infer_reduction(fn: Callable[[Any, Any], Any], output: Structure, target: Structure) -> Reduction:
@@ -31,99 +40,45 @@ def infer_reduction(fn: Callable[[Any, Any], Any], output: Structure, target: St
     >>> infer_reduction(torch.nn.functional.mse_loss, torch.ones(3, 2), torch.zeros(3, 2))
     'mean'
     """
-    leaves = [leaf for leaf in optree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-    if not leaves or len(leaves[0]) == 0:
+    rows = row_count(output)
+    if not rows:
         raise _undecided(fn, "the batch has no rows")
-    rows, tolerance = len(leaves[0]), _tolerance(leaves[0].dtype)
+    counts = [rows // 2, rows - rows // 2] if rows > 1 else []
+    tolerance = tolerance_of(output)
     with torch.no_grad():
-        for candidate in (output, _perturbed(output)):
-            value = _number(fn, candidate, target)
-            parts = _parts(fn, candidate, target, rows)
+        for candidate in (output, perturbed(output)):
+            value = _finite(fn, number(fn, candidate, target))
+            parts = [_finite(fn, part) for part in whole_and_parts(fn, candidate, target, counts)[1]] if counts else []
             # A value of zero, or one that cancels to zero, is equal to its double.
             if abs(value) > tolerance * max(map(abs, parts), default=0.0):
-                twice = _number(fn, *(_repeated(tree, rows) for tree in (candidate, target)))
-                return _decide(fn, value, twice, parts, rows, tolerance)
+                twice = _finite(fn, number(fn, repeat(candidate, rows), repeat(target, rows)))
+                reduction = _decide(fn, value, twice, tolerance)
+                if parts and not adds_up(reduction, value, parts, counts, tolerance):
+                    raise _undecided(
+                        fn,
+                        f"its values {parts[0]:.6g} and {parts[1]:.6g} on two parts of a batch do not make up its "
+                        f"{reduction} {value:.6g} ({causes(output, target)})",
+                    )
+                return reduction
     raise _undecided(fn, "its value is zero on the batch, and near it")
 
 
-def _decide(
-    fn: Callable[..., Any], value: float, twice: float, parts: list[float], rows: int, tolerance: float
-) -> Reduction:
-    reduction: Reduction
+def _decide(fn: Callable[..., Any], value: float, twice: float, tolerance: float) -> Reduction:
     if math.isclose(twice, value, rel_tol=tolerance):
-        reduction, weights, whole = "mean", [rows // 2, rows - rows // 2], rows
-    elif math.isclose(twice, 2 * value, rel_tol=tolerance):
-        reduction, weights, whole = "sum", [1, 1], 1
-    else:
-        raise _undecided(fn, f"it is {value:.6g} on a batch and {twice:.6g} on that batch repeated")
-    if not parts:
-        return reduction
-    terms = [weight * part for weight, part in zip(weights, parts, strict=True)]
-    scale = max(abs(whole * value), *map(abs, terms))
-    if not math.isclose(sum(terms), whole * value, rel_tol=tolerance, abs_tol=tolerance * scale):
-        raise _undecided(
-            fn,
-            f"its values {parts[0]:.6g} and {parts[1]:.6g} on two parts of a batch do not make up its {reduction} "
-            f"{value:.6g} (samples are coupled, or rows weighted unequally, as by class weights or ignored labels)",
-        )
-    return reduction
+        return "mean"
+    if math.isclose(twice, 2 * value, rel_tol=tolerance):
+        return "sum"
+    raise _undecided(fn, f"it is {value:.6g} on a batch and {twice:.6g} on that batch repeated")
 
 
-def _parts(fn: Callable[..., Any], output: Structure, target: Structure, rows: int) -> list[float]:
-    if rows == 1:
-        return []
-    half = rows // 2
-    return [
-        _number(fn, *(_rows(tree, rows, part) for tree in (output, target)))
-        for part in (slice(0, half), slice(half, rows))
-    ]
-
-
-def _number(fn: Callable[..., Any], output: Structure, target: Structure) -> float:
-    value = fn(output, target)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"{_name(fn)}: expected a scalar tensor, got {came}; sum or average over it.")
-    number = float(value)
-    if not math.isfinite(number):
-        raise _undecided(fn, f"its value on a batch is {number}")
-    return number
-
-
-def _has_rows(leaf: object, rows: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows
-
-
-def _repeated(tree: Structure, rows: int) -> Structure:
-    return optree.tree_map(lambda leaf: torch.cat([leaf, leaf]) if _has_rows(leaf, rows) else leaf, tree)
-
-
-def _rows(tree: Structure, rows: int, part: slice) -> Structure:
-    return optree.tree_map(lambda leaf: leaf[part] if _has_rows(leaf, rows) else leaf, tree)
-
-
-def _perturbed(tree: Structure) -> Structure:
-    """The tree away from where it is, by numbers that look like noise but are the same every time."""
-
-    def shift(leaf: object) -> object:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        steps = torch.arange(1, leaf.numel() + 1, dtype=leaf.dtype, device=leaf.device)
-        return leaf + (0.5 + 0.3 * torch.cos(steps * 1.7)).reshape(leaf.shape)
-
-    return optree.tree_map(shift, tree)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return math.sqrt(torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-4
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)
+def _finite(fn: Callable[..., Any], value: float) -> float:
+    if not math.isfinite(value):
+        raise _undecided(fn, f"its value on a batch is {value}")
+    return value
 
 
 def _undecided(fn: Callable[..., Any], why: str) -> LossError:
     return LossError(
-        f"Cannot tell whether {_name(fn)} is a mean or a sum over samples: {why}. Pass reduction='mean' or "
+        f"Cannot tell whether {name_of(fn)} is a mean or a sum over samples: {why}. Pass reduction='mean' or "
         "reduction='sum', or a Loss whose numerators and denominators add up over batches."
     )
