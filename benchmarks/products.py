@@ -72,7 +72,7 @@ def _compare(name: str, term: str, own: Tensor, peer: Tensor, reference: Callabl
         print(f"{name}, {term}: curvlinops is off by {100 * off:.1f} % against double backward")
         return
     # They count every token of a sequence as a sample of its own, and scale by their number.
-    assert name == "GPT" and term == "covariance", f"{name}, {term}: the libraries disagree"
+    assert (name, term) == ("GPT", "covariance"), f"{name}, {term}: the libraries disagree"
     print(f"{name}, {term}: the libraries define a sample differently (sequence, token)")
 
 

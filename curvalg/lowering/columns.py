@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
@@ -15,7 +15,7 @@ from curvalg.problem.trees import NAMESPACE
 def _columns(tree: tuple[Any, ...]) -> int:
     if isinstance(tree[0], Tensor):
         return int(tree[0].shape[0])
-    leaves: list[Any] = optree.tree_leaves(tree, namespace=NAMESPACE)
+    leaves: list[Any] = optree.tree_leaves(cast("Any", tree), namespace=NAMESPACE)
     return int(leaves[0].shape[0])
 
 

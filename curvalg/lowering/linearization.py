@@ -44,9 +44,10 @@ class Linearization:
         self.complete = False
         self.keeping = problem.budget.limit > 0
         self.route = "two backward passes"
-        self.chunk: int | None = None
+        self.asked: int | None = None
         if problem.columns != "auto":
-            self.chunk = 1 if problem.columns == "loop" else problem.columns
+            self.asked = 1 if problem.columns == "loop" else problem.columns
+        self.chunk = self.asked
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
         self.products = 0
@@ -81,7 +82,7 @@ class Linearization:
             # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
             if rows.shape[0] == 1 or self.chunk == 1:
                 raise
-            self.chunk = 1
+            self.chunk = self.asked = 1
             result = self._product(problem, snapshot, rows)
             self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return result
@@ -139,7 +140,8 @@ class Linearization:
         return chunked(rates, self._width(), tangent, values)  # type: ignore[no-any-return]
 
     def _width(self) -> int:
-        return MOST_COLUMNS if self.chunk is None else self.chunk
+        """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
+        return self.asked or MOST_COLUMNS
 
     # -- recordings -----------------------------------------------------------------------------------------------------
 

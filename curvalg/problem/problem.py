@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,8 @@ from curvalg.problem.budget import Budget
 from curvalg.problem.data import Data, Sample
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.losses import CallableLoss, Loss, LossPoint, infer_reduction, resolve_loss
+from curvalg.problem.losses.additive import check_additive, check_additive_pair
+from curvalg.problem.losses.base import Reduction
 from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
 from curvalg.problem.parameters import Layout
 from curvalg.problem.randomness import DrawGuard, Randomness
@@ -182,7 +184,8 @@ class Problem:
 
     @property
     def totals(self) -> Totals:
-        """Counts and denominators of the whole data set; the first use reads the data once, without the model."""
+        """Counts and denominators of the whole data set; the first use reads the data once, without the model (with it
+        where the loss is a callable, which is tried on every batch)."""
         if self._totals is None:
             self._totals = self._count()
             self.loss = self._totals.loss
@@ -190,9 +193,10 @@ class Problem:
 
     def _count(self) -> Totals:
         loss, rows, count, denominator = self.loss, 0, 0, 0.0
+        before: list[Any] = []
         for sample in tqdm(self.data.read(self.device), "counting", disable=not self.progress):
-            if isinstance(loss, CallableLoss) and loss.reduction is None:
-                loss = self._infer(loss, sample)
+            if type(loss) is CallableLoss:  # subclasses know their denominators
+                loss = self._judge(loss, sample, before)
             rows += sample.rows
             if loss is None:
                 count += sample.rows
@@ -206,11 +210,26 @@ class Problem:
             raise ProblemError("every target is ignored or has weight 0, so the mean loss has nothing to divide by")
         return Totals(rows, count, float(count) if mean else 1.0, denominator if mean else 1.0, loss)
 
-    def _infer(self, loss: CallableLoss, sample: Any) -> CallableLoss:
+    def _judge(self, loss: CallableLoss, sample: Sample, before: list[Any]) -> CallableLoss:
+        """A callable with its reduction known, after trying whether it adds up within this batch and with the one before.
+
+        Raises:
+            LossError: it does not, so that no denominator would be right.
+        """
         evaluation = Evaluation(self, self.snapshot(), sample)
         with self.differentiating(), torch.no_grad(), recording(self.device, self.model):
             z, form = evaluation.run(evaluation.values())
-            reduction = infer_reduction(loss.fn, form.split(z), sample.target)
+            now = [form.split(z), sample.target]
+
+            def judge() -> Reduction:
+                reduction = cast("Reduction | None", loss.reduction) or infer_reduction(loss.fn, *now)
+                check_additive(loss.fn, reduction, *now)
+                if before:
+                    check_additive_pair(loss.fn, reduction, *before, *now)
+                return reduction
+
+            reduction = self.draws.run(judge, sample.index)
+        before[:] = now
         return dataclasses.replace(loss, reduction=reduction)
 
     # -- state ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -62,11 +62,11 @@ class _NumPyState:
 
 
 def _numpy_full() -> dict[str, Any]:
-    return cast("dict[str, Any]", np.random.get_state(legacy=False))
+    return np.random.get_state(legacy=False)
 
 
 def _seed_numpy(key: int) -> None:
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is np.random.MT19937:
         np.random.seed(key)
     else:  # np.random.seed refuses all others
@@ -76,7 +76,7 @@ def _seed_numpy(key: int) -> None:
 
 def _numpy_memory() -> bytes | None:
     """Key and position of the Mersenne twister; None for other generators, whose state is behind pointers."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return None
     return ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)

@@ -149,7 +149,7 @@ def _exchanged(attributes: dict[str, Any], original: Mapping[Any, Any], items: d
     new = {id(original[key]): value for key, value in items.items()}
     return optree.tree_map(
         lambda node: new.get(id(node), node),
-        dict(attributes),
+        dict(attributes),  # type: ignore[arg-type]
         is_leaf=lambda node: id(node) in new,
         none_is_leaf=True,
     )

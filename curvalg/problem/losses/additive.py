@@ -22,7 +22,7 @@ Fn = Callable[[Any, Any], Any]
 
 
 def check_additive(fn: Fn, reduction: Reduction, output: Structure, target: Structure) -> None:
-    """Compare the value on a batch with those on its halves.
+    """Compare the value on a batch with those on its halves, and on its first row and the others.
 
     Nothing is compared where there is one row, or where a tensor of the target has another leading axis than the output
     and so belongs to no rows.
@@ -34,7 +34,7 @@ def check_additive(fn: Fn, reduction: Reduction, output: Structure, target: Stru
         target: any structure of tensors.
 
     Raises:
-        LossError: the values do not add up, or the callable fails on a half.
+        LossError: the values do not add up, or the callable fails on a part.
 
     >>> output, target = torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 5.0])
     >>> check_additive(lambda z, y: (z[:, 0] - y).square().mean(), "mean", output, target)
@@ -47,6 +47,8 @@ def check_additive(fn: Fn, reduction: Reduction, output: Structure, target: Stru
     if rows < 2 or any(t.ndim and len(t) != rows for t in trees.tensors(target)):
         return
     _check(fn, reduction, output, target, (rows // 2, rows - rows // 2), "the two halves of it")
+    if rows > 2:  # halves alone hide weights that balance between them
+        _check(fn, reduction, output, target, (1, rows - 1), "its first row and the other ones")
 
 
 def check_additive_pair(
@@ -144,7 +146,7 @@ def tolerance_of(output: Structure) -> float:
 
 def causes(output: Structure, target: Structure) -> str:
     """What makes a callable other than a mean or sum over rows."""
-    text = "samples are coupled, or rows weighted unequally, as by class weights or ignored labels"
+    text = "samples are coupled or drawn at random, or rows weighted unequally, as by class weights or ignored labels"
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return text
     shapes = f"output {tuple(output.shape)} and target {tuple(target.shape)}"

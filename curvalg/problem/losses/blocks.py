@@ -37,6 +37,6 @@ def _eigenpairs(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values, vectors
         values, vectors = torch.linalg.eigh(blocks.double())
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values, vectors = torch.linalg.eigh(blocks.double())
     return values.to(blocks.dtype), vectors.to(blocks.dtype)
