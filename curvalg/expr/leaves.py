@@ -58,6 +58,8 @@ def _dtype(array: Any) -> str:
 def _array(value: Any, what: str, *ndims: int) -> Any:
     if not all(hasattr(value, name) for name in ("ndim", "shape", "dtype")):
         raise ExpressionError(f"{what} must be a torch tensor or a NumPy array, got {type(value).__name__}")
+    if "complex" in str(value.dtype):
+        raise ExpressionError(f"{what} must be real, got dtype {value.dtype}")
     if value.ndim not in ndims:
         expected = " or ".join(f"{n}-d" for n in ndims)
         raise ExpressionError(f"{what} must be {expected}, got shape {tuple(value.shape)}")

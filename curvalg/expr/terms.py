@@ -7,6 +7,7 @@ the output of sample n, Jₙ its Jacobian, rₙ = ∂cₙ/∂zₙ, Bₙ = ∂²c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from curvalg.errors import ExpressionError, LossError
@@ -70,9 +71,9 @@ class Residual(Term):
 
 
 def _check_samples(term: NamedExpr, samples: int, seed: int) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+    if isinstance(samples, bool) or not isinstance(samples, Integral) or samples < 1:
         raise ExpressionError(f"{term.label}: samples must be a positive integer, got {samples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ExpressionError(f"{term.label}: seed must be an integer ≥ 0, got {seed!r}")
 
 

@@ -72,6 +72,8 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
         matrix = term.finish(stats[term], problem.layout, prepared.get(term))
         if not isinstance(matrix, Expr):
             raise ExpressionError(f"{term.label}.finish must return an expression, got {type(matrix).__name__}")
+        if matrix_terms(matrix):
+            raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} has matrix terms in it")
         kept["matrix", term] = matrix
 
 

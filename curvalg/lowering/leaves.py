@@ -13,7 +13,7 @@ from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowR
 
 def tensor(array: Any, like: Tensor) -> Tensor:
     """An array of a leaf as a tensor of the operand's dtype and device."""
-    return torch.as_tensor(array).to(dtype=like.dtype, device=like.device)
+    return torch.as_tensor(array).detach().to(dtype=like.dtype, device=like.device)
 
 
 @singledispatch

@@ -42,7 +42,8 @@ class Linearization:
         self.nbytes = 0
         self.batches: dict[int, Recorded] = {}
         self.complete = False
-        self.keeping = problem.budget.limit > 0
+        self.limit = problem.budget.limit
+        self.keeping = self.limit > 0
         self.route = "two backward passes"
         self.asked: int | None = None
         if problem.columns != "auto":
@@ -77,15 +78,25 @@ class Linearization:
         try:
             return self._product(problem, snapshot, rows)
         except CurvalgError:
+            self._forget(problem)
             raise
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
+            self._forget(problem)
             if rows.shape[0] == 1 or self.chunk == 1:
                 raise
             self.chunk = self.asked = 1
             result = self._product(problem, snapshot, rows)
             self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return result
+        except BaseException:  # an interruption must not leave half of a shuffled pass behind
+            self._forget(problem)
+            raise
+
+    def _forget(self, problem: Problem) -> None:
+        """Drop what an unfinished pass recorded where the next pass could not tell which batch is which."""
+        if not self.complete and not (problem.data.fixed and problem.data.ordered):
+            self.drop()
 
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         sweep, total = self.sweep, torch.zeros_like(rows)
@@ -119,6 +130,8 @@ class Linearization:
         return chunked(lambda part: mapped(lambda v: term.project(v, prepared[term]), part), self._width(), rows)
 
     def _reduce(self, term: DatasetTerm, recorded: Recorded, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
+        recorded.batch.evaluate_loss()
+
         def reduce(part: Tensor) -> Any:
             return mapped(lambda t: term.reduce(recorded.batch, t, prepared[term]), part)
 
@@ -127,6 +140,7 @@ class Linearization:
     def _rates(
         self, recorded: Recorded, tangent: Tensor, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]
     ) -> Tensor:
+        recorded.batch.evaluate_loss()
         terms, values = list(totals), list(totals.values())
 
         def rate(t: Tensor, given: list[Any]) -> Tensor:
@@ -159,6 +173,9 @@ class Linearization:
         if self.complete:
             yield from list(self.batches.values())
             return
+        if self.limit != problem.budget.limit:
+            self.limit = problem.budget.limit
+            self.keeping = self.limit > 0
         for evaluation in problem.evaluations(snapshot, order_matters=again or bool(self.batches)):
             index = evaluation.sample.index
             recorded = self.batches.get(index)

@@ -12,4 +12,11 @@ def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None
     """Bind an expression to a problem; see :meth:`curvalg.Expr.lower`."""
     if not isinstance(problem, Problem):
         raise ExpressionError(f"expected a curvalg.Problem to lower on, got {type(problem).__name__}")
+    try:
+        hash(expr)
+    except TypeError as error:
+        raise ExpressionError(
+            f"{type(expr).__name__} cannot be hashed ({error}); a term is a frozen dataclass with hashable options: "
+            "@dataclass(frozen=True)"
+        ) from error
     return CurvatureOperator(expr, problem, preconditioner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     of tensors in parameter layout, each with or without a trailing column axis, and returns the same kind, detached.
     Operators of one problem add, scale and multiply as expressions, so that sums stay fused; with other
     ``LinearOperator`` objects SciPy's own lazy arithmetic applies. Products are those of the model as it was when
-    lowered; if it changed since, they raise :class:`~curvalg.StaleError`.
+    lowered; if a parameter, buffer, training flag or submodule (or a tensor of the loss) changed since, they raise
+    :class:`~curvalg.StaleError`. Other attributes that a forward reads are not watched.
 
     Attributes:
         expr: the expression as written.
@@ -57,6 +58,13 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def __init__(self, expr: Expr, problem: Problem, preconditioner: Preconditioner = None) -> None:
         if preconditioner is not None and not _has_inverse(expr):
             raise ExpressionError(f"a preconditioner is for inverses, but {expr} has none; leave it out")
+        if not (
+            preconditioner is None or isinstance(preconditioner, (Expr, LinearOperator)) or callable(preconditioner)
+        ):
+            raise ExpressionError(
+                "a preconditioner is an expression, a LinearOperator or a function v -> P⁻¹ v, got "
+                f"{type(preconditioner).__name__}"
+            )
         self.expr = expr
         self.problem = problem
         self.preconditioner = preconditioner
@@ -254,22 +262,27 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
 
     # -- algebra of bound operators ---------------------------------------------------------------------------------------
 
-    def _combine(self, expr: Expr) -> CurvatureOperator:
-        self.problem.check(self.snapshot)
-        return CurvatureOperator(expr, self.problem, self.preconditioner)
+    def _combine(self, expr: Expr, *others: CurvatureOperator) -> CurvatureOperator:
+        for op in (self, *others):
+            op.problem.check(op.snapshot)
+        return CurvatureOperator(expr, self.problem, _joint_preconditioner(expr, [self, *others]))
 
-    def _same(self, other: object) -> bool:
+    def _same(self, other: object) -> TypeGuard[CurvatureOperator]:
         return isinstance(other, CurvatureOperator) and other.problem is self.problem
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, Expr):
-            return self._combine(self.expr + other)
-        return self._combine(self.expr + other.expr) if self._same(other) else super().__add__(other)
+        if self._same(other):
+            return self._combine(self.expr + other.expr, other)
+        if isinstance(other, LinearOperator):
+            return super().__add__(other)
+        return self._combine(self.expr + other)
 
     def __sub__(self, other: Any) -> Any:
-        if isinstance(other, Expr):
-            return self._combine(self.expr - other)
-        return self._combine(self.expr - other.expr) if self._same(other) else super().__sub__(other)
+        if self._same(other):
+            return self._combine(self.expr - other.expr, other)
+        if isinstance(other, LinearOperator):
+            return super().__sub__(other)
+        return self._combine(self.expr - other)
 
     def __neg__(self) -> CurvatureOperator:
         return self._combine(-self.expr)
@@ -280,10 +293,10 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def dot(self, x: Any) -> Any:
         """``op @ x``, ``op * x`` and ``op(x)``: another operator, a number, or a vector."""
         if self._same(x):
-            return self._combine(self.expr @ x.expr)
+            return self._combine(self.expr @ x.expr, x)
         if isinstance(x, Expr):
             return self._combine(self.expr @ x)
-        if isinstance(x, numbers.Real) and not isinstance(x, bool):
+        if _is_real_scalar(x):
             return self._combine(self.expr * x)
         if isinstance(x, (LinearOperator, numbers.Number)):
             return super().dot(x)
@@ -300,7 +313,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         return self.dot(other)
 
     def __rmul__(self, other: Any) -> Any:
-        if isinstance(other, numbers.Real) and not isinstance(other, bool):
+        if _is_real_scalar(other):
             return self._combine(self.expr * other)
         if isinstance(other, Tensor):
             return (self.T @ other.T).T if other.ndim == 2 else self.T @ other
@@ -312,10 +325,27 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         return super().__rmatmul__(other)
 
     def __truediv__(self, other: Any) -> CurvatureOperator:
-        return self._combine(self.expr / other)
+        return self._combine(self.expr / (other.expr if isinstance(other, CurvatureOperator) else other))
 
     def __repr__(self) -> str:
         return f"<{self.shape[0]}x{self.shape[1]} CurvatureOperator {self.expr}, {self.dtype} on {self.device}>"
+
+
+def _is_real_scalar(x: Any) -> bool:
+    return (isinstance(x, numbers.Real) and not isinstance(x, bool)) or (isinstance(x, Tensor) and x.ndim == 0)
+
+
+def _joint_preconditioner(expr: Expr, operators: list[CurvatureOperator]) -> Preconditioner:
+    """The preconditioner of an expression put together from operators."""
+    if not _has_inverse(expr):
+        return None
+    given = [op.preconditioner for op in operators if _has_inverse(op.expr)]
+    if any(p is not given[0] for p in given):
+        raise ExpressionError(
+            "the operators have inverses with different preconditioners; name them in the expressions, "
+            "inverse(..., preconditioner=...), and combine those"
+        )
+    return given[0] if given else None
 
 
 def _has_inverse(expr: Expr) -> bool:

@@ -5,6 +5,7 @@ A plan is a small tree. Terms of one sum that share their input share a sweep; a
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -54,9 +55,12 @@ def as_float(coefficient: Fraction) -> float:
         ExpressionError: out of a float's range.
     """
     try:
-        return float(coefficient)
+        value = float(coefficient)
     except OverflowError:
-        raise ExpressionError("a coefficient of the expression is larger than any float") from None
+        value = math.inf
+    if math.isinf(value) or (coefficient and not value):
+        raise ExpressionError("a coefficient of the expression is beyond the range of floats")
+    return value
 
 
 def indent(lines: Sequence[str]) -> list[str]:

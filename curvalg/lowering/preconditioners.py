@@ -25,9 +25,13 @@ def given_preconditioner(given: LinearOperator | Callable[..., Any]) -> Precondi
         if isinstance(given, LinearOperator):
             # A curvature operator takes tensors and keeps them on their device; others take NumPy arrays.
             own = hasattr(given, "problem")
-            result = given @ r if own else torch.from_numpy(given.matmat(r.cpu().numpy()))
+            try:
+                result = given @ r if own else torch.from_numpy(given.matmat(r.cpu().numpy()))
+            except ValueError as error:
+                raise VectorError(f"the preconditioner {given!r} does not fit {tuple(r.shape)}: {error}") from error
         else:
-            result = torch.stack([_vector(given(column), column) for column in r.unbind(1)], 1)
+            # A copy each: a function that writes into its argument must not change the residual.
+            result = torch.stack([_vector(given(column.clone()), column) for column in r.unbind(1)], 1)
         return result.to(dtype=r.dtype, device=r.device)  # type: ignore[no-any-return]
 
     return apply

@@ -101,6 +101,8 @@ class Direct(Solver):
     def __init__(
         self, request: Request, name: str, cost: str, factor: Callable[[Snapshot], Callable[[Tensor], Tensor]]
     ) -> None:
+        if request.preconditioner is not None:
+            cost += "; the preconditioner is not needed"
         self.request, self.name, self.cost, self._factor = request, name, cost, factor
         # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
         self._kept: WeakKeyDictionary[Snapshot, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
@@ -213,7 +215,8 @@ def _dense(request: Request) -> Solver | str:
 
 
 def _cg(request: Request) -> Solver | str:
-    if request.node.solver == "cg" or request.facts.positive_definite:
+    forced = request.node.solver == "cg" and request.facts.symmetric is not False
+    if forced or request.facts.positive_definite:
         return Iterative(request, "cg", cg)
     return f"positive definiteness is {_tri(request.facts.positive_definite)}"
 

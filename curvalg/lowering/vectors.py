@@ -82,6 +82,8 @@ def _from_tensor(x: Tensor, domain: Space) -> Operand:
         raise VectorError(
             f"expected a tensor on {domain.device}, got one on {x.device}; move it with x.to({str(domain.device)!r})"
         )
+    if x.layout != torch.strided:
+        raise VectorError(f"expected a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
     if x.is_complex():
         raise VectorError("complex tensors are not supported; multiply real and imaginary part one after the other")
     dtype = torch.promote_types(x.dtype, domain.dtype)

@@ -80,6 +80,11 @@ class Batch:
             raise LossError("this quantity needs a loss, but the problem was made with loss=None")
         return self._make_point()
 
+    def evaluate_loss(self) -> None:
+        """Have the loss at this output ready: a callable is recorded, which vmap forbids inside of it."""
+        if self._loss is not None:
+            _ = self._point
+
     @property
     def class_axis(self) -> int | None:
         """The axis of the output that holds classes; None for elementwise losses."""

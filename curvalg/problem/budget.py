@@ -26,6 +26,13 @@ class Budget:
         self.limit = limit
         self._order: list[ref[Keeper]] = []
 
+    def resize(self, limit: int) -> None:
+        """Another limit from now on; what no longer fits is dropped."""
+        self.limit = limit
+        for r in list(self._order):
+            if self.used > limit and (keeper := r()) is not None:
+                keeper.drop()
+
     def touch(self, keeper: Keeper) -> None:
         """Mark as used just now."""
         self._order = [r for r in self._order if r() is not None and r() is not keeper]

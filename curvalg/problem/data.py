@@ -73,8 +73,11 @@ class Data:
     @property
     def ordered(self) -> bool:
         """Whether the order of the samples is the data set's own."""
-        sampler = getattr(self.source, "sampler", None)
-        return not isinstance(sampler, (torch.utils.data.RandomSampler, torch.utils.data.WeightedRandomSampler))
+        samplers = [getattr(self.source, name, None) for name in ("sampler", "batch_sampler")]
+        samplers.append(getattr(samplers[1], "sampler", None))
+        data = torch.utils.data
+        random = (data.RandomSampler, data.WeightedRandomSampler, data.SubsetRandomSampler)
+        return not any(isinstance(sampler, random) for sampler in samplers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": LoaderStream()}

@@ -12,10 +12,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError
+from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError, StaleError
+from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
-from curvalg.problem.model import explain_failure, recording
+from curvalg.problem.model import called_wrongly, explain_failure, recording
 from curvalg.problem.outputs import OutputForm
 from curvalg.problem.per_sample import per_sample_gradients
 from curvalg.problem.snapshot import Snapshot
@@ -60,12 +61,26 @@ class Evaluation:
         try:
             return problem.draws.run(call, self.sample.index)
         except UserWarning as warning:
-            raise ProblemError(f"{explain_failure(warning) or warning}") from warning
+            if (cure := explain_failure(warning)) is None:
+                raise  # the caller turns warnings into errors
+            raise ProblemError(cure) from warning
         except TypeError as error:
+            if not called_wrongly(error):
+                raise ProblemError(f"the model failed on batch {self.sample.index}: TypeError: {error}") from error
             raise ProblemError(
                 f"calling the model on a batch failed: {error}. Pairs (X, y) are called as model(X), mappings as "
                 "model(**batch) without the target; for others pass forward=lambda model, batch: ..."
             ) from error
+
+    def _recordable(self, tensors: Sequence[Tensor]) -> tuple[Tensor, OutputForm]:
+        """A call outside of forward AD, whose own errors must stay apart: what fails here is the model on the data."""
+        try:
+            return self.run(tensors)
+        except CurvalgError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            shown = trees.describe(self.sample.batch)
+            raise ProblemError(f"the model failed on batch {self.sample.index}, a {shown}: {error}") from error
 
     def values(self) -> list[Tensor]:
         """The chosen parameters of the snapshot, detached, in flat order."""
@@ -74,7 +89,7 @@ class Evaluation:
     def record(self) -> tuple[Tensor, list[Tensor], OutputForm]:
         """z with its graph, and the leaves that it depends on."""
         leaves = [p.requires_grad_() for p in self.values()]
-        z, form = self.run(leaves)
+        z, form = self._recordable(leaves)
         if not z.requires_grad:
             _warn_constant()
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
@@ -144,7 +159,7 @@ class Evaluation:
     def evaluate(self) -> Batch:
         """What terms see, by one model call without a graph."""
         with torch.no_grad():
-            return self.batch(*self.run(self.values()))
+            return self.batch(*self._recordable(self.values()))
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """Jᵀu, shape (D,), by one model call and one backward."""
@@ -258,6 +273,11 @@ def backward(
             )
         )
     except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise StaleError(
+                "a tensor that a recording needs was changed in place after the operator was lowered (the data, or a plain "
+                "attribute of the model); call problem.close() and operator.refresh(), or pass cache=0"
+            ) from error
         if cure := explain_failure(error):
             raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
         raise

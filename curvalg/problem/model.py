@@ -256,6 +256,17 @@ def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> M
     )
 
 
+def called_wrongly(error: TypeError) -> bool:
+    """Whether a TypeError comes from how the model was called, not from inside its forward."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return False
+    where = frame.tb_frame.f_code.co_filename.replace("\\", "/")
+    return where.endswith(("torch/nn/modules/module.py", "problem/data.py", "problem/model.py"))
+
+
 def explain_failure(error: Exception) -> str | None:
     """A cure for failures of autograd that are known, else None."""
     message = str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -33,7 +34,7 @@ class Layout:
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in parameters.items()}
         self.dtypes: dict[str, torch.dtype] = {name: p.dtype for name, p in parameters.items()}
         self.sizes: list[int] = [p.numel() for p in parameters.values()]
-        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]
+        ends = list(itertools.accumulate(self.sizes))
         self.slices: dict[str, slice] = {
             name: slice(end - size, end) for name, end, size in zip(parameters, ends, self.sizes, strict=True)
         }
@@ -157,6 +158,8 @@ def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
             )
         chosen = {id(p) for p in params.values()}
     else:
+        if not isinstance(params, Iterable):
+            raise ProblemError(f"params is None, names or glob patterns, or a dict, got {type(params).__name__}")
         chosen = {id(every[name]) for name in match([params] if isinstance(params, str) else params, list(every))}
     return check({name: p for name, p in module.named_parameters() if id(p) in chosen})
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -86,6 +87,9 @@ class Problem:
     Problem(Linear, MSE, 8 parameters in 2 tensors, torch.float32 on cpu)
     """
 
+    _budget: Budget
+    _columns: Literal["auto", "loop"] | int
+
     def __init__(
         self,
         model: nn.Module | Callable[..., Any],
@@ -109,12 +113,6 @@ class Problem:
         self.loss: Loss | None = None if loss is None else resolve_loss(loss, reduction)
         self.data = Data(data, target, needs_target=loss is not None)
         _one_of("samples", samples, ("item", "position"))
-        if columns not in ("auto", "loop") and (
-            isinstance(columns, bool) or not isinstance(columns, int) or columns < 1
-        ):
-            raise ProblemError(
-                f"columns is 'auto', 'loop' or the number of columns in one backward pass, got {columns!r}"
-            )
         if samples == "position" and self.loss is not None and not self.loss.positions:
             raise LossError(
                 f"samples='position' needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
@@ -155,10 +153,28 @@ class Problem:
 
     @cache.setter
     def cache(self, cache: Literal["auto"] | int) -> None:
-        if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0):
+        if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, Integral) or cache < 0):
             raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
         self._cache = cache
-        self._budget = Budget(DEFAULT_BUDGET if cache == "auto" else cache)
+        limit = DEFAULT_BUDGET if cache == "auto" else int(cache)
+        if "_budget" in self.__dict__:
+            self._budget.resize(limit)
+        else:
+            self._budget = Budget(limit)
+
+    @property
+    def columns(self) -> Literal["auto", "loop"] | int:
+        """How products with several columns are taken; setting it holds for what is recorded from then on."""
+        return self._columns
+
+    @columns.setter
+    def columns(self, columns: Literal["auto", "loop"] | int) -> None:
+        number = isinstance(columns, Integral) and not isinstance(columns, bool) and int(columns) >= 1
+        if columns not in ("auto", "loop") and not number:
+            raise ProblemError(
+                f"columns is 'auto', 'loop' or the number of columns in one backward pass, got {columns!r}"
+            )
+        self._columns = columns
 
     @property
     def budget(self) -> Budget:
@@ -244,6 +260,7 @@ class Problem:
         slots, modules = self.slots(), self.model.modules
         if self._snapshot is None or self._snapshot.changed(slots, modules):
             self.model.update()
+            self._restrictions.clear()  # theirs are the parameters that stood there before
             self._snapshot = Snapshot(slots, modules)
         return self._snapshot
 
@@ -301,10 +318,9 @@ class Problem:
         """
         if self._writes_inputs is not False:
             batch = trees.tensor_map(torch.clone, batch)
-        tensors = trees.tensors(batch)
-        before = [t._version for t in tensors]
+        before = trees.versions(batch)
         yield batch
-        written = before != [t._version for t in tensors]
+        written = before != trees.versions(batch)
         if written and self._writes_inputs is False:
             raise ProblemError("the model writes into its inputs in place on some batches; clone them in its forward")
         if self._writes_inputs is None:

@@ -9,6 +9,7 @@ from curvalg.solve.columns import Columns, same
 from curvalg.solve.result import Matmul, SolveResult
 
 NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
+PRECONDITIONER = "the preconditioner is not positive definite, or not finite"
 
 
 def cg(
@@ -51,9 +52,10 @@ def cg(
         columns.count()
         q = matmul(p)
         curvature = (p * q).sum(0)
-        bad = (curvature <= 0) | (rz <= 0)
+        bad = ~((curvature > 0) & (rz > 0))  # NaN is bad, too
         if bool(bad.any()):
-            kept = columns.freeze(bad, NON_POSITIVE)
+            reason = NON_POSITIVE if bool((rz > 0)[bad].all()) else PRECONDITIONER
+            kept = columns.freeze(bad, reason)
             x, r, p, q, rz, curvature = (t[..., kept] for t in (x, r, p, q, rz, curvature))
             if not len(kept):
                 break

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from curvalg.solve.result import CONVERGED, Matmul, SolveResult
 
-STAGNATED = "stagnated: the true residual no longer falls"
+STAGNATED = "stagnated: the true residual no longer falls (raise rtol= or use float64)"
+RUNAWAY = "the true residual left its estimate: the matrix is singular or nearly so"
 
 
 def same(r: Tensor) -> Tensor:
@@ -80,14 +81,26 @@ class Columns:
         true = self.b[:, self.active[claims]] - self.matmul(x[:, claims])
         norms = true.norm(dim=0)
         columns = self.active[claims]
-        self.best[:, columns] = x[:, claims]
-        self.residual[columns] = norms
+        better = norms < self.residual[columns]
+        self.best[:, columns[better]] = x[:, claims][:, better]
+        self.residual[columns[better]] = norms[better]
         good = norms <= self.tolerance[columns]
         self.refuted[columns] += (~good).long()
         converged, stagnated = torch.zeros_like(claims), torch.zeros_like(claims)
         converged[claims] = good
         stagnated[claims] = ~good & (self.refuted[columns] >= self.MOST_CONFIRMATIONS)
         return converged, stagnated, true
+
+    def audit(self, x: Tensor, estimates: Tensor) -> Tensor:
+        """Compare estimated with true residual norms; which active columns' recurrences have lost the residual.
+
+        The best iterates are remembered on the way.
+        """
+        norms = (self.b[:, self.active] - self.matmul(x)).norm(dim=0)
+        before = self.residual[self.active]
+        self.observe(x, norms)
+        lost: Tensor = (norms > 100 * estimates) & (norms > 2 * before)
+        return lost
 
     def settle(self, converged: Tensor, stagnated: Tensor) -> Tensor:
         """Freeze columns that converged or stagnated; positions of those that go on."""

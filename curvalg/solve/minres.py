@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import STAGNATED, Columns, same
+from curvalg.solve.columns import RUNAWAY, STAGNATED, Columns, same
 from curvalg.solve.result import Matmul, SolveResult
 
+AUDIT = 25
+"""Iterations between two looks at the true residual."""
 NOT_DEFINITE = "the preconditioner is not positive definite"
 
 
@@ -83,7 +85,7 @@ def minres(
     _, x, r = columns.start()
     state = _Recurrence(r, apply)
     target = state.eta * columns.tolerance[columns.active] / r.norm(dim=0)
-    for _ in range(maxiter):
+    for step in range(1, maxiter + 1):
         if not len(columns.active):
             break
         exhausted = ~(state.gamma > 0)
@@ -95,6 +97,14 @@ def minres(
             continue
         columns.count()
         x = x + state.step(matmul, apply)
+        if step % AUDIT == 0:
+            # In exact arithmetic eta is the residual; on (nearly) singular matrices it goes on falling while x blows up.
+            lost = columns.audit(x, state.eta.abs() * columns.tolerance[columns.active] / target)
+            if bool(lost.any()):
+                kept = columns.freeze(lost, RUNAWAY)
+                x, target = x[:, kept], target[kept]
+                state.select(kept)
+                continue
         claims = (state.eta.abs() <= target) | ~(state.gamma > 0)
         if not bool(claims.any()):
             continue

@@ -265,3 +265,61 @@ def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, den
         v = torch.randn(dense.D, generator=generator, dtype=torch.float64)
         close(op @ v, dense.ggn @ v)
     assert "linearised program" in op.explain()
+
+
+def test_the_budget_can_be_changed_later_and_restrictions_share_it(problem_of, vectors):
+    from curvalg import restrict
+
+    problem = problem_of("mlp", columns="loop")
+    whole, part = registry.build("hessian"), restrict(registry.build("hessian"), "2.*")
+    V = vectors(problem.size)
+    expected = whole.lower(problem) @ V
+    part.lower(problem).to_dense()
+    assert problem.budget.used > 0
+    problem.cache = 0
+    assert problem.budget.used == 0
+    assert torch.allclose(whole.lower(problem) @ V, expected, atol=1e-13)
+    part.lower(problem).to_dense()
+    assert problem.budget.used == 0
+    problem.cache = "auto"
+    whole.lower(problem) @ V
+    assert problem.budget.used > 0
+    with pytest.raises(ProblemError, match="columns"):
+        problem.columns = 0
+
+
+def test_an_interrupted_first_product_over_a_shuffling_loader_leaves_nothing_behind(dense_of):
+    from torch.utils.data import DataLoader, TensorDataset
+
+    case = make("mlp")
+    X, y = (torch.cat(parts) for parts in zip(*case.batches, strict=True))
+    loader = DataLoader(TensorDataset(X, y), batch_size=2, shuffle=True)
+    problem = Problem(case.model, case.loss, loader)
+    stop = [True]
+
+    @dataclass(frozen=True)
+    class Interrupted(Term):
+        def cotangent_dot(self, batch, tangent):
+            if stop[0] and batch._start > 3:
+                raise KeyboardInterrupt
+            return batch.loss_hvp(tangent)
+
+    op = Interrupted().lower(problem)
+    v = torch.ones(problem.size).double()
+    with pytest.raises(KeyboardInterrupt):
+        op @ v
+    stop[0] = False
+    for _ in range(2):
+        assert torch.allclose(op @ v, dense_of("mlp").ggn @ v, atol=1e-12)
+
+
+def test_data_changed_in_place_under_a_recording_is_told(problem_of):
+    from curvalg import StaleError
+
+    case = make("mlp")
+    op = registry.build("hessian").lower(problem_of(case, columns="loop"))
+    v = torch.ones(op.shape[0]).double()
+    op @ v
+    case.batches[0][0].mul_(2.0)
+    with pytest.raises(StaleError, match="changed in place"):
+        op @ v

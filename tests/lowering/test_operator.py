@@ -292,7 +292,7 @@ def test_a_failing_model_is_left_intact(problem_of):
     case = make("two_names")
     before = _state(case.model)
     problem = problem_of(case, (torch.ones(2, 9).double(), torch.tensor([0, 1])))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ProblemError, match=r"failed on batch 0, a tuple\(tensor \(2, 9\)"):
         registry.build("hessian").lower(problem) @ np.ones(problem.size)
     for key, value in _state(case.model).items():
         assert _same(value, before[key]), key
@@ -500,3 +500,68 @@ def test_parts_of_what_is_not_local(dense_of, problem_of, vectors):
             assert torch.allclose(block_diagonal(expr, by="module").lower(problem) @ V, blocks @ V, atol=1e-9), str(
                 expr
             )
+
+
+@pytest.mark.parametrize("expr", ["restricted", "blocks"])
+def test_refresh_takes_up_replaced_parameters_in_parts(expr, problem_of):
+    from dense import Dense
+
+    case = make("mlp")
+    hessian = registry.build("hessian")
+    op = (restrict(hessian, "0.*") if expr == "restricted" else block_diagonal(hessian, by="module")).lower(
+        problem_of(case)
+    )
+    op.to_dense()
+    case.model.load_state_dict({k: 1.3 * v for k, v in case.model.state_dict().items()}, assign=True)
+    H = Dense(case).hessian
+    expected = H[:25, :25] if expr == "restricted" else torch.block_diag(H[:25, :25], H[25:, 25:])
+    assert torch.allclose(op.refresh().to_dense(), expected, atol=1e-12)
+
+
+def test_a_stale_operand_on_either_side_is_refused(problem_of):
+    case = make("mlp")
+    problem = problem_of(case)
+    old = registry.build("ggn").lower(problem)
+    with torch.no_grad():
+        case.model[0].weight.add_(1.0)
+    new = registry.build("hessian").lower(problem)
+    for combine in (lambda: old + new, lambda: new + old, lambda: new @ old, lambda: new - old):
+        with pytest.raises(StaleError):
+            combine()
+
+
+def test_operators_and_numbers(problem_of, vectors):
+    op = registry.build("ggn").lower(problem_of("mlp"))
+    v = vectors(op.shape[0], 1)[:, 0]
+    assert torch.allclose((op * torch.tensor(2.0)) @ v, 2 * (op @ v))
+    assert torch.allclose((torch.tensor(2.0) * op) @ v, 2 * (op @ v))
+    for wrong, message in (
+        (lambda: op + 0.1, "ambiguous"),
+        (lambda: op / op, "inverse"),
+        (lambda: op - 1, "ambiguous"),
+    ):
+        with pytest.raises(ExpressionError, match=message):
+            wrong()
+
+
+def test_preconditioners_in_the_algebra_of_operators(problem_of, vectors):
+    problem = problem_of("mlp")
+    calls = [0]
+
+    def P(v):
+        calls[0] += 1
+        return v
+
+    solve = inverse(registry.build("ggn") + 0.1 * Identity, solver="cg")
+    inv, h = solve.lower(problem, preconditioner=P), registry.build("hessian").lower(problem)
+    v = vectors(problem.size, 1)[:, 0]
+    for op in (h + inv, inv + h, h @ inv):
+        before = calls[0]
+        op @ v
+        assert calls[0] > before
+    assert (inv - inv).shape == inv.shape
+    with pytest.raises(ExpressionError, match="different preconditioners"):
+        inv + solve.lower(problem)
+    with pytest.raises(ExpressionError, match="a preconditioner is"):
+        solve.lower(problem, preconditioner=3)
+    assert "not needed" in inverse(registry.build("ggn") + Identity).lower(problem, preconditioner=P).explain()

@@ -135,3 +135,23 @@ def test_factorisations():
         assert torch.allclose(A @ factorize(A, positive_definite=definite)(B), B, atol=1e-9)
     with pytest.raises(FactsError, match="singular"):
         factorize(torch.ones(3, 3), positive_definite=None)
+
+
+def test_minres_on_a_singular_matrix_is_never_worse_than_zero():
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 0.0])).double()
+    b = torch.ones(6, 1).double()
+    for maxiter in (3, 10, 60, 500):
+        result = minres(lambda x: A @ x, b, rtol=1e-8, maxiter=maxiter)
+        assert not result.ok
+        assert result.residual <= b.norm() * (1 + 1e-12)
+        assert torch.allclose(result.residual, (b - A @ result.x).norm(dim=0))
+    big = matrix(torch.cat([torch.linspace(0.5, 2, 40), torch.zeros(20)]))
+    result = minres(lambda x: big @ x, rhs(60), rtol=1e-8, maxiter=5000)
+    assert (result.residual <= rhs(60).norm(dim=0)).all()
+
+
+def test_preconditioners_that_cannot_be_right_are_named():
+    for bad in (lambda r: r * torch.nan, lambda r: -r):
+        result = cg(lambda x: DEFINITE @ x, rhs(60), rtol=1e-9, maxiter=100, preconditioner=bad)
+        assert not result.ok
+        assert all("preconditioner" in reason for reason in result.reason)

@@ -1,0 +1,110 @@
+"""What a user reads when model, parameters or options do not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from zoo import make
+
+from curvalg import Diagonal, ExpressionError, MatrixTerm, Problem, ProblemError, Term, VectorError, registry
+
+
+@pytest.fixture
+def case():
+    return make("mlp")
+
+
+def product(problem, term="ggn"):
+    op = registry.build(term).lower(problem)
+    return op @ np.ones(op.shape[1])
+
+
+@pytest.mark.parametrize("term", ["hessian", "ggn", "covariance"])
+@pytest.mark.parametrize("X", [torch.ones(3, 9).double(), torch.ones(3, 4)])
+def test_inputs_that_do_not_fit_the_model(case, term, X):
+    with pytest.raises(ProblemError, match="failed on batch 0, a tuple"):
+        product(Problem(case.model, case.loss, (X, torch.tensor([0, 1, 2]))), term)
+
+
+def test_a_type_error_inside_the_forward_is_not_blamed_on_the_call(case):
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x) + None
+
+    with pytest.raises(ProblemError, match="failed on batch 0: TypeError"):
+        product(Problem(Wrong().double(), case.loss, case.batches))
+    with pytest.raises(ProblemError, match="forward=lambda"):
+        product(
+            Problem(
+                case.model, case.loss, [{"x": case.batches[0][0], "z": case.batches[0][0], "y": case.batches[0][1]}]
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"params": lambda: 1}, "params is None"),
+        ({"params": "0.weigth"}, "did you mean"),
+        ({"params": []}, "at least one"),
+        ({"cache": -1}, "cache is"),
+        ({"columns": "all"}, "columns is"),
+        ({"samples": "token"}, "samples is one of"),
+        ({"randomness": "ignore"}, "randomness is"),
+    ],
+)
+def test_options(case, options, message):
+    with pytest.raises(ProblemError, match=message):
+        Problem(case.model, case.loss, case.batches, **options)
+
+
+def test_numpy_integers_are_integers(case):
+    problem = Problem(case.model, case.loss, case.batches, cache=np.int64(10**9), columns=np.int64(2))
+    registry.build("ggn_mc", samples=2).lower(problem)
+    assert problem.cache == 10**9
+
+
+def test_sparse_operands_and_complex_leaves(case):
+    op = registry.build("ggn").lower(Problem(case.model, case.loss, case.batches))
+    with pytest.raises(VectorError, match="dense"):
+        op @ torch.eye(op.shape[0]).double().to_sparse()
+    with pytest.raises(ExpressionError, match="real"):
+        Diagonal(torch.ones(3, dtype=torch.complex64))
+
+
+def test_products_with_leaves_are_detached(case):
+    problem = Problem(case.model, case.loss, case.batches)
+    op = Diagonal(torch.ones(problem.size).double().requires_grad_()).lower(problem)
+    assert not (op @ torch.ones(problem.size).double()).requires_grad
+
+
+def test_terms_that_break_the_contract(case):
+    from dataclasses import dataclass
+
+    problem = Problem(case.model, case.loss, case.batches)
+
+    @dataclass
+    class Unfrozen(Term):
+        k: int = 1
+
+    with pytest.raises(ExpressionError, match="frozen"):
+        Unfrozen().lower(problem)
+
+    @dataclass(frozen=True)
+    class Lazy(MatrixTerm):
+        def accumulate(self, batch, prepared=None):
+            return batch.output.sum()
+
+        def finish(self, stats, layout, prepared=None):
+            return registry.build("covariance_diagonal")
+
+    with pytest.raises(ExpressionError, match="array leaves"):
+        Lazy().lower(problem) @ np.ones(problem.size)
+    with pytest.raises(ExpressionError, match="range of floats"):
+        (registry.build("ggn") * 10**400).lower(problem)
