@@ -1315,7 +1315,7 @@ def test_wrong_call_convention_mentions_forward(data, build_net):
 
 def test_type_error_inside_forward_keeps_its_cause(build_net):
     model = build_net(Post, lambda z: z + "a")
-    with pytest.raises(ProblemError, match="calling the model") as caught:
+    with pytest.raises(ProblemError, match="failed on batch 0: TypeError") as caught:
         product("ggn", model, CE, (X, Y))
     assert isinstance(caught.value.__cause__, TypeError)
 
