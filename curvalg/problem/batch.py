@@ -114,7 +114,9 @@ class Batch:
 
     def loss_hvp(self, tangent: Tensor) -> Tensor:
         """Bₙ ż, of the output's shape."""
-        return self._share * self._form.join(self._point.hvp(self._form.split(tangent)))
+        product = self._form.join(self._point.hvp(self._form.split(tangent)))
+        # With a large vocabulary this is the peak of a product: no buffer that can be done without.
+        return product.mul_(self._share) if self._point.fresh else self._share * product
 
     def fisher_hvp(self, tangent: Tensor) -> Tensor:
         """The Fisher information of the likelihood in output space, times ż.

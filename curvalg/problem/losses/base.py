@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ class LossPoint(ABC, Generic[OutputT]):
         noise_shape: shape of the uniform numbers that one draw of ``pseudo_gradients`` needs, samples first.
     """
 
+    fresh: ClassVar[bool] = False
+    """Whether ``hvp`` returns a tensor of its own, which the caller may write into."""
     facts: LossFacts
     labels: Tensor | None
     weights: Tensor

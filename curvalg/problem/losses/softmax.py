@@ -26,6 +26,8 @@ class SoftmaxPoint(LossPoint[Tensor]):
         labels: the class of each position, of the same shape.
     """
 
+    fresh = True
+
     def __init__(self, facts: LossFacts, output: Tensor, axis: int, mass: Tensor, labels: Tensor) -> None:
         self.facts, self.output, self.axis, self.labels = facts, output, axis, labels
         self.probabilities = output.softmax(axis)
