@@ -40,8 +40,8 @@ class ZeroExpr(Expr):
 
     codomain: Space | None = None  # type: ignore[misc]
     domain: Space | None = None  # type: ignore[misc]
-    codomain_params: tuple[str, ...] | None = None  # type: ignore[assignment]
-    domain_params: tuple[str, ...] | None = None  # type: ignore[assignment]
+    codomain_params: tuple[str, ...] | None = None
+    domain_params: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         spaces = (self.codomain, self.domain)

@@ -11,14 +11,15 @@ from typing import Any, Literal
 from curvalg.errors import ExpressionError
 from curvalg.expr.constants import ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.node import Expr, Space
+from curvalg.expr.node import Expr
 from curvalg.expr.spaces import shape, square
+from curvalg.expr.transposes import Reversed
 
 Solver = Literal["auto", "diagonal", "dense", "cg", "minres"]
 
 
 @dataclass(frozen=True, repr=False)
-class Inverse(Expr):
+class Inverse(Reversed):
     """The inverse of a square expression; made by :func:`inverse`."""
 
     expr: Expr
@@ -28,26 +29,6 @@ class Inverse(Expr):
     maxiter: int | None = None
     preconditioner: Expr | None = None
     on_fail: Literal["raise", "warn"] = "raise"
-
-    @property
-    def domain(self) -> Space | None:  # type: ignore[override]
-        return self.expr.codomain
-
-    @property
-    def codomain(self) -> Space | None:  # type: ignore[override]
-        return self.expr.domain
-
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self.expr.codomain_params
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self.expr.domain_params
-
-    @property
-    def children(self) -> tuple[Expr, ...]:
-        return (self.expr,)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space
 
 
-@dataclass(frozen=True, repr=False)
-class Transpose(Expr):
-    """The transpose of an expression; made by ``.T``."""
+class Reversed(Expr):
+    """What maps the other way than the one expression in it: a transpose, an inverse."""
 
     expr: Expr
 
@@ -35,6 +34,13 @@ class Transpose(Expr):
     @property
     def children(self) -> tuple[Expr, ...]:
         return (self.expr,)
+
+
+@dataclass(frozen=True, repr=False)
+class Transpose(Reversed):
+    """The transpose of an expression; made by ``.T``."""
+
+    expr: Expr
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return transpose(children[0])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import optree
 import torch
 from torch import Tensor
 
 from curvalg.problem.trees import NAMESPACE
+
+T = TypeVar("T")
 
 
 def _columns(tree: tuple[Any, ...]) -> int:
@@ -19,7 +21,7 @@ def _columns(tree: tuple[Any, ...]) -> int:
     return int(leaves[0].shape[0])
 
 
-def mapped(function: Callable[..., Any], *trees: Any) -> Any:
+def mapped(function: Callable[..., T], *trees: Any) -> T:
     """A function over the leading axis of all leaves: directly for one column, by vmap for several.
 
     Args:
@@ -29,22 +31,22 @@ def mapped(function: Callable[..., Any], *trees: Any) -> Any:
     columns = _columns(trees)
     if columns == 1:
         first = [optree.tree_map(lambda t: t[0], tree, namespace=NAMESPACE) for tree in trees]
-        result = function(*first)
-        return optree.tree_map(lambda t: t[None], result, namespace=NAMESPACE)
+        result: Any = function(*first)
+        return cast("T", optree.tree_map(lambda t: t[None], result, namespace=NAMESPACE))
     dims = tuple(None if tree is None else 0 for tree in trees)
     return torch.func.vmap(function, in_dims=dims)(*trees)
 
 
-def chunked(function: Callable[..., Any], chunk: int, *trees: Any) -> Any:
+def chunked(function: Callable[..., T], chunk: int, *trees: Any) -> T:
     """A function of column-leading pytrees, applied to at most ``chunk`` columns at a time and put together again."""
     columns = _columns(trees)
     if columns <= chunk:
         return function(*trees)
-    parts = [
+    parts: list[Any] = [
         function(*(optree.tree_map(lambda t, at=at: t[at : at + chunk], tree, namespace=NAMESPACE) for tree in trees))
         for at in range(0, columns, chunk)
     ]
-    return optree.tree_map(lambda *ts: torch.cat(ts), *parts, namespace=NAMESPACE)
+    return cast("T", optree.tree_map(lambda *ts: torch.cat(ts), *parts, namespace=NAMESPACE))
 
 
 def grad_columns(

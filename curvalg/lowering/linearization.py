@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.columns import chunked, mapped
-from curvalg.lowering.recorded import Recorded, SinglePass, TwoStage, graph_bytes
+from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
 from curvalg.problem import Evaluation, Problem, Snapshot, trees
 
+Recording: TypeAlias = SinglePass | Staged
 MOST_COLUMNS = 64
 """The most columns in one batched backward pass."""
 COLUMN_MEMORY = 2**30
@@ -40,7 +41,7 @@ class Linearization:
     def __init__(self, problem: Problem, sweep: Sweep) -> None:
         self.sweep = sweep
         self.nbytes = 0
-        self.batches: dict[int, Recorded] = {}
+        self.batches: dict[int, Recording] = {}
         self.complete = False
         self.limit = problem.budget.limit
         self.keeping = self.limit > 0
@@ -65,7 +66,7 @@ class Linearization:
         if self.keeping:
             problem.budget.touch(self)
             for _ in self.recordings(problem, snapshot, 1):
-                pass
+                del single  # a fresh graph is released before the next batch is recorded
 
     # -- products -------------------------------------------------------------------------------------------------------
 
@@ -101,9 +102,10 @@ class Linearization:
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         sweep, total = self.sweep, torch.zeros_like(rows)
         if sweep.curved and not sweep.dataset_terms:
-            for recorded in self.recordings(problem, snapshot, rows.shape[0]):
-                assert isinstance(recorded, SinglePass)
-                total += recorded.multiply(rows, self._columns(recorded, rows))
+            for single in self.recordings(problem, snapshot, rows.shape[0]):
+                assert isinstance(single, SinglePass)
+                total += single.multiply(rows, self._columns(single, rows))
+                del single  # a fresh graph is released before the next batch is recorded
             return total
         prepared = prepare(sweep.dataset_terms, problem, snapshot)
         totals: dict[DatasetTerm, Any] = {}
@@ -111,25 +113,26 @@ class Linearization:
             totals[term] = self._project(term, rows, prepared)
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
-            for recorded in self.recordings(problem, snapshot, rows.shape[0], again=True):
-                tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(recorded, rows))  # type: ignore[attr-defined]
+            for recorded in self._staged(problem, snapshot, rows.shape[0], again=True):
+                tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(recorded, rows))
                 for term in sweep.reduces:
                     stats = self._reduce(term, recorded, tangent, prepared)
                     totals[term] = trees.add(totals.get(term), stats)
-        for recorded in self.recordings(problem, snapshot, rows.shape[0], again=bool(tangents)):
+                del recorded
+        for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(recorded, rows)
-            tangent = tangents.pop(recorded.index, None)
-            if tangent is None:
-                tangent = recorded.tangent(rows, chunk)  # type: ignore[attr-defined]
-            rates = self._rates(recorded, tangent, prepared, totals)
-            del tangent  # released before the last stage, which is the peak
-            total += recorded.finish(rows, rates, chunk)  # type: ignore[attr-defined]
+            known = tangents.pop(recorded.index, None)
+            pushed = recorded.tangent(rows, chunk) if known is None else known
+            rates = self._rates(recorded, pushed, prepared, totals)
+            del known, pushed  # released before the last stage, which is the peak
+            total += recorded.finish(rows, rates, chunk)
+            del recorded
         return total
 
     def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         return chunked(lambda part: mapped(lambda v: term.project(v, prepared[term]), part), self._width(), rows)
 
-    def _reduce(self, term: DatasetTerm, recorded: Recorded, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
+    def _reduce(self, term: DatasetTerm, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         recorded.batch.evaluate_loss()
 
         def reduce(part: Tensor) -> Any:
@@ -138,7 +141,7 @@ class Linearization:
         return chunked(reduce, self._width(), tangent)
 
     def _rates(
-        self, recorded: Recorded, tangent: Tensor, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]
+        self, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]
     ) -> Tensor:
         recorded.batch.evaluate_loss()
         terms, values = list(totals), list(totals.values())
@@ -147,21 +150,28 @@ class Linearization:
             return self.sweep.rate(recorded.batch, t, prepared, dict(zip(terms, given, strict=True)))
 
         def rates(part: Tensor, given: list[Any]) -> Tensor:
-            return mapped(rate, part, given)  # type: ignore[no-any-return]
+            return mapped(rate, part, given)
 
         if not values:
-            return chunked(lambda part: mapped(lambda t: rate(t, []), part), self._width(), tangent)  # type: ignore[no-any-return]
-        return chunked(rates, self._width(), tangent, values)  # type: ignore[no-any-return]
+            return chunked(lambda part: mapped(lambda t: rate(t, []), part), self._width(), tangent)
+        return chunked(rates, self._width(), tangent, values)
 
     def _width(self) -> int:
         """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
         return self.asked or MOST_COLUMNS
 
+    def _staged(self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool) -> Iterator[Staged]:
+        """The recordings of a sweep that is not a single pass."""
+        for recorded in self.recordings(problem, snapshot, columns, again=again):
+            assert isinstance(recorded, Staged)
+            yield recorded
+            del recorded  # not held while the next is recorded
+
     # -- recordings -----------------------------------------------------------------------------------------------------
 
     def recordings(
         self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool = False
-    ) -> Iterator[Recorded]:
+    ) -> Iterator[Recording]:
         """All batches, kept ones as they are, the others recorded now.
 
         Args:
@@ -186,7 +196,7 @@ class Linearization:
             del recorded  # a fresh graph is released before the next is recorded
         self.complete = self.keeping
 
-    def _record(self, evaluation: Evaluation, columns: int) -> Recorded:
+    def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping
         if sweep.curved and not sweep.dataset_terms:
             return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
@@ -201,7 +211,7 @@ class Linearization:
             return ForwardAD(evaluation, keep)
         return TwoStage(evaluation, None, keep)
 
-    def _keep(self, problem: Problem, recorded: Recorded) -> None:
+    def _keep(self, problem: Problem, recorded: Recording) -> None:
         if not self.keeping:
             return
         nbytes = graph_bytes(recorded)
@@ -236,9 +246,10 @@ class Linearization:
         if self.sweep.curved or not self.complete:
             return
         self._tried = True
-        replaced: dict[int, Recorded] = {}
+        replaced: dict[int, Recording] = {}
         for evaluation in problem.evaluations(snapshot, order_matters=True):
             old = self.batches[evaluation.sample.index]
+            assert isinstance(old, Staged)
             reason = None
             try:
                 new = Linearized(evaluation, True)
@@ -263,7 +274,7 @@ class Linearization:
         self.route = Linearized.ROUTE
         self.notes["tangents"] = f"tangents by {self.route}, verified and faster"
 
-    def _columns(self, recorded: Recorded, rows: Tensor) -> int:
+    def _columns(self, recorded: Recording, rows: Tensor) -> int:
         """Columns in one backward pass: as asked for, or measured on the first batch that meets several."""
         if rows.shape[0] == 1 or self.chunk is not None:
             return 1 if self.chunk is None else self.chunk
@@ -278,12 +289,12 @@ class Linearization:
             recorded.keep = keep
         return self.chunk
 
-    def _measure_columns(self, recorded: Recorded, rows: Tensor, most: int) -> int:
+    def _measure_columns(self, recorded: Recording, rows: Tensor, most: int) -> int:
         def run(part: Tensor, chunk: int) -> Tensor:
             if isinstance(recorded, SinglePass):
                 return recorded.multiply(part, chunk)
-            tangent = recorded.tangent(part, chunk)  # type: ignore[attr-defined]
-            return recorded.finish(part, tangent, chunk)  # type: ignore[attr-defined,no-any-return]
+            tangent = recorded.tangent(part, chunk)
+            return recorded.finish(part, tangent, chunk)
 
         try:
             batched, single = run(rows, rows.shape[0]), run(rows[:1], 1)

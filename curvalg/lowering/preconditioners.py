@@ -32,7 +32,7 @@ def given_preconditioner(given: LinearOperator | Callable[..., Any]) -> Precondi
         else:
             # A copy each: a function that writes into its argument must not change the residual.
             result = torch.stack([_vector(given(column.clone()), column) for column in r.unbind(1)], 1)
-        return result.to(dtype=r.dtype, device=r.device)  # type: ignore[no-any-return]
+        return result.to(dtype=r.dtype, device=r.device)
 
     return apply
 

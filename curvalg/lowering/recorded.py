@@ -26,7 +26,7 @@ class Cotangent(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, u: Tensor, rate: Rate) -> Tensor:  # type: ignore[override]
+    def forward(z: Tensor, u: Tensor, rate: Rate) -> Tensor:
         return u.view_as(u)
 
     @staticmethod
@@ -34,7 +34,7 @@ class Cotangent(torch.autograd.Function):
         ctx.rate = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:
         return ctx.rate(tangent), None, None
 
 
@@ -79,6 +79,18 @@ class Recorded(ABC):
         """Tensors whose graphs are kept."""
 
 
+class Staged(Recorded):
+    """A recording whose product has two stages: all tangents, then the result for the rates made of them."""
+
+    @abstractmethod
+    def tangent(self, rows: Tensor, chunk: int) -> Tensor:
+        """J v for vectors (K, D), shape (K, *output.shape)."""
+
+    @abstractmethod
+    def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
+        """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
+
+
 class SinglePass(Recorded):
     """z, u = Cotangent(z) and G = J(θ)ᵀu: one backward of G along v is (∂_v J)ᵀu + Jᵀu̇.
 
@@ -113,10 +125,10 @@ class SinglePass(Recorded):
             grads = grad_columns(self.gradients, self.leaves, self.directions(part), retain=self.keep or several)
             return self.gather(grads, part.shape[0])
 
-        return chunked(product, chunk, rows)  # type: ignore[no-any-return]
+        return chunked(product, chunk, rows)
 
 
-class TwoStage(Recorded):
+class TwoStage(Staged):
     """z and, with u a leaf, G = J(θ)ᵀu: first all tangents ż = J v, then (∂_v J)ᵀu + Jᵀu̇ for a given u̇.
 
     Totals of the whole data set stand between the two. They must not enter a Function's backward: under vmap one column
@@ -149,7 +161,7 @@ class TwoStage(Recorded):
             (t,) = grad_columns(self.gradients, [self.u], self.directions(part), retain=True)
             return self.u.new_zeros(part.shape[0], *self.u.shape) if t is None else t
 
-        return chunked(push, chunk, rows)  # type: ignore[no-any-return]
+        return chunked(push, chunk, rows)
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
         """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
@@ -162,10 +174,10 @@ class TwoStage(Recorded):
                 outputs, cotangents = [self.z], [udot]
             return self.gather(grad_columns(outputs, self.leaves, cotangents, retain=retain), part.shape[0])
 
-        return chunked(product, chunk, rows, rates)  # type: ignore[no-any-return]
+        return chunked(product, chunk, rows, rates)
 
 
-class Pushed(Recorded):
+class Pushed(Staged):
     """z with its graph, and J v by a function that needs no graph (forward AD or a linearised program).
 
     Args:
@@ -185,7 +197,7 @@ class Pushed(Recorded):
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
         """J v for vectors (K, D), shape (K, *output.shape)."""
-        return chunked(lambda part: mapped(self.push, part), chunk, rows)  # type: ignore[no-any-return]
+        return chunked(lambda part: mapped(self.push, part), chunk, rows)
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
         """Jᵀu̇ for rates (K, *output.shape), shape (K, D)."""
@@ -194,7 +206,7 @@ class Pushed(Recorded):
         def product(udot: Tensor) -> Tensor:
             return self.gather(grad_columns([self.z], self.leaves, [udot], retain=retain), udot.shape[0])
 
-        return chunked(product, chunk, rates)  # type: ignore[no-any-return]
+        return chunked(product, chunk, rates)
 
 
 def graph_bytes(recorded: Recorded) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from curvalg.lowering.recorded import Pushed, Recorded
+from curvalg.lowering.recorded import Pushed, Staged
 from curvalg.problem import Batch, Evaluation
 
 
-class Transient(Recorded):
+class Transient(Staged):
     """A batch for one product with one column: forward AD, then one backward; two model calls and little memory."""
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -78,7 +78,7 @@ class Linearized(Pushed):
         return [self.z, *self.constants]
 
 
-def decline_linearized(new: Linearized, old: Recorded, rows: Tensor) -> str | None:
+def decline_linearized(new: Linearized, old: Staged, rows: Tensor) -> str | None:
     """Why a linearised program must not be used, or None.
 
     Some programs write into their own constants (recurrent layers, in-place operations, some norms): right once, wrong
@@ -90,7 +90,7 @@ def decline_linearized(new: Linearized, old: Recorded, rows: Tensor) -> str | No
     versions = [t._version for t in new.constants]
     for i in range(3):
         v = rows * (i + 1) + i
-        got, expected = new.tangent(v, 1), old.tangent(v, 1)  # type: ignore[attr-defined]
+        got, expected = new.tangent(v, 1), old.tangent(v, 1)
         tolerance = torch.finfo(rows.dtype).eps ** 0.75 * expected.norm()
         if not bool((got - expected).norm() <= tolerance):
             return f"call {i + 1} differs from the recorded graph"

@@ -39,7 +39,7 @@ def leaf_map(function: Callable[[Any], Any], tree: Any) -> Any:
         return function(node)
 
     def walk(tree: Any) -> Any:
-        return optree.tree_map(visit, tree, is_leaf=_is_special, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[arg-type]
+        return optree.tree_map(visit, tree, is_leaf=_is_special, none_is_leaf=True, namespace=NAMESPACE)
 
     return walk(tree)
 

@@ -323,3 +323,27 @@ def test_data_changed_in_place_under_a_recording_is_told(problem_of):
     case.batches[0][0].mul_(2.0)
     with pytest.raises(StaleError, match="changed in place"):
         op @ v
+
+
+@pytest.mark.parametrize("expr", ["hessian", "two stages"])
+def test_fresh_products_hold_one_graph_at_a_time(expr, problem_of, monkeypatch):
+    from curvalg.problem import Evaluation
+
+    alive, most = [], [0]
+    record = Evaluation.record
+
+    def watched(self):
+        z, leaves, form = record(self)
+        alive.append(weakref.ref(leaves[0]))
+        most[0] = max(most[0], sum(r() is not None for r in alive))
+        return z, leaves, form
+
+    monkeypatch.setattr(Evaluation, "record", watched)
+    build = registry.build
+    total = build("hessian") + build("centered_covariance")
+    op = (build("hessian") if expr == "hessian" else total).lower(problem_of("mlp", cache=0)).prepare()
+    alive.clear()
+    most[0] = 0
+    op @ torch.ones(op.shape[0]).double()
+    assert len(alive) == 3
+    assert most[0] == 1
