@@ -66,7 +66,7 @@ class Linearization:
         if self.keeping:
             problem.budget.touch(self)
             for _ in self.recordings(problem, snapshot, 1):
-                del single  # a fresh graph is released before the next batch is recorded
+                pass
 
     # -- products -------------------------------------------------------------------------------------------------------
 
