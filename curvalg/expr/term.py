@@ -89,6 +89,25 @@ class Term(NamedExpr):
         """
         return None
 
+    centred: ClassVar[bool] = False
+    """Whether the mean of the columns that :meth:`factor` gives is to be taken from each (N of them): V (I − 11ᵀ/N) Vᵀ."""
+
+    def factor(self, batch: Batch) -> Tensor | None:
+        """Columns s of shape (columns, *output.shape) with A = Σₙ Σₖ (Jₙᵀ sₖₙ)(Jₙᵀ sₖₙ)ᵀ over the rows n of all batches.
+
+        Optional, for positive semi-definite matrices that are the Gauss-Newton form of few output directions: from it come
+        exact inverses through the Gram matrix and products from kept layer inputs. None: there is no such form.
+
+        Raises:
+            LossError: there is none for this loss.
+        """
+        return None
+
+    def factor_columns(self, batch: Batch) -> int:
+        """How many columns :meth:`factor` gives; to be overridden where making them only to count is expensive."""
+        columns = self.factor(batch)
+        return 0 if columns is None else int(columns.shape[0])
+
 
 class DatasetTerm(Term):
     """A curvature matrix whose product needs statistics of the whole data set."""

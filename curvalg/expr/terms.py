@@ -56,6 +56,12 @@ class GGN(Term):
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
         return batch.loss_hvp(tangent)
 
+    def factor(self, batch: Batch) -> Tensor:
+        return batch.row_factor()
+
+    def factor_columns(self, batch: Batch) -> int:
+        return batch.loss_rank
+
 
 @dataclass(frozen=True)
 class Residual(Term):
@@ -104,6 +110,9 @@ class MonteCarloGGN(Term):
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
         return batch.outer(batch.pseudo_gradients(self.samples, seed=self.seed), tangent)
 
+    def factor(self, batch: Batch) -> Tensor:
+        return batch.per_sample_columns(batch.pseudo_gradients(self.samples, seed=self.seed))
+
 
 def _require_likelihood(term: NamedExpr, loss: LossFacts | None) -> None:
     if loss is not None and not loss.likelihood:
@@ -131,6 +140,9 @@ class Fisher(Term):
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
         return batch.fisher_hvp(tangent)
+
+    def factor(self, batch: Batch) -> Tensor:
+        return batch.row_factor(fisher=True)
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,9 @@ class MonteCarloFisher(Term):
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
         return batch.outer(batch.pseudo_gradients(self.samples, seed=self.seed, fisher=True), tangent)
 
+    def factor(self, batch: Batch) -> Tensor:
+        return batch.per_sample_columns(batch.pseudo_gradients(self.samples, seed=self.seed, fisher=True))
+
 
 @dataclass(frozen=True)
 class Covariance(Term):
@@ -178,12 +193,16 @@ class Covariance(Term):
         product: Tensor = batch.scale * gradient * batch.dot(gradient, tangent)
         return product
 
+    def factor(self, batch: Batch) -> Tensor:
+        return batch.gradient_columns()
+
 
 @dataclass(frozen=True)
 class CenteredCovariance(DatasetTerm):
     """Centred gradient covariance, s Σₙ ∇cₙ ∇cₙᵀ − (s/N) ∇L ∇Lᵀ (D × D)."""
 
     symbol: ClassVar[str] = "C"
+    centred: ClassVar[bool] = True
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return PSD
@@ -199,6 +218,9 @@ class CenteredCovariance(DatasetTerm):
         gradient = batch.loss_gradient
         product: Tensor = batch.scale * gradient * (batch.dot(gradient, tangent) - totals / batch.count)
         return product
+
+    def factor(self, batch: Batch) -> Tensor:
+        return batch.gradient_columns()
 
 
 @dataclass(frozen=True)

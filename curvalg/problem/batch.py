@@ -134,6 +134,70 @@ class Batch:
         """
         return self._point.factor() * math.sqrt(self._share)
 
+    @property
+    def loss_rank(self) -> int:
+        """How many columns :meth:`row_factor` gives, without making them."""
+        point = self._point
+        per_block = point.rank
+        return per_block * self._positions if self._blockwise else per_block
+
+    def row_factor(self, *, fisher: bool = False) -> Tensor:
+        """Columns (columns, *output.shape) whose outer products, row by row, sum to B: Σₖ sₖₙ sₖₙᵀ = Bₙ.
+
+        Args:
+            fisher: the Fisher information of the likelihood instead of B.
+
+        Raises:
+            LossError: B is not positive semi-definite, or there is no likelihood.
+        """
+        if not fisher or self._point.facts.fisher_is_ggn:
+            columns = self.loss_factor()
+            return self.spread(columns) if self._blockwise else columns
+        # Where the Fisher differs from B it is diagonal in the outputs.
+        return self.spread(self.fisher_hvp(torch.ones_like(self.output)).sqrt()[None], elementwise=True)
+
+    @property
+    def _blockwise(self) -> bool:
+        """Whether B has a block for every position, rather than for every row."""
+        return self._loss is not None and self._loss.positions
+
+    @property
+    def _positions(self) -> int:
+        return math.prod(self.output.shape[axis] for axis in self._position_axes(self.class_axis))
+
+    def _position_axes(self, class_axis: int | None) -> list[int]:
+        ndim = self.output.ndim
+        classes = None if class_axis is None else class_axis % ndim
+        return [axis for axis in range(1, ndim) if axis != classes]
+
+    def gradient_columns(self) -> Tensor:
+        """√s rₙ, a column for every sample of a row (columns, *output.shape): their outer products make the covariance."""
+        return self.per_sample_columns(math.sqrt(self.scale) * self.loss_gradient[None])
+
+    def per_sample_columns(self, columns: Tensor) -> Tensor:
+        """Columns (columns, *output.shape) as they are where a sample is a row, spread where it is a position."""
+        return columns if self.samples == "item" else self.spread(columns)
+
+    def spread(self, columns: Tensor, *, elementwise: bool = False) -> Tensor:
+        """Every column (of the output's shape) as one column per position of a row, zero at all others.
+
+        Args:
+            columns: shape (columns, *output.shape).
+            elementwise: take every element for a position, also where the loss has classes.
+
+        Returns:
+            Shape (positions · columns, *output.shape).
+        """
+        axes = self._position_axes(None if elementwise else self.class_axis)
+        sizes = [self.output.shape[axis] for axis in axes]
+        if math.prod(sizes) == 1:
+            return columns
+        shape = [1] * self.output.ndim
+        for axis, size in zip(axes, sizes, strict=True):
+            shape[axis] = size
+        masks = torch.eye(math.prod(sizes), dtype=columns.dtype, device=columns.device).reshape(-1, 1, *shape)
+        return (masks * columns).flatten(0, 1)
+
     def pseudo_gradients(self, samples: int = 1, *, seed: int = 0, fisher: bool = False) -> Tensor:
         """Draws (samples, *output.shape), scaled by samples^-1/2, with E Σₘ sₘ sₘᵀ = B and positions independent.
 

@@ -62,6 +62,11 @@ class LossPoint(ABC, Generic[OutputT]):
             raise NotImplementedError(f"{self.facts.name}: a Fisher matrix unlike the Hessian needs its own product.")
         return self.hvp(tangent)
 
+    @property
+    def rank(self) -> int:
+        """How many columns :meth:`factor` gives."""
+        return 1
+
     @abstractmethod
     def factor(self) -> Tensor:
         """Columns whose outer products sum to B, position by position, of shape (columns, \\*output.shape).

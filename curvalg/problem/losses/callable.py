@@ -151,6 +151,11 @@ class CallablePoint(LossPoint[Structure]):
         """
         return trees.unflatten(self.form, self._product(trees.leaves(tangent)))
 
+    @property
+    def rank(self) -> int:
+        """As many as a sample has entries."""
+        return self.noise_shape[1]
+
     def factor(self) -> Tensor:
         """√λ q of every eigenpair of every sample's block, as many columns as a sample has entries."""
         columns = square_roots(self.facts.name, self._blocks())

@@ -41,6 +41,11 @@ class SoftmaxPoint(LossPoint[Tensor]):
         # With a large vocabulary these are the largest tensors of a product: one buffer, written in place.
         return (tangent - mean).mul_(p).mul_(self.weights)
 
+    @property
+    def rank(self) -> int:
+        """One less than there are classes."""
+        return self.output.shape[self.axis] - 1
+
     def factor(self) -> Tensor:
         r"""The C − 1 Cholesky columns L_j = √(p_j r_{j+1}/r_j) (e_j − Σ_{i>j} p_i/r_{j+1} e_i), r_j = Σ_{i≥j} p_i.
 
