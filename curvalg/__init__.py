@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from curvalg.expr import Block as Block
     from curvalg.expr import DatasetTerm as DatasetTerm
     from curvalg.expr import Diagonal as Diagonal
+    from curvalg.expr import DiagonalPart as DiagonalPart
     from curvalg.expr import Eigenbasis as Eigenbasis
     from curvalg.expr import Expr as Expr
     from curvalg.expr import Facts as Facts
@@ -35,11 +36,17 @@ if TYPE_CHECKING:
     from curvalg.expr import LossFacts as LossFacts
     from curvalg.expr import LowRank as LowRank
     from curvalg.expr import MatrixTerm as MatrixTerm
+    from curvalg.expr import Nystrom as Nystrom
+    from curvalg.expr import SquareRoot as SquareRoot
     from curvalg.expr import Term as Term
     from curvalg.expr import Zero as Zero
     from curvalg.expr import block_diagonal as block_diagonal
+    from curvalg.expr import diagonal_part as diagonal_part
+    from curvalg.expr import inv_sqrt as inv_sqrt
     from curvalg.expr import inverse as inverse
+    from curvalg.expr import nystrom as nystrom
     from curvalg.expr import restrict as restrict
+    from curvalg.expr import sqrt as sqrt
     from curvalg.lowering import CurvatureOperator as CurvatureOperator
     from curvalg.problem import Batch as Batch
     from curvalg.problem import Layout as Layout
@@ -62,6 +69,7 @@ _EXPR = (
     "Block",
     "DatasetTerm",
     "Diagonal",
+    "DiagonalPart",
     "Eigenbasis",
     "Expr",
     "Facts",
@@ -70,11 +78,17 @@ _EXPR = (
     "LossFacts",
     "LowRank",
     "MatrixTerm",
+    "Nystrom",
+    "SquareRoot",
     "Term",
     "Zero",
     "block_diagonal",
+    "diagonal_part",
+    "inv_sqrt",
     "inverse",
+    "nystrom",
     "restrict",
+    "sqrt",
 )
 # Where each public name lives. Names are resolved on first use, so that importing curvalg costs nothing and building
 # expressions never imports torch.

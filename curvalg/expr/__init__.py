@@ -3,11 +3,13 @@
 from curvalg.expr.blocks import Block, BlockDiagonal, Partition, block_diagonal
 from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.inverses import Inverse, inverse
+from curvalg.expr.inverses import SOLVERS, Inverse, inverse
 from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
 from curvalg.expr.node import Expr
+from curvalg.expr.parts import DiagonalPart, Nystrom, diagonal_part, nystrom
 from curvalg.expr.products import Product, multiply
 from curvalg.expr.restrictions import Restriction, restrict
+from curvalg.expr.roots import SquareRoot, inv_sqrt, sqrt
 from curvalg.expr.scalars import as_coefficient
 from curvalg.expr.sums import Sum, add
 from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
@@ -27,6 +29,7 @@ from curvalg.expr.transposes import Transpose, transpose
 
 __all__ = [
     "GGN",
+    "SOLVERS",
     "ArrayLeaf",
     "Block",
     "BlockDiagonal",
@@ -34,6 +37,7 @@ __all__ = [
     "Covariance",
     "DatasetTerm",
     "Diagonal",
+    "DiagonalPart",
     "Eigenbasis",
     "Expr",
     "Facts",
@@ -51,10 +55,12 @@ __all__ = [
     "MonteCarloFisher",
     "MonteCarloGGN",
     "NamedExpr",
+    "Nystrom",
     "Partition",
     "Product",
     "Residual",
     "Restriction",
+    "SquareRoot",
     "Sum",
     "Term",
     "Transpose",
@@ -63,8 +69,12 @@ __all__ = [
     "add",
     "as_coefficient",
     "block_diagonal",
+    "diagonal_part",
+    "inv_sqrt",
     "inverse",
     "multiply",
+    "nystrom",
     "restrict",
+    "sqrt",
     "transpose",
 ]

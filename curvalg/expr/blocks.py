@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts, all_of
@@ -41,16 +42,36 @@ class Block:
 Partition = Literal["parameter", "module"] | tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BlockDiagonal(Expr):
     """A block-diagonal matrix; made by :func:`block_diagonal`.
 
     Either the diagonal blocks of one expression (``what`` an expression, ``by`` the partition), or given blocks
-    (``what`` a tuple of :class:`Block`, ``by`` None).
+    (``what`` a tuple of :class:`Block`, ``by`` None). The order of given blocks does not count.
+
+    ``complete``: its blocks are known to cover every parameter exactly once, each named by its full name (set when an
+    expression is bound to a problem; inside a block, every parameter of that block). Not printed.
     """
 
     what: Expr | tuple[Block, ...]
     by: Partition | None = "parameter"
+    complete: bool = False
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        what = self.what if isinstance(self.what, Expr) else frozenset(Counter(self.what).items())
+        return what, self.by, self.complete
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, BlockDiagonal) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def covering(self) -> bool:
+        """Whether every parameter lies in a block; what no block covers is zero."""
+        return self.complete or self.by in ("parameter", "module")
 
     @property
     def domain_params(self) -> tuple[str, ...] | None:
@@ -66,22 +87,20 @@ class BlockDiagonal(Expr):
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         if isinstance(self.what, Expr):
-            return BlockDiagonal(children[0], self.by)
+            return BlockDiagonal(children[0], self.by, self.complete)
         blocks = zip(self.what, children, strict=True)
-        return BlockDiagonal(tuple(Block(b.params, child, joint=b.joint) for b, child in blocks), None)
+        return BlockDiagonal(tuple(Block(b.params, child, joint=b.joint) for b, child in blocks), None, self.complete)
 
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         return self.rebuild(tuple(of(child) for child in self.children))
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         parts = [child.facts(loss) for child in self.children]
-        # Groups and given blocks may leave parameters out, and what no block covers is zero.
-        covering = self.by in ("parameter", "module")
         # Principal blocks inherit what holds; what fails for the whole may still hold for each block.
         return Facts(
             symmetric=all_of(f.symmetric for f in parts) or None,
             psd=all_of(f.psd for f in parts) or None,
-            positive_definite=(covering and all_of(f.positive_definite for f in parts)) or None,
+            positive_definite=(self.covering and all_of(f.positive_definite for f in parts)) or None,
         )
 
 

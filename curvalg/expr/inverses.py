@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.constants import ZeroExpr
@@ -15,7 +15,9 @@ from curvalg.expr.node import Expr
 from curvalg.expr.spaces import shape, square
 from curvalg.expr.transposes import Reversed
 
-Solver = Literal["auto", "diagonal", "dense", "cg", "minres"]
+Solver = Literal["auto", "diagonal", "kronecker", "eigenbasis", "blocks", "woodbury", "dual", "dense", "cg", "minres"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+"""What ``solver=`` takes: "auto", or the name of one strategy."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,8 +87,8 @@ def inverse(
         raise ExpressionError(f"only a square operator has an inverse; {expr} is {shape(expr)}")
     if isinstance(expr, ZeroExpr):
         raise ExpressionError("the zero operator has no inverse; add c * Identity first")
-    if solver not in (known := ("auto", "diagonal", "dense", "cg", "minres")):
-        raise ExpressionError(f"unknown solver {solver!r}; choose one of {', '.join(known)}")
+    if solver not in SOLVERS:
+        raise ExpressionError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if on_fail not in ("raise", "warn"):
         raise ExpressionError(f"on_fail is 'raise' or 'warn', got {on_fail!r}")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):

@@ -46,6 +46,18 @@ def require_endomorphism(expr: Expr, what: str) -> None:
         raise ExpressionError(f"{what}() needs an operator on parameters; {expr} is {shape(expr)}")
 
 
+def require_semidefinite(expr: Expr, what: str) -> None:
+    """Refuse what is known, of any loss, not to be symmetric or not to be positive semi-definite.
+
+    Raises:
+        ExpressionError: one of the two is refuted.
+    """
+    facts = expr.facts()
+    if facts.psd is False:
+        missing = "symmetric" if facts.symmetric is False else "positive semi-definite"
+        raise ExpressionError(f"{what}() needs a symmetric positive semi-definite operator; {expr} is not {missing}")
+
+
 def as_patterns(params: str | Sequence[str]) -> tuple[str, ...]:
     """Names or glob patterns as a tuple without repeats.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from curvalg.errors import ExpressionError
@@ -34,6 +35,35 @@ class Reversed(Expr):
     @property
     def children(self) -> tuple[Expr, ...]:
         return (self.expr,)
+
+
+class SelfTransposed(Expr):
+    """What is symmetric by construction, on the side of the one expression in it: a square root, a diagonal part."""
+
+    expr: Expr
+
+    @property
+    def domain(self) -> Space | None:  # type: ignore[override]
+        return self.expr.domain
+
+    @property
+    def codomain(self) -> Space | None:  # type: ignore[override]
+        return self.expr.codomain
+
+    @property
+    def domain_params(self) -> tuple[str, ...] | None:
+        return self.expr.domain_params
+
+    @property
+    def codomain_params(self) -> tuple[str, ...] | None:
+        return self.expr.codomain_params
+
+    @property
+    def children(self) -> tuple[Expr, ...]:
+        return (self.expr,)
+
+    def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
+        return self
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +106,8 @@ def _inward(expr: Expr, loss: LossFacts | None, flipped: bool) -> Expr:
     """The expression, or its transpose, with transposes at the leaves alone, and none at those known symmetric."""
     if isinstance(expr, Transpose):
         return _inward(expr.expr, loss, not flipped)
+    if isinstance(expr, SelfTransposed):
+        flipped = False
     if not expr.children:
         return transpose(expr) if flipped and not expr.facts(loss).symmetric else expr
     if flipped:

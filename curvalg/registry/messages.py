@@ -4,7 +4,8 @@ from __future__ import annotations
 
 ALLOWED = (
     "an expression is made of names of terms, numbers, + - * / @ **, .T, and calls: name(option=value), "
-    "term('distribution/name', option=value), inverse(e), restrict(e, 'name'), block_diagonal(e), identity, zero"
+    "term('distribution/name', option=value), inverse(e), sqrt(e), inv_sqrt(e), restrict(e, 'name'), "
+    "block_diagonal(e), diagonal_part(e), nystrom(e, rank), identity, zero"
 )
 
 

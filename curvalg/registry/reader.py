@@ -18,8 +18,12 @@ from curvalg.expr import (
     ZeroExpr,
     as_coefficient,
     block_diagonal,
+    diagonal_part,
+    inv_sqrt,
     inverse,
+    nystrom,
     restrict,
+    sqrt,
 )
 from curvalg.registry.arithmetic import OPERATIONS, arithmetic
 from curvalg.registry.messages import ALLOWED, located
@@ -42,7 +46,11 @@ class Reader:
         self.depth = 0
         self.calls: dict[str, Callable[[ast.Call], Expr]] = {
             "inverse": self._inverse,
+            "sqrt": self._root,
+            "inv_sqrt": self._root,
             "restrict": self._restrict,
+            "diagonal_part": self._diagonal_part,
+            "nystrom": self._nystrom,
             "block_diagonal": self._block_diagonal,
             "zero": self._zero,
             "Zero": self._zero,
@@ -222,6 +230,28 @@ class Reader:
         patterns = self._literal(params)
         with self.at(params):
             return restrict(expr, patterns)
+
+    def _root(self, node: ast.Call) -> Expr:
+        name = node.func.id  # type: ignore[attr-defined]
+        (inner,) = self._positional(node, 1, f"{name}(expression)")
+        expr = self.read(inner)
+        self._options(node, ())
+        with self.at(node):
+            return sqrt(expr) if name == "sqrt" else inv_sqrt(expr)
+
+    def _diagonal_part(self, node: ast.Call) -> Expr:
+        (inner,) = self._positional(node, 1, "diagonal_part(expression)")
+        expr = self.read(inner)
+        self._options(node, ())
+        with self.at(node):
+            return diagonal_part(expr)
+
+    def _nystrom(self, node: ast.Call) -> Expr:
+        inner, second = self._positional(node, 2, "nystrom(expression, rank, seed=...)")
+        expr, rank = self.read(inner), self._literal(second)
+        options = self._options(node, ("seed",))
+        with self.at(node):
+            return nystrom(expr, rank, **options)
 
     def _zero(self, node: ast.Call) -> Expr:
         form = "zero, or zero('codomain', 'domain') of the spaces 'parameters' and 'outputs'"

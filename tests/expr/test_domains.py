@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,15 +15,22 @@ from curvalg.expr import (
     GGN,
     Block,
     Expr,
+    Facts,
     Hessian,
     Identity,
     Jacobian,
+    LossFacts,
     LossHessian,
+    NamedExpr,
     Zero,
     ZeroExpr,
     block_diagonal,
+    diagonal_part,
+    inv_sqrt,
     inverse,
+    nystrom,
     restrict,
+    sqrt,
 )
 
 G, J, L = GGN(), Jacobian(), LossHessian()
@@ -80,6 +88,18 @@ def test_zeros_can_be_restricted() -> None:
     assert once.children == ()
 
 
+@dataclass(frozen=True)
+class Asymmetric(NamedExpr):
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        return Facts(symmetric=False)
+
+
+@dataclass(frozen=True)
+class Definite(NamedExpr):
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        return Facts(positive_definite=True)
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "ggn @ jacobian": (lambda: G @ J, "cannot multiply"),
     "jacobian + ggn": (lambda: J + G, "cannot add"),
@@ -117,6 +137,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "maxiter": (lambda: inverse(G, maxiter=0), "maxiter"),
     "on_fail": (lambda: inverse(G, on_fail="ignore"), "on_fail"),  # type: ignore[arg-type]
     "preconditioner": (lambda: inverse(G, preconditioner=print), "lower"),  # type: ignore[arg-type]
+    "root of a jacobian": (lambda: sqrt(J), "square"),
+    "root of a number": (lambda: sqrt(2), "takes an expression"),  # type: ignore[arg-type]
+    "root of what is negative": (lambda: sqrt(-(G.T @ G) - Identity), "not positive semi-definite"),
+    "root of what is not symmetric": (lambda: sqrt(Asymmetric()), "not symmetric"),
+    "inverse root of zero": (lambda: inv_sqrt(G - G), "zero operator"),
+    "diagonal of a jacobian": (lambda: diagonal_part(J), "operator on parameters"),
+    "diagonal of outputs": (lambda: diagonal_part(L), "operator on parameters"),
+    "diagonal of a number": (lambda: diagonal_part(2), "takes an expression"),  # type: ignore[arg-type]
+    "nystrom of outputs": (lambda: nystrom(L, 2), "operator on parameters"),
+    "nystrom of rank 0": (lambda: nystrom(G, 0), "rank must be an integer ≥ 1, got 0"),
+    "nystrom of rank True": (lambda: nystrom(G, True), "rank must be an integer"),
+    "nystrom of rank 2.0": (lambda: nystrom(G, 2.0), "rank must be an integer"),  # type: ignore[arg-type]
+    "nystrom of a negative seed": (lambda: nystrom(G, 2, seed=-1), "seed must be an integer ≥ 0"),
+    "nystrom of what is negative": (lambda: nystrom(-Definite() + Identity, 2), "not positive semi-definite"),
+    "nystrom of what is not symmetric": (lambda: nystrom(Asymmetric() + Identity, 2), "not symmetric"),
     "A * B": (lambda: G * Hessian(), r"write \(ggn\) @ \(hessian\)"),
     "A / B": (lambda: G / Hessian(), r"write \(ggn\) @ inverse\(hessian\)"),
     "1 / A": (lambda: 1 / G, r"write 1 \* inverse\(ggn\)"),
@@ -161,3 +196,34 @@ def test_restrict_leaves_alone_what_needs_no_restriction() -> None:
     once = restrict(G, ["a", "b", "a"])
     assert restrict(once, ("a", "b")) is once
     assert restrict(J @ G, "a").domain_params == ("a",)
+
+
+def test_parts_and_roots_keep_the_parameters_of_what_is_in_them() -> None:
+    for make in (sqrt, diagonal_part, lambda e: nystrom(e, 2)):
+        part = make(restrict(G, "w"))
+        assert part.domain_params == part.codomain_params == ("w",)
+        assert (part.domain, part.codomain) == (P, P)
+    assert sqrt(L).domain == O
+
+
+def test_parts_and_roots_of_the_identity_and_of_zero_are_these() -> None:
+    for make in (sqrt, diagonal_part, lambda e: nystrom(e, 2)):
+        for expr in (Identity, Zero, G - G, restrict(G - G, "w")):
+            assert make(expr) is expr
+    assert nystrom(3 * Identity, 2) == 3 * Identity
+    assert nystrom(G - G + 3 * Identity, 2) == G - G + 3 * Identity
+
+
+def test_a_shift_is_kept_out_of_a_nystrom_approximation() -> None:
+    assert nystrom(G / 2 + 3 * Identity, 2, seed=1) == nystrom(G / 2, 2, seed=1) + 3 * Identity
+    restricted = nystrom(restrict(G, "w") + Identity, 2)
+    assert restricted == nystrom(restrict(G, "w"), 2) + Identity
+    assert nystrom(Definite() - 2 * Identity, 1) == nystrom(Definite(), 1) - 2 * Identity
+
+
+def test_the_order_of_given_blocks_does_not_count() -> None:
+    one, other = Block(("a",), G), Block(("b",), 2 * G)
+    assert block_diagonal([one, other]) == block_diagonal([other, one])
+    assert hash(block_diagonal([one, other])) == hash(block_diagonal([other, one]))
+    assert block_diagonal([one, one]) != block_diagonal([one])
+    assert block_diagonal([one, other]) - block_diagonal([other, one]) == G - G

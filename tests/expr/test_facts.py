@@ -14,22 +14,30 @@ from hypothesis import strategies as st
 from strategies import O, P, expressions, moderate
 
 from curvalg.expr import (
+    Block,
     BlockDiagonal,
+    DiagonalPart,
     Expr,
     Facts,
     Identity,
     Inverse,
     LossFacts,
     NamedExpr,
+    Nystrom,
     Product,
     Restriction,
+    SquareRoot,
     Sum,
     Transpose,
     Zero,
     ZeroExpr,
     block_diagonal,
+    diagonal_part,
+    inv_sqrt,
     inverse,
+    nystrom,
     restrict,
+    sqrt,
 )
 from curvalg.expr.node import Space
 
@@ -136,11 +144,25 @@ def dense(expr: Expr, context: int) -> Matrix:
             inner = dense(expr.expr, rows)
             assume(np.linalg.cond(inner) < 1e4)
             return np.linalg.inv(inner)
+        case SquareRoot():
+            values, vectors = np.linalg.eigh(dense(expr.expr, rows))
+            return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+        case DiagonalPart():
+            return np.diag(np.diag(dense(expr.expr, rows)))
+        case Nystrom():
+            return _nystrom(dense(expr.expr, rows), expr)
         case Restriction():
             return _restricted(expr, context)
         case BlockDiagonal():
             return _block_diagonal(expr)
     return np.eye(rows)
+
+
+def _nystrom(inner: Matrix, expr: Nystrom) -> Matrix:
+    test = np.random.default_rng(expr.seed).standard_normal((len(inner), min(expr.rank, len(inner))))
+    test = np.linalg.qr(test)[0]
+    image = inner @ test
+    return image @ np.linalg.pinv(test.T @ image, rcond=1e-9, hermitian=True) @ image.T
 
 
 def _restricted(expr: Restriction, context: int) -> Matrix:
@@ -287,6 +309,19 @@ CLAIMS: dict[str, tuple[Expr, Facts]] = {
     "blocks": (block_diagonal(D), DEFINITE),
     "blocks by module": (block_diagonal(D, by="module"), DEFINITE),
     "blocks of groups": (block_diagonal(D, by=[["a"], ["b", "c"]]), PSD),
+    "complete blocks": (BlockDiagonal((Block(("a", "c"), D), Block(("b",), D)), None, complete=True), DEFINITE),
+    "complete groups": (BlockDiagonal(D, (("a",), ("b", "c")), complete=True), DEFINITE),
+    "root": (sqrt(StandIn("definite", 0)), DEFINITE),
+    "root of semidefinite": (sqrt(S), PSD),
+    "inverse root": (inv_sqrt(D), DEFINITE),
+    "congruence by a root": (sqrt(D) @ S @ sqrt(D), PSD),
+    "congruence by a diagonal": (diagonal_part(N) @ S @ diagonal_part(N), PSD),
+    "diagonal": (diagonal_part(D), DEFINITE),
+    "diagonal of semidefinite": (diagonal_part(S), PSD),
+    "diagonal of indefinite": (diagonal_part(StandIn("indefinite", 0)), SYMMETRIC),
+    "diagonal of unsymmetric": (diagonal_part(A), SYMMETRIC),
+    "nystrom": (nystrom(D, 2), PSD),
+    "nystrom with a shift": (nystrom(S + Identity, 2), DEFINITE),
     "blocks that leave parameters out": (block_diagonal({"a": D, "b": D}), PSD),
     "block of a symmetric": (block_diagonal({"a": StandIn("symmetric", 0)}), SYMMETRIC),
     "blocks of unsymmetric": (block_diagonal(StandIn("asymmetric", 0)), Facts()),

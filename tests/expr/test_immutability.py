@@ -17,6 +17,7 @@ from strategies import expressions
 from curvalg.expr import (
     GGN,
     Block,
+    BlockDiagonal,
     Diagonal,
     Expr,
     Hessian,
@@ -25,8 +26,12 @@ from curvalg.expr import (
     MonteCarloGGN,
     Zero,
     block_diagonal,
+    diagonal_part,
+    inv_sqrt,
     inverse,
+    nystrom,
     restrict,
+    sqrt,
 )
 
 EVERY = [
@@ -41,6 +46,12 @@ EVERY = [
     restrict(GGN(), "w"),
     block_diagonal(GGN()),
     block_diagonal([Block(("w",), GGN(), joint=True)]),
+    BlockDiagonal((Block(("w",), GGN()),), None, complete=True),
+    sqrt(GGN()),
+    inv_sqrt(GGN()),
+    diagonal_part(GGN()),
+    nystrom(GGN(), 2),
+    nystrom(GGN(), 2, seed=1),
     Diagonal(np.ones(3)),
 ]
 

@@ -21,8 +21,12 @@ from curvalg.expr import (
     Zero,
     ZeroExpr,
     block_diagonal,
+    diagonal_part,
+    inv_sqrt,
     inverse,
+    nystrom,
     restrict,
+    sqrt,
 )
 
 G, H, J = GGN(), Hessian(), Jacobian()
@@ -66,6 +70,12 @@ TEXTS = {
     "(2*ggn).T": (2 * G).T,
     "(ggn @ hessian).T": (G @ H).T,
     "inverse(ggn)": inverse(G),
+    "sqrt(ggn + 0.1*identity)": sqrt(G + 0.1 * Identity),
+    "inv_sqrt(ggn)": inv_sqrt(G),
+    "inverse(sqrt(ggn), rtol=0.1)": inverse(sqrt(G), rtol=0.1),
+    "diagonal_part(ggn @ hessian)": diagonal_part(G @ H),
+    "nystrom(ggn, 4)": nystrom(G, 4),
+    "nystrom(2*ggn, 4, seed=3) + 0.5*identity": nystrom(2 * G + Identity / 2, 4, seed=3),
     "inverse(ggn, rtol=0.001, preconditioner=ggn + identity)": inverse(
         G,
         rtol=Fraction(1, 1000),
@@ -143,6 +153,10 @@ def test_tree() -> None:
 
 
 TREES = {
+    "inverse\n└─ sqrt\n   └─ ggn": inv_sqrt(G),
+    "diagonal_part\n└─ ggn": diagonal_part(G),
+    "nystrom rank=4\n└─ ggn": nystrom(G, 4),
+    "nystrom rank=4, seed=1\n└─ ggn": nystrom(G, 4, seed=1),
     "restrict '0.*'\n└─ ggn": restrict(G, "0.*"),
     "restrict ['a', 'b']\n└─ transpose\n   └─ jacobian": restrict(J.T, ["a", "b"]),
     "sum\n├─ ggn\n└─ identity": G + Identity,
@@ -186,6 +200,11 @@ LATEX = {
     r"G\,\left(H + I\right)": G @ SHIFTED,
     r"J^\top": J.T,
     r"\left(G + I\right)^{-1}": inverse(G + Identity),
+    r"\left(G + I\right)^{1/2}": sqrt(G + Identity),
+    r"G^{-1/2}": inv_sqrt(G),
+    r"\operatorname{diag}\left(G + H\right)": diagonal_part(G + H),
+    r"\left(G + H\right)_{\mathrm{rank=4}}": nystrom(G + H, 4),
+    r"G_{\mathrm{rank=4,\, seed=1}}": nystrom(G, 4, seed=1),
     r"\operatorname{blockdiag}\left(G\right)": block_diagonal(G),
     r"G\big|_{\mathrm{a\_b}}": restrict(G, "a_b"),
 }

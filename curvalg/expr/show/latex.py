@@ -11,8 +11,10 @@ from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
+from curvalg.expr.parts import DiagonalPart, Nystrom
 from curvalg.expr.products import Product
 from curvalg.expr.restrictions import Restriction
+from curvalg.expr.roots import SquareRoot
 from curvalg.expr.show.text import changed, join, number, text
 from curvalg.expr.sums import Sum
 from curvalg.expr.term import NamedExpr
@@ -84,7 +86,7 @@ def _(expr: Product) -> str:
 
 
 def _latex_base(expr: Expr) -> str:
-    atomic = isinstance(expr, (NamedExpr, BlockDiagonal, IdentityExpr, ArrayLeaf))
+    atomic = isinstance(expr, (NamedExpr, BlockDiagonal, DiagonalPart, IdentityExpr, ArrayLeaf))
     return _latex(expr) if atomic else rf"\left({_latex(expr)}\right)"
 
 
@@ -95,7 +97,25 @@ def _(expr: Transpose) -> str:
 
 @_latex.register
 def _(expr: Inverse) -> str:
+    if isinstance(expr.expr, SquareRoot):
+        return rf"{_latex_base(expr.expr.expr)}^{{-1/2}}"
     return rf"{_latex_base(expr.expr)}^{{-1}}"
+
+
+@_latex.register
+def _(expr: SquareRoot) -> str:
+    return rf"{_latex_base(expr.expr)}^{{1/2}}"
+
+
+@_latex.register
+def _(expr: DiagonalPart) -> str:
+    return rf"\operatorname{{diag}}\left({_latex(expr.expr)}\right)"
+
+
+@_latex.register
+def _(expr: Nystrom) -> str:
+    seed = f",\\, seed={expr.seed}" if expr.seed else ""
+    return rf"{_latex_base(expr.expr)}_{{\mathrm{{rank={expr.rank}{seed}}}}}"
 
 
 @_latex.register

@@ -12,8 +12,10 @@ from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
+from curvalg.expr.parts import DiagonalPart, Nystrom
 from curvalg.expr.products import Product
 from curvalg.expr.restrictions import Restriction
+from curvalg.expr.roots import SquareRoot
 from curvalg.expr.sums import Sum
 from curvalg.expr.term import NamedExpr
 from curvalg.expr.transposes import Transpose
@@ -118,7 +120,25 @@ def _(expr: Transpose) -> tuple[str, int]:
 
 @_text.register
 def _(expr: Inverse) -> tuple[str, int]:
-    return call("inverse", [text(expr.expr)], changed(expr, skip=("expr",))), ATOM
+    options = changed(expr, skip=("expr",))
+    if isinstance(expr.expr, SquareRoot) and not options:
+        return call("inv_sqrt", [text(expr.expr.expr)], {}), ATOM
+    return call("inverse", [text(expr.expr)], options), ATOM
+
+
+@_text.register
+def _(expr: SquareRoot) -> tuple[str, int]:
+    return call("sqrt", [text(expr.expr)], {}), ATOM
+
+
+@_text.register
+def _(expr: DiagonalPart) -> tuple[str, int]:
+    return call("diagonal_part", [text(expr.expr)], {}), ATOM
+
+
+@_text.register
+def _(expr: Nystrom) -> tuple[str, int]:
+    return call("nystrom", [text(expr.expr), str(expr.rank)], changed(expr, skip=("expr", "rank"))), ATOM
 
 
 @_text.register

@@ -8,7 +8,9 @@ from functools import singledispatch
 from curvalg.expr.blocks import Block, BlockDiagonal
 from curvalg.expr.constants import Identity
 from curvalg.expr.node import Expr
+from curvalg.expr.parts import DiagonalPart
 from curvalg.expr.restrictions import Restriction
+from curvalg.expr.roots import SquareRoot
 from curvalg.expr.show.text import changed, number, patterns, text
 from curvalg.expr.sums import Sum
 
@@ -59,6 +61,16 @@ def _factor(coefficient: Fraction) -> str:
 
 
 @_node.register
+def _(expr: SquareRoot) -> tuple[str, list[Branch]]:
+    return "sqrt", [("", expr.expr)]
+
+
+@_node.register
+def _(expr: DiagonalPart) -> tuple[str, list[Branch]]:
+    return "diagonal_part", [("", expr.expr)]
+
+
+@_node.register
 def _(expr: Restriction) -> tuple[str, list[Branch]]:
     return f"restrict {patterns(expr.params)}", [("", expr.expr)]
 
@@ -66,7 +78,7 @@ def _(expr: Restriction) -> tuple[str, list[Branch]]:
 @_node.register
 def _(expr: BlockDiagonal) -> tuple[str, list[Branch]]:
     if isinstance(expr.what, Expr):
-        return f"block_diagonal{_options(expr, 'what')}", [("", expr.what)]
+        return f"block_diagonal{_options(expr, 'what', 'complete')}", [("", expr.what)]
     return "block_diagonal", [(_block(block), block.expr) for block in expr.what]
 
 

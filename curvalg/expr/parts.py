@@ -1,0 +1,90 @@
+"""Simpler matrices made from one: its diagonal, and its Nyström approximation of low rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.constants import Identity, IdentityExpr, ZeroExpr
+from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.node import Expr
+from curvalg.expr.spaces import require_endomorphism, require_semidefinite
+from curvalg.expr.sums import Sum, add
+from curvalg.expr.transposes import SelfTransposed
+
+
+@dataclass(frozen=True, repr=False)
+class DiagonalPart(SelfTransposed):
+    """The diagonal of a matrix on parameters, as a diagonal matrix; made by :func:`diagonal_part`."""
+
+    expr: Expr
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return diagonal_part(children[0])
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        inner = self.expr.facts(loss)  # an indefinite matrix may have a positive diagonal
+        return Facts(symmetric=True, psd=inner.psd or None, positive_definite=inner.positive_definite or None)
+
+
+def diagonal_part(expr: Expr) -> Expr:
+    """The diagonal part diag(A₁₁, A₂₂, …) of a matrix on parameters.
+
+    Args:
+        expr: an operator from parameters to the same parameters.
+
+    Raises:
+        ExpressionError: not an operator on parameters.
+
+    >>> from curvalg import diagonal_part, registry
+    >>> print(diagonal_part(registry.build("hessian")))
+    diagonal_part(hessian)
+    """
+    require_endomorphism(expr, "diagonal_part")
+    return expr if isinstance(expr, (IdentityExpr, ZeroExpr)) else DiagonalPart(expr)
+
+
+@dataclass(frozen=True, repr=False)
+class Nystrom(SelfTransposed):
+    """A Nyström approximation; made by :func:`nystrom`."""
+
+    expr: Expr
+    rank: int
+    seed: int = 0
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return nystrom(children[0], self.rank, seed=self.seed)
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        return Facts(psd=True)
+
+
+def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
+    """The Nyström approximation Â = (A Ω)(Ωᵀ A Ω)⁺(A Ω)ᵀ of low rank, with a random orthonormal Ω (D × rank).
+
+    A shift is kept exact: the approximation of A + c I is Â + c I. Frangella, Tropp and Udell 2023, arXiv 2110.02820.
+
+    Args:
+        expr: an operator on parameters, symmetric and positive semi-definite apart from its shift.
+        rank: number of columns of Ω; as many products with A are needed.
+        seed: of Ω.
+
+    Raises:
+        ExpressionError: not an operator on parameters; known not to be symmetric or not to be positive semi-definite;
+            a rank or seed out of range.
+
+    >>> from curvalg import Identity, nystrom, registry
+    >>> print(nystrom(registry.build("ggn") + 0.1 * Identity, 20))
+    nystrom(ggn, 20) + 0.1*identity
+    """
+    require_endomorphism(expr, "nystrom")
+    for name, value, least in (("rank", rank, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ExpressionError(f"nystrom: {name} must be an integer ≥ {least}, got {value!r}")
+    shift = expr.shift if isinstance(expr, Sum) else 0
+    part = add([(expr, 1), (Identity, -shift)])
+    if isinstance(part, (IdentityExpr, ZeroExpr)):
+        return expr
+    require_semidefinite(part, "nystrom")
+    return add([(Nystrom(part, int(rank), int(seed)), 1), (Identity, shift)])
