@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
-from typing import Any
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, TypeVar
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
+
+Leaf = TypeVar("Leaf", bound="ArrayLeaf")
+History = tuple[str, tuple[tuple[str, Fraction], ...]]
 
 
 class ArrayLeaf(Expr):
@@ -19,8 +25,39 @@ class ArrayLeaf(Expr):
 
     def __init__(self) -> None:
         self.token = uuid.uuid4().hex
+        self.history = None
+        self.origin = None
 
     token: str
+    history: History | None
+    """For a leaf that :meth:`derived` made, the operation and its operands by their tokens."""
+    origin: Expr | None
+    """The expression that a derived leaf equals, where more is known of that than of the arrays."""
+
+    @classmethod
+    def derived(
+        cls: type[Leaf],
+        arrays: Sequence[Any],
+        operation: str,
+        operands: Iterable[tuple[str, Fraction]],
+        origin: Expr | None = None,
+    ) -> Leaf:
+        """The leaf that an exact operation on leaves gives.
+
+        Its token follows from the operation and the operands, so that doing the same again gives an equal leaf.
+
+        Args:
+            arrays: what the class is made from.
+            operation: the name of the operation.
+            operands: tokens of the operands and their coefficients, in an order that is theirs alone.
+            origin: the expression that the leaf equals, to keep what is known of it.
+        """
+        history = (operation, tuple(operands))
+        words = [cls.__name__, operation, *(f"{token}*{coefficient}" for token, coefficient in history[1])]
+        leaf = cls(*arrays)
+        token = hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
+        leaf.__dict__.update(token=token, history=history, origin=origin)
+        return leaf
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__:
@@ -137,6 +174,8 @@ class Kronecker(ArrayLeaf):
         return f"{' x '.join(str(f.shape[0]) for f in self.factors)}, {_dtype(self.factors[0])}"
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
+        if self.origin is not None and (known := self.origin.facts(loss)).symmetric:
+            return known
         return Facts(symmetric=True if all(_symmetric(f) for f in self.factors) else None)
 
 

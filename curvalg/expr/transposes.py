@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from curvalg.errors import ExpressionError
 from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr, Space
 
 
@@ -83,6 +84,8 @@ def transpose(expr: Expr) -> Expr:
     """The transpose; a double transpose is the expression itself."""
     if isinstance(expr, Transpose):
         return expr.expr
+    if isinstance(expr, ArrayLeaf) and isinstance(expr.origin, Transpose):
+        return expr.origin.expr
     if isinstance(expr, IdentityExpr):
         return expr
     if isinstance(expr, ZeroExpr):
@@ -104,6 +107,8 @@ def symmetric_form(expr: Expr, loss: LossFacts | None = None) -> Expr | None:
 
 def _inward(expr: Expr, loss: LossFacts | None, flipped: bool) -> Expr:
     """The expression, or its transpose, with transposes at the leaves alone, and none at those known symmetric."""
+    if isinstance(expr, ArrayLeaf) and expr.origin is not None:
+        expr = expr.origin
     if isinstance(expr, Transpose):
         return _inward(expr.expr, loss, not flipped)
     if isinstance(expr, SelfTransposed):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import singledispatchmethod
+from functools import reduce, singledispatchmethod
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ class Matrix(NamedExpr):
 
     letter: str
     symmetric: bool = False
+    definite: bool = False
 
     @property
     def label(self) -> str:
         return self.letter
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
-        return Facts(symmetric=True if self.symmetric else None)
+        return Facts(True if self.symmetric else None, positive_definite=True if self.definite else None)
 
 
 class DenseWorld:
@@ -44,20 +45,30 @@ class DenseWorld:
         seed: of the random matrices.
     """
 
-    def __init__(self, groups: dict[str, Sequence[int]], outputs: int, seed: int = 0) -> None:
+    def __init__(self, groups: Mapping[str, Sequence[int]], outputs: int, seed: int = 0) -> None:
         self.groups = groups
         self.size = sum(len(g) for g in groups.values())
         self.outputs = outputs
         self.seed = seed
+        self.outer: tuple[DenseWorld, list[int]] | None = None
 
     def _random(self, key: str, rows: int, columns: int, symmetric: bool = False) -> Array:
         generator = np.random.default_rng([self.seed, *key.encode()])
         matrix = generator.standard_normal((rows, columns))
         return matrix + matrix.T if symmetric else matrix
 
-    def positions(self, patterns: Sequence[str]) -> list[int]:
-        """Flat positions of the named groups."""
-        return sorted(i for p in patterns for i in self.groups[p])
+    def positions(self, patterns: Iterable[str], joint: bool = False) -> list[int]:
+        """Flat positions of the named groups; a joint layout mixes them."""
+        flat = [i for p in patterns for i in self.groups[p]]
+        return flat[::2] + flat[1::2] if joint else flat
+
+    def inside(self, names: Sequence[str], joint: bool = False) -> DenseWorld:
+        """The world of a block: the same matrices over some of the parameters, in the block's layout."""
+        positions = self.positions(names, joint)
+        groups = {name: [positions.index(i) for i in self.groups[name]] for name in names}
+        world = DenseWorld(groups, self.outputs, self.seed)
+        world.outer = self, positions
+        return world
 
     def length(self, space: str | None, params: Sequence[str] | None = None) -> int:
         """Dimension of a space."""
@@ -66,93 +77,177 @@ class DenseWorld:
         return self.outputs if space == "outputs" else self.size
 
     def value(self, expr: Expr) -> Array:
-        """The dense matrix of an expression that has a size."""
+        """The dense matrix of an expression; what has no size of its own is as large as all parameters."""
         return self.dense(expr, self.length(expr.codomain, expr.codomain_params))
 
-    @singledispatchmethod
     def dense(self, expr: Expr, size: int) -> Array:
         """The dense matrix; ``size`` is the number of rows of what has no size of its own."""
+        if self.outer is None or not isinstance(expr, NamedExpr):
+            return self._dense(expr, size)
+        world, positions = self.outer
+        whole = world.value(expr)
+        whole = whole[positions] if expr.codomain == "parameters" else whole
+        return whole[:, positions] if expr.domain == "parameters" else whole
+
+    @singledispatchmethod
+    def _dense(self, expr: Expr, size: int) -> Array:
         raise TypeError(f"no stand-in for {expr}")
 
-    @dense.register
+    @_dense.register
     def _(self, expr: Matrix, size: int) -> Array:
-        return self._random(expr.letter, self.size, self.size, expr.symmetric)
+        matrix = self._random(expr.letter, self.size, self.size, expr.symmetric)
+        return matrix @ matrix.T + np.eye(self.size) if expr.definite else matrix
 
-    @dense.register
+    @_dense.register
     def _(self, expr: terms.Jacobian, size: int) -> Array:
         return self._random("jacobian", self.outputs, self.size)
 
-    @dense.register
+    @_dense.register
     def _(self, expr: terms.LossHessian, size: int) -> Array:
         return self._random("loss_hessian", self.outputs, self.outputs, True)
 
-    @dense.register(terms.GGN)
-    @dense.register(terms.Fisher)
+    @_dense.register(terms.GGN)
+    @_dense.register(terms.Fisher)
     def _(self, expr: Expr, size: int) -> Array:
         jacobian = self.value(terms.Jacobian())
         return jacobian.T @ self.value(terms.LossHessian()) @ jacobian
 
-    @dense.register(terms.MonteCarloGGN)
-    @dense.register(terms.MonteCarloFisher)
+    @_dense.register(terms.MonteCarloGGN)
+    @_dense.register(terms.MonteCarloFisher)
     def _(self, expr: Any, size: int) -> Array:
         return self._random(f"mc {expr.samples} {expr.seed}", self.size, self.size, True)
 
-    @dense.register(terms.Residual)
-    @dense.register(terms.Covariance)
-    @dense.register(terms.CenteredCovariance)
+    @_dense.register(terms.Residual)
+    @_dense.register(terms.Covariance)
+    @_dense.register(terms.CenteredCovariance)
     def _(self, expr: NamedExpr, size: int) -> Array:
         return self._random(expr.name, self.size, self.size, True)
 
-    @dense.register
+    @_dense.register
     def _(self, expr: terms.Hessian, size: int) -> Array:
         return self.value(terms.GGN()) + self.value(terms.Residual())
 
-    @dense.register
+    @_dense.register
     def _(self, expr: alg.IdentityExpr, size: int) -> Array:
         return np.eye(size)
 
-    @dense.register
+    @_dense.register
     def _(self, expr: alg.ZeroExpr, size: int) -> Array:
         if expr.domain is None:
             return np.zeros((size, size))
         rows, columns = (expr.codomain, expr.codomain_params), (expr.domain, expr.domain_params)
         return np.zeros((self.length(*rows), self.length(*columns)))
 
-    @dense.register
+    @_dense.register
+    def _(self, expr: alg.Diagonal, size: int) -> Array:
+        return np.diag(np.asarray(expr.values))
+
+    @_dense.register
+    def _(self, expr: alg.Kronecker, size: int) -> Array:
+        return reduce(np.kron, [np.asarray(factor) for factor in expr.factors])
+
+    @_dense.register
+    def _(self, expr: alg.LowRank, size: int) -> Array:
+        left = np.asarray(expr.left)
+        right = left if expr.right is None else np.asarray(expr.right)
+        core = np.eye(left.shape[1]) if expr.core is None else np.asarray(expr.core)
+        return left @ (np.diag(core) if core.ndim == 1 else core) @ right.T
+
+    @_dense.register
+    def _(self, expr: alg.Eigenbasis, size: int) -> Array:
+        basis = self.dense(expr.basis, size) if isinstance(expr.basis, alg.Kronecker) else np.asarray(expr.basis)
+        return basis * np.asarray(expr.values) @ basis.T
+
+    @_dense.register
     def _(self, expr: alg.Sum, size: int) -> Array:
         rows = self.length(expr.codomain, expr.codomain_params) if expr.codomain else size
         parts = [float(c) * self.dense(part, rows) for part, c in expr.coefficients.items()]
         return sum(parts, float(expr.shift) * np.eye(rows) if expr.shift else 0 * (parts[0] if parts else 0))
 
-    @dense.register
+    @_dense.register
     def _(self, expr: alg.Product, size: int) -> Array:
         return np.linalg.multi_dot([self.dense(f, size) for f in expr.factors])
 
-    @dense.register
+    @_dense.register
     def _(self, expr: alg.Transpose, size: int) -> Array:
         return self.dense(expr.expr, size).T
 
-    @dense.register
+    @_dense.register
     def _(self, expr: alg.Inverse, size: int) -> Array:
         return np.linalg.inv(self.dense(expr.expr, size))
 
-    @dense.register
+    @_dense.register
+    def _(self, expr: alg.SquareRoot, size: int) -> Array:
+        values, vectors = np.linalg.eigh(self.dense(expr.expr, size))
+        return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+
+    @_dense.register
+    def _(self, expr: alg.DiagonalPart, size: int) -> Array:
+        return np.diag(np.diag(self.dense(expr.expr, size)))
+
+    @_dense.register
+    def _(self, expr: alg.Nystrom, size: int) -> Array:
+        whole = self.dense(expr.expr, size)
+        random = self._random(f"test matrix {expr.seed}", len(whole), min(expr.rank, len(whole)))
+        image = whole @ (test := np.linalg.qr(random)[0])
+        return image @ np.linalg.pinv(test.T @ image, rcond=1e-9, hermitian=True) @ image.T
+
+    @_dense.register
     def _(self, expr: alg.Restriction, size: int) -> Array:
         keep, inner = self.positions(expr.params), self.dense(expr.expr, self.size)
         inner = inner[keep] if expr.expr.codomain == "parameters" else inner
         return inner[:, keep] if expr.expr.domain == "parameters" else inner
 
-    @dense.register
+    @_dense.register
     def _(self, expr: alg.BlockDiagonal, size: int) -> Array:
-        result = np.zeros((self.size, self.size))
         if isinstance(expr.what, Expr):
-            whole = self.dense(expr.what, self.size)
-            by = [(g,) for g in self.groups] if isinstance(expr.by, str) or expr.by is None else expr.by
-            for group in by:
-                at = np.ix_(self.positions(group), self.positions(group))
-                result[at] = whole[at]
-            return result
+            return self._diagonal_blocks(expr.what, expr.by)
+        result = np.zeros((self.size, self.size))
         for block in expr.what:
-            keep = self.positions(block.params)
-            result[np.ix_(keep, keep)] = self.dense(block.expr, len(keep))
+            keep = self.positions(block.params, block.joint)
+            result[np.ix_(keep, keep)] = self.inside(block.params, block.joint).dense(block.expr, len(keep))
         return result
+
+    def _diagonal_blocks(self, what: Expr, by: alg.Partition | None) -> Array:
+        whole = self.dense(what, self.length("parameters", what.domain_params))
+        layout = self.groups if what.domain_params is None else self.inside(what.domain_params).groups
+        modules: dict[str, list[str]] = {}
+        for name in layout:
+            modules.setdefault(name.rpartition(".")[0] if by == "module" else name, []).append(name)
+        result = np.zeros_like(whole)
+        for names in modules.values() if isinstance(by, str) or by is None else by:
+            keep = [i for name in names if name in layout for i in layout[name]]
+            result[np.ix_(keep, keep)] = whole[np.ix_(keep, keep)]
+        return result
+
+
+# -- what the laws are tried on -----------------------------------------------------------------------------------------
+
+GROUPS = {"a": (0, 1), "b": (2,), "m.w": (3, 4), "m.b": (5,)}
+"""Parameters of the witnesses' world, six numbers in all."""
+A, B, S, P, Q = (
+    Matrix("A"),
+    Matrix("B"),
+    Matrix("S", symmetric=True),
+    Matrix("P", definite=True),
+    Matrix("Q", definite=True),
+)
+_random = np.random.default_rng(0)
+D, E = alg.Diagonal(_random.standard_normal(6)), alg.Diagonal(_random.standard_normal(6))
+K, L = (alg.Kronecker(_random.standard_normal((2, 2)), _random.standard_normal((3, 3))) for _ in range(2))
+R = alg.LowRank(_random.standard_normal((6, 2)), _random.standard_normal((2, 2)), _random.standard_normal((6, 2)))
+_basis = np.linalg.qr(_random.standard_normal((6, 6)))[0]
+U, V = (alg.Eigenbasis(_basis, _random.standard_normal(6)) for _ in range(2))
+_factors = alg.Kronecker(*(np.linalg.qr(_random.standard_normal((n, n)))[0] for n in (2, 3)))
+X, Y = (alg.Eigenbasis(_factors, _random.standard_normal(6)) for _ in range(2))
+
+
+def blocks(*parts: tuple[Sequence[str], Expr], joint: bool = False) -> alg.BlockDiagonal:
+    """A complete block-diagonal of (names, expression); with ``joint``, blocks of several names are in joint layout."""
+    made = tuple(alg.Block(tuple(names), expr, joint=joint and len(names) > 1) for names, expr in parts)
+    return alg.BlockDiagonal(made, None, complete=True)
+
+
+FINE = blocks((["a"], A), (["b"], S), (["m.w"], 3 * alg.Identity), (["m.b"], P))
+COARSE = blocks((["a"], B), (["b"], P), (["m.w", "m.b"], A), joint=True)
+CROSSED = blocks((["a", "b"], 2 * alg.Identity - alg.Identity / 2), (["m.b", "m.w"], S))
