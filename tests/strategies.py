@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from curvalg.errors import ExpressionError
 from curvalg.expr import (
     GGN,
+    SOLVERS,
     Block,
     CenteredCovariance,
     Covariance,
@@ -27,8 +28,12 @@ from curvalg.expr import (
     Zero,
     ZeroExpr,
     block_diagonal,
+    diagonal_part,
+    inv_sqrt,
     inverse,
+    nystrom,
     restrict,
+    sqrt,
 )
 from curvalg.expr.node import Space
 
@@ -94,8 +99,8 @@ class _Grammar:
         rules = ["leaf"]
         if depth > 0:
             rules += ["sum", "sum", "transpose", "product", "product"]
-            rules += ["shift", "power", "inverse"] if kind[0] == kind[1] else []
-            rules += ["whole"] if kind == (P, P) else []
+            rules += ["shift", "power", "inverse", "root"] if kind[0] == kind[1] else []
+            rules += ["whole", "diagonal", "nystrom"] if kind == (P, P) else []
             rules += ["blocks"] if kind == (P, P) and params is None else []
             rules += ["restrict"] if P in kind and params is not None else []
         rule: Callable[[Kind, tuple[str, ...] | None, int], Expr] = getattr(self, self.draw(st.sampled_from(rules)))
@@ -137,6 +142,23 @@ class _Grammar:
         except ExpressionError:  # a sum that cancelled
             return expr
 
+    def root(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
+        expr = self.expression(kind, params, depth)
+        try:
+            return self.draw(st.sampled_from((sqrt, sqrt, inv_sqrt)))(expr)
+        except ExpressionError:  # zero, or known not to be positive semi-definite
+            return expr
+
+    def diagonal(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
+        return diagonal_part(self.expression(kind, params, depth))
+
+    def nystrom(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
+        expr = self.expression(kind, params, depth)
+        try:
+            return nystrom(expr, self.draw(st.integers(1, 3)), seed=self.draw(st.integers(0, 2)))
+        except ExpressionError:  # known not to be positive semi-definite
+            return expr
+
     def whole(self, kind: Kind, params: tuple[str, ...] | None, depth: int) -> Expr:
         groups = st.lists(self.names, min_size=1, max_size=2).map(tuple)
         by = self.draw(st.one_of(st.sampled_from(["parameter", "module"]), groups))
@@ -156,7 +178,7 @@ class _Grammar:
 INVERSE_OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {},
     optional={
-        "solver": st.sampled_from(["diagonal", "dense", "cg", "minres"]),
+        "solver": st.sampled_from(SOLVERS[1:]),
         "rtol": st.floats(0, 1),
         "atol": st.floats(0, 1),
         "maxiter": st.integers(1, 999),
