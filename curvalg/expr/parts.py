@@ -63,7 +63,7 @@ class Nystrom(SelfTransposed):
 def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
     """The Nyström approximation Â = (A Ω)(Ωᵀ A Ω)⁺(A Ω)ᵀ of low rank, with a random orthonormal Ω (D × rank).
 
-    A shift is kept exact: the approximation of A + c I is Â + c I. Frangella, Tropp and Udell 2023, arXiv 2110.02820.
+    A shift is kept exact: the approximation of A + c I is Â + c I, with the c of the simplified expression. Frangella, Tropp and Udell 2023, arXiv 2110.02820.
 
     Args:
         expr: an operator on parameters, symmetric and positive semi-definite apart from its shift.
@@ -82,9 +82,12 @@ def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
     for name, value, least in (("rank", rank, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ExpressionError(f"nystrom: {name} must be an integer ≥ {least}, got {value!r}")
-    shift = expr.shift if isinstance(expr, Sum) else 0
-    part = add([(expr, 1), (Identity, -shift)])
-    if isinstance(part, (IdentityExpr, ZeroExpr)):
+    # The shift of the normal form: one hidden in (A + c I).T must count too, or simplifying would change the matrix.
+    normal = expr.simplify()
+    shift = normal.shift if isinstance(normal, Sum) else 0
+    rest = add([(normal, 1), (Identity, -shift)])
+    if isinstance(rest, (IdentityExpr, ZeroExpr)):
         return expr
-    require_semidefinite(part, "nystrom")
+    require_semidefinite(rest, "nystrom")
+    part = add([(expr, 1), (Identity, -shift)])
     return add([(Nystrom(part, int(rank), int(seed)), 1), (Identity, shift)])

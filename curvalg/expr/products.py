@@ -68,9 +68,11 @@ class Product(Expr):
             return Facts()
         if not isinstance(form, Product):  # a number came to its front
             return Facts(symmetric=True)
-        # Aᵀ M A is positive semi-definite where M is, and Aᵀ A always.
-        middle = form.factors[len(form.factors) // 2].facts(loss) if len(form.factors) % 2 else Facts(psd=True)
-        return Facts(symmetric=True, psd=True if middle.psd else None)
+        # Aᵀ M A is positive semi-definite where M is, and Aᵀ A always; definite where all factors are, being invertible.
+        facts = [factor.facts(loss) for factor in form.factors]
+        psd = facts[len(facts) // 2].psd if len(facts) % 2 else True
+        definite = all(f.positive_definite for f in facts)
+        return Facts(symmetric=True, psd=psd or None, positive_definite=definite or None)
 
 
 def multiply(factors: Iterable[Expr]) -> Expr:

@@ -218,6 +218,10 @@ def test_a_shift_is_kept_out_of_a_nystrom_approximation() -> None:
     assert nystrom(G / 2 + 3 * Identity, 2, seed=1) == nystrom(G / 2, 2, seed=1) + 3 * Identity
     restricted = nystrom(restrict(G, "w") + Identity, 2)
     assert restricted == nystrom(restrict(G, "w"), 2) + Identity
+    hidden = (G @ G + 3 * Identity).T
+    assert nystrom(hidden, 2) == nystrom(hidden - 3 * Identity, 2) + 3 * Identity
+    assert nystrom(hidden, 2).simplify() == nystrom(G @ G, 2) + 3 * Identity
+    assert nystrom((3 * Identity).T, 2) == (3 * Identity).T
     assert nystrom(Definite() - 2 * Identity, 1) == nystrom(Definite(), 1) - 2 * Identity
 
 

@@ -145,17 +145,23 @@ def dense(expr: Expr, context: int) -> Matrix:
             assume(np.linalg.cond(inner) < 1e4)
             return np.linalg.inv(inner)
         case SquareRoot():
-            values, vectors = np.linalg.eigh(dense(expr.expr, rows))
+            values, vectors = np.linalg.eigh(trusted(dense(expr.expr, rows)))
             return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
         case DiagonalPart():
             return np.diag(np.diag(dense(expr.expr, rows)))
         case Nystrom():
-            return _nystrom(dense(expr.expr, rows), expr)
+            return _nystrom(trusted(dense(expr.expr, rows)), expr)
         case Restriction():
             return _restricted(expr, context)
         case BlockDiagonal():
             return _block_diagonal(expr)
     return np.eye(rows)
+
+
+def trusted(matrix: Matrix) -> Matrix:
+    """What roots and Nyström approximations take on trust where it is not known when written."""
+    assume(refuted(Facts(psd=True), matrix) is None)
+    return matrix
 
 
 def _nystrom(inner: Matrix, expr: Nystrom) -> Matrix:
@@ -288,6 +294,8 @@ CLAIMS: dict[str, tuple[Expr, Facts]] = {
     "gram": (N.T @ N, PSD),
     "sandwich": (J.T @ B @ J, PSD),
     "square": (S @ S, PSD),
+    "square of definite": (D @ D, DEFINITE),
+    "congruence of definite by definite": (D @ (S + Identity) @ D, DEFINITE),
     "congruence": (N @ StandIn("symmetric", 0) @ N.T, SYMMETRIC),
     "gram of a product": ((N @ A).T @ (N @ A), PSD),
     "gram of a transposed product": ((N @ A) @ (N @ A).T, PSD),

@@ -78,9 +78,9 @@ def test_simplification_keeps_the_value(expr):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(expressions() | valued() | sums_of_blocks(), st.permutations(LAWS))
-def test_the_order_of_the_laws_does_not_count(expr, laws):
-    assert simplified(expr, laws) == simplified(expr)
+@given(expressions() | valued() | sums_of_blocks(), st.randoms())
+def test_the_order_of_the_laws_does_not_count(expr, random):
+    assert simplified(expr, random.sample(LAWS, len(LAWS))) == simplified(expr)
 
 
 @settings(max_examples=100, deadline=None)
