@@ -63,7 +63,8 @@ class Nystrom(SelfTransposed):
 def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
     """The Nyström approximation Â = (A Ω)(Ωᵀ A Ω)⁺(A Ω)ᵀ of low rank, with a random orthonormal Ω (D × rank).
 
-    A shift is kept exact: the approximation of A + c I is Â + c I, with the c of the simplified expression. Frangella, Tropp and Udell 2023, arXiv 2110.02820.
+    A shift is kept exact: the approximation of A + c I is Â + c I, with the c of the simplified expression. Frangella,
+    Tropp and Udell 2023, arXiv 2110.02820.
 
     Args:
         expr: an operator on parameters, symmetric and positive semi-definite apart from its shift.

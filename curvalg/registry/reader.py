@@ -122,7 +122,7 @@ class Reader:
             return Identity
         if node.id in ("zero", "Zero"):
             return Zero
-        if node.id in RESERVED:
+        if node.id in RESERVED or node.id in self.calls:
             self.fail(node, f"{node.id!r} is a word of the syntax and no term; {ALLOWED}")
         with self.at(node):
             return self.registry.build(node.id)

@@ -224,6 +224,7 @@ def test_syntax(text: str, expected: Expr) -> None:
         ("ggn_mc(samples=0)", 0, "positive integer"),
         ("identity()", 0, "takes no options"),
         ("inverse", 0, "word of the syntax"),
+        ("2*sqrt", 2, "word of the syntax"),
         ("inverse(ggn, hessian)", 13, "expected inverse"),
         ("inverse(jacobian)", 0, "square"),
         ("inverse(ggn, tol=1)", 13, "its options are solver"),

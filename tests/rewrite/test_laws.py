@@ -12,10 +12,26 @@ from rewrite.worlds import sums_of_blocks, valued
 from strategies import expressions
 
 from curvalg import ExpressionError, Identity, inverse, restrict
-from curvalg.expr import GGN, Expr, Hessian, Jacobian, LossHessian, transpose
+from curvalg.expr import (
+    GGN,
+    Block,
+    BlockDiagonal,
+    DiagonalPart,
+    Expr,
+    Hessian,
+    Jacobian,
+    Kronecker,
+    LossHessian,
+    LowRank,
+    Product,
+    Sum,
+    diagonal_part,
+    multiply,
+    sqrt,
+    transpose,
+)
 from curvalg.rewrite import LAWS, Law, rewrite, simplify
-from curvalg.rewrite.laws import A, B, S
-from curvalg.rewrite.witness import GROUPS, DenseWorld
+from curvalg.rewrite.witness import GROUPS, A, B, DenseWorld, P, S
 
 WORLD = DenseWorld(GROUPS, outputs=4)
 WITNESSES = [(law, w) for law in LAWS for w in law.witnesses()]
@@ -41,6 +57,43 @@ def test_a_wrong_law_is_caught():
     )
     result = rewrite((A @ B).T, [wrong])
     assert not np.allclose(WORLD.value(result.expr), WORLD.value((A @ B).T))
+
+
+def _reversed_blocks(expr):
+    params = [block.params for block in expr.what][::-1]
+    blocks = tuple(Block(p, b.expr, joint=b.joint) for p, b in zip(params, expr.what))
+    return BlockDiagonal(blocks, None, expr.complete)
+
+
+SLIPS = {
+    "inverse of a product": lambda e: multiply(e.factors[::-1]) if isinstance(e, Product) else e,
+    "transpose of a Kronecker product": lambda e: (
+        Kronecker(*(f.T for f in e.factors)) if isinstance(e, Kronecker) else e
+    ),
+    "transpose of low rank": lambda e: LowRank(e.right, e.core.T, e.left),
+    "product of Kronecker products": lambda e: e.T if isinstance(e, Kronecker) else e,
+    "sum of diagonals": lambda e: e - 2 * e.shift * Identity if isinstance(e, Sum) else e,
+    "sum in one eigenbasis": lambda e: 2 * e,
+    "square of a root": lambda e: e @ sqrt(P) if isinstance(e, Product) else sqrt(e),
+    "sum over one partition": lambda e: _reversed_blocks(e) if isinstance(e, BlockDiagonal) and e.by is None else e,
+    "sum over different partitions": lambda e: e + Identity,
+    "shift of blocks": lambda e: BlockDiagonal(e.what + Identity, e.by) if e.by else e,
+    "diagonal part of blocks": lambda e: diagonal_part(2 * e.expr) if isinstance(e, DiagonalPart) else e,
+    "nested blocks": lambda e: BlockDiagonal(e.what[:-1], None),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_in_a_law_is_caught_by_its_witnesses(name):
+    law = next(law for law in LAWS if law.name == name)
+    slip = SLIPS[name]
+    values = [
+        (WORLD.value(w), WORLD.value(slip(right)))
+        for w in law.witnesses()
+        if (right := law.apply(w, law.loss)) is not None
+    ]
+    assert values
+    assert not all(np.allclose(value, wrong) for value, wrong in values)
 
 
 def test_laws_that_undo_each_other_are_an_error():

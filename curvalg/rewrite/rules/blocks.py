@@ -59,19 +59,18 @@ def of_sum(expr: Expr, loss: LossFacts | None = None) -> Expr | None:
     if not isinstance(expr, Sum):
         return None
     groups: dict[Hashable, list[Scaled]] = {}
-    pairs: list[tuple[Expr, Any]] = [(Identity, expr.shift)]
-    changed = False
+    pairs: list[tuple[Expr, Any]] = [(Identity, expr.shift), *([] if expr.space is None else [(expr.space, 1)])]
     for part, c in expr.coefficients.items():
         if (key := partition(part)) is not None and isinstance(part, BlockDiagonal):
             groups.setdefault(key, []).append((part, c))
         else:
             pairs.append((part, c))
     for operands in groups.values():
-        one = len(operands) == 1 and operands[0][1] == 1
-        merged = None if one else combined(operands)
-        pairs += operands if merged is None else [(merged, 1)]
-        changed = changed or merged is not None
-    return add(pairs) if changed else None
+        merged = combined(operands)
+        made = [combined([operand]) for operand in operands] if merged is None else [merged]
+        pairs += [(part, 1) for part in made if part is not None]
+    result = add(pairs)
+    return None if result == expr else result
 
 
 def of_shift(expr: Expr, loss: LossFacts | None) -> Expr | None:
