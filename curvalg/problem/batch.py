@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from curvalg.problem.noise import uniforms
 from curvalg.problem.outputs import OutputForm
 
 if TYPE_CHECKING:
+    from curvalg.problem.layers import LayerRecord, Recorded
     from curvalg.problem.losses import Loss, LossPoint
 
 Samples = Literal["item", "position"]
@@ -40,6 +41,7 @@ class Batch:
         number: called where samples are told apart by their running number; refuses data in random order.
         pullback: u -> Jᵀu (D,).
         per_sample: the gradients of all shares.
+        layers: makes the recording of the model's layers.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Batch:
         number: Callable[[], None],
         pullback: Callable[[Tensor], Tensor],
         per_sample: Callable[[Batch], dict[str, Tensor]],
+        layers: Callable[[], Recorded],
     ) -> None:
         self.output = output
         self.target = target
@@ -72,6 +75,7 @@ class Batch:
         self._share = 1.0 / denominator
         self._pullback = pullback
         self._per_sample = per_sample
+        self._layers = layers
         self._draws: dict[tuple[int, int, bool], Tensor] = {}
 
     @cached_property
@@ -241,16 +245,28 @@ class Batch:
         """
         return self._per_sample(self)
 
+    def layers(self, cotangents: Tensor) -> Iterator[LayerRecord]:
+        """The layers of the model on this batch: inputs and output deltas for columns s (K, *output.shape).
+
+        Raises:
+            ProblemError: samples of the batch influence each other (batch-norm in training mode).
+        """
+        yield from self._layers().records(cotangents)
+
     def sample_masks(self) -> list[Tensor]:
         """Masks (output's shape) that pick one sample each, in order."""
         shape = list(self.output.shape)
         if self.samples == "item":
-            return [self._mask((row,)) for row in range(shape[0])]
+            return self.row_masks()
         if self.class_axis is not None:
             shape[self.class_axis] = 1
         positions = torch.ones(shape, device=self.output.device).nonzero()
         axis = None if self.class_axis is None else self.class_axis % self.output.ndim
         return [self._mask(tuple(slice(None) if i == axis else int(k) for i, k in enumerate(p))) for p in positions]
+
+    def row_masks(self) -> list[Tensor]:
+        """Masks (output's shape) that pick one row each."""
+        return [self._mask((row,)) for row in range(self.output.shape[0])]
 
     def _mask(self, index: tuple[int | slice, ...]) -> Tensor:
         mask = torch.zeros_like(self.output)

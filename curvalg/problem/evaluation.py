@@ -16,6 +16,7 @@ from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError, StaleErro
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
+from curvalg.problem.layers import record_layers
 from curvalg.problem.model import called_wrongly, explain_failure, recording
 from curvalg.problem.outputs import OutputForm
 from curvalg.problem.per_sample import per_sample_gradients
@@ -137,6 +138,7 @@ class Evaluation:
             number=lambda: again().problem.number_samples(),
             pullback=lambda u: again().pull(u),
             per_sample=lambda batch: per_sample_gradients(again(), batch),
+            layers=lambda: record_layers(again()),
         )
 
     def again(self) -> Callable[[], Evaluation]:
@@ -155,6 +157,10 @@ class Evaluation:
             return Evaluation(live, state, sample)
 
         return make
+
+    def over(self, names: Sequence[str]) -> Evaluation:
+        """The same batch with only these parameters to be differentiated."""
+        return Evaluation(self.problem.restricted(names), self.snapshot, self.sample)
 
     def evaluate(self) -> Batch:
         """What terms see, by one model call without a graph."""

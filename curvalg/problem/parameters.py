@@ -103,6 +103,11 @@ class Layout:
         parts = vector.split(self.sizes)
         return {n: t.reshape(*s, *t.shape[1:]) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
 
+    def unflatten_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Vectors (K, D) as one tensor (K, *shape) per parameter, views in the vectors' dtype."""
+        parts = zip(self.shapes.items(), rows.split(self.sizes, 1), strict=True)
+        return {name: part.reshape(rows.shape[0], *shape) for (name, shape), part in parts}
+
     def tangents(self, vector: Tensor) -> list[Tensor]:
         """A vector (D,) as one tensor per parameter, in the parameter's shape and dtype."""
         parts = zip(vector.split(self.sizes), self.shapes.values(), self.dtypes.values(), strict=True)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from curvalg.problem.evaluation import Evaluation
 
 Gradients = dict[str, Tensor]
-Route = Callable[["Evaluation", Batch], Gradients]
+Route = Callable[["Evaluation", Batch, Tensor], Gradients]
+"""(evaluation, batch, cotangents of its rows) -> the gradients of every row."""
 
 
 class _Declined(Exception):
@@ -40,14 +41,31 @@ def per_sample_gradients(evaluation: Evaluation, batch: Batch) -> Gradients:
         ProblemError: samples influence each other through batch statistics.
     """
     problem = evaluation.problem
-    _refuse_batch_statistics(problem.model)
+    refuse_batch_statistics(problem.model)
+    if problem.samples == "item":
+        return row_gradients(evaluation, batch, batch.loss_gradient)
+    problem.per_sample_route, problem.per_sample_notes = LAST, ["BackPACK, torch.func: samples are positions, not rows"]
+    return _masked(evaluation, batch.loss_gradient, batch.sample_masks())
+
+
+def row_gradients(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gradients:
+    """∂⟨sₙ, zₙ⟩/∂θ for the rows n of a batch and one cotangent s of the output's shape, (n, *parameter.shape).
+
+    Raises:
+        ProblemError: samples influence each other through batch statistics.
+    """
+    problem = evaluation.problem
+    refuse_batch_statistics(problem.model)
     if problem.per_sample_route is None:
-        gradients, problem.per_sample_route, problem.per_sample_notes = _choose(evaluation, batch)
+        gradients, problem.per_sample_route, problem.per_sample_notes = _choose(evaluation, batch, cotangent)
         return gradients
-    return ROUTES[problem.per_sample_route](evaluation, batch)
+    return ROUTES[problem.per_sample_route](evaluation, batch, cotangent)
 
 
-def _refuse_batch_statistics(model: Model) -> None:
+def refuse_batch_statistics(model: Model) -> None:
+    """Raises:
+    ProblemError: rows of a batch influence each other.
+    """
     for name in model.batch_statistics:
         raise ProblemError(
             f"per-sample gradients are not defined while {name} normalises with batch statistics, since samples influence "
@@ -55,13 +73,13 @@ def _refuse_batch_statistics(model: Model) -> None:
         )
 
 
-def _choose(evaluation: Evaluation, batch: Batch) -> tuple[Gradients, str, list[str]]:
+def _choose(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> tuple[Gradients, str, list[str]]:
     notes = []
     for name, route in ROUTES.items():
         try:
-            gradients = route(evaluation, batch)
+            gradients = route(evaluation, batch, cotangent)
             if name != LAST:
-                _verify(evaluation, batch, gradients)
+                _verify(evaluation, batch, cotangent, gradients)
         except _Declined as reason:
             notes.append(f"{name}: {reason}")
         except CurvalgError:
@@ -75,7 +93,7 @@ def _choose(evaluation: Evaluation, batch: Batch) -> tuple[Gradients, str, list[
     raise AssertionError("unreachable: the last route either returns or raises")
 
 
-def _verify(evaluation: Evaluation, batch: Batch, gradients: Gradients) -> None:
+def _verify(evaluation: Evaluation, batch: Batch, cotangent: Tensor, gradients: Gradients) -> None:
     """Compare Σ wₙ ∇cₙ for random positive weights w with one backward pass.
 
     The plain sum would not notice gradients that are attributed to the wrong samples.
@@ -85,7 +103,7 @@ def _verify(evaluation: Evaluation, batch: Batch, gradients: Gradients) -> None:
         raise _Declined("the first axis of its result is not the samples")
     z = batch.output
     weights = 0.5 + uniforms(0, 1, 0, (n,), z.dtype, z.device)[0]
-    expected = batch.vjp(batch.loss_gradient * weights.reshape(-1, *[1] * (z.ndim - 1)))
+    expected = evaluation.pull(cotangent * weights.reshape(-1, *[1] * (z.ndim - 1)))
     summed = {name: torch.tensordot(weights.to(g.dtype), g, 1) for name, g in gradients.items()}
     got = evaluation.problem.layout.flatten(summed)
     tolerance = 1e3 * torch.finfo(z.dtype).eps * (expected.abs().max() + got.abs().max())
@@ -107,11 +125,9 @@ _BACKPACK = (
 )
 
 
-def _by_backpack(evaluation: Evaluation, batch: Batch) -> Gradients:
+def _by_backpack(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gradients:
     problem = evaluation.problem
     model = problem.model
-    if problem.samples == "position":
-        raise _Declined("samples are positions, not rows")
     if not isinstance(model, ModuleModel) or problem.draws.mode == "frozen":
         raise _Declined("needs a module without random layers")
     _check_structure(model)
@@ -129,7 +145,7 @@ def _by_backpack(evaluation: Evaluation, batch: Batch) -> Gradients:
         if not isinstance(z, Tensor):
             raise _Declined("the model has several outputs")
         with backpack(BatchGrad()):
-            (z * batch.loss_gradient.to(z.dtype)).sum().backward()
+            (z * cotangent.to(z.dtype)).sum().backward()
     if any(calls[module] != 1 for module in calls):
         raise _Declined("a layer with parameters is used more than once, or never")
     own = dict(twin.named_parameters())
@@ -181,36 +197,38 @@ def _count_calls(twin: nn.Module) -> dict[nn.Module, int]:
 # -- torch.func ---------------------------------------------------------------------------------------------------------
 
 
-def _by_torch_func(evaluation: Evaluation, batch: Batch) -> Gradients:
+def _by_torch_func(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gradients:
     problem, sample = evaluation.problem, evaluation.sample
-    if problem.samples == "position":
-        raise _Declined("samples are positions, not rows")
     if problem.draws.mode == "frozen":
         raise _Declined("random draws of a batch cannot be replayed row by row")
     tensors = trees.tensors(sample.batch)
     dims = [0 if t.ndim and t.shape[0] == sample.rows else None for t in tensors]
     leaves = evaluation.values()
 
-    def gradient(rows: list[Tensor], cotangent: Tensor) -> list[Tensor]:
+    def gradient(rows: list[Tensor], own: Tensor) -> list[Tensor]:
         given = iter([t if dim is None else t[None] for t, dim in zip(rows, dims, strict=True)])
         row = Sample(trees.tensor_map(lambda _: next(given), sample.batch), None, 1, 0, sample.index)
         pull = torch.func.vjp(lambda ps: evaluation.run(ps, row)[0], leaves)[1]
-        return pull(cotangent[None])[0]  # type: ignore[no-any-return]
+        return pull(own[None])[0]  # type: ignore[no-any-return]
 
-    gradients = torch.func.vmap(gradient, in_dims=(dims, 0))(tensors, batch.loss_gradient)
+    gradients = torch.func.vmap(gradient, in_dims=(dims, 0))(tensors, cotangent)
     return dict(zip(problem.layout.names, gradients, strict=True))
 
 
 # -- sample by sample -----------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(evaluation: Evaluation, batch: Batch) -> Gradients:
+def _one_by_one(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gradients:
+    return _masked(evaluation, cotangent, batch.row_masks())
+
+
+def _masked(evaluation: Evaluation, cotangent: Tensor, masks: list[Tensor]) -> Gradients:
     from curvalg.problem.evaluation import backward
 
     z, leaves, _ = evaluation.record()
     rows = []
-    for mask in batch.sample_masks():
-        grads = backward([z], leaves, [mask * batch.loss_gradient], retain_graph=True)
+    for mask in masks:
+        grads = backward([z], leaves, [mask * cotangent], retain_graph=True)
         rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)])
     names = evaluation.problem.layout.names
     return {name: torch.stack(column).detach() for name, column in zip(names, zip(*rows, strict=True), strict=True)}

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from curvalg.errors import LossError, ProblemError
 from curvalg.expr.facts import LossFacts
+from curvalg.expr.term import Term
 from curvalg.problem import parameters as params_
 from curvalg.problem import trees
 from curvalg.problem.batch import Samples
@@ -124,6 +125,7 @@ class Problem:
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
         self._totals: Totals | None = None
+        self._factor_columns: dict[Term, int] = {}
         self._reset()
 
     def _reset(self) -> None:
@@ -133,6 +135,8 @@ class Problem:
         self._writes_inputs: bool | None = None
         self.per_sample_route: str | None = None
         self.per_sample_notes: list[str] = []
+        self.layer_notes: dict[str, str] = {}
+        self.layers_verified = False
         self._snapshot: Snapshot | None = None
         self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
         self._restrictions: dict[tuple[str, ...], Problem] = {}
@@ -296,6 +300,14 @@ class Problem:
         for sample in tqdm(samples, "batches", leave=False, disable=not self.progress):
             yield Evaluation(self, snapshot, sample)
 
+    def factor_columns(self, term: Term) -> int:
+        """How many columns a row has in the factor of a term, told from the first batch by one model call."""
+        if term not in self._factor_columns:
+            with self.differentiating():
+                first = next(iter(self.evaluations(self.snapshot())))
+                self._factor_columns[term] = term.factor_columns(first.evaluate())
+        return self._factor_columns[term]
+
     def number_samples(self) -> None:
         """From now on samples are told apart by their running number: another order is an error.
 
@@ -378,6 +390,7 @@ class Problem:
             twin.model.chosen = {name: self.model.chosen[name] for name in names}
             twin.layout = Layout(twin.model.chosen)
             twin.dtype = twin.layout.dtype
+            twin._snapshot = self.snapshot()
             self._restrictions[key] = twin
         return self._restrictions[key]
 

@@ -1,0 +1,179 @@
+"""The contract of a layer's record."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from curvalg.errors import StaleError
+
+Kind = Literal["dense", "scale", "embedding", "shift", "explicit", "zero", "joint"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which parameters a record is about, and where they live.
+
+    Args:
+        params: names in the problem's layout.
+        name: qualified name of the module that owns the first of them.
+        module: that module.
+        shapes: of the parameters.
+    """
+
+    params: tuple[str, ...]
+    name: str
+    module: nn.Module | None
+    shapes: Mapping[str, torch.Size]
+
+    def of(self, names: Collection[str]) -> Place:
+        """The same place for some of its parameters."""
+        return replace(self, params=tuple(name for name in self.params if name in names))
+
+
+class LayerRecord(ABC):
+    """Gradients gₖₙ = ∂⟨sₖₙ, zₙ⟩/∂θ of one layer's parameters, for all columns k and rows n of a batch.
+
+    They are held as layer inputs h and output deltas δ, which is what makes products with them cheap: for a dense layer
+    gₖₙ = Σₜ δₖₙₜ hₙₜᵀ for the weight and Σₜ δₖₙₜ for the bias, with t over the positions that share the weight (tokens,
+    places of a convolution, repeated uses).
+
+    Attributes:
+        kind: "dense" (linear layers and convolutions), "scale" (an elementwise factor, gₖₙ = Σₜ δₖₙₜ ∘ hₙₜ: the affine part of
+            normalisation layers), "embedding" (row hₙₜ of the gradient gets δₖₙₜ), "shift" (an added parameter,
+            gₖₙ = Σₜ δₖₙₜ), "explicit" (the flattened gradients themselves, as deltas with T = 1), "zero" (the output does
+            not depend on the parameters), "joint" (several of these).
+        params: names in ``problem.layout`` that this record covers, such as ("0.weight", "0.bias").
+        name: qualified name of the module that owns the first of them, "" for the root.
+        module: that module, or None.
+        columns: K.
+        rows: n.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, place: Place, columns: int, rows: int) -> None:
+        self.place = place
+        self.params = place.params
+        self.name = place.name
+        self.module = place.module
+        self.columns = columns
+        self.rows = rows
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of the distinct tensors that are held."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Tensor | None:
+        """h of shape (n, T, in): patches of a convolution, integers (n, T) of an embedding, normalised inputs of a scale.
+
+        (groups, n, T, in) where a convolution has groups; None where the gradient does not depend on it.
+        """
+
+    @property
+    @abstractmethod
+    def deltas(self) -> Tensor:
+        """δ of shape (K, n, T, out), or (groups, K, n, T, out) where a convolution has groups."""
+
+    @abstractmethod
+    def select(self, names: Collection[str]) -> LayerRecord | None:
+        """The same record for some of its parameters; None if it has none of them."""
+
+    @abstractmethod
+    def project(self, directions: Mapping[str, Tensor]) -> Tensor:
+        """⟨gₖₙ, vₚ⟩, shape (P, K, n).
+
+        Args:
+            directions: name -> (P, *parameter.shape); missing names count as zero, names of other layers are ignored.
+        """
+
+    @abstractmethod
+    def combine(self, weights: Tensor) -> dict[str, Tensor]:
+        """Σₖₙ wₚₖₙ gₖₙ for weights (P, K, n), by parameter (P, *parameter.shape)."""
+
+    @abstractmethod
+    def squares(self) -> dict[str, Tensor]:
+        """Σₖₙ gₖₙ² by parameter, of its shape."""
+
+    @abstractmethod
+    def explicit(self) -> dict[str, Tensor]:
+        """gₖₙ by parameter, (K, n, *parameter.shape): memory as of K·n gradients."""
+
+    def gram(self, other: LayerRecord) -> Tensor:
+        """⟨gₖₙ, g'ₖ'ₙ'⟩ with the gradients of the same parameters on any batch, shape (K, n, K', n').
+
+        Raises:
+            ValueError: the other record is of other parameters.
+        """
+        if set(other.params) != set(self.params):
+            raise ValueError(f"expected a record of the parameters {self.params}, got one of {other.params}")
+        # A parameter may be used in another way on another batch (a branch that depends on the data).
+        return self._gram(other) if type(other) is type(self) else self._gram_explicit(other)
+
+    @abstractmethod
+    def _gram(self, other: LayerRecord) -> Tensor:
+        """The same, where the other is of this class."""
+
+    def _gram_explicit(self, other: LayerRecord) -> Tensor:
+        left, right = self.explicit(), other.explicit()
+        shape = (self.columns, self.rows, other.columns, other.rows)
+        parts = [left[p].reshape(shape[0] * shape[1], -1) @ right[p].reshape(shape[2] * shape[3], -1).T for p in left]
+        return torch.stack(parts).sum(0).reshape(shape)
+
+    def _directions(self, directions: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+        """P, and the directions of this record's parameters."""
+        count = next((v.shape[0] for v in directions.values()), 0)
+        return count, {name: directions[name] for name in self.params if name in directions}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.params)
+        return f"LayerRecord({self.kind} of {shown}; {self.columns} columns, {self.rows} rows)"
+
+
+class Held:
+    """A layer input that must not change as long as it is used: it may be the user's own data.
+
+    Args:
+        tensor: the input.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    @property
+    def tensor(self) -> Tensor:
+        """The input.
+
+        Raises:
+            StaleError: it was written into.
+        """
+        if self._tensor._version != self._version:
+            raise StaleError(
+                "a layer input that a recording holds was changed in place (the data, or a tensor of the model); call "
+                "problem.close() and operator.refresh(), or pass cache=0"
+            )
+        return self._tensor
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Memory of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+LIMIT = 2**28
+"""Bytes that an intermediate result may take."""
+
+
+def steps(count: int, elements: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of ``count`` things of so many elements each, none larger than the limit unless a single one is."""
+    width = max(1, min(count, LIMIT // max(1, elements * dtype.itemsize)))
+    return [slice(at, min(at + width, count)) for at in range(0, count, width)]

@@ -1,0 +1,225 @@
+"""One use of parameters in a forward pass: what its inputs and deltas are."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvalg.problem.layers.dense import WeightForm
+from curvalg.problem.layers.record import Kind
+
+
+class Declined(Exception):
+    """Inputs and deltas do not give a parameter's gradients; the message says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a registered function.
+
+    Args:
+        values: its arguments by name; those not given are missing.
+        leaves: argument -> name of the parameter that stands there.
+        output: what it returned.
+        edge: where the gradient with respect to the output arrives. Unlike the tensor, it stays what it is when the output
+            is later modified in place.
+    """
+
+    values: Mapping[str, Any]
+    leaves: Mapping[str, str]
+    output: Tensor
+    edge: GradientEdge
+
+    def roles(self, *allowed: str) -> dict[str, str]:
+        """The parameters by argument.
+
+        Raises:
+            Declined: a parameter stands for another argument than the allowed ones.
+        """
+        if other := sorted(self.leaves.keys() - set(allowed)):
+            raise Declined(f"it stands for the argument {other[0]!r}")
+        if len(set(self.leaves.values())) < len(self.leaves):
+            raise Declined("it stands for several arguments of one call")
+        return dict(self.leaves)
+
+
+class Use(ABC):
+    """Some parameters in one call of a function.
+
+    Args:
+        call: the call.
+        roles: "weight" and "bias" -> names of the parameters.
+        source: the tensor that inputs are made from; held without its graph.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, call: Call, roles: Mapping[str, str], source: Tensor | None) -> None:
+        self.roles = dict(roles)
+        self.edge = call.edge
+        self.output_shape = call.output.shape
+        self._source = None if source is None else source.detach()
+        self._version = 0 if source is None else source._version
+
+    @property
+    def source(self) -> Tensor:
+        """The tensor that inputs are made from.
+
+        Raises:
+            Declined: it is no longer what it was in the call.
+        """
+        assert self._source is not None
+        if self._source._version != self._version:
+            raise Declined("the input of its layer is modified in place afterwards")
+        return self._source
+
+    @property
+    def form(self) -> Any:
+        """Uses of one parameter can be put together where this is equal."""
+        return None
+
+    @abstractmethod
+    def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """h as the record of this kind takes it."""
+
+    @abstractmethod
+    def deltas(self, gradient: Tensor, rows: int) -> Tensor:
+        """δ as the record of this kind takes it, from the gradient with respect to the output (K, *output.shape)."""
+
+    def shifts(self, gradient: Tensor, rows: int) -> Tensor:
+        """δ of an added parameter, (K, n, T, size)."""
+        return self.deltas(gradient, rows)
+
+
+class DenseUse(Use):
+    """A linear map of a last axis, or of patches.
+
+    Args:
+        call: the call.
+        form: of the weight; of the bias alone its groups count.
+        unfold: source -> (N, ..., groups, in) for a source with N rows.
+        channels: the axis of the output that holds the outputs of the map.
+    """
+
+    kind = "dense"
+
+    def __init__(self, call: Call, form: WeightForm, unfold: Callable[[Tensor], Tensor], channels: int) -> None:
+        roles = call.roles("weight", "bias")
+        super().__init__(call, roles, call.values["input"] if "weight" in roles else None)
+        self._form = form
+        self._unfold = unfold
+        self._channels = channels
+
+    @property
+    def form(self) -> WeightForm:
+        return self._form
+
+    def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
+        source = self.source
+        check_rows(source.shape, rows)
+        patches = self._unfold(source.to(dtype))
+        return patches.reshape(rows, -1, *patches.shape[-2:]).permute(2, 0, 1, 3).contiguous()
+
+    def deltas(self, gradient: Tensor, rows: int) -> Tensor:
+        check_rows(gradient.shape[1:], rows)
+        last = gradient.movedim(self._channels if self._channels < 0 else self._channels + 1, -1)
+        # The rows may be cut into several along axis 0, whose parts are then positions as well.
+        parts = last.reshape(last.shape[0], rows, -1, self._form.groups, last.shape[-1] // self._form.groups)
+        return parts.permute(3, 0, 1, 2, 4).contiguous()
+
+    def shifts(self, gradient: Tensor, rows: int) -> Tensor:
+        return self.deltas(gradient, rows).permute(1, 2, 3, 0, 4).flatten(3)
+
+
+class ElementUse(Use):
+    """Parameters that are multiplied or added elementwise, broadcast over positions.
+
+    Args:
+        call: the call.
+        roles: "weight" and "bias" -> names of the parameters.
+        shape: of the parameters, aligned with the last axes of the output.
+        source: what the input is made from; None where nothing is multiplied.
+        normalise: source -> the factor of the weight, of the output's shape up to broadcasting.
+        sign: -1 where the parameter is subtracted.
+    """
+
+    kind = "scale"
+
+    def __init__(
+        self,
+        call: Call,
+        roles: Mapping[str, str],
+        shape: torch.Size,
+        source: Tensor | None,
+        normalise: Callable[[Tensor], Tensor] = lambda source: source,
+        sign: int = 1,
+    ) -> None:
+        super().__init__(call, roles, source)
+        self._shape = shape
+        self._normalise = normalise
+        self._sign = sign
+
+    def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
+        factor = self._normalise(self.source).to(dtype).expand(self.output_shape)
+        return by_position(factor[None], self._shape, rows)[0]
+
+    def deltas(self, gradient: Tensor, rows: int) -> Tensor:
+        signed = gradient if self._sign == 1 else -gradient
+        return by_position(signed, self._shape, rows)
+
+
+class EmbeddingUse(Use):
+    """Rows of a table, picked by indices.
+
+    Args:
+        call: the call.
+        padding: the index whose row gets no gradient, or None.
+    """
+
+    kind = "embedding"
+
+    def __init__(self, call: Call, padding: int | None) -> None:
+        super().__init__(call, call.roles("weight"), call.values["input"])
+        self._padding = padding
+
+    def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
+        indices = self.source
+        check_rows(indices.shape, rows)
+        return indices.reshape(rows, -1).long()
+
+    def deltas(self, gradient: Tensor, rows: int) -> Tensor:
+        check_rows(gradient.shape[1:], rows)
+        if self._padding is not None:
+            gradient = gradient * (self.source != self._padding)[..., None]
+        return gradient.reshape(gradient.shape[0], rows, -1, gradient.shape[-1]).contiguous()
+
+
+def check_rows(shape: torch.Size, rows: int) -> None:
+    """Raises:
+    Declined: axis 0 cannot be the rows of the batch, or several positions of each.
+    """
+    if not shape or shape[0] % rows:
+        raise Declined(
+            f"the first axis of a tensor of shape {tuple(shape)} is not made of the {rows} rows of the batch"
+        )
+
+
+def by_position(tensor: Tensor, shape: torch.Size, rows: int) -> Tensor:
+    """A tensor (K, N, ...) as (K, n, T, size): T are the axes along which a parameter of this shape is broadcast."""
+    full = tensor.shape[1:]
+    check_rows(full, rows)
+    aligned = (1,) * (len(full) - len(shape)) + tuple(shape)
+    if len(aligned) > len(full) or aligned[0] != 1:
+        raise Declined("it has numbers of its own for every row of the batch")
+    parts = tensor.reshape(tensor.shape[0], rows, full[0] // rows, *full[1:])
+    shared = [axis + 2 for axis in range(1, len(full)) if aligned[axis] == 1]
+    own = [axis + 2 for axis in range(1, len(full)) if aligned[axis] != 1]
+    count = math.prod(parts.shape[axis] for axis in [2, *shared])
+    return parts.permute(0, 1, 2, *shared, *own).reshape(tensor.shape[0], rows, count, -1).contiguous()
