@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ class ArrayLeaf(Expr):
         self.origin = None
 
     token: str
+    _facts: Facts
     history: History | None
     """For a leaf that :meth:`derived` made, the operation and its operands by their tokens."""
     origin: Expr | None
@@ -73,6 +74,12 @@ class ArrayLeaf(Expr):
     def __hash__(self) -> int:
         return hash(self.token)
 
+    def _remembered(self, find: Callable[[], Facts]) -> Facts:
+        # Looking at all entries takes time, and facts are asked for at every step of a simplification.
+        if "_facts" not in self.__dict__:
+            self._facts = find()
+        return self._facts
+
     @property
     def size(self) -> int:
         """Number of rows (and columns)."""
@@ -110,8 +117,20 @@ def _square(value: Any, what: str) -> Any:
     return value
 
 
+_PRECISION = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 1e-3, "bfloat16": 8e-3}
+
+
 def _symmetric(matrix: Any) -> bool:
-    return bool((matrix == matrix.T).all())
+    """Whether a matrix equals its transpose up to rounding: H Hᵀ as BLAS computes it often does not to the last bit."""
+    if not matrix.shape[0]:
+        return True
+    allowed = 8 * _PRECISION.get(_dtype(matrix), 0.0) * float(abs(matrix).max())
+    return bool(float(abs(matrix - matrix.T).max()) <= allowed)
+
+
+def _facts_of_values(values: Any) -> Facts:
+    psd = bool((values >= 0).all())
+    return Facts(symmetric=True, psd=psd, positive_definite=bool((values > 0).all()))
 
 
 class Diagonal(ArrayLeaf):
@@ -138,8 +157,7 @@ class Diagonal(ArrayLeaf):
         return (self.values,)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
-        psd = bool((self.values >= 0).all())
-        return Facts(symmetric=True, psd=psd, positive_definite=bool((self.values > 0).all()))
+        return self._remembered(lambda: _facts_of_values(self.values))
 
 
 class Kronecker(ArrayLeaf):
@@ -176,7 +194,7 @@ class Kronecker(ArrayLeaf):
     def facts(self, loss: LossFacts | None = None) -> Facts:
         if self.origin is not None and (known := self.origin.facts(loss)).symmetric:
             return known
-        return Facts(symmetric=True if all(_symmetric(f) for f in self.factors) else None)
+        return self._remembered(lambda: Facts(symmetric=True if all(map(_symmetric, self.factors)) else None))
 
 
 class LowRank(ArrayLeaf):
@@ -221,7 +239,7 @@ class LowRank(ArrayLeaf):
             return Facts(psd=True)
         if self.core.ndim == 1:
             return Facts(symmetric=True, psd=True if bool((self.core >= 0).all()) else None)
-        return Facts(symmetric=True if _symmetric(self.core) else None)
+        return self._remembered(lambda: Facts(symmetric=True if _symmetric(self.core) else None))
 
 
 class Eigenbasis(ArrayLeaf):
@@ -254,5 +272,4 @@ class Eigenbasis(ArrayLeaf):
         return (self.values, *basis)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
-        psd = bool((self.values >= 0).all())
-        return Facts(symmetric=True, psd=psd, positive_definite=bool((self.values > 0).all()))
+        return self._remembered(lambda: _facts_of_values(self.values))

@@ -24,7 +24,8 @@ REQUIRED: Any = inspect.Parameter.empty
 """Default of an option that must be given."""
 
 RESERVED = frozenset(
-    {"identity", "Identity", "zero", "Zero", "inverse", "block_diagonal", "block", "restrict", "term", "inf", "nan"}
+    ("identity", "Identity", "zero", "Zero", "inverse", "block_diagonal", "block", "restrict", "term", "inf", "nan")
+    + ("sqrt", "inv_sqrt", "diagonal_part", "nystrom")
 )
 """Words of the expression syntax; no term can be called so."""
 

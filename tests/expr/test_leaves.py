@@ -91,3 +91,14 @@ def test_facts(lib: Any) -> None:
     assert LowRank(skew, eye).facts() == Facts(symmetric=True)
     assert LowRank(skew, skew).facts() == Facts()
     assert LowRank(skew, None, eye).facts() == Facts()
+
+
+def test_rounding_does_not_take_symmetry_away():
+    half = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    gram = half @ half.T
+    skewed = gram + gram.abs().max() * 1e-5 * torch.randn(40, 40).triu(1)
+    assert Kronecker(gram, gram.double()).facts().symmetric is True
+    assert Kronecker(gram, skewed).facts().symmetric is None
+    off = gram.double().clone()
+    off[3, 7] += 1e-7 * float(gram.abs().max())
+    assert Kronecker(off).facts().symmetric is None
