@@ -1,63 +1,96 @@
-"""Binding matrix terms: one pass (two where a term prepares) that turns each into a structured expression."""
+"""Binding: the matrices that need passes over the data become structured leaves, made once and kept on the problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from curvalg.errors import ExpressionError
-from curvalg.expr import Block, BlockDiagonal, Inverse, Restriction, inverse
+from curvalg.expr import (
+    Block,
+    BlockDiagonal,
+    DiagonalPart,
+    Inverse,
+    Nystrom,
+    Restriction,
+    inverse,
+    restrict,
+)
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
-from curvalg.lowering.planner import is_local, matrix_terms, partition
+from curvalg.lowering.forms import Matrix, Product
+from curvalg.lowering.parts import exact_diagonal, nystrom
+from curvalg.lowering.resolve import resolve
+from curvalg.lowering.submatrices import block_problem, is_local
 from curvalg.problem import Problem, Snapshot, trees
+from curvalg.rewrite import simplify
+
+Planner = Callable[[Expr, Problem], Product]
 
 
-def bind(expr: Expr, problem: Problem, snapshot: Snapshot) -> Expr:
-    """The expression with every matrix term replaced by what it finishes as.
+def unbound(expr: Expr) -> list[Expr]:
+    """Everything in an expression that needs a pass over the data to become a matrix, each once.
+
+    Matrices of preconditioners are included.
+    """
+    if isinstance(expr, (MatrixTerm, DiagonalPart, Nystrom)):
+        return [expr]
+    parts = list(expr.children)
+    if isinstance(expr, Inverse) and expr.preconditioner is not None:
+        parts.append(expr.preconditioner)
+    return list(dict.fromkeys(term for part in parts for term in unbound(part)))
+
+
+def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:
+    """The expression with everything unbound replaced by what it finishes as.
 
     Matrices are kept on the problem, so that an expression that differs only in other parts reuses them.
     """
-    if isinstance(expr, MatrixTerm):
-        return _matrix(expr, problem, snapshot)
-    if not matrix_terms(expr):
+    if not unbound(expr):
         return expr
-    if isinstance(expr, Restriction) and is_local(expr.expr):
+    if isinstance(expr, MatrixTerm):
+        _accumulate([expr], problem, snapshot)
+        return resolve(problem.kept(snapshot)["matrix", expr], problem)
+    if isinstance(expr, (DiagonalPart, Nystrom)):
+        return _computed(expr, problem, snapshot, planner)
+    if isinstance(expr, Restriction):
         # The methods of a term see the restricted problem only; the finished matrix is square in it already.
-        inner = bind(expr.expr, problem.restricted(expr.params), snapshot)
-        return expr.rebuild((inner,))
-    if isinstance(expr, BlockDiagonal) and (not isinstance(expr.what, Expr) or is_local(expr.what)):
-        return _bind_blocks(expr, problem, snapshot)
-    _accumulate(matrix_terms_here(expr), problem, snapshot)
+        on = problem.restricted(expr.params) if is_local(expr.expr) else problem
+        return expr.rebuild((bind(expr.expr, on, snapshot, planner),))
+    if isinstance(expr, BlockDiagonal) and isinstance(expr.what, tuple):
+        blocks = [
+            Block(b.params, bind(b.expr, block_problem(problem, b), snapshot, planner), joint=b.joint)
+            for b in expr.what
+        ]
+        return BlockDiagonal(tuple(blocks), None, expr.complete)
+    _accumulate(_matrix_terms_here(expr), problem, snapshot)
     if isinstance(expr, Inverse):
         options = expr.options
         if expr.preconditioner is not None:
-            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot)
-        return inverse(bind(expr.expr, problem, snapshot), **options)
-    return expr.rebuild(tuple(bind(child, problem, snapshot) for child in expr.children))
+            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot, planner)
+        return inverse(bind(expr.expr, problem, snapshot, planner), **options)
+    return expr.rebuild(tuple(bind(child, problem, snapshot, planner) for child in expr.children))
 
 
-def matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
-    """Matrix terms of an expression outside of restrictions and blocks."""
+def _computed(expr: DiagonalPart | Nystrom, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:
+    """The leaf of a diagonal or a Nyström approximation, which take products with what is inside."""
+    params = expr.domain_params
+    kept = problem.kept(snapshot)
+    if ("matrix", expr) not in kept:
+        inner = simplify(bind(expr.expr, problem, snapshot, planner), problem.facts).expr
+        matrix = Matrix(inner, problem, planner)
+        leaf = exact_diagonal(matrix, snapshot) if isinstance(expr, DiagonalPart) else nystrom(expr, matrix, snapshot)
+        kept["matrix", expr] = leaf if params is None else restrict(leaf, params)
+    return kept["matrix", expr]  # type: ignore[no-any-return]
+
+
+def _matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
+    """Matrix terms of an expression outside of restrictions and blocks; one pass serves all of them."""
     if isinstance(expr, MatrixTerm):
         return [expr]
     if isinstance(expr, (Restriction, BlockDiagonal)):
         return []
-    return list(dict.fromkeys(term for child in expr.children for term in matrix_terms_here(child)))
-
-
-def _bind_blocks(expr: BlockDiagonal, problem: Problem, snapshot: Snapshot) -> Expr:
-    if isinstance(expr.what, Expr):
-        blocks = [Block(group, expr.what) for group in partition(expr.by, problem)]
-    else:
-        blocks = list(expr.what)
-    bound = [Block(b.params, bind(b.expr, problem.restricted(b.params), snapshot), joint=b.joint) for b in blocks]
-    return BlockDiagonal(tuple(bound), None)
-
-
-def _matrix(term: MatrixTerm, problem: Problem, snapshot: Snapshot) -> Expr:
-    _accumulate([term], problem, snapshot)
-    return problem.kept(snapshot)["matrix", term]  # type: ignore[no-any-return]
+    return list(dict.fromkeys(term for child in expr.children for term in _matrix_terms_here(child)))
 
 
 def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -> None:
@@ -72,8 +105,8 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
         matrix = term.finish(stats[term], problem.layout, prepared.get(term))
         if not isinstance(matrix, Expr):
             raise ExpressionError(f"{term.label}.finish must return an expression, got {type(matrix).__name__}")
-        if matrix_terms(matrix):
-            raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} has matrix terms in it")
+        if unbound(matrix):
+            raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} needs data itself")
         kept["matrix", term] = matrix
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from curvalg.lowering.plan import indent
+from curvalg.lowering.lines import indent
 
 if TYPE_CHECKING:
     from curvalg.lowering.operator import CurvatureOperator

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
-import numpy as np
-import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, ExpressionError, ProblemError, VectorError
+from curvalg.errors import ConvergenceError, ExpressionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr
-from curvalg.lowering.bind import bind
+from curvalg.lowering.bind import bind, unbound
+from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.finite import require_finite
+from curvalg.lowering.forms import Matrix, find
 from curvalg.lowering.linearization import linearization
-from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan, output_sizes
-from curvalg.lowering.planner import matrix_terms, plan
+from curvalg.lowering.outputs import output_sizes
+from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan
+from curvalg.lowering.planner import plan
+from curvalg.lowering.resolve import resolve
 from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.vectors import Space, Vector, parse
-from curvalg.problem import Layout, Problem, Snapshot
+from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 from curvalg.solve import SolveResult
 
+Quantity: TypeAlias = Literal["trace", "diagonal", "logdet", "eigh"]
 Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
 
 
-class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no types
+class CurvatureOperator(TorchOperator):
     """A curvature expression bound to a problem: a SciPy ``LinearOperator`` computed by torch.
 
     Made by :meth:`curvalg.Expr.lower`. ``op @ x`` takes a NumPy array, a tensor on the problem's device, or a dict or list
@@ -71,8 +73,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         _ = problem.totals  # counts the data once, so that facts and denominators are known
         self.snapshot: Snapshot = problem.snapshot()
         self._lower()
-        dtype = torch.empty(0, dtype=self._domain.dtype).numpy().dtype
-        super().__init__(dtype, (self._codomain.size, self._domain.size))
+        super().__init__(self._codomain, self._domain)
 
     def _lower(self) -> None:
         self._steps: list[Step] = []
@@ -80,8 +81,9 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         expr = _preconditioned(self.expr, given) if isinstance(given, Expr) else self.expr
         self._given = None if isinstance(given, Expr) else given
         self._simplified = self._simplify(expr)
-        self._plan: Plan = plan(self._simplified, self.problem, self._given)
-        self._bound = not matrix_terms(self._simplified)
+        self._resolved = self._resolve(self._simplified)
+        self._plan: Plan = plan(self._resolved, self.problem, self._given)
+        self._bound = not unbound(self._resolved)
         self._domain = self._space(self.expr.domain, self.expr.domain_params)
         self._codomain = self._space(self.expr.codomain, self.expr.codomain_params)
 
@@ -89,6 +91,11 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         rewritten = simplify(expr, self.problem.facts)
         self._steps += rewritten.steps
         return rewritten.expr
+
+    def _resolve(self, expr: Expr) -> Expr:
+        """With full names in all blocks, and the laws that hold only then."""
+        resolved = resolve(expr, self.problem)
+        return resolved if resolved == expr else simplify(resolved, self.problem.facts).expr
 
     def _space(self, name: str | None, params: tuple[str, ...] | None) -> Space:
         problem = self.problem
@@ -100,19 +107,9 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     # -- what is known --------------------------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        """Where products are computed."""
-        return self.problem.device
-
-    @property
-    def layout(self) -> Layout | None:
-        """Layout of the vectors it acts on; None for operators on outputs."""
-        return self._domain.layout
-
-    @property
     def facts(self) -> Facts:
         """Symmetry and definiteness, given the loss; True, False or None (unknown)."""
-        return self._simplified.facts(self.problem.facts)
+        return self._resolved.facts(self.problem.facts)
 
     def explain(self) -> str:
         """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""
@@ -135,9 +132,10 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         """Make the matrices that need a pass over the data, and plan again with them."""
         if self._bound:
             return
-        bound = bind(self._simplified, self.problem, self.snapshot)
+        bound = bind(self._resolved, self.problem, self.snapshot, plan)
         self._simplified = self._simplify(bound)
-        self._plan = plan(self._simplified, self.problem, self._given)
+        self._resolved = self._resolve(self._simplified)
+        self._plan = plan(self._resolved, self.problem, self._given)
         self._bound = True
 
     def refresh(self) -> CurvatureOperator:
@@ -149,7 +147,7 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def close(self) -> None:
         """Release what the problem keeps between products (statistics and matrices are made again when needed)."""
         self.problem.close()
-        if not self._bound or matrix_terms(self.expr):
+        if not self._bound or unbound(self.expr):
             self._lower()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,20 +161,6 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
         with self.problem.differentiating():
             self._bind()
             return require_finite(self._plan.apply(self.snapshot, columns), str(self.expr))
-
-    def _product(self, x: Vector) -> Any:
-        operand = parse(x, self._domain, self._codomain)
-        if operand.columns.shape[1] == 0:
-            return operand.restore(operand.columns.new_zeros(self.shape[0], 0))
-        return operand.restore(self._apply(operand.columns))
-
-    def _matvec(self, x: np.ndarray) -> np.ndarray:
-        return self._product(np.asarray(x).reshape(-1))  # type: ignore[no-any-return]
-
-    def _matmat(self, X: np.ndarray) -> np.ndarray:
-        if hasattr(X, "toarray"):  # a SciPy sparse operand: its columns are dense here anyway
-            X = X.toarray()
-        return self._product(np.asarray(X))  # type: ignore[no-any-return]
 
     def _adjoint(self) -> CurvatureOperator:
         return self._combine(self.expr.T)
@@ -229,6 +213,38 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
                 raise
         return replace(result, x=operand.restore(scale * result.x))
 
+    def exact(self, quantity: Quantity) -> Any | None:
+        """A quantity of the matrix that its structure gives exactly, or None.
+
+        Structured are diagonals, Kronecker products, eigenbases, low-rank updates, blocks of these, sums of terms with few
+        output directions (through their Gram matrix), inverses and square roots of all these, each damped or not, and
+        matrices of at most 4096 rows.
+
+        Args:
+            quantity: "trace" (a float); "diagonal" (a tensor (D,)); "logdet", log |det A|; or "eigh", an
+                :class:`~curvalg.Eigh` with all eigenvalues, whose eigenvectors are made when asked for.
+
+        Raises:
+            ExpressionError: an unknown quantity.
+
+        >>> import torch
+        >>> from curvalg import Identity, Problem, registry
+        >>> problem = Problem(torch.nn.Linear(8, 3), torch.nn.MSELoss(), (torch.eye(4, 8), torch.zeros(4, 3)))
+        >>> op = (registry.build("ggn") + 0.5 * Identity).lower(problem)
+        >>> pairs = op.exact("eigh")
+        >>> pairs.eigenvalues.shape, pairs.rest, pairs.multiplicity
+        (torch.Size([12]), 0.5, 15)
+        """
+        if quantity not in (known := get_args(Quantity)):
+            raise ExpressionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
+        self.problem.check(self.snapshot)
+        if self.expr.domain != self.expr.codomain or self.expr.domain_params != self.expr.codomain_params:
+            return None
+        with self.problem.differentiating():
+            self._bind()
+            form, _ = find(Matrix(self._resolved, self.problem, plan))
+            return None if form is None else getattr(form.at(self.snapshot), quantity)()
+
     def _inverse_plan(self) -> tuple[float, InversePlan]:
         scale, node = 1.0, self._plan
         if isinstance(node, SumPlan) and len(node.parts) == 1 and not node.shift:
@@ -238,27 +254,6 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
                 f"solve() is for operators that are an inverse, but this one is {self.expr}; use op @ b"
             )
         return scale, node
-
-    def to_dense(self) -> Tensor:
-        """The matrix, shape ``op.shape``, on the problem's device.
-
-        Raises:
-            ProblemError: it does not fit into the memory that is free.
-        """
-        rows, columns = self.shape
-        need, free = rows * columns * self._domain.dtype.itemsize, _free_memory(self.device)
-        if need > free:
-            raise ProblemError(
-                f"the dense matrix of shape {self.shape} needs {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free; "
-                "use products, or restrict() to fewer parameters"
-            )
-        result = torch.empty(rows, columns, dtype=self._domain.dtype, device=self.device)
-        for start in range(0, columns, 64):
-            width = min(64, columns - start)
-            unit = torch.zeros(columns, width, dtype=result.dtype, device=self.device)
-            unit[torch.arange(start, start + width), torch.arange(width)] = 1
-            result[:, start : start + width] = self._apply(unit)
-        return result
 
     # -- algebra of bound operators ---------------------------------------------------------------------------------------
 
@@ -273,16 +268,12 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
     def __add__(self, other: Any) -> Any:
         if self._same(other):
             return self._combine(self.expr + other.expr, other)
-        if isinstance(other, LinearOperator):
-            return super().__add__(other)
-        return self._combine(self.expr + other)
+        return super().__add__(other) if isinstance(other, LinearOperator) else self._combine(self.expr + other)
 
     def __sub__(self, other: Any) -> Any:
         if self._same(other):
             return self._combine(self.expr - other.expr, other)
-        if isinstance(other, LinearOperator):
-            return super().__sub__(other)
-        return self._combine(self.expr - other)
+        return super().__sub__(other) if isinstance(other, LinearOperator) else self._combine(self.expr - other)
 
     def __neg__(self) -> CurvatureOperator:
         return self._combine(-self.expr)
@@ -296,43 +287,13 @@ class CurvatureOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no
             return self._combine(self.expr @ x.expr, x)
         if isinstance(x, Expr):
             return self._combine(self.expr @ x)
-        if _is_real_scalar(x):
-            return self._combine(self.expr * x)
-        if isinstance(x, (LinearOperator, numbers.Number)):
-            return super().dot(x)
-        if isinstance(x, (list, tuple)) and not any(isinstance(t, Tensor) for t in x):
-            x = np.asarray(x)
-        return self._product(x)
-
-    def __matmul__(self, other: Any) -> Any:
-        if isinstance(other, numbers.Number):
-            raise ExpressionError("@ multiplies by a vector or an operator; write op * number")
-        return self.dot(other)
-
-    def __mul__(self, other: Any) -> Any:
-        return self.dot(other)
-
-    def __rmul__(self, other: Any) -> Any:
-        if _is_real_scalar(other):
-            return self._combine(self.expr * other)
-        if isinstance(other, Tensor):
-            return (self.T @ other.T).T if other.ndim == 2 else self.T @ other
-        return super().__rmul__(other)
-
-    def __rmatmul__(self, other: Any) -> Any:
-        if isinstance(other, Tensor):
-            return self.__rmul__(other)
-        return super().__rmatmul__(other)
+        return self._combine(self.expr * x) if is_real_scalar(x) else super().dot(x)
 
     def __truediv__(self, other: Any) -> CurvatureOperator:
         return self._combine(self.expr / (other.expr if isinstance(other, CurvatureOperator) else other))
 
     def __repr__(self) -> str:
         return f"<{self.shape[0]}x{self.shape[1]} CurvatureOperator {self.expr}, {self.dtype} on {self.device}>"
-
-
-def _is_real_scalar(x: Any) -> bool:
-    return (isinstance(x, numbers.Real) and not isinstance(x, bool)) or (isinstance(x, Tensor) and x.ndim == 0)
 
 
 def _joint_preconditioner(expr: Expr, operators: list[CurvatureOperator]) -> Preconditioner:
@@ -364,11 +325,3 @@ def _sweeps(node: Plan) -> list[tuple[Problem, Sweep]]:
     """All sweeps of a plan, with the problem each runs on."""
     own = [(node.problem, node.sweep)] if isinstance(node, SweepPlan) else []
     return own + [pair for part in node.inner for pair in _sweeps(part)]
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -12,17 +12,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, ProblemError
+from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
+from curvalg.expr.roots import SquareRoot
+from curvalg.expr.term import Term
 from curvalg.lowering import leaves
+from curvalg.lowering.factors import Factor, Groups, factor_of
+from curvalg.lowering.forms import Form
 from curvalg.lowering.linearization import Linearization, linearization
+from curvalg.lowering.lines import alike, indent
+from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.strategies import Solver
+from curvalg.lowering.structures import Structure
 from curvalg.lowering.sweep import Sweep
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.evaluation import backward
@@ -61,11 +69,6 @@ def as_float(coefficient: Fraction) -> float:
     if math.isinf(value) or (coefficient and not value):
         raise ExpressionError("a coefficient of the expression is beyond the range of floats")
     return value
-
-
-def indent(lines: Sequence[str]) -> list[str]:
-    """Lines, two spaces further in."""
-    return [f"  {line}" for line in lines]
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ def _how(sweep: Sweep, problem: Problem, kept: Linearization) -> list[str]:
     elif sweep.curved:
         lines.append("fresh: recorded in every product, 1 model call a batch")
     return [*lines, *kept.notes.values()]
+
+
+def count_sweeps(plan: Plan) -> int:
+    """How many passes over the recordings one product of a plan takes."""
+    return isinstance(plan, SweepPlan) + sum(map(count_sweeps, plan.inner))
 
 
 @dataclass(frozen=True)
@@ -206,24 +214,6 @@ class OutputPlan(Plan):
         return [f"{self.kind}: one pass over the data, batch by batch"]
 
 
-def output_sizes(problem: Problem, snapshot: Snapshot) -> list[int]:
-    """Number of outputs of every batch, by one pass of the model; kept.
-
-    Raises:
-        ProblemError: the data come in random order, so that rows of output space have no meaning.
-    """
-    if not problem.data.ordered:
-        raise ProblemError(
-            "outputs are rows in the order of the data, but the loader shuffles; pass shuffle=False, or list(loader)"
-        )
-    kept = problem.kept(snapshot)
-    if "output sizes" not in kept:
-        with problem.differentiating(), torch.no_grad():
-            evaluations = problem.evaluations(snapshot, order_matters=True)
-            kept["output sizes"] = [e.run(e.values())[0].numel() for e in evaluations]
-    return list(kept["output sizes"])
-
-
 @dataclass(frozen=True)
 class BlocksPlan(Plan):
     """Blocks over disjoint groups of parameters; what no block covers is zero."""
@@ -241,10 +231,84 @@ class BlocksPlan(Plan):
         return result
 
     def lines(self, snapshot: Snapshot) -> list[str]:
-        lines = [f"{len(self.blocks)} diagonal blocks, each with passes of its own"]
-        for _, plan, label in self.blocks:
-            lines += indent([f"over {label}:", *indent(plan.lines(snapshot))])
-        return lines
+        passes = count_sweeps(self)
+        cost = f"; about {passes} passes a product" if passes > 1 else ""
+        parts = [(label, plan.lines(snapshot)) for _, plan, label in self.blocks]
+        return [f"{len(self.blocks)} diagonal blocks, one after the other{cost}", *indent(alike(parts))]
+
+
+class FactoredBlocksPlan(Plan):
+    """Blocks of one sum of terms with few output directions: from kept layer inputs and output deltas, all in one go.
+
+    A product costs two matrix products a layer, whatever the number of blocks.
+
+    Args:
+        problem: over the parameters of all these blocks.
+        entries: (coefficient, term).
+        groups: the parameters of each block.
+        shifts: multiple of the identity in each block.
+        otherwise: the same blocks in the ordinary way, for when inputs and deltas do not fit the budget.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        entries: Sequence[tuple[float, Term]],
+        groups: Groups,
+        shifts: Sequence[float],
+        otherwise: Plan,
+    ) -> None:
+        self.problem, self.entries, self.groups, self.shifts = problem, tuple(entries), groups, tuple(shifts)
+        self.otherwise = otherwise
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return (self.otherwise,)
+
+    def _factor(self, snapshot: Snapshot) -> Factor:
+        return factor_of(self.problem, snapshot, tuple(term for _, term in self.entries))
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        factor, layout = self._factor(snapshot), self.problem.layout
+        factor.prepare(self.problem, snapshot)
+        if not factor.complete:
+            return self.otherwise.apply(snapshot, x)
+        result = factor.pull_groups(
+            layout, self.groups, self._weigh(factor, factor.push_groups(layout, self.groups, x))
+        )
+        for names, shift in zip(self.groups, self.shifts, strict=True):
+            if shift:
+                for name in names:
+                    result[layout.slices[name]].add_(x[layout.slices[name]], alpha=shift)
+        return result
+
+    def _weigh(self, factor: Factor, y: Tensor) -> Tensor:
+        """Coefficients and centring of every term's columns, for Y (groups, M, P)."""
+        for number, (c, term) in enumerate(self.entries):
+            if len(self.entries) == 1 and c == 1 and not term.centred:
+                return y
+            mine = (factor.owner == number).to(y.dtype)[:, None]
+            if term.centred:
+                ones = mine * factor.active.to(y.dtype)[:, None]
+                y = y - ones * (ones * y).sum(1, keepdim=True) / self.problem.totals.count
+            y = y * (1 + (c - 1) * mine)
+        return y
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        factor, count = self._factor(snapshot), len(self.groups)
+        if self.problem.budget.limit in (0, factor.refused):
+            return self.otherwise.lines(snapshot)
+        total = " + ".join(str(term) if c == 1 else f"{c:g} * {term}" for c, term in self.entries)
+        lines = [
+            f"{count} diagonal blocks of {total}, factored",
+            "  two matrix products a layer for all blocks together",
+        ]
+        kept = (
+            f"kept: {factor.nbytes / 2**20:.3g} MiB"
+            if factor.complete
+            else "kept from the first product on, if they fit"
+        )
+        return [*lines, f"  layer inputs and output deltas {kept}"]
 
 
 @dataclass(frozen=True)
@@ -295,6 +359,8 @@ class InversePlan(Plan):
 
     def __init__(self, expr: Inverse, solver: Solver, chain: tuple[str, ...], matrix: Plan) -> None:
         self.expr, self.solver, self.chain, self.matrix = expr, solver, chain, matrix
+        self.checked = True
+        """Whether a product is checked against its residual; a preconditioner's is not."""
         self.last: SolveResult | None = None
 
     @property
@@ -302,7 +368,7 @@ class InversePlan(Plan):
         return (self.matrix,)
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        return self.solve(snapshot, x, None).x
+        return self.solve(snapshot, x, None).x if self.checked else self.solver.approximate(snapshot, x)
 
     def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
         """A⁻¹ B (n, K) with a report per column.
@@ -323,6 +389,33 @@ class InversePlan(Plan):
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"inverse by {self.solver.name}", *indent(self.chain), *indent(self.matrix.lines(snapshot))]
+
+
+class RootPlan(Plan):
+    """The square root of a structured matrix.
+
+    Args:
+        expr: the root.
+        form: of the matrix inside.
+        chain: what the forms before it said.
+    """
+
+    def __init__(self, expr: SquareRoot, form: Form, chain: tuple[str, ...]) -> None:
+        self.expr, self.form, self.chain = expr, form, chain
+        self._roots: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        if snapshot not in self._roots:
+            root = self.form.at(snapshot).mapped(torch.sqrt, "sqrt")
+            assert root is not None
+            self._roots[snapshot] = root
+        return self._roots[snapshot].multiply(x)
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [
+            f"square root by {self.form.name}",
+            *indent([*self.chain, f"{self.form.name}: chosen, {self.form.cost}", f"of {self.expr.expr}"]),
+        ]
 
 
 @dataclass(frozen=True)

@@ -6,32 +6,35 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import singledispatch
 
-import torch
 from torch import Tensor
 
 import curvalg.expr as alg
-from curvalg.errors import ExpressionError, VectorError
+from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
+from curvalg.lowering.bind import Planner, unbound
+from curvalg.lowering.forms import Matrix, affine, find
 from curvalg.lowering.plan import (
     BlocksPlan,
+    FactoredBlocksPlan,
     InversePlan,
     LeafPlan,
     OutputPlan,
     Plan,
     ProductPlan,
+    RootPlan,
     SubmatrixPlan,
     SumPlan,
     SweepPlan,
     Unbound,
     ZeroPlan,
     as_float,
-    output_sizes,
 )
 from curvalg.lowering.preconditioners import Given, given_preconditioner
 from curvalg.lowering.strategies import Preconditioning, Request, choose
+from curvalg.lowering.submatrices import block_positions, block_problem, flat_positions, is_inside
 from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.transposed import transposed
 from curvalg.problem import Problem
@@ -56,33 +59,53 @@ def plan(expr: Expr, problem: Problem, given: Given = None) -> Plan:
 
 @plan.register
 def _(expr: alg.Inverse, problem: Problem, given: Given = None) -> Plan:
-    if matrix_terms(expr):
+    if unbound(expr):
         return Unbound(expr)
-    rows = problem if expr.domain_params is None else problem.restricted(expr.domain_params)
-    size = rows.size if expr.domain != "outputs" else sum(output_sizes(problem, problem.snapshot()))
-    matrix = plan(expr.expr, problem, given)
-    facts = expr.expr.facts(problem.facts)
-    request = Request(expr, facts, problem, size, matrix, _preconditioning(expr, problem, given))
-    solver, chain = choose(request)
-    return InversePlan(expr, solver, tuple(chain), matrix)
+    matrix = Matrix(expr.expr, problem, _planner(given))
+    solver, chain = choose(Request(expr, matrix, _preconditioning(expr, problem, given)))
+    return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem, given))
+
+
+def _planner(given: Given) -> Planner:
+    return lambda expr, problem: plan(expr, problem, given)
 
 
 def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preconditioning | None:
-    """R -> P⁻¹ R from the expression's own preconditioner, else from the one given when lowering."""
-    if expr.preconditioner is not None:
-        inverse = plan(simplify(alg.inverse(expr.preconditioner), problem.facts).expr, problem)
-        return inverse.apply
-    return None if given is None else given_preconditioner(given)
+    """R -> P⁻¹ R from the expression's own preconditioner, else from the one given when lowering.
+
+    Raises:
+        ExpressionError: the preconditioner's own inverse is iterative, so that it is no fixed linear map.
+    """
+    if expr.preconditioner is None:
+        return None if given is None else given_preconditioner(given)
+    inverse = plan(simplify(alg.inverse(expr.preconditioner), problem.facts).expr, problem)
+    todo: list[Plan] = [inverse]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, InversePlan):
+            if node.solver.iterative:
+                raise ExpressionError(
+                    f"the preconditioner {expr.preconditioner} would itself be inverted by {node.solver.name}, which is no "
+                    "fixed linear map; choose one with a structured inverse, such as nystrom(A, rank) + c * Identity, "
+                    "diagonal_part(A) or block_diagonal(A), damped"
+                )
+            node.checked = False
+        todo.extend(node.inner)
+    return inverse.apply
 
 
-def matrix_terms(expr: Expr) -> list[MatrixTerm]:
-    """All matrix terms of an expression, those of preconditioners included, each once."""
-    if isinstance(expr, MatrixTerm):
-        return [expr]
-    parts = list(expr.children)
-    if isinstance(expr, alg.Inverse) and expr.preconditioner is not None:
-        parts.append(expr.preconditioner)
-    return list(dict.fromkeys(term for part in parts for term in matrix_terms(part)))
+@plan.register
+def _(expr: alg.SquareRoot, problem: Problem, given: Given = None) -> Plan:
+    if unbound(expr):
+        return Unbound(expr)
+    form, chain = find(Matrix(expr.expr, problem, _planner(given)))
+    if form is None or not form.spectral:
+        reason = "; ".join(chain) if form is None else f"{form.name} gives solves only"
+        raise FactsError(
+            f"sqrt({expr.expr}) has no exact form: {reason}. Square roots need a structured matrix: a diagonal, Kronecker "
+            "factors, blocks, few output directions, or at most 4096 symmetric rows"
+        )
+    return RootPlan(expr, form, tuple(chain))
 
 
 @plan.register
@@ -111,6 +134,14 @@ def _(expr: Term, problem: Problem, given: Given = None) -> Plan:
 @plan.register
 def _(expr: MatrixTerm, problem: Problem, given: Given = None) -> Plan:
     _validate(expr, problem)
+    return Unbound(expr)
+
+
+@plan.register(alg.DiagonalPart)
+@plan.register(alg.Nystrom)
+def _(expr: alg.DiagonalPart | alg.Nystrom, problem: Problem, given: Given = None) -> Plan:
+    if not unbound(expr.expr):
+        plan(expr.expr, problem, given)  # what cannot be lowered is refused now, not at the first product
     return Unbound(expr)
 
 
@@ -168,11 +199,18 @@ def _(expr: alg.Sum, problem: Problem, given: Given = None) -> Plan:
             fused.setdefault(part.problem, []).append((child, coefficient))
         else:
             parts.append((as_float(coefficient), part))
-    joint = [SweepPlan(on, Sweep(tuple(entries)), alg.add(fused[on])) for on, entries in sweeps.items()]
-    parts = [*((1.0, sweep) for sweep in joint), *parts]
+    parts = [*(_sweep(on, entries, fused[on]) for on, entries in sweeps.items()), *parts]
     if len(parts) == 1 and parts[0][0] == 1 and not expr.shift:
         return parts[0][1]
     return SumPlan(tuple(parts), as_float(expr.shift))
+
+
+def _sweep(
+    problem: Problem, entries: Sequence[tuple[float, Term]], summands: Sequence[tuple[Expr, Fraction]]
+) -> tuple[float, Plan]:
+    if len(entries) == 1:  # a number in front of the pass, so that another one shares the recordings
+        return entries[0][0], SweepPlan(problem, Sweep(((1.0, entries[0][1]),)), summands[0][0])
+    return 1.0, SweepPlan(problem, Sweep(tuple(entries)), alg.add(summands))
 
 
 def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
@@ -197,80 +235,82 @@ def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fractio
 def _(expr: alg.Restriction, problem: Problem, given: Given = None) -> Plan:
     restricted = problem.restricted(expr.params)
     inner = expr.expr
-    if is_local(inner) or _sized_for(inner, restricted, problem):
+    if is_inside(inner, restricted, problem):
         return plan(inner, restricted, given)
     # A sub-matrix of an inverse or a product is not the inverse or product of sub-matrices.
     return SubmatrixPlan(
         plan(inner, problem, given),
         problem.size,
-        flat_positions(problem, expr.params),
+        flat_positions(problem, params_.match(expr.params, problem.layout.names)),
         domain=inner.domain == "parameters",
         codomain=inner.codomain == "parameters",
         label=", ".join(expr.params),
     )
 
 
-def is_local(expr: Expr) -> bool:
-    """Whether an expression's sub-matrix is what it gives when only the chosen parameters are differentiated."""
-    if isinstance(expr, (alg.Sum, alg.Transpose)):
-        return all(map(is_local, expr.children))
-    return isinstance(expr, (Term, MatrixTerm, Jacobian, LossHessian, alg.IdentityExpr, alg.ZeroExpr))
-
-
-def _sized_for(expr: Expr, restricted: Problem, problem: Problem) -> bool:
-    """Whether an expression of array leaves was made over the restricted parameters already (a bound matrix term)."""
-    sizes = {leaf.size for leaf in _array_leaves(expr)}
-    return sizes == {restricted.size} != {problem.size}
-
-
-def _array_leaves(expr: Expr) -> list[ArrayLeaf]:
-    if isinstance(expr, ArrayLeaf):
-        return [expr]
-    if isinstance(expr, (alg.Restriction, alg.BlockDiagonal)):
-        return []
-    return [leaf for child in expr.children for leaf in _array_leaves(child)]
-
-
-def flat_positions(problem: Problem, patterns: Sequence[str]) -> Tensor:
-    """Flat positions of the parameters that match, in the problem's order."""
-    flat = torch.arange(problem.size, device=problem.device)
-    return torch.cat([flat[problem.layout.slices[name]] for name in params_.match(patterns, problem.layout.names)])
-
-
 @plan.register
 def _(expr: alg.BlockDiagonal, problem: Problem, given: Given = None) -> Plan:
-    whole = expr.what if isinstance(expr.what, Expr) else None
-    blocks = [alg.Block(g, whole) for g in partition(expr.by, problem)] if whole is not None else list(expr.what)  # type: ignore[arg-type]
-    seen: dict[str, str] = {}
-    plans = []
+    blocks = expr.what
+    if not expr.complete or isinstance(blocks, alg.Expr):
+        raise AssertionError("block-diagonals are resolved before they are planned")
     for block in blocks:
-        if block.joint:
+        if block.joint and _has_terms(block.expr):
             raise ExpressionError(
-                "blocks in the joint [W | b] layout cannot be lowered; lay the parameters one after another"
+                f"a joint block lays arrays out as [W | b], but {block.expr} has terms in it; use joint=False"
             )
-        label = ", ".join(block.params)
-        for name in params_.match(block.params, problem.layout.names):
-            if name in seen:
-                raise ExpressionError(
-                    f"blocks must not overlap, but {name!r} is in those of {seen[name]!r} and {label!r}"
-                )
-            seen[name] = label
-        if whole is not None:
-            part = plan(simplify(alg.restrict(whole, block.params), problem.facts).expr, problem, given)
-        else:
-            part = plan(block.expr, problem.restricted(block.params), given)
-        plans.append((flat_positions(problem, block.params), part, label))
-    return BlocksPlan(tuple(plans))
+    factored = _factorable(blocks, problem)
+    plans = [
+        (
+            block_positions(problem, block),
+            plan(block.expr, block_problem(problem, block), given),
+            ", ".join(block.params),
+        )
+        for block in blocks
+    ]
+    if len(factored) < 2:
+        return BlocksPlan(tuple(plans))
+    return _with_factored(blocks, factored, plans, problem)
 
 
-def partition(by: alg.Partition | None, problem: Problem) -> list[tuple[str, ...]]:
-    """Groups of parameter names."""
+MOST_COLUMNS = 64
+"""The most columns of a factor, for each row of the data, that a factored product is taken with."""
+
+
+def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:
+    """Which blocks are of one sum of terms with few output directions, so that their products can be taken together."""
+    if problem.budget.limit == 0 or not problem.data.ordered or problem.model.batch_statistics:
+        return []
+    sums: dict[frozenset[tuple[float, Expr]], list[int]] = {}
+    for number, block in enumerate(blocks):
+        parts, _ = affine(block.expr)
+        terms = [part for _, part in parts if isinstance(part, Term) and type(part).factor is not Term.factor]
+        known = all(term.facts(problem.facts).psd for term in terms)
+        if parts and len(terms) == len(parts) and known and not block.joint:
+            sums.setdefault(frozenset(parts), []).append(number)
+    if not sums:
+        return []
+    entries, numbers = max(sums.items(), key=lambda item: len(item[1]))
+    few = len(numbers) > 1 and sum(problem.factor_columns(t) for _, t in entries if isinstance(t, Term)) <= MOST_COLUMNS
+    return numbers if few else []
+
+
+def _with_factored(
+    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[Tensor, Plan, str]], problem: Problem
+) -> Plan:
     names = problem.layout.names
-    if by == "parameter":
-        return [(name,) for name in names]
-    if by == "module":
-        owners: dict[str, list[str]] = {}
-        for name in names:
-            owners.setdefault(name.rpartition(".")[0], []).append(name)
-        return [tuple(group) for group in owners.values()]
-    return [group for group in by or () if isinstance(group, tuple)]
+    groups = tuple(blocks[i].params for i in factored)
+    chosen = [name for name in names if any(name in group for group in groups)]
+    on = problem if len(chosen) == len(names) else problem.restricted(chosen)
+    parts = [affine(blocks[i].expr) for i in factored]
+    # One order of the terms, so that sums written in any order share what is kept.
+    entries = sorted([(c, term) for c, term in parts[0][0] if isinstance(term, Term)], key=lambda entry: repr(entry[1]))
+    alone = tuple((block_positions(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
+    joint = FactoredBlocksPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone))
+    if len(factored) == len(blocks):
+        return joint
+    rest = [plans[i] for i in range(len(blocks)) if i not in factored]
+    return BlocksPlan(((flat_positions(problem, chosen), joint, f"{len(groups)} groups"), *rest))
+
+
+def _has_terms(expr: Expr) -> bool:
+    return isinstance(expr, NamedExpr) or any(map(_has_terms, expr.children))

@@ -1,37 +1,24 @@
 """Strategies for an inverse, tried in order; each gives a solver with its cost, or the reason why it declines.
 
-Laws change an expression without a thought; strategies are numerical choices. A newcomer is one function and one row of
-``STRATEGIES``.
+Laws change an expression without a thought; strategies are numerical choices: the structured forms first, then products
+alone. A newcomer is one function and one row of ``STRATEGIES`` (or of :data:`curvalg.lowering.forms.FORMS`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
-from curvalg.expr import Diagonal, Expr, Facts, IdentityExpr, Inverse, Sum
-from curvalg.lowering.leaves import tensor
+from curvalg.expr import Facts, Inverse, ZeroExpr
+from curvalg.lowering.forms import FORMS, Form, Matrix, matrix_blocks
+from curvalg.lowering.lines import alike, indent
 from curvalg.problem import Problem, Snapshot
-from curvalg.solve import SolveResult, cg, factorize, minres
-
-DENSE_LIMIT = 4096
-"""The most rows of a matrix that is built and factorised."""
-
-
-class Product(Protocol):
-    """What a strategy may do with the matrix: multiply."""
-
-    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        """The product with x (n, K)."""
-        ...
-
+from curvalg.solve import SolveResult, cg, minres
 
 Preconditioning = Callable[[Snapshot, Tensor], Tensor]
 """R (n, K) -> P⁻¹ R."""
@@ -43,19 +30,23 @@ class Request:
 
     Args:
         node: the expression, with its options.
-        facts: of the matrix inside, given the loss.
-        problem: restricted already where the inverse is inside a restriction.
-        size: number of rows.
-        matrix: the plan of the matrix.
+        matrix: what is to be inverted.
         preconditioner: R -> P⁻¹ R, if given.
     """
 
     node: Inverse
-    facts: Facts
-    problem: Problem
-    size: int
-    matrix: Product
+    matrix: Matrix
     preconditioner: Preconditioning | None = field(default=None, compare=False)
+
+    @property
+    def facts(self) -> Facts:
+        """Of the matrix, given the loss."""
+        return self.matrix.facts
+
+    @property
+    def problem(self) -> Problem:
+        """Restricted already where the inverse is inside a restriction."""
+        return self.matrix.problem
 
     @property
     def rtol(self) -> float:
@@ -67,7 +58,7 @@ class Request:
     @property
     def maxiter(self) -> int:
         """The most iterations."""
-        return self.node.maxiter or min(10 * self.size, 10_000)
+        return self.node.maxiter or min(10 * self.matrix.size, 10_000)
 
 
 class Solver(ABC):
@@ -76,49 +67,48 @@ class Solver(ABC):
     Attributes:
         name: of the strategy.
         cost: in words, for ``explain()``.
+        iterative: whether it is only accurate to a tolerance, and so no fixed linear map.
+        lines: more for ``explain()``.
     """
 
     name: str
     cost: str
+    iterative: bool = False
+    lines: Sequence[str] = ()
 
     @abstractmethod
     def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
         """A⁻¹ B for right-hand sides (n, K)."""
 
+    def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
+        """A⁻¹ B as a preconditioner takes it: one fixed linear map, not checked."""
+        return self.solve(snapshot, b, None).x
+
 
 class Direct(Solver):
-    """A factorisation, made at the first solve and kept, with iterative refinement against the true residual.
+    """A structured form, made at the first solve and kept, with iterative refinement against the true residual.
 
     Args:
         request: the inverse.
-        name: of the strategy.
-        cost: in words.
-        factor: snapshot -> (B -> A⁻¹ B).
+        form: of the matrix.
     """
 
     REFINEMENTS = 3
 
-    def __init__(
-        self, request: Request, name: str, cost: str, factor: Callable[[Snapshot], Callable[[Tensor], Tensor]]
-    ) -> None:
+    def __init__(self, request: Request, form: Form) -> None:
+        self.request, self.form, self.name, self.cost = request, form, form.name, form.cost
         if request.preconditioner is not None:
-            cost += "; the preconditioner is not needed"
-        self.request, self.name, self.cost, self._factor = request, name, cost, factor
-        # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
-        self._kept: WeakKeyDictionary[Snapshot, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
+            self.cost += "; the preconditioner is not needed"
 
     def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
         """A⁻¹ B; a starting point changes nothing."""
-        request = self.request
-        if snapshot not in self._kept:
-            self._kept[snapshot] = self._factor(snapshot)
-        apply = self._kept[snapshot]
+        request, structure = self.request, self.form.at(snapshot)
         tolerance = request.node.atol + request.rtol * b.norm(dim=0)
         x, r = torch.zeros_like(b), b
         best = torch.full_like(tolerance, torch.inf)
         for _ in range(1 + self.REFINEMENTS):
-            new = x + apply(r)
-            residual = b - request.matrix.apply(snapshot, new)
+            new = x + structure.solve(r)
+            residual = b - request.matrix.plan.apply(snapshot, new)
             norms = residual.norm(dim=0)
             better = norms < best
             x, r = torch.where(better, new, x), torch.where(better, residual, r)
@@ -129,6 +119,10 @@ class Direct(Solver):
         converged = best <= tolerance
         reasons = tuple("converged" if ok else f"refinement stalled in {b.dtype}" for ok in converged.tolist())
         return SolveResult(x, converged, torch.zeros_like(converged, dtype=torch.int64), best, reasons)
+
+    def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
+        """A⁻¹ B without refinement."""
+        return self.form.at(snapshot).solve(b)
 
 
 class Iterative(Solver):
@@ -142,6 +136,7 @@ class Iterative(Solver):
 
     def __init__(self, request: Request, name: str, method: Callable[..., SolveResult]) -> None:
         self.request, self.name, self.method = request, name, method
+        self.iterative = True
         helped = " preconditioned" if request.preconditioner else ""
         self.cost = f"at most {request.maxiter}{helped} products to a relative residual of {request.rtol:g}"
 
@@ -150,7 +145,7 @@ class Iterative(Solver):
         request = self.request
         preconditioner = request.preconditioner
         return self.method(
-            lambda x: request.matrix.apply(snapshot, x),
+            lambda x: request.matrix.plan.apply(snapshot, x),
             b,
             x0=x0,
             preconditioner=None if preconditioner is None else lambda r: preconditioner(snapshot, r),
@@ -163,55 +158,83 @@ class Iterative(Solver):
 Strategy = Callable[[Request], Solver | str]
 
 
-def _diagonal(request: Request) -> Solver | str:
-    parts = _diagonal_parts(request.node.expr)
-    if parts is None:
-        return "the matrix is not made of diagonals and the identity"
-    diagonals, shift = parts
+def _form(name: str) -> Strategy:
+    def strategy(request: Request) -> Solver | str:
+        offer = FORMS[name](request.matrix)
+        if not isinstance(offer, Form):
+            return offer
+        if offer.singular is not None:
+            raise FactsError(f"{request.node.expr} has no inverse: {offer.singular}; add damping, c * Identity")
+        return Direct(request, offer)
 
-    def factor(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:
-        like = torch.empty(0, dtype=torch.float64, device=request.problem.device)
-        values = sum((c * tensor(d.values, like) for d, c in diagonals), like.new_full((request.size,), shift))
-        if bool((values == 0).any()):
+    return strategy
+
+
+class ByBlocks(Solver):
+    """One solver for each block of a block-diagonal matrix; ‖r‖² is the sum over blocks, so their tolerances carry over.
+
+    Args:
+        request: the inverse.
+        parts: (flat positions, names, solver, its chain).
+    """
+
+    name = "blocks"
+
+    def __init__(self, request: Request, parts: Sequence[tuple[Tensor, str, Solver, list[str]]]) -> None:
+        self.request, self.parts = request, parts
+        self.iterative = any(solver.iterative for _, _, solver, _ in parts)
+        counts: dict[str, int] = {}
+        for _, _, solver, _ in parts:
+            counts[solver.name] = counts.get(solver.name, 0) + 1
+        self.cost = f"{len(parts)} blocks, {', '.join(f'{n} by {name}' for name, n in counts.items())}"
+        self.lines = alike([(label, chain) for _, label, _, chain in parts])
+
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
+        """A⁻¹ B, block by block."""
+        x = torch.zeros_like(b)
+        squares = b.new_zeros(b.shape[1])
+        converged = torch.ones_like(squares, dtype=torch.bool)
+        iterations = torch.zeros_like(converged, dtype=torch.int64)
+        reasons = ["converged"] * b.shape[1]
+        for positions, label, solver, _ in self.parts:
+            part = solver.solve(snapshot, b[positions], None if x0 is None else x0[positions])
+            x[positions] = part.x
+            squares += part.residual.square()
+            converged &= part.converged
+            iterations = torch.maximum(iterations, part.iterations)
+            for column, ok in enumerate(part.converged.tolist()):
+                if not ok:
+                    reasons[column] = f"the block over {label}: {part.reason[column]}"
+        return SolveResult(x, converged, iterations, squares.sqrt(), tuple(reasons))
+
+    def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
+        """A⁻¹ B, block by block."""
+        x = torch.zeros_like(b)
+        for positions, _, solver, _ in self.parts:
+            x[positions] = solver.approximate(snapshot, b[positions])
+        return x
+
+
+def _blocks(request: Request) -> Solver | str:
+    blocks = matrix_blocks(request.matrix)
+    if isinstance(blocks, str):
+        return blocks
+    options = {**request.node.options, "solver": "auto", "preconditioner": None}
+    # ‖r‖ ≤ atol over all blocks where each keeps its part.
+    options["atol"] = request.node.atol / len(blocks) ** 0.5
+    parts: list[tuple[Tensor, str, Solver, list[str]]] = []
+    for positions, block, label in blocks:
+        if isinstance(block.expr, ZeroExpr):
             raise FactsError(
-                f"{request.node.expr} has {int((values == 0).sum())} zeros on its diagonal, so it has no inverse; add "
-                "damping, c * Identity"
+                f"the blocks leave out {label}, where the matrix is zero, so it has no inverse; add damping, c * Identity"
             )
-        return lambda b: (b.double() / values[:, None]).to(b.dtype)
-
-    return Direct(request, "diagonal", "a division", factor)
-
-
-def _diagonal_parts(expr: Expr) -> tuple[list[tuple[Diagonal, float]], float] | None:
-    if isinstance(expr, IdentityExpr):
-        return [], 1.0
-    if isinstance(expr, Diagonal):
-        return [(expr, 1.0)], 0.0
-    if isinstance(expr, Sum) and all(isinstance(part, Diagonal) for part in expr.coefficients):
-        return [(part, float(c)) for part, c in expr.coefficients.items() if isinstance(part, Diagonal)], float(
-            expr.shift
-        )
-    return None
-
-
-def _dense(request: Request) -> Solver | str:
-    n = request.size
-    if n > DENSE_LIMIT:
-        return f"{n} rows are more than {DENSE_LIMIT}"
-
-    def factor(snapshot: Snapshot) -> Callable[[Tensor], Tensor]:
-        problem = request.problem
-        eye = torch.eye(n, dtype=problem.dtype, device=problem.device)
-        columns = [request.matrix.apply(snapshot, eye[:, at : at + 256]) for at in range(0, n, 256)]
-        matrix = torch.cat(columns, 1).double()
-        if request.facts.symmetric:
-            matrix = (matrix + matrix.T) / 2
-        apply = factorize(matrix, positive_definite=request.facts.positive_definite)
-        return lambda b: apply(b.double()).to(b.dtype)
-
-    kind = "Cholesky" if request.facts.positive_definite else "LU"
-    cost = f"{n} products once, then a {kind} factorisation of {n**2 * 8 / 2**20:.3g} MiB"
-    return Direct(request, "dense", cost, factor)
+        node = Inverse(block.expr, **options)
+        solver, chain = choose(replace(request, node=node, matrix=block, preconditioner=None))
+        parts.append((positions, label, solver, chain))
+    solver = ByBlocks(request, parts)
+    if solver.iterative and request.preconditioner is not None:
+        return "a block needs an iterative solver, and the preconditioner is for the whole matrix"
+    return solver
 
 
 def _cg(request: Request) -> Solver | str:
@@ -231,7 +254,12 @@ def _tri(value: bool | None) -> str:
     return {True: "proved", False: "refuted", None: "not proved"}[value]
 
 
-STRATEGIES: dict[str, Strategy] = {"diagonal": _diagonal, "dense": _dense, "cg": _cg, "minres": _minres}
+STRATEGIES: dict[str, Strategy] = {
+    **{name: _form(name) for name in FORMS},
+    "blocks": _blocks,  # unlike the form, also where a block needs an iterative solver
+    "cg": _cg,
+    "minres": _minres,
+}
 """All strategies, in the order in which they are tried."""
 
 
@@ -243,12 +271,13 @@ def choose(request: Request) -> tuple[Solver, list[str]]:
     """
     asked = request.node.solver
     chain: list[str] = []
+    request = replace(request, matrix=request.matrix.localised())
     for name, strategy in STRATEGIES.items():
         if asked not in ("auto", name):
             continue
         outcome = strategy(request)
         if isinstance(outcome, Solver):
-            return outcome, [*chain, f"{name}: chosen, {outcome.cost}"]
+            return outcome, [*chain, f"{name}: chosen, {outcome.cost}", *indent(outcome.lines)]
         chain.append(f"{name}: declined, {outcome}")
     raise FactsError(
         f"no solver for inverse({request.node.expr}): {'; '.join(chain)}. A positive term and damping (+ c * Identity) make a "

@@ -420,7 +420,7 @@ def test_lowering_needs_a_problem_and_a_size(problem_of):
 
 def test_dense_checks_memory_first(problem_of, monkeypatch):
     op = registry.build("ggn").lower(problem_of("mlp"))
-    monkeypatch.setattr("curvalg.lowering.operator._free_memory", lambda device: 1000)
+    monkeypatch.setattr("curvalg.lowering.composition.free_memory", lambda device: 1000)
     with pytest.raises(ProblemError, match="GiB"):
         op.to_dense()
 

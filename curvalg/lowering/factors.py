@@ -1,0 +1,316 @@
+"""The columns V of Gauss-Newton forms A = V Vᵀ, held as layer inputs and output deltas instead of D × M numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.term import Term
+from curvalg.problem import Batch, Layout, Problem, Snapshot, trees
+from curvalg.problem.layers import LayerRecord, Recorded, record_layers
+from curvalg.problem.problem import DEFAULT_BUDGET
+
+Groups = tuple[tuple[str, ...], ...]
+"""Disjoint groups of parameter names."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some columns of one batch.
+
+    Args:
+        start: number of its first column among all M.
+        columns: how many per row.
+        rows: of the batch.
+        records: the layers.
+    """
+
+    start: int
+    columns: int
+    rows: int
+    records: list[LayerRecord]
+    _splits: dict[Groups, list[tuple[int, LayerRecord]]] = field(default_factory=dict, compare=False)
+
+    @property
+    def stop(self) -> int:
+        """One past its last column."""
+        return self.start + self.columns * self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of inputs and deltas."""
+        return sum(record.nbytes for record in self.records)
+
+    def split(self, groups: Groups) -> list[tuple[int, LayerRecord]]:
+        """(number of a group, what a layer has in it) for every layer and group that meet."""
+        if groups not in self._splits:
+            parts = [(g, record.select(names)) for record in self.records for g, names in enumerate(groups)]
+            self._splits[groups] = [(g, part) for g, part in parts if part is not None]
+        return self._splits[groups]
+
+
+class Factor:
+    """V (D × M) with Σ_t V_t V_tᵀ = Σ_t A_t over some terms, at one snapshot.
+
+    Column (k, n) of a batch is Jₙᵀ sₖₙ; columns lie batch by batch, within a batch k by k. What fits the problem's budget is
+    kept; other products push and pull the vectors through the model, and the Gram matrix is made group by group.
+
+    Args:
+        problem: whose budget decides; not held.
+        terms: each with a factor.
+    """
+
+    def __init__(self, problem: Problem, terms: tuple[Term, ...]) -> None:
+        self.terms = terms
+        self.device, self.dtype = problem.device, problem.dtype
+        self.nbytes = 0
+        self.chunks: list[Chunk] = []
+        self.complete = False
+        self._sizes: list[tuple[int, int]] | None = None
+        self._owner: list[Tensor] = []
+        self._active: list[Tensor] = []
+        self._gram: Tensor | None = None
+        self.refused: int | None = None  # the budget that did not suffice
+
+    # -- what the columns are -------------------------------------------------------------------------------------------
+
+    def cotangents(self, batch: Batch) -> Tensor:
+        """s of all terms, shape (columns, *output.shape)."""
+        parts = []
+        for term in self.terms:
+            columns = term.factor(batch)
+            if columns is None or columns.shape[1:] != batch.output.shape:
+                raise ExpressionError(
+                    f"{term.label}.factor must return a tensor of shape (columns, {', '.join(map(str, batch.output.shape))}), "
+                    f"got {trees.describe(columns)}"
+                )
+            parts.append(columns)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _note(self, batch: Batch) -> None:
+        """Remember which term each column is of, and which columns are not zero."""
+        parts = [term.factor(batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
+        for number, columns in enumerate(parts):
+            assert columns is not None
+            flat = columns.reshape(columns.shape[0], columns.shape[1], -1)
+            self._active.append((flat != 0).any(2).reshape(-1))
+            self._owner.append(torch.full((flat.shape[0] * flat.shape[1],), number, device=self.device))
+
+    @property
+    def owner(self) -> Tensor:
+        """The number of the term that each column belongs to (M,)."""
+        return torch.cat(self._owner)
+
+    @property
+    def active(self) -> Tensor:
+        """Which columns are not zero (M,): a sample of no share has none."""
+        return torch.cat(self._active)
+
+    @property
+    def size(self) -> int:
+        """M; known after :meth:`prepare`."""
+        assert self._sizes is not None
+        return sum(columns * rows for columns, rows in self._sizes)
+
+    # -- passes over the data ---------------------------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Release inputs and deltas (not the Gram matrix)."""
+        self.chunks, self.nbytes, self.complete = [], 0, False
+
+    def prepare(self, problem: Problem, snapshot: Snapshot) -> None:
+        """Count the columns; keep inputs and deltas if they fit."""
+        limit = problem.budget.limit
+        if self._sizes is None or not (self.complete or limit in (0, self.refused)):
+            for _ in self._walk(problem, snapshot, 0):
+                pass
+        problem.budget.touch(self)
+
+    def _walk(self, problem: Problem, snapshot: Snapshot, start: int) -> Iterator[Chunk]:
+        """All chunks from a column on, kept ones as they are; the first pass keeps what fits."""
+        if self.complete:
+            problem.budget.touch(self)
+            yield from (chunk for chunk in self.chunks if chunk.stop > start)
+            return
+        first, at = self._sizes is None, 0
+        keeping = start == 0 and problem.budget.limit > 0
+        sizes: list[tuple[int, int]] = []
+        self.drop()
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            number = len(sizes)
+            if self._sizes is not None and at + math.prod(self._sizes[number]) <= start:
+                sizes.append(self._sizes[number])
+                at += math.prod(sizes[-1])
+                continue
+            recorded = record_layers(evaluation)
+            if first:
+                self._note(recorded.batch)
+            columns, rows = self.cotangents(recorded.batch), recorded.batch.output.shape[0]
+            sizes.append((columns.shape[0], rows))
+            for k, records in _slices(recorded, columns, _half(problem)):
+                chunk = Chunk(at + k * rows, records[0].columns, rows, records)
+                if keeping:
+                    keeping = problem.budget.reserve(self, chunk.nbytes)
+                    self.chunks.append(chunk)
+                    if not keeping:
+                        self.refused = problem.budget.limit
+                        self.drop()
+                yield chunk
+            at += math.prod(sizes[-1])
+        self._sizes = sizes
+        self.complete = keeping
+
+    # -- products ---------------------------------------------------------------------------------------------------------
+
+    def push(self, problem: Problem, snapshot: Snapshot, x: Tensor) -> Tensor:
+        """Vᵀ X for X (D, P), shape (M, P)."""
+        self.prepare(problem, snapshot)
+        if not self.complete:
+            return torch.stack([self._push_through(problem, snapshot, column) for column in x.unbind(1)], 1)
+        return self.push_groups(problem.layout, (tuple(problem.layout.names),), x)[0]
+
+    def push_groups(self, layout: Layout, groups: Groups, x: Tensor) -> Tensor:
+        """V_gᵀ X_g for the rows of each group of parameters, shape (groups, M, P), from kept inputs and deltas."""
+        directions = layout.unflatten_rows(x.T.contiguous())
+        result = x.new_zeros(len(groups), self.size, x.shape[1])
+        for chunk in self.chunks:
+            for group, record in chunk.split(groups):
+                inner = record.project(directions).reshape(x.shape[1], -1)
+                result[group, chunk.start : chunk.stop] += inner.T
+        return result
+
+    def _push_through(self, problem: Problem, snapshot: Snapshot, x: Tensor) -> Tensor:
+        parts = []
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            batch, tangent = evaluation.push(x)
+            columns = self.cotangents(batch)
+            products = columns * tangent
+            parts.append(products.reshape(*columns.shape[:2], -1).sum(2).reshape(-1))
+        return torch.cat(parts).to(x.dtype)
+
+    def pull(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
+        """V Y for Y (M, P), shape (D, P)."""
+        self.prepare(problem, snapshot)
+        if not self.complete:
+            return torch.stack([self._pull_through(problem, snapshot, column) for column in y.unbind(1)], 1)
+        return self.pull_groups(problem.layout, (tuple(problem.layout.names),), y[None])
+
+    def pull_groups(self, layout: Layout, groups: Groups, y: Tensor) -> Tensor:
+        """V_g Y_g for each group, together (D, P), from kept inputs and deltas; Y (groups, M, P)."""
+        columns = y.shape[2]
+        result = y.new_zeros(columns, layout.size)
+        for chunk in self.chunks:
+            weights = y[:, chunk.start : chunk.stop].mT.reshape(len(groups), columns, chunk.columns, chunk.rows)
+            for group, record in chunk.split(groups):
+                for name, value in record.combine(weights[group]).items():
+                    result[:, layout.slices[name]] += value.reshape(columns, -1)
+        return result.T
+
+    def _pull_through(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
+        total, at = torch.zeros(problem.size, dtype=y.dtype, device=y.device), 0
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            batch = evaluation.evaluate()
+            columns = self.cotangents(batch)
+            count = math.prod(columns.shape[:2])
+            weights = y[at : at + count].reshape(*columns.shape[:2], *[1] * (columns.ndim - 2))
+            total += batch.vjp((weights.to(columns.dtype) * columns).sum(0))
+            at += count
+        return total
+
+    def gram(self, problem: Problem, snapshot: Snapshot) -> Tensor:
+        """Vᵀ V (M, M), computed once and kept.
+
+        Where not all inputs and deltas fit, as many columns as do are held while one pass makes their products with all
+        later ones.
+        """
+        if self._gram is not None:
+            return self._gram
+        self.prepare(problem, snapshot)
+        size, limit = self.size, _half(problem)
+        gram = torch.empty(size, size, dtype=self.dtype, device=self.device)
+        start = 0
+        while start < size:
+            held: list[Chunk] = []
+            used, full, stop = 0, False, start
+            for chunk in self._walk(problem, snapshot, start):
+                if chunk.start < start:
+                    continue
+                for other in held:
+                    _fill(gram, other, chunk)
+                full = full or bool(held and used + chunk.nbytes > limit and not self.complete)
+                if not full:
+                    _fill(gram, chunk, chunk)
+                    held.append(chunk)
+                    used, stop = used + chunk.nbytes, chunk.stop
+            start = stop
+        self._gram = gram
+        return gram
+
+    def squares(self, problem: Problem, snapshot: Snapshot, weights: dict[Term, float]) -> Tensor:
+        """The diagonal of Σ_t c_t V_t V_tᵀ (D,), of terms that are not centred; c may have any sign."""
+        self.prepare(problem, snapshot)
+        layout = problem.layout
+        total = torch.zeros(layout.size, dtype=self.dtype, device=self.device)
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            recorded = record_layers(evaluation)
+            for term in self.terms:
+                columns = term.factor(recorded.batch)
+                assert columns is not None
+                for _, records in _slices(recorded, columns, _half(problem)):
+                    for record in records:
+                        for name, value in record.squares().items():
+                            total[layout.slices[name]] += weights[term] * value.reshape(-1)
+        return total
+
+
+def _half(problem: Problem) -> int:
+    """Bytes of inputs and deltas that may be held while a Gram matrix is made, for each of its two sides."""
+    return (problem.budget.limit or DEFAULT_BUDGET) // 2
+
+
+def _slices(recorded: Recorded, columns: Tensor, limit: int) -> Iterator[tuple[int, list[LayerRecord]]]:
+    """Records of as many columns at a time as fit the limit."""
+    count = columns.shape[0]
+    width = count
+    if count > 1:
+        # The bytes of one column tell those of all: inputs are shared, deltas are not.
+        one = recorded.records(columns[:1])
+        deltas = sum(record.nbytes - _input_bytes(record) for record in one)
+        shared = sum(map(_input_bytes, one))
+        del one
+        width = max(1, min(count, (limit - shared) // max(1, deltas)))
+    for at in range(0, count, width):
+        yield at, recorded.records(columns[at : at + width])
+
+
+def _input_bytes(record: LayerRecord) -> int:
+    inputs = record.inputs
+    return 0 if inputs is None else inputs.numel() * inputs.element_size()
+
+
+def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:
+    """The blocks of two chunks, and their mirror image."""
+    block: Tensor | None = None
+    others = {record.params: record for record in right.records}
+    for record in left.records:
+        part = record.gram(others[record.params])
+        block = part if block is None else block.add_(part)
+    assert block is not None
+    flat = block.reshape(left.stop - left.start, right.stop - right.start)
+    gram[left.start : left.stop, right.start : right.stop] = flat
+    if left is not right:
+        gram[right.start : right.stop, left.start : left.stop] = flat.T
+
+
+def factor_of(problem: Problem, snapshot: Snapshot, terms: tuple[Term, ...]) -> Factor:
+    """The factor of some terms, shared by all that ask for it."""
+    kept = problem.kept(snapshot)
+    key = ("factor", terms)
+    if key not in kept:
+        kept[key] = Factor(problem, terms)
+    return kept[key]  # type: ignore[no-any-return]

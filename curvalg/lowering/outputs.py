@@ -1,0 +1,26 @@
+"""Sizes of output space."""
+
+from __future__ import annotations
+
+import torch
+
+from curvalg.errors import ProblemError
+from curvalg.problem import Problem, Snapshot
+
+
+def output_sizes(problem: Problem, snapshot: Snapshot) -> list[int]:
+    """Number of outputs of every batch, by one pass of the model; kept.
+
+    Raises:
+        ProblemError: the data come in random order, so that rows of output space have no meaning.
+    """
+    if not problem.data.ordered:
+        raise ProblemError(
+            "outputs are rows in the order of the data, but the loader shuffles; pass shuffle=False, or list(loader)"
+        )
+    kept = problem.kept(snapshot)
+    if "output sizes" not in kept:
+        with problem.differentiating(), torch.no_grad():
+            evaluations = problem.evaluations(snapshot, order_matters=True)
+            kept["output sizes"] = [e.run(e.values())[0].numel() for e in evaluations]
+    return list(kept["output sizes"])

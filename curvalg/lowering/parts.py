@@ -1,0 +1,94 @@
+"""Diagonals and Nyström approximations of bound matrices."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import CurvalgWarning, FactsError
+from curvalg.expr import Diagonal, LowRank, Nystrom
+from curvalg.expr.term import Term
+from curvalg.lowering.factors import factor_of
+from curvalg.lowering.forms import DENSE_LIMIT, Matrix, affine, find
+from curvalg.problem import Snapshot
+
+CHUNK = 256
+"""Columns of a product with unit vectors."""
+
+
+def exact_diagonal(matrix: Matrix, snapshot: Snapshot) -> Diagonal:
+    """The diagonal: from a structured form, from the columns of Gauss-Newton forms, else by one product a parameter."""
+    matrix = matrix.localised()
+    form, _ = find(matrix, exclude=("dual", "dense"))
+    if form is not None and (values := form.at(snapshot).diagonal()) is not None:
+        return Diagonal(values)
+    if (squares := _by_columns(matrix, snapshot)) is not None:
+        return Diagonal(squares)
+    return Diagonal(_by_products(matrix, snapshot))
+
+
+def _by_columns(matrix: Matrix, snapshot: Snapshot) -> Tensor | None:
+    """Sums of squared per-sample directions; no product."""
+    parts, shift = affine(matrix.expr)
+    weights: dict[Term, float] = {}
+    for c, term in parts:
+        if not isinstance(term, Term) or type(term).factor is Term.factor or term.centred:
+            return None
+        if not term.facts(matrix.problem.facts).psd or matrix.problem.model.batch_statistics:
+            return None
+        weights[term] = c
+    if not weights:
+        return None
+    total: Tensor = factor_of(matrix.problem, snapshot, tuple(weights)).squares(matrix.problem, snapshot, weights)
+    return total + shift
+
+
+def _by_products(matrix: Matrix, snapshot: Snapshot) -> Tensor:
+    n, problem = matrix.size, matrix.problem
+    if n > DENSE_LIMIT:
+        warnings.warn(
+            f"the diagonal of {matrix.expr} takes {n} products, one for each parameter: exact, but slow",
+            CurvalgWarning,
+            stacklevel=2,
+        )
+    result = torch.empty(n, dtype=problem.dtype, device=problem.device)
+    for at in range(0, n, CHUNK):
+        width = min(CHUNK, n - at)
+        unit = torch.zeros(n, width, dtype=problem.dtype, device=problem.device)
+        chosen = torch.arange(width, device=problem.device)
+        unit[at + chosen, chosen] = 1
+        result[at : at + width] = matrix.plan.apply(snapshot, unit)[at + chosen, chosen]
+    return result
+
+
+def nystrom(expr: Nystrom, matrix: Matrix, snapshot: Snapshot) -> LowRank:
+    """U Λ Uᵀ = (AΩ)(ΩᵀAΩ)⁺(AΩ)ᵀ by the shifted Cholesky form of Frangella, Tropp and Udell (arXiv 2110.02820, Alg. 2.1).
+
+    Raises:
+        FactsError: A turned out not to be positive semi-definite.
+    """
+    matrix = matrix.localised()
+    n, problem = matrix.size, matrix.problem
+    rank = min(expr.rank, n)
+    # Drawn on the CPU, so that a seed means the same on every device.
+    noise = torch.randn(n, rank, generator=torch.Generator().manual_seed(expr.seed), dtype=torch.float64)
+    omega = torch.linalg.qr(noise)[0].to(problem.device)
+    product = matrix.plan.apply(snapshot, omega.to(problem.dtype)).double()
+    precision = torch.finfo(problem.dtype).eps
+    shift = precision * float(product.norm())
+    product = product + shift * omega
+    core = omega.T @ product
+    triangle, info = torch.linalg.cholesky_ex((core + core.T) / 2)
+    if int(info):
+        if not shift:
+            return LowRank(product[:, :1].to(problem.dtype), product.new_zeros(1).to(problem.dtype))
+        raise FactsError(
+            f"{expr.expr} is not positive semi-definite (its projection has a negative eigenvalue), so it has no Nyström "
+            "approximation; use the ggn or a covariance"
+        )
+    half = torch.linalg.solve_triangular(triangle, product.T, upper=False).T
+    left, singular_values, _ = torch.linalg.svd(half, full_matrices=False)
+    values = (singular_values.square() - shift).clamp_min(0)
+    return LowRank(left.to(problem.dtype), values.to(problem.dtype))

@@ -1,0 +1,90 @@
+"""What a structured matrix answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import FactsError
+
+Function = Callable[[Tensor], Tensor]
+"""A real function, entry by entry."""
+
+
+@dataclass(frozen=True)
+class Eigh:
+    """All eigenpairs of a symmetric matrix, the vectors made when asked for.
+
+    Args:
+        eigenvalues: those with vectors of their own, ascending, shape (r,), float64.
+        rest: the one eigenvalue of everything orthogonal to these vectors.
+        multiplicity: how often ``rest`` occurs, n − r.
+        make: positions (k,) among the eigenvalues -> eigenvectors (n, k).
+    """
+
+    eigenvalues: Tensor
+    rest: float
+    multiplicity: int
+    make: Callable[[Tensor], Tensor]
+
+    def vectors(self, positions: slice | Tensor) -> Tensor:
+        """Orthonormal eigenvectors (n, k) of the chosen eigenvalues; k vectors of a large matrix are k · n numbers."""
+        return self.make(torch.arange(len(self.eigenvalues), device=self.eigenvalues.device)[positions])
+
+    def apply(self, function: Function) -> tuple[Tensor, Tensor]:
+        """f of the eigenvalues with vectors, and f of the rest (0-d)."""
+        return function(self.eigenvalues), function(self.eigenvalues.new_tensor(self.rest))
+
+
+class Structure(ABC):
+    """A square matrix of which products with functions of it are exact.
+
+    Args:
+        size: number of rows, n.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @abstractmethod
+    def solve(self, b: Tensor) -> Tensor:
+        """A⁻¹ B for columns (n, K).
+
+        Raises:
+            FactsError: singular to working precision.
+        """
+
+    @abstractmethod
+    def mapped(self, function: Function, name: str) -> Structure | None:
+        """f(A) by its eigenvalues; None where only solves are cheap."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """A X for columns (n, K)."""
+
+    @abstractmethod
+    def trace(self) -> float | None:
+        """Σ of the diagonal; None where it is not known cheaply, as in all questions below."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor | None:
+        """The diagonal, shape (n,)."""
+
+    @abstractmethod
+    def logdet(self) -> float | None:
+        """log |det A|; −∞ for a singular matrix."""
+
+    @abstractmethod
+    def eigh(self) -> Eigh | None:
+        """The eigenpairs, of a symmetric matrix."""
+
+
+def singular(what: str, zeros: int) -> FactsError:
+    """The error for a matrix without an inverse."""
+    return FactsError(
+        f"{what} has no inverse, for {zeros} of its eigenvalues are zero to working precision; add damping, c * Identity"
+    )

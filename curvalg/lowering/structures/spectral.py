@@ -1,0 +1,81 @@
+"""A symmetric matrix by its eigenvalues and a basis that is cheap to change into."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import FactsError
+from curvalg.lowering.structures.base import Eigh, Function, Structure, singular
+from curvalg.lowering.structures.bases import Basis
+
+
+class Spectral(Structure):
+    """Q diag(values) Qᵀ + rest · (I − Q Qᵀ).
+
+    Args:
+        size: n.
+        values: eigenvalues (r,), float64.
+        basis: Q (n, r).
+        rest: eigenvalue of the orthogonal complement, if r < n.
+        what: for messages.
+    """
+
+    def __init__(self, size: int, values: Tensor, basis: Basis, rest: float = 0.0, what: str = "the matrix") -> None:
+        super().__init__(size)
+        self.values, self.basis, self.rest, self.what = values.double(), basis, rest, what
+
+    @property
+    def _complement(self) -> int:
+        return self.size - len(self.values)
+
+    def _spectrum(self) -> Tensor:
+        """The distinct eigenvalues, without their multiplicities."""
+        if not self._complement:
+            return self.values
+        return torch.cat([self.values, self.values.new_tensor([self.rest])])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        offset = self.rest if self._complement else 0.0
+        weights = (self.values - offset).to(x.dtype)[:, None]
+        product = self.basis.synthesise(weights * self.basis.analyse(x))
+        return product.add_(x, alpha=offset) if offset else product
+
+    def solve(self, b: Tensor) -> Tensor:
+        zero = self.values.abs() <= torch.finfo(torch.float64).eps * self._spectrum().abs().max()
+        zeros = int(zero.sum()) + (self._complement if not self.rest else 0)
+        if zeros:
+            raise singular(self.what, zeros)
+        return self._function(torch.reciprocal).multiply(b)
+
+    def mapped(self, function: Function, name: str) -> Structure:
+        if name == "sqrt":
+            spectrum = self._spectrum()
+            noise = self.size * torch.finfo(torch.float64).eps * float(spectrum.abs().max())
+            if bool((spectrum < -max(noise, 1e-12 * float(spectrum.abs().max()))).any()):
+                raise FactsError(
+                    f"{self.what} has the eigenvalue {float(spectrum.min()):.3g}, so it has no real square root; add "
+                    "damping, c * Identity"
+                )
+            return self._function(lambda v: v.clamp_min(0).sqrt())
+        return self._function(function)
+
+    def _function(self, function: Function) -> Spectral:
+        rest = float(function(self.values.new_tensor(self.rest))) if self._complement else 0.0
+        return Spectral(self.size, function(self.values), self.basis, rest, self.what)
+
+    def trace(self) -> float:
+        return float(self.values.sum()) + self._complement * self.rest
+
+    def diagonal(self) -> Tensor:
+        return self.basis.squares(self.values - self.rest) + self.rest
+
+    def logdet(self) -> float:
+        rest = self._complement * (math.log(abs(self.rest)) if self.rest else -math.inf) if self._complement else 0.0
+        return float(self.values.abs().log().sum()) + rest
+
+    def eigh(self) -> Eigh:
+        values, order = self.values.sort()
+        return Eigh(values, self.rest, self._complement, lambda positions: self.basis.columns(order[positions]))
