@@ -6,8 +6,7 @@ Both give the same numbers, since both multiply the same recording.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from curvalg.lowering.columns import chunked, mapped
 from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
+from curvalg.lowering.timing import fastest
 from curvalg.problem import Evaluation, Problem, Snapshot, trees
 
 Recording: TypeAlias = SinglePass | Staged
@@ -235,7 +235,7 @@ class Linearization:
         seconds: dict[str, float] = {}
         for make in (lambda: TwoStage(evaluation, None, True), lambda: ForwardAD(evaluation, True)):
             recorded = make()
-            seconds[recorded.ROUTE] = _fastest(lambda r=recorded: r.tangent(rows, 1), evaluation)  # type: ignore[misc]
+            seconds[recorded.ROUTE] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
         if evaluation.problem.no_forward_ad is None and seconds[ForwardAD.ROUTE] < 0.9 * seconds[TwoStage.ROUTE]:
             self.route = ForwardAD.ROUTE
         shown = ", ".join(f"{name} {1e3 * t:.2g} ms" for name, t in seconds.items())
@@ -255,8 +255,8 @@ class Linearization:
                 new = Linearized(evaluation, True)
                 reason = decline_linearized(new, old, rows)
                 if reason is None and not replaced:
-                    before = _fastest(lambda o=old: o.tangent(rows, 1), evaluation)  # type: ignore[misc]
-                    after = _fastest(lambda n=new: n.tangent(rows, 1), evaluation)  # type: ignore[misc]
+                    before = fastest(lambda o=old: o.tangent(rows, 1))  # type: ignore[misc]
+                    after = fastest(lambda n=new: n.tangent(rows, 1))  # type: ignore[misc]
                     reason = (
                         None
                         if after < 0.9 * before
@@ -305,26 +305,14 @@ class Linearization:
         if not bool((batched[:1] - single).norm() <= tolerance):
             self.notes["columns"] = "columns one after the other: a batched product differs from a single one"
             return 1
-        many = _fastest(lambda: run(rows, rows.shape[0])) / rows.shape[0]
-        one = _fastest(lambda: run(rows[:1], 1))
+        many = fastest(lambda: run(rows, rows.shape[0])) / rows.shape[0]
+        one = fastest(lambda: run(rows[:1], 1))
         chosen = most if many < one else 1
         self.notes["columns"] = (
             f"columns {'in batches of ' + str(most) if chosen > 1 else 'one after the other'} "
             f"({1e3 * many:.2g} ms a column batched, {1e3 * one:.2g} ms alone, on one batch)"
         )
         return chosen
-
-
-def _fastest(run: Callable[[], Any], evaluation: Evaluation | None = None) -> float:
-    """Seconds of the faster of two runs after one to warm up."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = run()
-        if isinstance(result, Tensor) and result.is_cuda:
-            torch.cuda.synchronize(result.device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 def linearization(problem: Problem, snapshot: Snapshot, sweep: Sweep) -> Linearization:

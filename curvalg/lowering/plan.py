@@ -32,6 +32,7 @@ from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.strategies import Solver
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.sweep import Sweep
+from curvalg.lowering.timing import fastest
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.evaluation import backward
 from curvalg.solve import SolveResult
@@ -110,6 +111,14 @@ def _how(sweep: Sweep, problem: Problem, kept: Linearization) -> list[str]:
     elif sweep.curved:
         lines.append("fresh: recorded in every product, 1 model call a batch")
     return [*lines, *kept.notes.values()]
+
+
+def drop_recordings(plan: Plan, snapshot: Snapshot) -> None:
+    """Release what the sweeps of a plan keep; they record anew if they are needed."""
+    if isinstance(plan, SweepPlan):
+        linearization(plan.problem, snapshot, plan.sweep).drop()
+    for part in plan.inner:
+        drop_recordings(part, snapshot)
 
 
 def count_sweeps(plan: Plan) -> int:
@@ -260,6 +269,7 @@ class FactoredBlocksPlan(Plan):
     ) -> None:
         self.problem, self.entries, self.groups, self.shifts = problem, tuple(entries), groups, tuple(shifts)
         self.otherwise = otherwise
+        self._choices: WeakKeyDictionary[Snapshot, dict[str, float]] = WeakKeyDictionary()
 
     @property
     def inner(self) -> tuple[Plan, ...]:
@@ -269,10 +279,32 @@ class FactoredBlocksPlan(Plan):
         return factor_of(self.problem, snapshot, tuple(term for _, term in self.entries))
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        factor, layout = self._factor(snapshot), self.problem.layout
+        factor = self._factor(snapshot)
+        if snapshot in self._choices and self._slower(snapshot):
+            return self.otherwise.apply(snapshot, x)
         factor.prepare(self.problem, snapshot)
         if not factor.complete:
             return self.otherwise.apply(snapshot, x)
+        if snapshot not in self._choices:
+            self._choices[snapshot] = self._measure(factor, snapshot, x[:, :1])
+            if self._slower(snapshot):
+                factor.drop()
+                return self.otherwise.apply(snapshot, x)
+            drop_recordings(self.otherwise, snapshot)
+        return self._factored(factor, x)
+
+    def _measure(self, factor: Factor, snapshot: Snapshot, x: Tensor) -> dict[str, float]:
+        """Seconds of a product in either way; with many output directions or positions the deltas can be the larger."""
+        factored = fastest(lambda: self._factored(factor, x))
+        ordinary = fastest(lambda: self.otherwise.apply(snapshot, x))
+        return {"factored": factored, "one after the other": ordinary}
+
+    def _slower(self, snapshot: Snapshot) -> bool:
+        seconds = self._choices[snapshot]
+        return seconds["factored"] > seconds["one after the other"]
+
+    def _factored(self, factor: Factor, x: Tensor) -> Tensor:
+        layout = self.problem.layout
         result = factor.pull_groups(
             layout, self.groups, self._weigh(factor, factor.push_groups(layout, self.groups, x))
         )
@@ -296,8 +328,10 @@ class FactoredBlocksPlan(Plan):
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         factor, count = self._factor(snapshot), len(self.groups)
-        if self.problem.budget.limit in (0, factor.refused):
-            return self.otherwise.lines(snapshot)
+        measured = self._choices.get(snapshot, {})
+        shown = ", ".join(f"{way} {1e3 * seconds:.2g} ms" for way, seconds in measured.items())
+        if self.problem.budget.limit in (0, factor.refused) or (measured and self._slower(snapshot)):
+            return [*self.otherwise.lines(snapshot), *([f"  measured: {shown}"] if shown else [])]
         total = " + ".join(str(term) if c == 1 else f"{c:g} * {term}" for c, term in self.entries)
         lines = [
             f"{count} diagonal blocks of {total}, factored",
@@ -308,7 +342,7 @@ class FactoredBlocksPlan(Plan):
             if factor.complete
             else "kept from the first product on, if they fit"
         )
-        return [*lines, f"  layer inputs and output deltas {kept}"]
+        return [*lines, f"  layer inputs and output deltas {kept}", *([f"  measured: {shown}"] if shown else [])]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from curvalg import Identity, block_diagonal, registry
+from curvalg.lowering.plan import FactoredBlocksPlan
 
 SUMS = {
     "ggn": (lambda b: b("ggn"), lambda d: d.ggn),
@@ -44,7 +45,9 @@ def mask(dense, by):
 @pytest.mark.parametrize("by", ["module", "parameter"])
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_equal_the_masked_matrix(case, name, by, problem_of, dense_of, vectors):
+def test_blocks_equal_the_masked_matrix(case, name, by, problem_of, dense_of, vectors, monkeypatch):
+    # Whichever is faster is taken; here the numbers of the factored way are wanted.
+    monkeypatch.setattr(FactoredBlocksPlan, "_slower", lambda self, snapshot: False)
     dense, problem = dense_of(case), problem_of(case)
     make, reference = SUMS[name]
     A, V = reference(dense) * mask(dense, by), vectors(dense.D)
@@ -77,6 +80,20 @@ def test_explain_tells_which_way_and_at_what_cost(problem_of):
     assert "4 diagonal blocks, one after the other; about 4 passes a product" in ordinary.explain()
     fresh = block_diagonal(registry.build("ggn"), by="module").lower(problem_of("mlp", cache=0))
     assert "2 diagonal blocks, one after the other" in fresh.explain()
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_the_faster_way_is_taken_and_told(slower, problem_of, dense_of, vectors, monkeypatch):
+    monkeypatch.setattr(FactoredBlocksPlan, "_slower", lambda self, snapshot: slower)
+    dense, problem = dense_of("cnn"), problem_of("cnn")
+    op = block_diagonal(registry.build("covariance"), by="module").lower(problem)
+    V = vectors(dense.D)
+    A = dense.covariance * mask(dense, "module")
+    for _ in range(3):
+        assert torch.allclose(op @ V, A @ V, atol=1e-12)
+    report = op.explain()
+    assert ("one after the other; about" in report) == slower
+    assert "measured: factored" in report
 
 
 def test_a_budget_that_does_not_suffice(problem_of, dense_of, vectors):
