@@ -34,7 +34,7 @@ class Chunk:
     columns: int
     rows: int
     records: list[LayerRecord]
-    _splits: dict[Groups, list[tuple[int, LayerRecord]]] = field(default_factory=dict, compare=False)
+    _splits: dict[Groups, list[tuple[LayerRecord, dict[str, int]]]] = field(default_factory=dict, compare=False)
 
     @property
     def stop(self) -> int:
@@ -46,11 +46,12 @@ class Chunk:
         """Memory of inputs and deltas."""
         return sum(record.nbytes for record in self.records)
 
-    def split(self, groups: Groups) -> list[tuple[int, LayerRecord]]:
-        """(number of a group, what a layer has in it) for every layer and group that meet."""
+    def split(self, groups: Groups) -> list[tuple[LayerRecord, dict[str, int]]]:
+        """What each layer has in the groups, with the number of the group of each of its parameters."""
         if groups not in self._splits:
-            parts = [(g, record.select(names)) for record in self.records for g, names in enumerate(groups)]
-            self._splits[groups] = [(g, part) for g, part in parts if part is not None]
+            owner = {name: g for g, names in enumerate(groups) for name in names}
+            parts = [record.select(tuple(owner)) for record in self.records]
+            self._splits[groups] = [(part, {n: owner[n] for n in part.params}) for part in parts if part is not None]
         return self._splits[groups]
 
 
@@ -179,9 +180,11 @@ class Factor:
         directions = layout.unflatten_rows(x.T.contiguous())
         result = x.new_zeros(len(groups), self.size, x.shape[1])
         for chunk in self.chunks:
-            for group, record in chunk.split(groups):
-                inner = record.project(directions).reshape(x.shape[1], -1)
-                result[group, chunk.start : chunk.stop] += inner.T
+            for record, owner in chunk.split(groups):
+                one = set(owner.values())
+                parts = [(one.pop(), record.project(directions))] if len(one) == 1 else None
+                for group, inner in parts or ((owner[n], t) for n, t in record.project_each(directions).items()):
+                    result[group, chunk.start : chunk.stop] += inner.reshape(x.shape[1], -1).T
         return result
 
     def _push_through(self, problem: Problem, snapshot: Snapshot, x: Tensor) -> Tensor:
@@ -206,8 +209,13 @@ class Factor:
         result = y.new_zeros(columns, layout.size)
         for chunk in self.chunks:
             weights = y[:, chunk.start : chunk.stop].mT.reshape(len(groups), columns, chunk.columns, chunk.rows)
-            for group, record in chunk.split(groups):
-                for name, value in record.combine(weights[group]).items():
+            for record, owner in chunk.split(groups):
+                one = set(owner.values())
+                if len(one) == 1:
+                    values = record.combine(weights[one.pop()])
+                else:
+                    values = record.combine_each({name: weights[group] for name, group in owner.items()})
+                for name, value in values.items():
                     result[:, layout.slices[name]] += value.reshape(columns, -1)
         return result.T
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
+from curvalg.lowering.structures.bases import kronecker
 
 
 def tensor(array: Any, like: Tensor) -> Tensor:
@@ -30,11 +31,7 @@ def _(leaf: Diagonal, x: Tensor, transpose: bool) -> Tensor:
 @multiply.register
 def _(leaf: Kronecker, x: Tensor, transpose: bool) -> Tensor:
     factors = [tensor(f, x) for f in leaf.factors]
-    result = x.reshape(*[f.shape[0] for f in factors], x.shape[1])
-    for axis, factor in enumerate(factors):
-        moved = torch.tensordot(factor.T if transpose else factor, result, dims=([1], [axis]))
-        result = moved.movedim(0, axis)
-    return result.reshape(x.shape)
+    return kronecker([f.T for f in factors] if transpose else factors, x)
 
 
 @multiply.register

@@ -32,7 +32,7 @@ from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.strategies import Solver
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.sweep import Sweep
-from curvalg.lowering.timing import fastest
+from curvalg.lowering.timing import race
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.evaluation import backward
 from curvalg.solve import SolveResult
@@ -295,9 +295,8 @@ class FactoredBlocksPlan(Plan):
 
     def _measure(self, factor: Factor, snapshot: Snapshot, x: Tensor) -> dict[str, float]:
         """Seconds of a product in either way; with many output directions or positions the deltas can be the larger."""
-        factored = fastest(lambda: self._factored(factor, x))
-        ordinary = fastest(lambda: self.otherwise.apply(snapshot, x))
-        return {"factored": factored, "one after the other": ordinary}
+        seconds = race(lambda: self._factored(factor, x), lambda: self.otherwise.apply(snapshot, x))
+        return dict(zip(("factored", "one after the other"), seconds, strict=True))
 
     def _slower(self, snapshot: Snapshot) -> bool:
         seconds = self._choices[snapshot]

@@ -12,11 +12,18 @@ from torch import Tensor
 
 def fastest(run: Callable[[], Any]) -> float:
     """Seconds of the faster of two runs after one to warm up."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = run()
-        if isinstance(result, Tensor) and result.is_cuda:
-            torch.cuda.synchronize(result.device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min([_seconds(run) for _ in range(3)][1:])
+
+
+def race(*runs: Callable[[], Any]) -> list[float]:
+    """Seconds of the fastest of three runs of each, taken in turn after one to warm up, so that noise hits all alike."""
+    rounds = [[_seconds(run) for run in runs] for _ in range(4)]
+    return [min(times) for times in zip(*rounds[1:], strict=True)]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = run()
+    if isinstance(result, Tensor) and result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return time.perf_counter() - start

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,8 +40,8 @@ def recording(device: torch.device, model: Model) -> Iterator[None]:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        if model.weight_norm:
-            stack.enter_context(_WeightNorm())
+        if model.corrected is not False:
+            stack.enter_context(_Corrected(model))
         if model.recurrent and device.type == "cuda":
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # something may be compiled; importing dynamo only to ask is slow
@@ -48,16 +49,47 @@ def recording(device: torch.device, model: Model) -> Iterator[None]:
         yield
 
 
-class _WeightNorm(TorchFunctionMode):
-    """g v / ‖v‖ written out: the double backward of ``torch._weight_norm`` is wrong (torch 2.13, on CPU)."""
+class _Corrected(TorchFunctionMode):
+    """Functions whose derivatives torch gets wrong, written in others. The first call of a model tells whether it has any.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self._model, self._used = model, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:
-            v, g, dim = (*args, 0)[:3]
-            dim = (kwargs or {}).get("dim", dim)
-            axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
-            return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None))
-        return func(*args, **(kwargs or {}))
+        correction = _CORRECTIONS.get(func)
+        if correction is None:
+            return func(*args, **(kwargs or {}))
+        self._used = True
+        return correction(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self._model.corrected is None and exception[0] is None:
+            self._model.corrected = self._used
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / ‖v‖: the double backward of ``torch._weight_norm`` is wrong (torch 2.13, on CPU)."""
+    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
+    scale: Tensor = g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None)
+    return v * scale
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows of a table: the padding's is a constant in reverse mode, but has a tangent in forward mode (torch 2.13)."""
+    rows = F.embedding(input, weight, padding_idx, *args, **kwargs)
+    if padding_idx is None:
+        return rows
+    index = padding_idx % weight.shape[0]
+    return torch.where((input == index)[..., None], weight.detach()[index], rows)
+
+
+_CORRECTIONS: dict[Any, Callable[..., Tensor]] = {torch._weight_norm: _weight_norm, F.embedding: _embedding}
 
 
 def differentiable(device: torch.device) -> AbstractContextManager[Any]:
@@ -118,7 +150,8 @@ class ModuleModel:
             if isinstance(owner[key], (UninitializedParameter, UninitializedBuffer)):
                 raise ProblemError(f"{name!r} is not initialised yet; run the model once on a batch first")
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
-        self.weight_norm = any(_has_weight_norm(child) for child in module.modules())
+        self.corrected: bool | None = None
+        """Whether functions with wrong derivatives are used; None before the first call."""
 
     @property
     def batch_statistics(self) -> list[str]:
@@ -175,11 +208,6 @@ class ModuleModel:
             return functional_call(adapter, tensors, (batch,), tie_weights=False)
 
 
-def _has_weight_norm(module: nn.Module) -> bool:
-    parametrised = type(module).__name__ == "_WeightNorm"
-    return parametrised or any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
-
-
 @contextmanager
 def _attributes_restored(module: nn.Module) -> Iterator[None]:
     """Put back what a forward leaves on its modules.
@@ -200,7 +228,7 @@ def _attributes_restored(module: nn.Module) -> Iterator[None]:
 class CallableModel:
     """A function ``(params, inputs) -> output`` with its parameters in a dict."""
 
-    recurrent = weight_norm = False
+    recurrent = False
     modules: list[nn.Module] = []  # noqa: RUF012  a function has none
     batch_statistics: list[str] = []  # noqa: RUF012
 
@@ -213,6 +241,7 @@ class CallableModel:
         self.rule = rule
         self.own = params
         self.chosen = params_.check(params)
+        self.corrected: bool | None = None
 
     def slots(self) -> list[Slot]:
         """Where every parameter is."""

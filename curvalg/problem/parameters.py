@@ -101,7 +101,7 @@ class Layout:
                 f"expected a tensor of shape ({self.size},) or ({self.size}, K), got {tuple(vector.shape)}"
             )
         parts = vector.split(self.sizes)
-        return {n: t.reshape(*s, *t.shape[1:]) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
+        return {n: t.reshape((*s, *t.shape[1:])) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
 
     def unflatten_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """Vectors (K, D) as one tensor (K, *shape) per parameter, views in the vectors' dtype."""

@@ -1498,3 +1498,44 @@ def test_shifted_sums_of_a_troublesome_model(build_net, vectors):
         assert torch.allclose(op @ V, parts, atol=1e-12)
     dense = op.to_dense()
     assert torch.allclose(dense, dense.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("cache", ["auto", 0])
+@pytest.mark.parametrize("functional", [False, True])
+def test_the_padding_row_of_an_embedding_is_a_constant(functional, cache):
+    """Forward AD gives it a tangent although its gradient is zero: kept and fresh products were different matrices."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(6, 3, padding_idx=2), nn.Linear(3, 4)
+
+        def forward(self, x):
+            e = nn.functional.embedding(x, self.table.weight, padding_idx=-4) if functional else self.table(x)
+            return self.head(torch.tanh(e + 1).sum(1))
+
+    x = torch.tensor([[2, 2, 1], [0, 2, 5], [3, 4, 2]])
+    problem = Problem(Tokens().double(), nn.CrossEntropyLoss(), (x, torch.tensor([0, 1, 3])), cache=cache)
+    build = registry.build
+    for name in ("ggn", "hessian", "covariance"):
+        op = build(name).lower(problem)
+        rows = torch.stack([op @ e for e in torch.eye(problem.size).double()])
+        assert torch.allclose(rows, rows.T, atol=1e-12)
+        assert rows[6:9].norm() == 0
+    assert build("jacobian").lower(problem).to_dense()[:, 6:9].norm() == 0
+
+
+def test_a_parameter_without_axes():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.tanh(self.w * x)
+
+    problem = Problem(Gate(), nn.MSELoss(), (torch.ones(4, 2).double(), torch.zeros(4, 2).double()))
+    product = registry.build("hessian").lower(problem) @ {"w": torch.tensor(1.0).double()}
+    assert product["w"].shape == ()
+    assert problem.layout.unflatten(problem.gradient())["w"].shape == ()

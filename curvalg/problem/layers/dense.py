@@ -12,6 +12,9 @@ from curvalg.problem.layers.pairs import explicit_gram, pair_flops, pair_gram, p
 from curvalg.problem.layers.record import Held, LayerRecord, Place, bytes_of, steps
 from curvalg.problem.layers.vectors import Shift
 
+FEW = 256
+"""Pairs of directions and columns up to which deltas are mixed one after the other."""
+
 
 @dataclass(frozen=True)
 class WeightForm:
@@ -123,6 +126,32 @@ class Dense(LayerRecord):
                 found[self._bias].append(mixed.sum((1, 2)).transpose(0, 1).reshape(width, -1))
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
+    def project_each(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As for every record; with one position, reading the deltas once for both parameters."""
+        count, mine = self._directions(directions)
+        if self._bias is None or len(mine) < 2 or self._deltas.shape[3] > 1:
+            return super().project_each(directions)
+        h, d = self._inputs.tensor, self._deltas
+        groups, _, rows, positions, out = d.shape
+        matrix = self._form.matrices(mine[self._weight]).permute(1, 3, 0, 2).flatten(2)
+        pushed = (h.flatten(1, 2) @ matrix).reshape(groups, rows, positions, count, out)
+        shift = mine[self._bias].reshape(count, groups, 1, 1, out).permute(1, 2, 3, 0, 4).expand_as(pushed)
+        both = _inner(torch.cat([pushed, shift], 3), d)
+        return {self._weight: both[:count], self._bias: both[count:]}
+
+    def combine_each(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As for every record; with one position, reading the deltas once for both parameters."""
+        if self._bias is None or self._deltas.shape[3] > 1:
+            return super().combine_each(weights)
+        h, d = self._inputs.tensor, self._deltas
+        count = weights[self._weight].shape[0]
+        groups, _, rows, positions, out = d.shape
+        mixed = _mixed(torch.cat([weights[self._weight], weights[self._bias]]), d)
+        mine = mixed[:, :, :, :count].reshape(groups, rows * positions, count * out)
+        matrices = (mine.mT @ h.flatten(1, 2)).reshape(groups, count, out, -1).transpose(0, 1)
+        bias = mixed[:, :, :, count:].sum((1, 2)).transpose(0, 1).reshape(count, -1)
+        return {self._weight: self._form.parameter(matrices), self._bias: bias}
+
     # -- squares and inner products -----------------------------------------------------------------------------------------
 
     def _matrices(self, group: int, rows: slice) -> Tensor:
@@ -202,12 +231,25 @@ def ungrouped(deltas: Tensor) -> Tensor:
 
 def _inner(tangents: Tensor, deltas: Tensor) -> Tensor:
     """Σ over groups, positions and outputs of tangents (groups, n, T, P, out) and deltas, shape (P, K, n)."""
-    return torch.einsum("gntpo,gknto->pkn", tangents, deltas)
+    # Batched over rows, with the deltas as a view: einsum would copy them, and they are the largest tensor there is.
+    rows = tangents.permute(0, 1, 3, 2, 4).flatten(3)
+    products = torch.matmul(deltas.transpose(1, 2).flatten(3), rows.mT)
+    return products.sum(0).permute(2, 1, 0)
 
 
 def _mixed(weights: Tensor, deltas: Tensor) -> Tensor:
     """Σₖ wₚₖₙ δₖₙ, shape (groups, n, T, P, out)."""
-    return torch.einsum("pkn,gknto->gntpo", weights, deltas)
+    directions, columns, _ = weights.shape
+    if directions * columns > FEW:
+        return torch.einsum("pkn,gknto->gntpo", weights, deltas)
+    # Matrices of a few rows are slow to multiply: column by column instead.
+    mixed = []
+    for w in weights[..., None, None]:
+        total = deltas[:, 0] * w[0]
+        for k in range(1, columns):
+            total.addcmul_(deltas[:, k], w[k])
+        mixed.append(total)
+    return torch.stack(mixed, 3)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class LayerRecord(ABC):
         self.module = place.module
         self.columns = columns
         self.rows = rows
+        self._parts_of: dict[str, LayerRecord] = {}
 
     @property
     @abstractmethod
@@ -98,6 +99,21 @@ class LayerRecord(ABC):
     @abstractmethod
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         """Σₖₙ wₚₖₙ gₖₙ for weights (P, K, n), by parameter (P, *parameter.shape)."""
+
+    def project_each(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """⟨gₖₙ, vₚ⟩ of each parameter by itself, (P, K, n) by name; their sum is :meth:`project`."""
+        return {name: self._alone(name).project(directions) for name in self.params}
+
+    def combine_each(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`combine` with weights (P, K, n) of each parameter's own."""
+        return {name: self._alone(name).combine(weights[name])[name] for name in self.params}
+
+    def _alone(self, name: str) -> LayerRecord:
+        if name not in self._parts_of:  # a part may keep sums over positions
+            record = self.select((name,))
+            assert record is not None
+            self._parts_of[name] = record
+        return self._parts_of[name]
 
     @abstractmethod
     def squares(self) -> dict[str, Tensor]:

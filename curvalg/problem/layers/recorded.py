@@ -138,7 +138,8 @@ class Recorded:
                     torch.autograd.grad([self._z], edges, [c], retain_graph=True, allow_unused=True) for c in given
                 ]
                 grads = [None if g[0] is None else torch.stack(g) for g in zip(*parts, strict=True)]
-        return {id(use): g for use, g in zip(uses, grads, strict=True) if g is not None}
+        # An edge may be that of the output's base, which has another shape.
+        return {id(use): g.reshape(-1, *use.output_shape) for use, g in zip(uses, grads, strict=True) if g is not None}
 
     def _record(self, key: Key, uses: Sequence[Use], deltas: Mapping[int, Tensor]) -> LayerRecord:
         live = [use for use in uses if id(use) in deltas]
