@@ -98,7 +98,7 @@ KINDS = {
 FALLBACKS = {
     "a slice of a table": lambda: (Lambda(lambda m, x: x + m.table[:4], table=param(6, 3)), random(5, 4, 3)),
     "a matrix product": lambda: (Lambda(lambda m, x: x @ m.w, w=param(3, 2)), random(5, 3)),
-    "a numbers for every row": lambda: (Lambda(lambda m, x: x + m.w, w=param(5, 3)), random(5, 3)),
+    "numbers for every row": lambda: (Lambda(lambda m, x: x + m.w, w=param(5, 3)), random(5, 3)),
     "recurrent": lambda: (
         Lambda(lambda m, x: m.rnn(x)[0].flatten(1), rnn=nn.LSTM(3, 2, batch_first=True)),
         random(5, 4, 3),
