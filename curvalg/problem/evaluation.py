@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError, StaleError
 from curvalg.problem import trees
@@ -87,10 +89,17 @@ class Evaluation:
         """The chosen parameters of the snapshot, detached, in flat order."""
         return [self.snapshot.state[name].detach() for name in self.problem.model.chosen]
 
-    def record(self) -> tuple[Tensor, list[Tensor], OutputForm]:
-        """z with its graph, and the leaves that it depends on."""
+    def record(
+        self, watch: Callable[[list[Tensor]], AbstractContextManager[Any]] = lambda leaves: nullcontext()
+    ) -> tuple[Tensor, list[Tensor], OutputForm]:
+        """z with its graph, and the leaves that it depends on.
+
+        Args:
+            watch: leaves -> a context around the model's call.
+        """
         leaves = [p.requires_grad_() for p in self.values()]
-        z, form = self._recordable(leaves)
+        with watch(leaves):
+            z, form = self._recordable(leaves)
         if not z.requires_grad:
             _warn_constant()
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
@@ -249,7 +258,7 @@ def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
 
 def backward(
     outputs: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
     cotangents: Sequence[Tensor],
     *,
     create_graph: bool = False,
@@ -270,7 +279,7 @@ def backward(
         return list(
             torch.autograd.grad(
                 [o for o, _ in live],
-                list(inputs),
+                tuple(inputs),  # type: ignore[arg-type]
                 [c.to(o.dtype) for o, c in live],
                 create_graph=create_graph,
                 retain_graph=retain_graph,
@@ -287,3 +296,21 @@ def backward(
         if cure := explain_failure(error):
             raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
         raise
+
+
+def backward_columns(
+    z: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor
+) -> list[Tensor | None]:
+    """Jᵀs for cotangents (K, *z.shape), each result with a leading axis of length K; the graph stays.
+
+    All columns go through one backward pass, or one after the other where an operation cannot be batched.
+    """
+    if len(cotangents) > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return backward([z], inputs, [cotangents], retain_graph=True, batched=True)
+        except (RuntimeError, NotImplementedError, ProblemError):
+            pass  # whatever is wrong beyond batching is raised below
+    columns = zip(*(backward([z], inputs, [c], retain_graph=True) for c in cotangents), strict=True)
+    return [torch.stack(found) if (found := [g for g in column if g is not None]) else None for column in columns]

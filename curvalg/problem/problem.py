@@ -135,8 +135,11 @@ class Problem:
         self._writes_inputs: bool | None = None
         self.per_sample_route: str | None = None
         self.per_sample_notes: list[str] = []
+        # Of the layers: parameter -> why its gradients are multiplied out; parameters that share a record; parameter -> rows
+        # of the batch that its record was compared on, 2 for any more.
         self.layer_notes: dict[str, str] = {}
-        self.layers_verified = False
+        self.layer_groups: list[tuple[str, ...]] = []
+        self.layer_checks: dict[str, int] = {}
         self._snapshot: Snapshot | None = None
         self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
         self._restrictions: dict[tuple[str, ...], Problem] = {}

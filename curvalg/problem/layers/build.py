@@ -1,0 +1,83 @@
+"""From uses and the gradients at their outputs to a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.problem.layers.dense import Dense
+from curvalg.problem.layers.embedding import Embedding
+from curvalg.problem.layers.record import Held, LayerRecord, Place
+from curvalg.problem.layers.uses import Declined, Use
+from curvalg.problem.layers.vectors import Scale, Shift
+
+
+def role_of(name: str, use: Use) -> str:
+    """What a parameter is in a use: "weight" or "bias"."""
+    return next(role for role, own in use.roles.items() if own == name)
+
+
+def common_form(name: str, uses: Sequence[Use]) -> None:
+    """Raises:
+    Declined: the uses of a parameter cannot be put together as positions of one layer.
+    """
+    # A bias is a shift, whatever it is added to.
+    kinds = {(use.kind, use.form) if role_of(name, use) == "weight" else ("shift", None) for use in uses}
+    if len(kinds) > 1:
+        raise Declined(f"it is used in several ways ({', '.join(sorted({kind for kind, _ in kinds}))})")
+
+
+def build(
+    place: Place,
+    uses: Sequence[Use],
+    gradients: Sequence[Tensor],
+    rows: int,
+    dtype: torch.dtype,
+    inputs: Callable[[], Held],
+) -> LayerRecord:
+    """The record of parameters that have all their uses in common.
+
+    Args:
+        place: of the parameters.
+        uses: of each of them.
+        gradients: with respect to the outputs of the uses, (K, *output.shape).
+        rows: n.
+        dtype: to compute in.
+        inputs: makes h of all uses.
+
+    Raises:
+        Declined: a tensor does not have the rows of the batch on its first axis.
+    """
+    roles = {role_of(name, uses[0]): name for name in place.params}
+    weight, bias = roles.get("weight"), roles.get("bias")
+    if len(roles) < len(place.params):
+        raise Declined("several parameters play the same part in a layer")
+
+    def deltas(of: Callable[[Use, Tensor], Tensor]) -> Tensor:
+        return _cat([of(use, g.to(dtype)) for use, g in zip(uses, gradients, strict=True)], -2)
+
+    if weight is None:
+        return Shift(place, deltas(lambda use, g: use.shifts(g, rows)))
+    h, d = inputs(), deltas(lambda use, g: use.deltas(g, rows))
+    make = _MAKERS[uses[0].kind]
+    return make(place, weight, bias, uses[0].form, h, d)
+
+
+def join_inputs(uses: Sequence[Use], rows: int, dtype: torch.dtype) -> Held:
+    """The inputs of all uses, their positions one after the other."""
+    axis = -1 if uses[0].kind == "embedding" else -2
+    return Held(_cat([use.inputs(rows, dtype) for use in uses], axis))
+
+
+def _cat(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+_MAKERS: dict[str, Callable[[Place, str, str | None, Any, Held, Tensor], LayerRecord]] = {
+    "dense": Dense,
+    "scale": lambda place, weight, bias, form, h, d: Scale(place, weight, bias, h, d),
+    "embedding": lambda place, weight, bias, form, h, d: Embedding(place, h, d),
+}

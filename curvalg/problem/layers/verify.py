@@ -1,0 +1,113 @@
+"""Whether the records of a batch are the gradients: a rule is trusted for a parameter after one comparison."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ProblemError
+from curvalg.problem.noise import uniforms
+
+if TYPE_CHECKING:
+    from curvalg.problem.layers.recorded import Recorded
+
+COLUMNS = 2
+
+
+def settle(recorded: Recorded) -> None:
+    """Find the parameters of a batch whose records would be wrong, and note them on the problem.
+
+    Compared are Σ wₖₙ gₖₙ, for cotangents of random signs and random positive weights w, and one ordinary backward pass
+    with the cotangents Σ wₖₙ sₖₙ: equal only if the gradients are right and belong to the right rows.
+
+    Raises:
+        ProblemError: a parameter's gradients are wrong on every route.
+    """
+    _note_unseen(recorded)
+    for _ in range(len(recorded.leaves) + 1):
+        if not (unchecked := _unchecked(recorded)) or not _compare(recorded, unchecked):
+            return
+    raise AssertionError("unreachable: every repetition notes one more parameter")
+
+
+def _unchecked(recorded: Recorded) -> list[str]:
+    problem = recorded.problem
+    # With a single row nothing can be attributed wrongly: such a comparison says little about other batches.
+    needed = min(recorded.z.shape[0], 2)
+    return [
+        name
+        for name in recorded.leaves
+        if (name in recorded.used or name in problem.layer_notes) and problem.layer_checks.get(name, 0) < needed
+    ]
+
+
+def _note_unseen(recorded: Recorded) -> None:
+    """Parameters that reach the output where no torch function shows them (custom autograd functions)."""
+    notes = recorded.problem.layer_notes
+    unseen = [name for name in recorded.leaves if name not in recorded.used and name not in notes]
+    if not unseen:
+        return
+    z = recorded.z
+    draws = uniforms(3, 1, 0, z.shape, z.dtype, z.device)[0]
+    for name, gradient in _gradients(recorded, unseen, draws).items():
+        if bool(gradient.any()):
+            notes[name] = "it is used where no function of torch shows it"
+
+
+def _gradients(recorded: Recorded, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
+    from curvalg.problem.evaluation import backward  # imports this package
+
+    leaves = [recorded.leaves[name] for name in names]
+    found = backward([recorded.z], leaves, [cotangent], retain_graph=True)
+    dtype = recorded.problem.dtype
+    return {
+        name: torch.zeros_like(leaf, dtype=dtype) if gradient is None else gradient.to(dtype)
+        for name, leaf, gradient in zip(names, leaves, found, strict=True)
+    }
+
+
+def _compare(recorded: Recorded, names: list[str]) -> bool:
+    """Compare once; whether a parameter was noted, so that the comparison has to be made again."""
+    problem, z = recorded.problem, recorded.z
+    rows = z.shape[0]
+    signed = 2 * uniforms(1, COLUMNS, 0, z.shape, z.dtype, z.device) - 1
+    weights = 0.5 + uniforms(2, COLUMNS, 0, (rows,), z.dtype, z.device)
+    mixed = (weights.reshape(COLUMNS, rows, *[1] * (z.ndim - 1)) * signed).sum(0)
+    before = set(problem.layer_notes)
+    records = recorded.build(signed)
+    if problem.layer_notes.keys() - before:
+        return True  # building told already, without numbers
+    expected = _gradients(recorded, list(recorded.leaves), mixed)
+    got: dict[str, Tensor] = {}
+    for record in records:
+        got |= record.combine(weights[None].to(problem.dtype))
+    whole = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+    failed = False
+    for name in names:
+        norm = float(expected[name].norm())
+        error = float((got[name][0] - expected[name]).norm())
+        noted = name in before
+        if not error <= _tolerance(recorded, name, noted) * (norm + 1e-2 * whole):
+            if noted:
+                raise ProblemError(
+                    f"the gradients of single rows with respect to {name!r} do not add up to those of the batch (relative "
+                    f"error {error / (norm or 1.0):.1e}); is the model's output the same in every call?"
+                )
+            problem.layer_notes[name] = "its gradients from layer inputs and deltas do not add up to its gradient"
+            failed = True
+        elif norm:  # a parameter whose gradient happens to vanish is compared again on the next batch
+            problem.layer_checks[name] = min(rows, 2)
+    return failed
+
+
+def _tolerance(recorded: Recorded, name: str, explicit: bool) -> float:
+    """Round-off of the two computations; what is wrong is wrong by far more."""
+    if explicit:  # rounded as the model rounds, in the dtypes that it casts to
+        return 5e-2
+    z = recorded.z
+    eps = max(torch.finfo(t.dtype).eps for t in (recorded.leaves[name], z))
+    if z.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+        eps = max(eps, 1e-5)
+    return min(1e3 * eps, 5e-2)

@@ -1,0 +1,229 @@
+"""Records are right on every batch, whatever the first one was like: each rule is compared before it is trusted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from curvalg import Problem, ProblemError
+from curvalg.problem.layers import record_layers
+from curvalg.problem.layers import verify as verify_
+
+D = torch.float64
+
+
+def random(*shape, seed=0, dtype=D):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class TimeFirst(nn.Module):
+    """Its layer sees the rows of the batch on the second axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1).sum(1)
+
+
+class Branch(nn.Module):
+    """Uses its second layer on large batches only."""
+
+    def __init__(self, second=None):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), second or nn.Linear(3, 2)
+
+    def forward(self, x):
+        z = self.first(x).sum(1)
+        return (
+            z + (self.second(x) if isinstance(self.second, TimeFirst) else self.second(x).sum(1)) if len(x) > 2 else z
+        )
+
+
+class Square(torch.autograd.Function):
+    """x ∘ w², whose use of w no function of torch shows."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w**2
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g * w**2, (2 * g * x * w).sum(0)
+
+
+class Hidden(nn.Module):
+    """A parameter that reaches the output through a custom function only."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.layer = nn.Parameter(random(3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(Square.apply(x, self.w))
+
+
+def make(model, *shapes, dtype=D):
+    return Problem(
+        model.to(dtype), nn.MSELoss(), [(random(*s, dtype=dtype), random(s[0], 2, dtype=dtype)) for s in shapes]
+    )
+
+
+def by_rows(evaluation, cotangents):
+    """The gradients of every column and row, one backward pass each."""
+    z, leaves, _ = evaluation.record()
+    names = evaluation.problem.layout.names
+    found = {name: torch.zeros(*cotangents.shape[:2], *p.shape, dtype=p.dtype) for name, p in zip(names, leaves)}
+    for k in range(cotangents.shape[0]):
+        for n in range(cotangents.shape[1]):
+            only = torch.zeros_like(z)
+            only[n] = cotangents[k, n]
+            grads = torch.autograd.grad(z, leaves, only, retain_graph=True, allow_unused=True)
+            for name, g in zip(names, grads):
+                if g is not None:
+                    found[name][k, n] = g
+    return found
+
+
+def check(problem, columns=2, cotangent=random, tolerance=1e-10):
+    """All batches against single rows; the records of all batches, and their Gram matrices."""
+    batches = []
+    with problem.differentiating():
+        for evaluation in problem.evaluations(problem.snapshot()):
+            recorded = record_layers(evaluation)
+            s = cotangent(columns, *recorded.z.shape, dtype=recorded.z.dtype)
+            records, expected = recorded.records(s), by_rows(evaluation, s)
+            for record in records:
+                for name, g in record.explicit().items():
+                    assert (g - expected[name]).norm() <= tolerance * max(1.0, float(expected[name].norm()))
+            batches.append((records, expected))
+    for records, expected in batches:
+        for others, other in batches:
+            # Code that compares batches looks a record up by its parameters.
+            matched = {record.params: record for record in others}
+            for record in records:
+                gram = sum(torch.einsum("kn...,lm...->knlm", expected[p], other[p]) for p in record.params)
+                got = record.gram(matched[record.params])
+                assert (got - gram).norm() <= 10 * tolerance * max(1.0, float(gram.norm()))
+    return [records for records, _ in batches]
+
+
+def test_a_single_row_proves_nothing():
+    problem = make(TimeFirst(), (1, 4, 3), (4, 4, 3))
+    check(problem)
+    assert problem.layer_notes.keys() == {"layer.weight", "layer.bias"}
+
+
+def test_cotangents_that_vanish_prove_nothing():
+    """The comparison has cotangents of its own."""
+    problem = make(TimeFirst(), (4, 4, 3), (4, 4, 3))
+    first = [True]
+
+    def cotangent(*shape, dtype):
+        if first.pop() if first else False:
+            return torch.zeros(shape, dtype=dtype)
+        return random(*shape, dtype=dtype)
+
+    check(problem, cotangent=cotangent)
+    assert "do not add up" in problem.layer_notes["layer.weight"]
+
+
+def test_a_layer_that_comes_later_is_compared_then():
+    problem = make(Branch(TimeFirst()), (2, 4, 3), (4, 4, 3))
+    check(problem)
+    assert problem.layer_notes.keys() == {"second.layer.weight", "second.layer.bias"}
+
+
+@pytest.mark.parametrize("rows", [(2, 4), (4, 2)])
+def test_batches_use_different_layers(rows):
+    """Records keep their grouping, so that Gram matrices between batches find their partners."""
+    problem = make(Branch(), *[(n, 4, 3) for n in rows])
+    every = check(problem)
+    assert [[r.params for r in records] for records in every] == [[r.params for r in every[0]]] * 2
+    assert problem.layer_notes == {}
+
+
+def test_a_parameter_that_no_function_shows():
+    problem = make(Hidden(), (4, 3), (5, 3))
+    check(problem)
+    assert problem.layer_notes == {"w": "it is used where no function of torch shows it"}
+
+
+def test_trusted_rules_are_not_compared_again(monkeypatch):
+    compared = []
+    original = verify_._compare
+    monkeypatch.setattr(verify_, "_compare", lambda *args: compared.append(1) or original(*args))
+    check(make(nn.Linear(3, 2), (4, 3), (5, 3), (3, 3)))
+    assert len(compared) == 1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_round_off_is_no_mistake(dtype, tolerance):
+    net = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 2))
+    problem = make(net, (16, 30), dtype=dtype)
+    with problem.differentiating():
+        (evaluation,) = problem.evaluations(problem.snapshot())
+        recorded = record_layers(evaluation)
+        s = random(2, *recorded.z.shape, dtype=recorded.z.dtype)
+        records, expected = recorded.records(s), by_rows(evaluation, s)
+    assert problem.layer_notes == {}
+    for record in records:
+        for name, g in record.explicit().items():
+            assert g.dtype == torch.float32
+            assert (g - expected[name]).norm() <= tolerance * expected[name].float().norm()
+
+
+def test_an_operation_that_cannot_be_batched():
+    """Columns then go through one after the other."""
+
+    class Stubborn(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            if not float(g.sum()) < 1e300:  # reading a number is what vmap forbids
+                raise AssertionError
+            return g
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return Stubborn.apply(super().forward(x))
+
+    check(make(Net(nn.Linear(3, 2)), (4, 3), (5, 3)), columns=3)
+
+
+def test_gradients_that_no_route_gives_are_an_error():
+    class Drifting(nn.Module):
+        """Another function in every call."""
+
+        def __init__(self):
+            super().__init__()
+            self.w, self.calls = nn.Parameter(random(3, 2)), [0]
+
+        def forward(self, x):
+            self.calls[0] += 1
+            return x @ self.w * float(self.calls[0])
+
+    problem = make(Drifting(), (4, 3))
+    with problem.differentiating(), pytest.raises(ProblemError, match="same in every call"):
+        record_layers(next(iter(problem.evaluations(problem.snapshot())))).records(random(1, 4, 2))
+
+
+def test_cotangents_of_a_wrong_shape_are_refused():
+    problem = make(nn.Linear(3, 2), (4, 3))
+    with problem.differentiating():
+        recorded = record_layers(next(iter(problem.evaluations(problem.snapshot()))))
+        with pytest.raises(ProblemError, match=r"\(columns, 4, 2\)"):
+            recorded.records(random(4, 2))
+
+
+def test_a_model_that_fails_is_named():
+    problem = make(nn.Linear(3, 2), (4, 5))
+    with problem.differentiating(), pytest.raises(ProblemError, match="failed on batch 0"):
+        record_layers(next(iter(problem.evaluations(problem.snapshot()))))
