@@ -246,10 +246,39 @@ class Batch:
         return self._per_sample(self)
 
     def layers(self, cotangents: Tensor) -> Iterator[LayerRecord]:
-        """The layers of the model on this batch: inputs and output deltas for columns s (K, *output.shape).
+        """Layer inputs and output deltas: gₖₙ = ∂⟨sₖₙ, zₙ⟩/∂θ for all columns k and rows n, in factored form.
+
+        Every chosen parameter is in exactly one record. A record whose ``kind`` is "dense" (linear layers and convolutions,
+        with or without a bias) has inputs h of shape (n, T, in) and deltas δ of shape (K, n, T, out), with one more leading
+        axis each where a convolution has groups; T counts the positions that share the weight: tokens, places of a
+        convolution (h are its patches), repeated uses. Then gₖₙ = Σₜ δₖₙₜ hₙₜᵀ for the weight, flattened to (out, in), and
+        Σₜ δₖₙₜ for the bias. :class:`~curvalg.problem.LayerRecord` tells of the other kinds, and of what every record can do
+        (``project``, ``combine``, ``gram``, ``squares``, ``explicit``). Rows are rows of the batch, whatever a sample is.
+
+        Costs one model call and one backward pass with K columns. Parameters that are used in another way (``x @ W.T``,
+        recurrent layers) come as "explicit" records, at the cost of per-sample gradients for every column.
+
+        Args:
+            cotangents: s of shape (K, *output.shape), such as ``row_factor()`` for the Gauss-Newton matrix, or
+                ``loss_gradient[None]`` for the gradient covariance. They carry the share of the loss, and so do the deltas.
 
         Raises:
-            ProblemError: samples of the batch influence each other (batch-norm in training mode).
+            ProblemError: rows of the batch influence each other (batch-norm in training mode).
+
+        The two Kronecker factors of a linear layer, A = mean h hᵀ and B = Σ δ δᵀ:
+
+        >>> import torch
+        >>> from curvalg import Problem
+        >>> X, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+        >>> problem = Problem(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (X, y))
+        >>> batch = next(problem.evaluations(problem.snapshot())).evaluate()
+        >>> (layer,) = batch.layers(batch.row_factor())
+        >>> layer.params, layer.kind, tuple(layer.inputs.shape), tuple(layer.deltas.shape)
+        (('weight', 'bias'), 'dense', (5, 1, 3), (1, 5, 1, 2))
+        >>> h, δ = layer.inputs.flatten(0, 1), layer.deltas.flatten(0, 2)
+        >>> A, B = h.T @ h / len(h), δ.T @ δ
+        >>> A.shape, B.shape
+        (torch.Size([3, 3]), torch.Size([2, 2]))
         """
         yield from self._layers().records(cotangents)
 
