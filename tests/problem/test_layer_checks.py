@@ -132,6 +132,20 @@ def test_cotangents_that_vanish_prove_nothing():
     assert "do not add up" in problem.layer_notes["layer.weight"]
 
 
+def test_gradients_that_vanish_prove_nothing():
+    class Gated(TimeFirst):
+        """Zero on batches without a positive number."""
+
+        def forward(self, x):
+            return super().forward(x) * (x.amax() > 0)
+
+    y = random(4, 2)
+    batches = [(-random(4, 4, 3).abs(), y), (random(4, 4, 3), y)]
+    problem = Problem(Gated().double(), nn.MSELoss(), batches)
+    check(problem)
+    assert problem.layer_notes.keys() == {"layer.weight", "layer.bias"}
+
+
 def test_a_layer_that_comes_later_is_compared_then():
     problem = make(Branch(TimeFirst()), (2, 4, 3), (4, 4, 3))
     check(problem)
