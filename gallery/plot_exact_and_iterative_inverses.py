@@ -34,14 +34,14 @@ for _ in range(3):
         loss(model(X[rows]), y[rows]).backward()
         optimizer.step()
 
-problem = Problem(model, loss, (X[:400], y[:400]))
+problem = Problem(model, loss, (X[:150], y[:150]))
 ggn = registry.build("ggn")
 gradient = problem.gradient()
 
 # %%
 # Exact, through the Gram matrix
 # ------------------------------
-# The GGN of 400 images and ten classes has rank at most 400 · 9 = 3600, fewer than the 9034 parameters:
+# The GGN of 150 images and ten classes has rank at most 150 · 9 = 1350, fewer than the 8970 parameters:
 # :math:`G = V V^\top`. Everything about it follows from the small matrix :math:`V^\top V`: all eigenvalues, and the
 # inverse for any damping.
 
