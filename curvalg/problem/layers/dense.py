@@ -65,6 +65,7 @@ class Dense(LayerRecord):
     ) -> None:
         super().__init__(place, *deltas.shape[1:3])
         self._weight, self._bias = weight, bias
+        self.weight, self.bias, self.transposed = weight, bias, form.transposed
         self._form = form
         self._inputs = inputs
         self._deltas = deltas

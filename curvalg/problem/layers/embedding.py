@@ -25,6 +25,7 @@ class Embedding(LayerRecord):
     def __init__(self, place: Place, inputs: Held, deltas: Tensor) -> None:
         super().__init__(place, *deltas.shape[:2])
         (self._table,) = place.params
+        self.weight = self._table
         self._size = place.shapes[self._table][0]
         self._inputs = inputs
         self._deltas = deltas

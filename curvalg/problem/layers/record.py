@@ -51,17 +51,25 @@ class LayerRecord(ABC):
         params: names in ``problem.layout`` that this record covers, such as ("0.weight", "0.bias").
         name: qualified name of the module that owns the first of them, "" for the root.
         module: that module, or None.
+        shapes: of the parameters, by name.
         columns: K.
         rows: n.
+        weight: name of the parameter that multiplies inputs, of dense layers, scales and embeddings.
+        bias: name of the parameter that is added, in a record with a weight.
+        transposed: whether a dense weight lies input channels first, as in transposed convolutions.
     """
 
     kind: ClassVar[Kind]
+    weight: str | None = None
+    bias: str | None = None
+    transposed: bool = False
 
     def __init__(self, place: Place, columns: int, rows: int) -> None:
         self.place = place
         self.params = place.params
         self.name = place.name
         self.module = place.module
+        self.shapes = place.shapes
         self.columns = columns
         self.rows = rows
         self._parts_of: dict[str, LayerRecord] = {}

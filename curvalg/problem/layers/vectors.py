@@ -112,6 +112,7 @@ class Scale(VectorRecord):
     def __init__(self, place: Place, weight: str, bias: str | None, inputs: Held, deltas: Tensor) -> None:
         super().__init__(place, *deltas.shape[:2])
         self._names = weight, bias
+        self.weight, self.bias = weight, bias
         self._inputs = inputs
         self._deltas = deltas
         self._sums: dict[str, Tensor] = {}

@@ -1,0 +1,69 @@
+"""Extended gradients: for every sample i and class k the direction p_i − e_k in output space, with its weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curvalg import Batch
+
+
+class Extended:
+    """g_ik = J_iᵀ (p_i − e_k) with weights w_ik = α_i p_ik, so that Σ_ik w_ik g_ik g_ikᵀ is the GGN exactly.
+
+    Everything is laid out by position, (P, C) with P = rows times positions and C classes.
+
+    Args:
+        batch: of a softmax loss.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        axis = batch.class_axis
+        assert axis is not None
+        self._axis, self._shape = axis, batch.output.movedim(axis, -1).shape
+        self.p = self.by_position(batch.output.softmax(axis))
+        self.classes = self.p.shape[1]
+        weights = batch.weights.to(batch.output.dtype).expand(batch.output.shape)
+        self.w = self.by_position(weights) * self.p
+        self.own = torch.nn.functional.one_hot(batch.labels.reshape(-1), self.classes).to(self.p.dtype)
+        """1 where k is the label, (P, C)."""
+
+    def by_position(self, tensor: Tensor) -> Tensor:
+        """A tensor of the output's shape as (P, C)."""
+        return tensor.movedim(self._axis, -1).reshape(-1, self._shape[-1])
+
+    def by_output(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`by_position`."""
+        return tensor.reshape(self._shape).movedim(-1, self._axis)
+
+    def slopes(self, tangent: Tensor) -> Tensor:
+        """s_ik = (p_i − e_k)ᵀ ż_i = g_ikᵀ v, (P, C)."""
+        t = self.by_position(tangent)
+        return (self.p * t).sum(1, keepdim=True) - t
+
+    def class_sums(self, values: Tensor) -> Tensor:
+        """Σ over samples of class c of values (P, C), as a matrix [c, k]."""
+        return self.own.T @ values
+
+    def of_label(self, table: Tensor) -> Tensor:
+        """The row of every sample's class in a table [c, k], (P, C)."""
+        return self.own @ table
+
+    def cotangent(self, coefficients: Tensor) -> Tensor:
+        """Σ_k a_ik (p_i − e_k) for coefficients a (P, C), of the output's shape."""
+        return self.by_output(self.p * coefficients.sum(1, keepdim=True) - coefficients)
+
+
+def divided(sums: Tensor, weights: Tensor) -> Tensor:
+    """Sums / weights, zero where the weight is: a class that is empty or of weight zero has no mean."""
+    positive = weights > 0
+    return torch.where(positive, sums, 0.0) / torch.where(positive, weights, 1.0)
+
+
+def off_diagonal(classes: int, like: Tensor) -> Tensor:
+    """1 where k ≠ c."""
+    return 1 - torch.eye(classes, dtype=like.dtype, device=like.device)

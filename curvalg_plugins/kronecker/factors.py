@@ -1,0 +1,108 @@
+"""Kronecker factors of one layer from its inputs h and output deltas δ, summed over the data."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from curvalg import ExpressionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from curvalg import Batch, LayerRecord
+
+Fisher = Literal["exact", "mc", "empirical"]
+Approximation = Literal["expand", "reduce"]
+Rest = Literal["refuse", "diagonal", "exact"]
+Stats = dict[str, Any]
+
+
+def cotangents(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Tensor:
+    """Columns s whose outer products make the curvature in output space: those of B, draws of it, or the gradients.
+
+    Exact columns are of the GGN where the loss is convex and of the Fisher of its likelihood elsewhere.
+    """
+    if fisher == "exact":
+        return batch.row_factor()
+    if fisher == "mc":
+        return batch.per_sample_columns(batch.pseudo_gradients(samples, seed=seed))
+    return batch.gradient_columns()
+
+
+TABLE_LIMIT = 4096
+"""The most rows of an embedding table whose input factor, rows x rows, is built."""
+
+
+def factored(record: LayerRecord) -> bool:
+    """Whether a layer has Kronecker factors: a weight that multiplies inputs or patches, output channels first."""
+    if record.kind == "embedding":
+        return record.shapes[record.params[0]][0] <= TABLE_LIMIT
+    return record.kind == "dense" and not record.transposed
+
+
+def grouped(record: LayerRecord) -> tuple[Tensor, Tensor]:
+    """Inputs (groups, n, T, in) and deltas (groups, K, n, T, out)."""
+    h, d = record.inputs, record.deltas
+    assert h is not None
+    if record.kind == "embedding":
+        h = torch.nn.functional.one_hot(h, record.shapes[record.params[0]][0]).to(d.dtype)
+    return (h, d) if h.ndim == 4 else (h[None], d[None])
+
+
+def with_one(h: Tensor) -> Tensor:
+    """[h; 1], for the bias."""
+    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
+
+
+def active_rows(batch: Batch) -> Tensor:
+    """Rows whose share is not identically zero (n,): ignored ones count in no mean."""
+    weights = batch.weights.expand(batch.output.shape)
+    return (weights.reshape(weights.shape[0], -1) != 0).any(1)
+
+
+def input_factor(h: Tensor, active: Tensor, approximation: Approximation) -> tuple[Tensor, float]:
+    """Σ h hᵀ over active rows, and the number of summands, for h (groups, n, T, in)."""
+    h = h[:, active]
+    if approximation == "reduce":
+        h = h.mean(2, keepdim=True)
+    flat = h.reshape(-1, h.shape[-1])
+    return flat.T @ flat, float(flat.shape[0])
+
+
+def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
+    """Σ δ δᵀ for δ (groups, K, n, T, out), block-diagonal over groups."""
+    if approximation == "reduce":
+        d = d.sum(3, keepdim=True)
+    blocks: list[Tensor] = [flat.T @ flat for flat in d.reshape(d.shape[0], -1, d.shape[-1])]
+    whole: Tensor = torch.block_diag(*blocks)
+    return whole
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Its symmetric part: sums of outer products are symmetric up to rounding."""
+    half: Tensor = (matrix + matrix.T) / 2
+    return half
+
+
+def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(B + √c/π I, A + π√c I) with π² = (tr A / dim A) / (tr B / dim B): Martens and Grosse, arXiv 1503.05671, §6.3."""
+    a, b = float(inputs.trace()) / len(inputs), float(output.trace()) / len(output)
+    pi = math.sqrt(a / b) if a > 0 and b > 0 else 1.0
+    root = math.sqrt(damping)
+    eye = torch.eye
+    return (
+        output + root / pi * eye(len(output), dtype=output.dtype, device=output.device),
+        inputs + pi * root * eye(len(inputs), dtype=inputs.dtype, device=inputs.device),
+    )
+
+
+def check_options(label: str, **choices: tuple[object, tuple[object, ...]]) -> None:
+    """Raises:
+    ExpressionError: an option that is none of its choices.
+    """
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ExpressionError(f"{label}: {name} is one of {', '.join(map(repr, known))}, got {value!r}")

@@ -1,0 +1,153 @@
+"""KFAC, EKFAC and FOOF: exact where theory says so, equal to the peer where definitions coincide, structured always."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from curvalg import CurvalgError, ExpressionError, Identity, Problem, block_diagonal, inv_sqrt, inverse, parse, registry
+
+build = registry.build
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def deep_linear(loss=None, batches=2):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(3, 2, bias=False)).double()
+    X, y = random(9, 5), random(9, 2, seed=1)
+    data = [(X[:4], y[:4]), (X[4:], y[4:])] if batches == 2 else [(X, y)]
+    return Problem(model, loss or nn.MSELoss(), data)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.MSELoss(reduction="sum")])
+def test_deep_linear_networks_with_squared_loss_are_exact(loss, joint, approximation):
+    problem = deep_linear(loss)
+    for name in ("kfac", "ekfac"):
+        got = build(name, joint=joint, approximation=approximation).lower(problem).to_dense()
+        exact = block_diagonal(build("ggn"), by="module" if joint else "parameter").lower(problem).to_dense()
+        assert (got - exact).norm() <= 1e-10 * exact.norm()
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("case", ["mlp", "cnn", "sequence_classes_last", "tied_embedding"])
+def test_the_corrected_eigenvalues_are_nearer(case, fisher, problem_of):
+    problem = problem_of(case)
+    term = {"exact": build("ggn"), "mc": build("ggn_mc"), "empirical": build("covariance")}[fisher]
+    exact = block_diagonal(term, by="module").lower(problem).to_dense()
+    options = {"fisher": fisher, "rest": "exact"}
+    error = {k: (build(k, **options).lower(problem).to_dense() - exact).norm() for k in ("kfac", "ekfac")}
+    assert error["ekfac"] < error["kfac"] < exact.norm()
+
+
+@pytest.mark.parametrize("case", ["mlp", "cnn"])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_agrees_with_curvlinops(approximation, case, problem_of, vectors):
+    """The peer divides by the data like we do: the same matrix, without any factor."""
+    from curvlinops import EKFACLinearOperator, KFACLinearOperator
+
+    problem = problem_of(case, data=[_whole(case)])
+    model = problem.model.module
+    X, y = _whole(case)
+    V = vectors(problem.size, 2)
+    for ours, theirs in (("kfac", KFACLinearOperator), ("ekfac", EKFACLinearOperator)):
+        for fisher, kind in (("exact", "type-2"), ("empirical", "empirical")):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                peer = theirs(
+                    model,
+                    nn.CrossEntropyLoss(),
+                    list(model.parameters()),
+                    [(X, y)],
+                    fisher_type=kind,
+                    kfac_approx=approximation,
+                    separate_weight_and_bias=False,
+                    check_deterministic=False,
+                )
+                expected = peer @ V
+            got = build(ours, fisher=fisher, approximation=approximation).lower(problem) @ V
+            # The eigenvectors of nearly equal eigenvalues are free, and EKFAC depends on them.
+            assert (got - expected).norm() <= (1e-10 if ours == "kfac" else 1e-5) * expected.norm()
+
+
+def _whole(case):
+    from zoo import make
+
+    batches = make(case).batches
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+@pytest.mark.parametrize("case", ["mlp", "cnn", "sequence_classes_second"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
+def test_batches_do_not_matter(name, case, problem_of):
+    whole = problem_of(case, data=[_whole(case)])
+    ragged = problem_of(case)
+    a, b = (build(name, rest="diagonal").lower(p).to_dense() for p in (whole, ragged))
+    assert (a - b).norm() <= 1e-9 * a.norm()
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
+def test_damped_inverses_and_roots_are_exact(name, problem_of, vectors):
+    problem = problem_of("cnn")
+    expr = build(name) + 0.1 * Identity
+    A, V = expr.lower(problem).to_dense(), vectors(problem.size)
+    op = inverse(expr).lower(problem)
+    assert torch.allclose(op @ V, torch.linalg.solve(A, V), atol=1e-9)
+    assert int(op.last_solve.iterations.max()) == 0
+    half = inv_sqrt(expr).lower(problem)
+    assert torch.allclose(half @ (half @ V), torch.linalg.solve(A, V), atol=1e-9)
+    assert abs(expr.lower(problem).exact("logdet") - torch.linalg.slogdet(A).logabsdet) <= 1e-8
+    assert abs(expr.lower(problem).exact("trace") - A.trace()) <= 1e-9
+    per_layer = inverse(build(name) + block_diagonal({"0.*": 0.2 * Identity, "[!0]*": 0.1 * Identity})).lower(problem)
+    assert "iter" not in str((per_layer @ V).shape)
+    assert int(per_layer.last_solve.iterations.max()) == 0
+
+
+def test_factored_damping_is_another_matrix(problem_of):
+    problem = problem_of("mlp")
+    plain, c = build("kfac").lower(problem).to_dense(), 0.01
+    factored = build("kfac", factored_damping=c).lower(problem).to_dense()
+    damped = (build("kfac") + c * Identity).lower(problem).to_dense()
+    eye = torch.eye(problem.size).double()
+    assert torch.allclose(damped, plain + c * eye, atol=1e-12)
+    assert (factored - damped).norm() > 1e-3 * damped.norm()
+    # (B + √c/π I) ⊗ (A + π √c I) = B ⊗ A + c I + two cross terms, which are positive.
+    assert torch.linalg.eigvalsh(factored - damped)[0] >= -1e-12
+
+
+def test_ignored_rows_do_not_count():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, y = random(6, 4), torch.tensor([0, 1, 2, -100, 1, -100])
+    some = y != -100
+    a = build("kfac").lower(Problem(model, nn.CrossEntropyLoss(), (X, y))).to_dense()
+    b = build("kfac").lower(Problem(model, nn.CrossEntropyLoss(), (X[some], y[some]))).to_dense()
+    assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def test_what_has_no_factors_is_named_or_gets_a_block(problem_of):
+    problem = problem_of("encoder_layer")
+    with pytest.raises(ExpressionError, match=r"no Kronecker factors for .*norm1\.weight.*rest='diagonal'"):
+        build("kfac").lower(problem).to_dense()
+    exact = block_diagonal(build("ggn")).lower(problem)
+    K = build("kfac", rest="exact").lower(problem).to_dense()
+    at = problem.layout.slices["0.norm1.weight"]
+    G = exact.to_dense()
+    assert torch.allclose(K[at, at], G[at, at], atol=1e-12)
+    D = build("kfac", rest="diagonal").lower(problem).to_dense()
+    assert torch.allclose(D[at, at], torch.diag(G[at, at].diagonal()), atol=1e-12)
+
+
+def test_options_are_checked_and_printed():
+    assert str(build("kfac", fisher="mc", samples=2)) == "kfac(fisher='mc', samples=2)"
+    assert parse("ekfac(approximation='reduce')") == build("ekfac", approximation="reduce")
+    for options in ({"fisher": "type-2"}, {"approximation": "sum"}, {"rest": "zero"}, {"factored_damping": -1.0}):
+        with pytest.raises(CurvalgError):
+            build("kfac", **options)
