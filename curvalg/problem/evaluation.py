@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -299,18 +300,50 @@ def backward(
 
 
 def backward_columns(
-    z: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor
-) -> list[Tensor | None]:
+    z: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor, *, batched: bool | None = None
+) -> tuple[list[Tensor | None], bool]:
     """Jᵀs for cotangents (K, *z.shape), each result with a leading axis of length K; the graph stays.
 
-    All columns go through one backward pass, or one after the other where an operation cannot be batched.
+    Args:
+        z: the output.
+        inputs: what to differentiate with respect to.
+        cotangents: s.
+        batched: one backward pass for all columns, or one after the other; None: whichever is faster, measured here.
+
+    Returns:
+        The results, and whether columns are better batched.
     """
-    if len(cotangents) > 1:
+
+    def one(c: Tensor) -> list[Tensor | None]:
+        return backward([z], inputs, [c], retain_graph=True)
+
+    first: list[list[Tensor | None]] = []
+    single = 0.0
+    if batched is None and len(cotangents) > 1:
+        start = time.perf_counter()
+        first = [one(cotangents[0])]
+        _synchronize(z)
+        single = time.perf_counter() - start
+        # Batching saves calls, no arithmetic: where a column is real work there is nothing to gain (and vmap copies).
+        batched = None if single < OVERHEAD else False
+    if batched is not False and len(cotangents) > 1:
+        start = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                return backward([z], inputs, [cotangents], retain_graph=True, batched=True)
+                found = backward([z], inputs, [cotangents], retain_graph=True, batched=True)
+            _synchronize(z)
+            return found, batched is True or time.perf_counter() - start < len(cotangents) * single
         except (RuntimeError, NotImplementedError, ProblemError):
             pass  # whatever is wrong beyond batching is raised below
-    columns = zip(*(backward([z], inputs, [c], retain_graph=True) for c in cotangents), strict=True)
-    return [torch.stack(found) if (found := [g for g in column if g is not None]) else None for column in columns]
+    columns = zip(*(first + [one(c) for c in cotangents[len(first) :]]), strict=True)
+    return [torch.stack(some) if (some := [g for g in column if g is not None]) else None for column in columns], False
+
+
+OVERHEAD = 2e-3
+"""Seconds of a backward pass above which it is work rather than calls."""
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

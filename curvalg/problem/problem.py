@@ -138,6 +138,7 @@ class Problem:
         # Of the layers: parameter -> why its gradients are multiplied out; parameters that share a record; parameter -> rows
         # of the batch that its record was compared on, 2 for any more.
         self.layer_notes: dict[str, str] = {}
+        self.layer_batched: bool | None = None
         self.layer_groups: list[tuple[str, ...]] = []
         self.layer_checks: dict[str, int] = {}
         self._snapshot: Snapshot | None = None

@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from curvalg import Batch, Layout
 
 
+def eigenvectors(matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix; by float64 where its own precision does not converge."""
+    try:
+        vectors: Tensor = torch.linalg.eigh(matrix)[1]
+        if bool(torch.isfinite(vectors).all()):
+            return vectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    return _by_float64(matrix)
+
+
+def _by_float64(matrix: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(matrix.double())[1]
+    return vectors.to(matrix.dtype)
+
+
 @dataclass(frozen=True)
 class EKFAC(LayerFactors):
     r"""Eigenvalue-corrected KFAC: for each layer Q diag(λ) Qᵀ with Q = Q_B ⊗ Q_A from KFAC's factors (D × D).
@@ -91,8 +107,10 @@ class EKFAC(LayerFactors):
         return total
 
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
-        """Q_B and Q_A."""
-        output, inputs = (torch.linalg.eigh(matrix.double())[1].to(matrix.dtype) for matrix in self.means(layer))
+        """Q_B and Q_A; found for the first batch and left with the statistics for the others."""
+        if "bases" not in layer:
+            layer["bases"] = tuple(eigenvectors(matrix) for matrix in self.means(layer))
+        output, inputs = layer["bases"]
         return output, inputs
 
     def finish(self, stats: Stats, layout: Layout, prepared: Any = None) -> Expr:

@@ -132,7 +132,10 @@ class Recorded:
         if not needed:
             return {}
         edges = [self._uses[i].edge for i in needed]
-        gradients = backward_columns(self.z, edges, cotangents.to(self.z.dtype))
+        known = self.problem.layer_batched
+        gradients, batched = backward_columns(self.z, edges, cotangents.to(self.z.dtype), batched=known)
+        if known is None and len(cotangents) > 1:
+            self.problem.layer_batched = batched
         pairs = zip(needed, gradients, strict=True)
         return {i: g.reshape(g.shape[0], *self._uses[i].output_shape) for i, g in pairs if g is not None}
 

@@ -13,7 +13,8 @@ from curvalg.problem.noise import uniforms
 if TYPE_CHECKING:
     from curvalg.problem.layers.recorded import Recorded
 
-COLUMNS = 2
+COLUMNS = 1
+"""Columns of a comparison; what could be wrong is which rows a gradient belongs to."""
 
 
 def settle(recorded: Recorded) -> None:
