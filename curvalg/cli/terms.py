@@ -11,7 +11,7 @@ from rich.text import Text
 from curvalg import registry
 
 _ROLE = re.compile(r":[\w:]+:`~?([^`]*)`")  # how docstrings refer to a class: :class:`Name`
-_ROOMY = 80  # with fewer columns every cell has to fold, lest the last column is cut off
+_ROOMY = 100  # with fewer columns every cell has to fold, lest the last column is cut off
 
 
 def terms_table(width: int) -> Table:
@@ -41,6 +41,8 @@ def terms_table(width: int) -> Table:
         table.add_row(Text(name, "bold red"), Text(reason, "red"), Text(), Text("broken", "red"))
     if width >= _ROOMY:
         _keep_whole(table, "term", "options", "from")
+    else:
+        _keep_whole(table, "from", widest=len("built-in"))
     return table
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,7 +27,8 @@ class Extended:
         self.classes = self.p.shape[1]
         weights = batch.weights.to(batch.output.dtype).expand(batch.output.shape)
         self.w = self.by_position(weights) * self.p
-        self.own = torch.nn.functional.one_hot(batch.labels.reshape(-1), self.classes).to(self.p.dtype)
+        # By methods of tensors alone: listing the terms must not import torch.
+        self.own = self.p.new_zeros(self.p.shape).scatter_(1, batch.labels.reshape(-1, 1), 1.0)
         """1 where k is the label, (P, C)."""
 
     def by_position(self, tensor: Tensor) -> Tensor:
@@ -61,9 +60,10 @@ class Extended:
 def divided(sums: Tensor, weights: Tensor) -> Tensor:
     """Sums / weights, zero where the weight is: a class that is empty or of weight zero has no mean."""
     positive = weights > 0
-    return torch.where(positive, sums, 0.0) / torch.where(positive, weights, 1.0)
+    quotient: Tensor = sums.where(positive, 0.0) / weights.where(positive, 1.0)
+    return quotient
 
 
 def off_diagonal(classes: int, like: Tensor) -> Tensor:
     """1 where k ≠ c."""
-    return 1 - torch.eye(classes, dtype=like.dtype, device=like.device)
+    return like.new_ones(classes, classes).fill_diagonal_(0)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from curvalg import DatasetTerm, Expr, Facts, LossFacts, LowRank, MatrixTerm
 from curvalg_plugins.hierarchical.extended import Extended, divided, off_diagonal
 from curvalg_plugins.hierarchical.terms import Hierarchical, Own, require_softmax, within
@@ -23,15 +21,17 @@ def class_gradients(batch: Batch) -> Stats:
     """W [c, k], and W_ck ḡ_ck = Σ_{i: y_i = c} w_ik g_ik as rows [c, k, D]; C² backward passes."""
     extended = Extended(batch)
     classes = extended.classes
-    rows = []
+    sums: Tensor | None = None
     for c in range(classes):
         for k in range(classes):
-            chosen = torch.zeros_like(extended.w)
+            chosen = extended.w.new_zeros(extended.w.shape)
             chosen[:, k] = extended.w[:, k] * extended.own[:, c]
-            rows.append(batch.vjp(extended.cotangent(chosen)))
+            row = batch.vjp(extended.cotangent(chosen))
+            sums = row.new_empty(classes, classes, len(row)) if sums is None else sums
+            sums[c, k] = row
     return {
         "weights": extended.class_sums(extended.w),
-        "sums": torch.stack(rows).reshape(classes, classes, -1),
+        "sums": sums,
     }
 
 

@@ -5,33 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from curvalg import Block, Eigenbasis, Expr, Kronecker, block_diagonal
-from curvalg_plugins.kronecker import factors
-from curvalg_plugins.kronecker.factors import Approximation, Fisher, Rest, Stats
 from curvalg_plugins.kronecker.kfac import LayerFactors
+from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from curvalg import Batch, Layout
-
-
-def eigenvectors(matrix: Tensor) -> Tensor:
-    """Of a symmetric matrix; by float64 where its own precision does not converge."""
-    try:
-        vectors: Tensor = torch.linalg.eigh(matrix)[1]
-        if bool(torch.isfinite(vectors).all()):
-            return vectors
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        pass
-    return _by_float64(matrix)
-
-
-def _by_float64(matrix: Tensor) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(matrix.double())[1]
-    return vectors.to(matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,8 @@ class EKFAC(LayerFactors):
         return self.layer_factors(batch)
 
     def accumulate(self, batch: Batch, prepared: Any = None) -> Stats:
+        from curvalg_plugins.kronecker import factors  # needs torch
+
         columns = factors.cotangents(batch, *self.columns)
         moments: dict[tuple[str, ...], Stats] = {}
         for record in batch.layers(columns):
@@ -109,7 +92,9 @@ class EKFAC(LayerFactors):
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
         """Q_B and Q_A; found for the first batch and left with the statistics for the others."""
         if "bases" not in layer:
-            layer["bases"] = tuple(eigenvectors(matrix) for matrix in self.means(layer))
+            from curvalg_plugins.kronecker import factors  # needs torch
+
+            layer["bases"] = tuple(factors.eigenvectors(matrix) for matrix in self.means(layer))
         output, inputs = layer["bases"]
         return output, inputs
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-
-from curvalg import ExpressionError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from curvalg import Batch, LayerRecord
-
-Fisher = Literal["exact", "mc", "empirical"]
-Approximation = Literal["expand", "reduce"]
-Rest = Literal["refuse", "diagonal", "exact"]
-Stats = dict[str, Any]
+    from curvalg_plugins.kronecker.options import Approximation, Fisher
 
 
 def cotangents(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Tensor:
@@ -81,12 +75,6 @@ def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
     return whole
 
 
-def symmetric(matrix: Tensor) -> Tensor:
-    """Its symmetric part: sums of outer products are symmetric up to rounding."""
-    half: Tensor = (matrix + matrix.T) / 2
-    return half
-
-
 def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(B + √c/π I, A + π√c I) with π² = (tr A / dim A) / (tr B / dim B): Martens and Grosse, arXiv 1503.05671, §6.3."""
     a, b = float(inputs.trace()) / len(inputs), float(output.trace()) / len(output)
@@ -99,10 +87,13 @@ def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tenso
     )
 
 
-def check_options(label: str, **choices: tuple[object, tuple[object, ...]]) -> None:
-    """Raises:
-    ExpressionError: an option that is none of its choices.
-    """
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise ExpressionError(f"{label}: {name} is one of {', '.join(map(repr, known))}, got {value!r}")
+def eigenvectors(matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix; by float64 where its own precision does not converge."""
+    try:
+        vectors: Tensor = torch.linalg.eigh(matrix)[1]
+        if bool(torch.isfinite(vectors).all()):
+            return vectors
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    double: Tensor = torch.linalg.eigh(matrix.double())[1]
+    return double.to(matrix.dtype)

@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from curvalg import Block, Diagonal, Expr, ExpressionError, Facts, Kronecker, LossFacts, MatrixTerm, block_diagonal
-from curvalg_plugins.kronecker import factors
-from curvalg_plugins.kronecker.factors import Approximation, Fisher, Rest, Stats
+from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +31,7 @@ class LayerFactors(MatrixTerm):
         return Facts(psd=True)
 
     def _check(self) -> None:
-        factors.check_options(
+        check_options(
             self.label,
             fisher=(self.columns[0], ("exact", "mc", "empirical")),
             approximation=(self.approximation, ("expand", "reduce")),
@@ -43,6 +40,8 @@ class LayerFactors(MatrixTerm):
 
     def layer_factors(self, batch: Batch) -> Stats:
         """Sums of h hᵀ and δ δᵀ of every layer, and curvature of the other parameters."""
+        from curvalg_plugins.kronecker import factors  # needs torch
+
         columns = factors.cotangents(batch, *self.columns)
         active = factors.active_rows(batch)
         # Tables lie as (inputs, outputs), all other weights as (outputs, inputs).
@@ -69,7 +68,7 @@ class LayerFactors(MatrixTerm):
         if self.rest == "exact":
             flat = {name: g.flatten(0, 1).flatten(1) for name, g in record.explicit().items()}
             return {name: g.T @ g for name, g in flat.items()}
-        return dict.fromkeys(record.params, torch.zeros(()))
+        return dict.fromkeys(record.params, record.deltas.new_zeros(()))
 
     def blocks_of_others(self, others: Mapping[str, Tensor]) -> list[Block]:
         """Blocks of the parameters without Kronecker factors.
@@ -84,7 +83,7 @@ class LayerFactors(MatrixTerm):
             )
         if self.rest == "diagonal":
             return [Block((name,), Diagonal(square)) for name, square in others.items()]
-        return [Block((name,), Kronecker(factors.symmetric(matrix))) for name, matrix in others.items()]
+        return [Block((name,), Kronecker((matrix + matrix.T) / 2)) for name, matrix in others.items()]
 
     def layer_blocks(self, params: tuple[str, ...], output: Tensor, inputs: Tensor) -> list[Block]:
         """The blocks B ⊗ A of a weight and B of its bias, together or apart."""
@@ -106,7 +105,9 @@ class LayerFactors(MatrixTerm):
     def means(self, layer: Stats) -> tuple[Tensor, Tensor]:
         """B, a sum of shares, and A, a mean."""
         count = layer["count"].clamp_min(1)
-        return factors.symmetric(layer["outputs"]), factors.symmetric(layer["inputs"] / count)
+        output, inputs = layer["outputs"], layer["inputs"] / count
+        # Sums of outer products are symmetric up to rounding.
+        return (output + output.T) / 2, (inputs + inputs.T) / 2
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,11 @@ class KFAC(LayerFactors):
         return self.assembled(stats, self._damped)
 
     def _damped(self, output: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            factors.split_damping(output, inputs, self.factored_damping) if self.factored_damping else (output, inputs)
-        )
+        if not self.factored_damping:
+            return output, inputs
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        return factors.split_damping(output, inputs, self.factored_damping)
 
 
 @dataclass(frozen=True)
@@ -207,4 +210,4 @@ class FOOF(LayerFactors):
         return self.layer_factors(batch)
 
     def finish(self, stats: Stats, layout: Layout, prepared: None = None) -> Expr:
-        return self.assembled(stats, lambda b, a: (torch.eye(len(b), dtype=b.dtype, device=b.device), a))
+        return self.assembled(stats, lambda b, a: (b.new_zeros(b.shape).fill_diagonal_(1), a))
