@@ -52,5 +52,17 @@ class StaleError(CurvalgError, RuntimeError):
     """The model changed after the operator was lowered; ``operator.refresh()`` recomputes."""
 
 
+class ConformanceError(CurvalgError, AssertionError):
+    """A term does not keep the contract of terms; the message lists every check that failed and what to do.
+
+    Attributes:
+        failures: check name -> message.
+    """
+
+    def __init__(self, message: str, failures: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+
+
 class CurvalgWarning(UserWarning):
     """Something that is allowed but seldom meant, such as a model that ignores its parameters."""

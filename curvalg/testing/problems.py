@@ -1,0 +1,144 @@
+"""The problems that terms are checked on unless others are given: tiny, and different where terms go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from curvalg.losses import CrossEntropy
+from curvalg.problem import Problem
+
+ROWS = (2, 3, 1)
+"""Rows of each batch: ragged, so that a term that divides by a batch's size is found out."""
+
+
+class _Tied(nn.Module):
+    """Token embedding tied to the output layer; classes on the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 4, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mix(self.embed(tokens)))).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class _Sequence(nn.Module):
+    """A class for every token; classes on the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(4, 3), nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.embed(tokens).cumsum(1)))  # type: ignore[no-any-return]
+
+
+def _mlp(outputs: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, outputs))
+
+
+def _batches(X: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(X.split(ROWS), y.split(ROWS), strict=True))
+
+
+def _labels(*shape: int, classes: int = 3) -> Tensor:
+    return torch.randint(classes, (sum(ROWS), *shape))
+
+
+def _inputs(*shape: int) -> Tensor:
+    return torch.randn(sum(ROWS), *shape, dtype=torch.float64)
+
+
+def _classifier() -> Problem:
+    return Problem(_mlp().double(), nn.CrossEntropyLoss(), _batches(_inputs(3), _labels()))
+
+
+def _single_precision() -> Problem:
+    return Problem(_mlp(), nn.CrossEntropyLoss(), _batches(_inputs(3).float(), _labels()))
+
+
+def _convolution() -> Problem:
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    return Problem(net, loss, _batches(_inputs(1, 3, 3), _labels(classes=2)))
+
+
+def _tied_embedding() -> Problem:
+    data = _batches(_labels(2, classes=4), _labels(2, classes=4))
+    return Problem(_Tied().double(), nn.CrossEntropyLoss(), data)
+
+
+def _classes_last() -> Problem:
+    data = _batches(_labels(2, classes=4), _labels(2))
+    return Problem(_Sequence().double(), CrossEntropy(class_axis=-1), data)
+
+
+def _regression() -> Problem:
+    return Problem(_mlp(2).double(), nn.MSELoss(), _batches(_inputs(3), _inputs(2)))
+
+
+def _weighted_and_ignored() -> Problem:
+    labels = _labels()
+    labels[1] = labels[4] = -100
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    return Problem(_mlp().double(), nn.CrossEntropyLoss(weight=weight), _batches(_inputs(3), labels))
+
+
+PROBLEMS: Mapping[str, Callable[[], Problem]] = {
+    "classifier": _classifier,
+    "classifier in float32": _single_precision,
+    "convolution, sum loss": _convolution,
+    "tied embedding, classes on axis 1": _tied_embedding,
+    "sequence, classes on the last axis": _classes_last,
+    "regression": _regression,
+    "class weights and ignored targets": _weighted_and_ignored,
+}
+"""Name -> function that makes the problem."""
+
+
+def _cubes(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).abs().pow(3).sum()
+
+
+def _without_loss() -> Problem:
+    return Problem(_mlp().double(), None, _batches(_inputs(3), _inputs(3)))
+
+
+def _plain_function() -> Problem:
+    return Problem(_mlp().double(), _cubes, _batches(_inputs(3), _inputs(3)), reduction="sum")
+
+
+def _not_convex() -> Problem:
+    data = _batches(_inputs(3), torch.rand(sum(ROWS), 3, dtype=torch.float64))
+    return Problem(_mlp().double(), nn.PoissonNLLLoss(log_input=False), data)
+
+
+UNSUITABLE: Mapping[str, Callable[[], Problem]] = {
+    "no loss": _without_loss,
+    "a loss that is a plain function": _plain_function,
+    "a loss without classes": _regression,
+    "a loss that is not convex": _not_convex,
+}
+"""Problems that a term may refuse, but only with an error of curvalg's own."""
+
+
+def make(maker: Callable[[], Problem], seed: int = 0) -> Problem:
+    """A problem with fixed weights and data; the caller's random state is left alone."""
+    # Not torch.manual_seed: it would seed the generators of every accelerator too, which the fork leaves alone here.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return maker()
+
+
+def default_problems() -> list[Problem]:
+    """The problems that :func:`~curvalg.testing.check_term` uses unless others are given.
+
+    >>> from curvalg.testing import default_problems
+    >>> max(problem.size for problem in default_problems())
+    28
+    """
+    return [make(maker) for maker in PROBLEMS.values()]
