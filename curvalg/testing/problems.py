@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from curvalg.losses import CrossEntropy
 from curvalg.problem import Problem
 
-ROWS = (2, 3, 1)
+ROWS = (2, 3)
 """Rows of each batch: ragged, so that a term that divides by a batch's size is found out."""
 
 

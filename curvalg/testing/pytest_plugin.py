@@ -62,7 +62,9 @@ class CheckItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The message alone: the traceback leads through the kit."""
-        if isinstance(excinfo.value, AssertionError):
+        from curvalg.errors import CurvalgError
+
+        if isinstance(excinfo.value, CurvalgError):
             return str(excinfo.value)
         return super().repr_failure(excinfo)
 
