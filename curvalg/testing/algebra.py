@@ -9,8 +9,7 @@ from curvalg.expr import Expr, Identity, restrict
 from curvalg.lowering import CurvatureOperator
 from curvalg.rewrite import simplify
 from curvalg.testing.outcome import RTOL, Failure, NotApplicable, require_close
-from curvalg.testing.subject import COLUMNS, Case, on_problems
-from curvalg.testing.variants import variant
+from curvalg.testing.subject import Case, on_problems
 
 _SYMMETRIC = (
     "Let facts() say symmetric=True only where cotangent_dot is a symmetric map of the tangent (u adds nothing)"
@@ -18,7 +17,7 @@ _SYMMETRIC = (
 
 
 def _lower(case: Case, expr: Expr | None = None) -> CurvatureOperator:
-    return (case.term if expr is None else expr).lower(variant(case.problem, columns=COLUMNS))
+    return (case.term if expr is None else expr).lower(case.keeping)
 
 
 @on_problems

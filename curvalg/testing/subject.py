@@ -67,6 +67,11 @@ class Case:
         """The problem on which dense matrices are made; without recordings, which pay off over more products only."""
         return variant(self.problem, cache=0, columns=COLUMNS)
 
+    @functools.cached_property
+    def keeping(self) -> Problem:
+        """The problem on which single products are made; it keeps its recordings."""
+        return variant(self.problem, columns=COLUMNS)
+
     def dense(self, expr: Expr) -> Tensor:
         """The dense matrix of an expression on this problem."""
         return expr.lower(self.twin).to_dense()

@@ -11,12 +11,23 @@ from curvalg.expr.terms import BUILTIN
 from curvalg.testing import check_term, default_problems, parametrize_terms
 
 FEW = [problem for problem in default_problems() if problem.size == 24][:2]
+LAYERS = "a layer of which only the bias is chosen has no Kronecker factors: rest= says what becomes of it"
 NORMALISED = "the matrix is divided by a norm over the chosen parameters"
 
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_registered_terms(name):
     check_term(name)
+
+
+@pytest.mark.parametrize("name", ["ggn_class", "ggn_cross", "ggn_within", "ggn_same", "ggn_diagonal"])
+def test_first_party_plugins(name):
+    check_term(name, problems=FEW)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
+def test_matrices_of_whole_layers(name):
+    check_term(f"{name}(rest='diagonal')", problems=FEW, expected_failures={"restriction": LAYERS, "blocks": LAYERS})
 
 
 @pytest.mark.parametrize(

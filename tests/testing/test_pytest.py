@@ -7,11 +7,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from planted import Squares, WrongShape
 
-from curvalg.testing import CHECKS, ConformanceError, parametrize_terms
+from curvalg.testing import CHECKS, ConformanceError, parametrize_terms, pytest_plugin
 from curvalg.testing.parametrize import term_checks
 
 ROOT = str(Path(__file__).parents[2])
@@ -46,7 +47,7 @@ def test_loading_the_plugin_costs_nothing(tmp_path):
 
 
 def test_importing_curvalg_loads_no_kit(tmp_path):
-    code = "import sys, curvalg.lowering\nassert not [m for m in sys.modules if m.startswith(('curvalg.testing', 'pytest'))]"
+    code = "import sys, curvalg\ncurvalg.parse('ggn')\nassert not [m for m in sys.modules if m.startswith(('curvalg.testing', 'pytest'))]"
     done = _python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -69,10 +70,13 @@ def test_registered_terms_from_the_command_line(tmp_path):
     assert "1 failed, 3 passed, 2 skipped" in done.stdout
 
 
-def test_files_are_collected_if_named(tmp_path):
-    (tmp_path / "test_own.py").write_text("def test_own():\n    pass\n")
-    done = _pytest("-q", "test_own.py", "--curvalg-terms", "ggn", "-k", "own or description", cwd=tmp_path)
-    assert "2 passed" in done.stdout, done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("source", "terms", "args"), [("ARGS", "ggn", ["x.py"]), ("TESTPATHS", "ggn", []), ("TESTPATHS", None, ["x.py"])]
+)
+def test_files_are_collected_if_named_or_without_the_option(source, terms, args):
+    config = SimpleNamespace(args=["x.py"], args_source=pytest.Config.ArgsSource[source], getoption=lambda name: terms)
+    pytest_plugin.pytest_configure(config)
+    assert config.args == args
 
 
 def test_one_test_for_each_term_and_check():
