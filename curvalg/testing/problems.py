@@ -73,19 +73,15 @@ def _tied_embedding() -> Problem:
 
 
 def _classes_last() -> Problem:
-    data = _batches(_labels(2, classes=4), _labels(2))
-    return Problem(_Sequence().double(), CrossEntropy(class_axis=-1), data)
+    labels = _labels(2)
+    labels[1] = labels[4, 0] = -100  # a whole row, which is no sample then, and one position of another
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    data = _batches(_labels(2, classes=4), labels)
+    return Problem(_Sequence().double(), CrossEntropy(class_axis=-1, weight=weight), data)
 
 
 def _regression() -> Problem:
     return Problem(_mlp(2).double(), nn.MSELoss(), _batches(_inputs(3), _inputs(2)))
-
-
-def _weighted_and_ignored() -> Problem:
-    labels = _labels()
-    labels[1] = labels[4] = -100
-    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    return Problem(_mlp().double(), nn.CrossEntropyLoss(weight=weight), _batches(_inputs(3), labels))
 
 
 PROBLEMS: Mapping[str, Callable[[], Problem]] = {
@@ -93,9 +89,8 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = {
     "classifier in float32": _single_precision,
     "convolution, sum loss": _convolution,
     "tied embedding, classes on axis 1": _tied_embedding,
-    "sequence, classes on the last axis": _classes_last,
+    "sequence, classes on the last axis, weighted, some targets ignored": _classes_last,
     "regression": _regression,
-    "class weights and ignored targets": _weighted_and_ignored,
 }
 """Name -> function that makes the problem."""
 
