@@ -222,7 +222,8 @@ class CurvatureOperator(TorchOperator):
 
         Args:
             quantity: "trace" (a float); "diagonal" (a tensor (D,)); "logdet", log |det A|; or "eigh", an
-                :class:`~curvalg.Eigh` with all eigenvalues, whose eigenvectors are made when asked for.
+                :class:`~curvalg.Eigh` with all eigenvalues, whose eigenvectors are made when asked for. Through a Gram
+                matrix, eigenvalues below its rounding noise (in the problem's precision) count among the rest.
 
         Raises:
             ExpressionError: an unknown quantity.

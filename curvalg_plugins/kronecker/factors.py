@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def cotangents(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Tensor:
     """Columns s whose outer products make the curvature in output space: those of B, draws of it, or the gradients.
 
-    Exact columns are of the GGN where the loss is convex and of the Fisher of its likelihood elsewhere.
+    Raises:
+        LossError: exact columns or draws of a B that is not positive semi-definite.
     """
     if fisher == "exact":
         return batch.row_factor()

@@ -35,10 +35,6 @@ class Eigh:
         """Orthonormal eigenvectors (n, k) of the chosen eigenvalues; k vectors of a large matrix are k · n numbers."""
         return self.make(torch.arange(len(self.eigenvalues), device=self.eigenvalues.device)[positions])
 
-    def apply(self, function: Function) -> tuple[Tensor, Tensor]:
-        """f of the eigenvalues with vectors, and f of the rest (0-d)."""
-        return function(self.eigenvalues), function(self.eigenvalues.new_tensor(self.rest))
-
 
 class Structure(ABC):
     """A square matrix of which products with functions of it are exact.
