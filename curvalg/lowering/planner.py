@@ -15,10 +15,10 @@ from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.bind import Planner, unbound
+from curvalg.lowering.factored import FactoredBlocksPlan
 from curvalg.lowering.forms import Matrix, affine, find
 from curvalg.lowering.plan import (
     BlocksPlan,
-    FactoredBlocksPlan,
     InversePlan,
     LeafPlan,
     OutputPlan,

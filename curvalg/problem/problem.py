@@ -390,6 +390,7 @@ class Problem:
             twin = copy.copy(self)
             twin._reset()
             twin._totals = totals
+            twin._budget = self._budget  # a copy makes one of its own
             twin.model = copy.copy(self.model)
             twin.model.chosen = {name: self.model.chosen[name] for name in names}
             twin.layout = Layout(twin.model.chosen)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvalg import Identity, block_diagonal, registry
-from curvalg.lowering.plan import FactoredBlocksPlan
+from curvalg.lowering.factored import FactoredBlocksPlan
 
 SUMS = {
     "ggn": (lambda b: b("ggn"), lambda d: d.ggn),

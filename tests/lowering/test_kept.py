@@ -14,7 +14,7 @@ from third_party import CenteredTangent, MeanTangent, Skewed
 from torch import nn
 from zoo import ZOO, make
 
-from curvalg import Identity, Problem, ProblemError, Term, registry
+from curvalg import Identity, Problem, ProblemError, Term, block_diagonal, registry
 from curvalg.lowering.linearization import AMORTISED
 
 MODES = {
@@ -347,3 +347,15 @@ def test_fresh_products_hold_one_graph_at_a_time(expr, problem_of, monkeypatch):
     op @ torch.ones(op.shape[0]).double()
     assert len(alive) == 3
     assert most[0] == 1
+
+
+def test_restrictions_share_the_budget(problem_of, vectors):
+    problem = problem_of("mlp")
+    part = problem.restricted(["0.*"])
+    assert part.budget is problem.budget
+    op = block_diagonal(registry.build("hessian"), by="module").lower(problem)
+    op @ vectors(problem.size)
+    assert problem.budget.used > 0
+    problem.cache = 0
+    op @ vectors(problem.size)
+    assert problem.budget.used == 0
