@@ -14,11 +14,7 @@ T = TypeVar("T")
 
 
 class Held:
-    """A value that the budget may ask back; it is made again when needed.
-
-    Args:
-        value: a pytree of tensors.
-    """
+    """A value (a pytree of tensors) that the budget may ask back; it is made again when needed."""
 
     def __init__(self) -> None:
         self.value: Any = None
