@@ -134,6 +134,9 @@ class DatasetTerm(Term):
 class MatrixTerm(NamedExpr):
     """An explicit matrix, accumulated over the data and finished as a structured expression."""
 
+    uses_layers: ClassVar[bool] = False
+    """Whether the methods ask for ``batch.layers``, which then records the model's only call instead of making another."""
+
     def prepare(self, batch: Batch) -> Stats | None:
         """Statistics of an optional first pass, added over batches."""
         return None

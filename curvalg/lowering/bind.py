@@ -23,6 +23,7 @@ from curvalg.lowering.parts import exact_diagonal, nystrom
 from curvalg.lowering.resolve import resolve
 from curvalg.lowering.submatrices import block_problem, is_local
 from curvalg.problem import Problem, Snapshot, trees
+from curvalg.problem.layers import record_layers
 from curvalg.rewrite import simplify
 
 Planner = Callable[[Expr, Problem], Product]
@@ -112,8 +113,10 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
 
 def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: Any) -> dict[MatrixTerm, Any]:
     sums: dict[MatrixTerm, Any] = dict.fromkeys(terms)
+    layers = any(term.uses_layers for term in terms)
     for evaluation in _pass(problem, snapshot) if terms else ():
-        batch = evaluation.evaluate()
+        recorded = record_layers(evaluation) if layers else None
+        batch = evaluation.evaluate() if recorded is None else recorded.batch
         for term in terms:
             sums[term] = trees.add(sums[term], method(term, batch))
     return sums

@@ -37,6 +37,14 @@ class Sample:
     start: int
     index: int
 
+    def head(self, rows: int) -> Sample:
+        """The first rows: of every tensor whose leading axis has the length of the batch."""
+
+        def cut(tree: Any) -> Any:
+            return trees.tensor_map(lambda t: t[:rows] if t.ndim and t.shape[0] == self.rows else t, tree)
+
+        return Sample(cut(self.batch), cut(self.target), rows, self.start, self.index)
+
 
 class Data:
     """Batches of a data set.

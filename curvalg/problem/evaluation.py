@@ -26,6 +26,7 @@ from curvalg.problem.per_sample import per_sample_gradients
 from curvalg.problem.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from curvalg.problem.layers import Recorded
     from curvalg.problem.problem import Problem
 
 
@@ -120,8 +121,13 @@ class Evaluation:
             self.problem.twice_differentiable = True
         return gradients
 
-    def batch(self, z: Tensor, form: OutputForm) -> Batch:
+    def batch(self, z: Tensor, form: OutputForm, layers: Callable[[], Recorded] | None = None) -> Batch:
         """What terms see, given z (its graph is not kept).
+
+        Args:
+            z: the output.
+            form: how it came from what the model returned.
+            layers: gives the recording of the model's layers; None: by another call of the model.
 
         Raises:
             ProblemError: z has non-finite entries.
@@ -148,7 +154,7 @@ class Evaluation:
             number=lambda: again().problem.number_samples(),
             pullback=lambda u: again().pull(u),
             per_sample=lambda batch: per_sample_gradients(again(), batch),
-            layers=lambda: record_layers(again()),
+            layers=layers or (lambda: record_layers(again())),
         )
 
     def again(self) -> Callable[[], Evaluation]:

@@ -45,6 +45,7 @@ class GGNDiagonal(MatrixTerm):
     seed: int = 0
     name: ClassVar[str] = "ggn_diagonal"
     symbol: ClassVar[str] = r"\operatorname{diag} G"
+    uses_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("seed", self.seed)):

@@ -63,8 +63,7 @@ class EKFAC(LayerFactors):
                 continue
             output, inputs = self._bases(self._layer(prepared, record.params))
             h, d = factors.grouped(record)
-            with_bias = self.joint and record.bias is not None
-            rotated = (factors.with_one(h) if with_bias else h) @ inputs
+            rotated = factors.rotate(h, inputs)
             moments[record.params] = {"weight": self._second_moments(d, rotated, output)}
             if record.bias is not None and not self.joint:
                 sums = d.sum(3).permute(1, 2, 0, 3).flatten(2)  # (K, n, out)

@@ -47,24 +47,40 @@ def grouped(record: LayerRecord) -> tuple[Tensor, Tensor]:
     return (h, d) if h.ndim == 4 else (h[None], d[None])
 
 
-def with_one(h: Tensor) -> Tensor:
-    """[h; 1], for the bias."""
-    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
-
-
-def active_rows(batch: Batch) -> Tensor:
-    """Rows whose share is not identically zero (n,): ignored ones count in no mean."""
+def active_rows(batch: Batch) -> Tensor | None:
+    """Rows whose share is not identically zero (n,), None for all: ignored ones count in no mean."""
     weights = batch.weights.expand(batch.output.shape)
-    return (weights.reshape(weights.shape[0], -1) != 0).any(1)
+    active = (weights.reshape(weights.shape[0], -1) != 0).any(1)
+    return None if bool(active.all()) else active
 
 
-def input_factor(h: Tensor, active: Tensor, approximation: Approximation) -> tuple[Tensor, float]:
-    """Σ h hᵀ over active rows, and the number of summands, for h (groups, n, T, in)."""
-    h = h[:, active]
+def input_factor(h: Tensor, active: Tensor | None, approximation: Approximation, bias: bool) -> tuple[Tensor, float]:
+    """Σ h hᵀ over active rows (None: all), and the number of summands, for h (groups, n, T, in).
+
+    With a bias of h followed by a one.
+    """
+    if active is not None:
+        h = h[:, active]
     if approximation == "reduce":
         h = h.mean(2, keepdim=True)
     flat = h.reshape(-1, h.shape[-1])
-    return flat.T @ flat, float(flat.shape[0])
+    count = flat.shape[0]
+    if not bias:
+        return flat.T @ flat, float(count)
+    width = flat.shape[1]
+    factor = flat.new_empty(width + 1, width + 1)
+    factor[:-1, :-1] = flat.T @ flat
+    factor[-1, :-1] = factor[:-1, -1] = flat.sum(0)
+    factor[-1, -1] = count
+    return factor, float(count)
+
+
+def rotate(h: Tensor, basis: Tensor) -> Tensor:
+    """Q_Aᵀ h for h (..., in); of h followed by a one where the basis has a row more."""
+    if len(basis) == h.shape[-1]:
+        return h @ basis
+    flat = torch.addmm(basis[-1], h.reshape(-1, h.shape[-1]), basis[:-1])
+    return flat.reshape(*h.shape[:-1], basis.shape[1])
 
 
 def output_factor(d: Tensor, approximation: Approximation) -> Tensor:

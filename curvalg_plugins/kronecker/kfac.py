@@ -21,6 +21,7 @@ class LayerFactors(MatrixTerm):
     approximation: Approximation
     joint: bool
     rest: Rest
+    uses_layers: ClassVar[bool] = True
 
     @property
     def columns(self) -> tuple[Fisher, int, int]:
@@ -54,7 +55,7 @@ class LayerFactors(MatrixTerm):
                 continue
             h, d = factors.grouped(record)
             joint = self.joint and record.bias is not None
-            a, count = factors.input_factor(factors.with_one(h) if joint else h, active, self.approximation)
+            a, count = factors.input_factor(h, active, self.approximation, joint)
             (tables if record.kind == "embedding" else layers)[record.params] = {
                 "inputs": a,
                 "outputs": factors.output_factor(d, self.approximation),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ class Recorded:
     def __init__(
         self, evaluation: Evaluation, z: Tensor, leaves: list[Tensor], form: OutputForm, capture: Capture
     ) -> None:
-        self.batch = evaluation.batch(z, form)
+        # The batch holds no recording that holds the batch: graphs are freed when they are done with.
+        alive = ref(self)
+        self.batch = evaluation.batch(z, form, layers=lambda: alive() or record_layers(again()))
+        again = evaluation.again()
         self.evaluation = evaluation
         self.problem = evaluation.problem
         self.z = z
@@ -53,6 +57,30 @@ class Recorded:
     def used(self) -> set[str]:
         """Parameters that some function of the table takes."""
         return {name for use in self._uses for name in use.roles.values()}
+
+    def head(self, rows: int) -> Recorded | None:
+        """The recording of the first rows alone; None where they are not a small part, or cannot be computed alone.
+
+        Computed alone they must use the parameters in the same way, with the same result.
+        """
+        sample = self.evaluation.sample
+        if sample.rows < 2 * rows or self.problem.draws.mode == "frozen":
+            return None
+        evaluation = type(self.evaluation)(self.problem, self.evaluation.snapshot, sample.head(rows))
+        notes = dict(self.problem.layer_notes)
+        try:
+            few = record_layers(evaluation)
+        except ProblemError:
+            return None
+        finally:
+            self.problem.layer_notes = notes
+        expected = self.z[:rows].detach()
+        if few.z.shape != expected.shape or [u.signature for u in few._uses] != [u.signature for u in self._uses]:
+            return None
+        # Kernels round differently on other sizes; a wrong slice is wrong by far more.
+        scale = expected.abs().max() + torch.finfo(expected.dtype).tiny
+        close = bool(((few.z.detach() - expected).abs().max() / scale) < 1e-2)
+        return few if close else None
 
     def records(self, cotangents: Tensor) -> list[LayerRecord]:
         """Records that cover every chosen parameter once, always in the same grouping.

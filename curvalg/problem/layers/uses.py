@@ -85,6 +85,11 @@ class Use(ABC):
         """Uses of one parameter can be put together where this is equal."""
         return None
 
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What this use has in common with the same use in a call on fewer rows."""
+        return self.kind, self.form, tuple(sorted(self.roles.items())), self.output_shape[1:]
+
     @abstractmethod
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         """h as the record of this kind takes it."""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 COLUMNS = 1
 """Columns of a comparison; what could be wrong is which rows a gradient belongs to."""
 
+ROWS = 8
+"""Rows that are enough for a comparison, where they can be computed without the others of a large batch."""
+
 
 def settle(recorded: Recorded) -> None:
     """Find the parameters of a batch whose records would be wrong, and note them on the problem.
@@ -27,6 +30,8 @@ def settle(recorded: Recorded) -> None:
         ProblemError: a parameter's gradients are wrong on every route.
     """
     _note_unseen(recorded)
+    if _unchecked(recorded):
+        recorded = recorded.head(ROWS) or recorded
     for _ in range(len(recorded.leaves) + 1):
         if not (unchecked := _unchecked(recorded)) or not _compare(recorded, unchecked):
             return
