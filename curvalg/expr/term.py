@@ -137,6 +137,12 @@ class MatrixTerm(NamedExpr):
     uses_layers: ClassVar[bool] = False
     """Whether the methods ask for ``batch.layers``, which then records the model's only call instead of making another."""
 
+    local: ClassVar[bool] = True
+    """Whether its sub-matrix over some parameters is what it gives where these alone are differentiated.
+
+    Otherwise the whole matrix is made, and the sub-matrix taken from it.
+    """
+
     def prepare(self, batch: Batch) -> Stats | None:
         """Statistics of an optional first pass, added over batches."""
         return None

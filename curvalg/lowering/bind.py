@@ -21,7 +21,7 @@ from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.forms import Matrix, Product
 from curvalg.lowering.parts import exact_diagonal, nystrom
 from curvalg.lowering.resolve import resolve
-from curvalg.lowering.submatrices import block_problem, is_local
+from curvalg.lowering.submatrices import block_problem, is_local, submatrix
 from curvalg.problem import Problem, Snapshot, trees
 from curvalg.problem.layers import record_layers
 from curvalg.rewrite import simplify
@@ -57,7 +57,7 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> 
     if isinstance(expr, Restriction):
         # The methods of a term see the restricted problem only; the finished matrix is square in it already.
         on = problem.restricted(expr.params) if is_local(expr.expr) else problem
-        return expr.rebuild((bind(expr.expr, on, snapshot, planner),))
+        return submatrix(bind(expr.expr, on, snapshot, planner), expr.params, on)
     if isinstance(expr, BlockDiagonal) and isinstance(expr.what, tuple):
         blocks = [
             Block(b.params, bind(b.expr, block_problem(problem, b), snapshot, planner), joint=b.joint)

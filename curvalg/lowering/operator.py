@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 from scipy.sparse.linalg import LinearOperator
@@ -109,7 +109,10 @@ class CurvatureOperator(TorchOperator):
     @property
     def facts(self) -> Facts:
         """Symmetry and definiteness, given the loss; True, False or None (unknown)."""
-        return self._resolved.facts(self.problem.facts)
+        # What a matrix term declares is no longer seen in the arrays that it became.
+        declared, found = (expr.facts(self.problem.facts) for expr in (self.expr, self._resolved))
+        pairs = zip(astuple(declared), astuple(found), strict=True)
+        return Facts(*(b if a is None else a for a, b in pairs))
 
     def explain(self) -> str:
         """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, BlockDiagonal, Expr, Inverse, Restriction, Zero, inverse, restrict
-from curvalg.lowering.submatrices import block_problem, inside, is_local, partition
+from curvalg.lowering.submatrices import block_problem, inside, is_local, partition, submatrix
 from curvalg.problem import Problem
 from curvalg.problem import parameters as params_
 from curvalg.rewrite import simplify
@@ -25,7 +25,7 @@ def resolve(expr: Expr, problem: Problem) -> Expr:
         return expr
     if isinstance(expr, Restriction):
         on = problem.restricted(expr.params) if is_local(expr.expr) else problem
-        return restrict(resolve(expr.expr, on), expr.params)
+        return submatrix(resolve(expr.expr, on), expr.params, on)
     if isinstance(expr, Inverse) and expr.preconditioner is not None:
         options = {**expr.options, "preconditioner": resolve(expr.preconditioner, problem)}
         return inverse(resolve(expr.expr, problem), **options)

@@ -21,7 +21,9 @@ def is_local(expr: Expr) -> bool:
     """Whether an expression's sub-matrix is what it gives when only the chosen parameters are differentiated."""
     if isinstance(expr, (alg.Sum, alg.Transpose, alg.DiagonalPart)):
         return all(map(is_local, expr.children))
-    return isinstance(expr, (Term, MatrixTerm, Jacobian, LossHessian, alg.IdentityExpr, alg.ZeroExpr))
+    if isinstance(expr, MatrixTerm):
+        return expr.local
+    return isinstance(expr, (Term, Jacobian, LossHessian, alg.IdentityExpr, alg.ZeroExpr))
 
 
 def is_inside(expr: Expr, restricted: Problem, problem: Problem) -> bool:
@@ -66,10 +68,20 @@ def inside(expr: Expr, problem: Problem) -> tuple[Expr, Problem]:
     return alg.add([*parts, (alg.Identity, total.shift)]), restricted
 
 
+def submatrix(whole: Expr, params: tuple[str, ...], problem: Problem) -> Expr:
+    """restrict(whole, params); of a complete block-diagonal by its blocks, where none of them is cut in two."""
+    if isinstance(whole, alg.BlockDiagonal) and whole.complete and isinstance(whole.what, tuple):
+        names = set(params_.match(params, problem.layout.names))
+        found = tuple(block for block in whole.what if names.intersection(block.params))
+        if len(found) < len(whole.what) and all(names.issuperset(block.params) for block in found):
+            whole = alg.BlockDiagonal(found, None, True)
+    return alg.restrict(whole, params)
+
+
 def flat_positions(problem: Problem, names: list[str]) -> Tensor:
     """Flat positions of parameters, one after the other."""
-    flat = torch.arange(problem.size, device=problem.device)
-    return torch.cat([flat[problem.layout.slices[name]] for name in names])
+    slices = [problem.layout.slices[name] for name in names]
+    return torch.cat([torch.arange(s.start, s.stop, device=problem.device) for s in slices])
 
 
 def block_positions(problem: Problem, block: Block) -> Tensor:

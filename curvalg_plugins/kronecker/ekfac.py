@@ -31,7 +31,8 @@ class EKFAC(LayerFactors):
         seed: of the draws.
 
     Raises:
-        ExpressionError: an unknown option; parameters without factors and rest="refuse".
+        ExpressionError: an unknown option.
+        ProblemError: parameters without factors and rest="refuse".
     """
 
     fisher: Fisher = "exact"
@@ -63,8 +64,7 @@ class EKFAC(LayerFactors):
                 continue
             output, inputs = self._bases(self._layer(prepared, record.params))
             h, d = factors.grouped(record)
-            rotated = factors.rotate(h, inputs)
-            moments[record.params] = {"weight": self._second_moments(d, rotated, output)}
+            moments[record.params] = {"weight": factors.second_moments(h, d, output, inputs)}
             if record.bias is not None and not self.joint:
                 sums = d.sum(3).permute(1, 2, 0, 3).flatten(2)  # (K, n, out)
                 moments[record.params]["bias"] = (sums @ output).square().sum((0, 1))
@@ -74,19 +74,6 @@ class EKFAC(LayerFactors):
     def _layer(prepared: Stats, params: tuple[str, ...]) -> Stats:
         layer: Stats = prepared["tables" if params in prepared["tables"] else "layers"][params]
         return layer
-
-    @staticmethod
-    def _second_moments(d: Tensor, h: Tensor, basis: Tensor) -> Tensor:
-        """Σ_kn [(Q_Bᵀ δ hᵀ)_ij]² for δ (groups, K, n, T, out) and rotated h (groups, n, T, in), shape (groups · out, in)."""
-        groups, _, rows, positions, out = d.shape
-        total = d.new_zeros(groups * out, h.shape[-1])
-        if positions == 1 and groups == 1:
-            return ((d[0, :, :, 0] @ basis).square().sum(0).T @ h[0, :, 0].square()).reshape(total.shape)
-        for row in range(rows):
-            gradients = d[:, :, row].mT @ h[:, None, row]  # (groups, K, out, in)
-            stacked = gradients.transpose(0, 1).flatten(1, 2)  # (K, groups · out, in)
-            total += (basis.T @ stacked).square().sum(0)
-        return total
 
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
         """Q_B and Q_A; found for the first batch and left with the statistics for the others."""

@@ -6,7 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from curvalg import Block, Diagonal, Expr, ExpressionError, Facts, Kronecker, LossFacts, MatrixTerm, block_diagonal
+from curvalg import (
+    Block,
+    Diagonal,
+    Expr,
+    ExpressionError,
+    Facts,
+    Kronecker,
+    LossFacts,
+    MatrixTerm,
+    ProblemError,
+    block_diagonal,
+)
 from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_options
 
 if TYPE_CHECKING:
@@ -22,6 +33,7 @@ class LayerFactors(MatrixTerm):
     joint: bool
     rest: Rest
     uses_layers: ClassVar[bool] = True
+    local: ClassVar[bool] = False  # a weight without its bias has other eigenvectors
 
     @property
     def columns(self) -> tuple[Fisher, int, int]:
@@ -67,18 +79,20 @@ class LayerFactors(MatrixTerm):
         if self.rest == "diagonal":
             return {name: square.reshape(-1) for name, square in record.squares().items()}
         if self.rest == "exact":
+            from curvalg_plugins.kronecker import factors  # needs torch
+
             flat = {name: g.flatten(0, 1).flatten(1) for name, g in record.explicit().items()}
-            return {name: g.T @ g for name, g in flat.items()}
+            return {name: factors.gram(g) for name, g in flat.items()}
         return dict.fromkeys(record.params, record.deltas.new_zeros(()))
 
     def blocks_of_others(self, others: Mapping[str, Tensor]) -> list[Block]:
         """Blocks of the parameters without Kronecker factors.
 
         Raises:
-            ExpressionError: there are some, and nothing was said about them.
+            ProblemError: there are some, and nothing was said about them.
         """
         if others and self.rest == "refuse":
-            raise ExpressionError(
+            raise ProblemError(
                 f"{self.label} has no Kronecker factors for {', '.join(others)}; pass rest='diagonal' or rest='exact' for "
                 "them, or choose the parameters of linear layers and convolutions with Problem(params=...)"
             )
@@ -105,10 +119,10 @@ class LayerFactors(MatrixTerm):
 
     def means(self, layer: Stats) -> tuple[Tensor, Tensor]:
         """B, a sum of shares, and A, a mean."""
-        count = layer["count"].clamp_min(1)
-        output, inputs = layer["outputs"], layer["inputs"] / count
+        output, inputs = layer["outputs"], layer["inputs"]
         # Sums of outer products are symmetric up to rounding.
-        return (output + output.T) / 2, (inputs + inputs.T) / 2
+        mean = (inputs + inputs.T).div_(2 * layer["count"].clamp_min(1))
+        return (output + output.T).div_(2), mean
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,8 @@ class KFAC(LayerFactors):
             and Grosse, §6.3).
 
     Raises:
-        ExpressionError: an unknown option; parameters without factors and rest="refuse".
+        ExpressionError: an unknown option.
+        ProblemError: parameters without factors and rest="refuse".
 
     >>> import torch
     >>> from curvalg import Identity, Problem, inverse, registry
@@ -195,7 +210,7 @@ class FOOF(LayerFactors):
         rest: as of :class:`KFAC`.
 
     Raises:
-        ExpressionError: as of :class:`KFAC`.
+        ExpressionError: as of :class:`KFAC`, and so ProblemError.
     """
 
     approximation: Approximation = "expand"

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from curvalg import CurvalgError, ExpressionError, Identity, Problem, block_diagonal, inv_sqrt, inverse, parse, registry
+from curvalg import (
+    CurvalgError,
+    Identity,
+    Problem,
+    ProblemError,
+    block_diagonal,
+    inv_sqrt,
+    inverse,
+    parse,
+    registry,
+    restrict,
+)
+from curvalg_plugins.kronecker import factors
 
 build = registry.build
 
@@ -77,6 +90,78 @@ def test_agrees_with_curvlinops(approximation, case, problem_of, vectors):
             assert (got - expected).norm() <= (1e-10 if ours == "kfac" else 1e-5) * expected.norm()
 
 
+def test_agrees_with_backpack():
+    """Its KFLR is kfac(fisher='exact') with weight and bias apart, without any factor."""
+    from backpack import backpack, extend
+    from backpack.extensions import KFLR
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    X, y = random(8, 5), torch.tensor([0, 1, 2, 1, 0, 2, 2, 1])
+    K = build("kfac", joint=False).lower(Problem(model, nn.CrossEntropyLoss(), (X, y))).to_dense()
+    twin, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+    with backpack(KFLR()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss(twin(X), y).backward()
+    blocks = [torch.kron(*p.kflr) if len(p.kflr) == 2 else p.kflr[0] for p in twin.parameters()]
+    assert torch.allclose(K, torch.block_diag(*blocks), rtol=1e-10, atol=1e-14)
+
+
+def test_a_wide_gram_matrix_is_made_of_panels():
+    for width in (1, factors.WIDE - 1, factors.WIDE, 301):
+        x = random(7, width)
+        assert torch.allclose(factors.gram(x), x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(("columns", "positions"), [(1, 1), (2, 3), (1, 9)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_second_moments_in_either_order(groups, columns, positions, joint, monkeypatch):
+    monkeypatch.setattr(factors, "CHUNK", 2 * columns * groups * 3 * 5)  # two rows at a time
+    h, d = random(groups, 5, positions, 4), random(groups, columns, 5, positions, 3, seed=1)
+    output = torch.linalg.qr(random(3 * groups, 3 * groups, seed=2))[0]
+    inputs = torch.linalg.qr(random(4 + joint, 4 + joint, seed=3))[0]
+    one = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1) if joint else h
+    gradients = torch.einsum("gknto,gnti->kngoi", d, one).flatten(2, 3)
+    expected = (output.T @ gradients @ inputs).square().sum((0, 1))
+    assert torch.allclose(factors.second_moments(h, d, output, inputs), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
+def test_a_sub_matrix_of_whole_layers_keeps_its_exact_inverse(name, problem_of):
+    problem = problem_of("mlp")
+    A = (build(name) + 0.1 * Identity).lower(problem).to_dense()
+    layers = [layer for layer in ("0.*", "2.*") if any(n.startswith(layer[0]) for n in problem.layout.names)]
+    for expr, layer in ((restrict(build(name), layer), layer) for layer in layers):
+        op = inverse(expr + 0.1 * Identity).lower(problem)
+        slices = [s for n, s in problem.layout.slices.items() if n.startswith(layer[0])]
+        at = torch.cat([torch.arange(s.start, s.stop) for s in slices])
+        assert torch.allclose(op.to_dense(), torch.linalg.inv(A[at][:, at]), atol=1e-9)
+        assert "inverse by blocks" in op.explain() and "chosen, 1 blocks" in op.explain()
+    blocks = inverse(block_diagonal(build(name), by="module") + 0.1 * Identity).lower(problem)
+    assert torch.allclose(blocks.to_dense(), torch.linalg.inv(A), atol=1e-9)
+    assert "dense: chosen" not in blocks.explain()
+
+
+def test_what_a_term_declares_outlives_its_arrays(problem_of):
+    op = (build("kfac") + 0.1 * Identity).lower(problem_of("mlp")).prepare()
+    assert op.facts.positive_definite is True
+
+
+def test_one_call_of_the_model_for_each_batch(problem_of):
+    problem, calls = problem_of("mlp"), 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    problem.value()
+    build("kfac").lower(problem).prepare()  # checks the layers
+    problem.model.module.register_forward_hook(count)
+    build("kfac", joint=False).lower(problem).prepare()
+    assert calls == len(list(problem.data.source))
+
+
 def _whole(case):
     from zoo import make
 
@@ -143,7 +228,7 @@ def test_ignored_rows_do_not_count():
 
 def test_what_has_no_factors_is_named_or_gets_a_block(problem_of):
     problem = problem_of("encoder_layer")
-    with pytest.raises(ExpressionError, match=r"no Kronecker factors for .*norm1\.weight.*rest='diagonal'"):
+    with pytest.raises(ProblemError, match=r"no Kronecker factors for .*norm1\.weight.*rest='diagonal'"):
         build("kfac").lower(problem).to_dense()
     exact = block_diagonal(build("ggn")).lower(problem)
     K = build("kfac", rest="exact").lower(problem).to_dense()

@@ -241,3 +241,67 @@ def test_a_model_that_fails_is_named():
     problem = make(nn.Linear(3, 2), (4, 5))
     with problem.differentiating(), pytest.raises(ProblemError, match="failed on batch 0"):
         record_layers(next(iter(problem.evaluations(problem.snapshot()))))
+
+
+class Counted(nn.Module):
+    """Remembers how many rows each of its calls had; uses its second layer on batches larger than ``limit`` only."""
+
+    def __init__(self, limit=0, layer=None):
+        super().__init__()
+        self.first, self.second, self.limit, self.rows = layer or nn.Linear(3, 2), nn.Linear(3, 2), limit, []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        z = self.first(x).sum(1)
+        return z + self.second(x).sum(1) if len(x) > self.limit else z
+
+
+def test_a_large_batch_is_compared_on_a_few_rows():
+    problem = make(Counted(), (40, 4, 3))
+    check(problem)
+    assert problem.model.module.rows.count(verify_.ROWS) == 1
+    assert problem.layer_checks.keys() == set(problem.layout.names)
+
+
+def test_rows_that_use_other_layers_when_alone_are_compared_together():
+    problem = make(Counted(limit=20), (40, 4, 3))
+    check(problem)
+    assert problem.layer_checks.keys() == set(problem.layout.names)
+
+
+class Swapped(nn.Module):
+    """A layer that sees the rows of the batch on the second axis, where there are as many as on the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_wrong_rule_is_seen_on_a_few_rows():
+    problem = make(Counted(layer=Swapped()), (40, 40, 3))
+    check(problem)
+    assert problem.layer_notes.keys() == {"first.layer.weight", "first.layer.bias"}
+    assert verify_.ROWS in problem.model.module.rows
+
+
+class Flattened(nn.Module):
+    """Large batches go through its layer as one list of positions, other rows together; the result is the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        if len(x) <= 20:
+            return self.layer(x)
+        rows, length, width = x.shape
+        return self.layer(x.transpose(0, 1).reshape(-1, width)).reshape(length, rows, 2).transpose(0, 1)
+
+
+def test_few_rows_say_nothing_where_they_go_another_way_to_the_same_result():
+    problem = make(Counted(layer=Flattened()), (40, 5, 3))
+    check(problem)
+    assert problem.layer_notes.keys() == {"first.layer.weight", "first.layer.bias"}

@@ -11,7 +11,6 @@ from curvalg.expr.terms import BUILTIN
 from curvalg.testing import check_term, default_problems, parametrize_terms
 
 FEW = [problem for problem in default_problems() if problem.size == 24][:2]
-LAYERS = "a layer of which only the bias is chosen has no Kronecker factors: rest= says what becomes of it"
 NORMALISED = "the matrix is divided by a norm over the chosen parameters"
 
 
@@ -27,7 +26,7 @@ def test_first_party_plugins(name):
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
 def test_matrices_of_whole_layers(name):
-    check_term(f"{name}(rest='diagonal')", problems=FEW, expected_failures={"restriction": LAYERS, "blocks": LAYERS})
+    check_term(f"{name}(rest='diagonal')", problems=FEW)
 
 
 @pytest.mark.parametrize(
