@@ -113,10 +113,15 @@ class Factor:
         return torch.cat(self._active)
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(columns per row, rows) of every batch; known after :meth:`prepare`."""
+        assert self._sizes is not None
+        return self._sizes
+
+    @property
     def size(self) -> int:
         """M; known after :meth:`prepare`."""
-        assert self._sizes is not None
-        return sum(columns * rows for columns, rows in self._sizes)
+        return sum(columns * rows for columns, rows in self.sizes)
 
     # -- passes over the data ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from curvalg.expr import (
 from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.dual import Columns, Dual
 from curvalg.lowering.holding import held
+from curvalg.lowering.kernel import is_kernel, kernel
 from curvalg.lowering.leaves import tensor
 from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.structures import (
@@ -350,6 +351,26 @@ def _dual(matrix: Matrix) -> Offer:
     )
 
 
+def _kernel(matrix: Matrix) -> Offer:
+    parts, shift = affine(matrix.expr)
+    problem = matrix.problem
+    if len(parts) != 1 or not is_kernel(parts[0][1]):
+        return "the matrix is not J J.T and the identity"
+    if problem.model.batch_statistics:
+        return "samples influence each other through batch statistics"
+    n, limit = matrix.size, problem.budget.limit or DEFAULT_BUDGET
+    if (need := 8 * n**2) > limit:
+        return f"J J.T of M = {n} outputs needs {_bytes(need)} of a budget of {_bytes(limit)}"
+
+    def make(snapshot: Snapshot) -> Structure:
+        values = parts[0][0] * kernel(problem, snapshot)
+        values.diagonal().add_(shift)
+        return Dense(values, matrix.facts, str(matrix.expr))
+
+    cost = f"J J.T of M = {n} outputs once from layer inputs and deltas ({_bytes(need)} in float64), then a factorisation"
+    return Form("kernel", cost, make)
+
+
 def _function(matrix: Matrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(outer := parts[0][1], (Inverse, SquareRoot)):
@@ -414,6 +435,7 @@ FORMS: dict[str, Rule] = {
     "blocks": _blocks,
     "woodbury": _woodbury,
     "dual": _dual,
+    "kernel": _kernel,
     "function": _function,
     "dense": _dense,
 }

@@ -22,6 +22,7 @@ from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan
 from curvalg.lowering.planner import plan
 from curvalg.lowering.resolve import resolve
+from curvalg.lowering.structures import Dense
 from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Problem, Snapshot
@@ -248,6 +249,18 @@ class CurvatureOperator(TorchOperator):
             self._bind()
             form, _ = find(Matrix(self._resolved, self.problem, plan))
             return None if form is None else getattr(form.at(self.snapshot), quantity)()
+
+    def to_dense(self) -> Tensor:
+        if self.expr.domain == self.expr.codomain == "outputs":
+            self.problem.check(self.snapshot)
+            with self.problem.differentiating():
+                self._bind()
+                form, _ = find(Matrix(self._resolved, self.problem, plan), asked="kernel")
+                if form is not None and isinstance(structure := form.at(self.snapshot), Dense):
+                    return structure.matrix.to(self.problem.dtype)
+        return super().to_dense()
+
+    to_dense.__doc__ = TorchOperator.to_dense.__doc__
 
     def _inverse_plan(self) -> tuple[float, InversePlan]:
         scale, node = 1.0, self._plan

@@ -271,8 +271,9 @@ class Batch:
         >>> from curvalg import Problem
         >>> X, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
         >>> problem = Problem(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(), (X, y))
-        >>> batch = next(problem.evaluations(problem.snapshot())).evaluate()
-        >>> (layer,) = batch.layers(batch.row_factor())
+        >>> with problem.batches() as batches:
+        ...     (batch,) = batches
+        ...     (layer,) = batch.layers(batch.row_factor())
         >>> layer.params, layer.kind, tuple(layer.inputs.shape), tuple(layer.deltas.shape)
         (('weight', 'bias'), 'dense', (5, 1, 3), (1, 5, 1, 2))
         >>> h, δ = layer.inputs.flatten(0, 1), layer.deltas.flatten(0, 2)

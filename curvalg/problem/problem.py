@@ -20,7 +20,7 @@ from curvalg.expr.facts import LossFacts
 from curvalg.expr.term import Term
 from curvalg.problem import parameters as params_
 from curvalg.problem import trees
-from curvalg.problem.batch import Samples
+from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.budget import Budget
 from curvalg.problem.data import Data, Sample
 from curvalg.problem.evaluation import Evaluation
@@ -303,6 +303,21 @@ class Problem:
         samples = self.data.read(self.device, order_matters=order_matters)
         for sample in tqdm(samples, "batches", leave=False, disable=not self.progress):
             yield Evaluation(self, snapshot, sample)
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        """One pass over the data as terms see it, at the parameters as they are now; batches live inside the context only.
+
+        >>> import torch
+        >>> problem = Problem(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+        >>> with problem.batches() as batches:
+        ...     shapes = [tuple(batch.output.shape) for batch in batches]
+        >>> shapes
+        [(5, 2)]
+        """
+        snapshot = self.snapshot()
+        with self.differentiating():
+            yield (evaluation.evaluate() for evaluation in self.evaluations(snapshot, order_matters=True))
 
     def factor_columns(self, term: Term) -> int:
         """How many columns a row has in the factor of a term, told from the first batch by one model call."""

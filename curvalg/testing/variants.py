@@ -122,9 +122,8 @@ def jacobian(problem: Problem) -> Tensor:
 @contextmanager
 def batches(problem: Problem) -> Iterator[list[Batch]]:
     """All batches as terms see them, where products are taken."""
-    snapshot = problem.snapshot()
-    with problem.differentiating():
-        found = [evaluation.evaluate() for evaluation in problem.evaluations(snapshot)]
+    with problem.batches() as every:
+        found = list(every)
         for batch in found:
             batch.evaluate_loss()
         yield found

@@ -1,0 +1,106 @@
+"""The kernel between the outputs on two data sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curvalg import Batch, LayerRecord, Problem, ProblemError
+
+WIDTH = 32
+"""Outputs of every row that are taken through the network at a time."""
+
+
+def cross_kernel(left: Problem, right: Problem) -> Tensor:
+    """The empirical neural tangent kernel J₁ J₂ᵀ between the outputs on two data sets, shape (M₁, M₂).
+
+    From layer inputs and output deltas, without a product: K[n C + c, m C + d] = ⟨∇f_c(x_n), ∇f_d(x'_m)⟩. The layers of
+    the left data are recorded once, those of the right ones once for every batch (and 32 outputs) of the left. Kernel
+    regression predicts ``cross_kernel(test, train) @ (inverse(ntk + c * Identity).lower(train) @ residuals)``. Jacot et al.,
+    arXiv 1806.07572.
+
+    Args:
+        left: for example the test data; ``loss=None`` is enough.
+        right: for example the training data, with the same model and the same parameters.
+
+    Raises:
+        ProblemError: the problems do not have the same parameters; samples influence each other.
+
+    >>> import torch
+    >>> from curvalg import Problem, registry
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> train, test = Problem(net, None, torch.randn(5, 3)), Problem(net, None, torch.randn(2, 3))
+    >>> K = cross_kernel(test, train)
+    >>> J = registry.build("jacobian")
+    >>> K.shape, torch.allclose(K, J.lower(test).to_dense() @ J.lower(train).to_dense().T, atol=1e-5)
+    (torch.Size([4, 10]), True)
+    """
+    _require_same(left, right)
+    rows: list[Tensor] = []
+    with left.batches() as batches:
+        for batch in batches:
+            count, numbers = batch.output.shape[0], math.prod(batch.output.shape[1:])
+            parts = [_against(records, right) for records in _records(batch)]
+            # (c, n, M₂): the outputs of a row one after the other.
+            rows.append(torch.cat(parts).transpose(0, 1).reshape(count * numbers, -1))
+    return torch.cat(rows)
+
+
+def _against(records: list[LayerRecord], right: Problem) -> Tensor:
+    """Inner products (K, n, M₂) of all recorded gradients with those of all outputs of a data set."""
+    found: list[Tensor] = []
+    with right.batches() as batches:
+        for batch in batches:
+            parts = [_products(records, others) for others in _records(batch)]
+            found.append(torch.cat(parts, 2).transpose(2, 3).flatten(2))
+    return torch.cat(found, 2)
+
+
+def _products(records: list[LayerRecord], others: list[LayerRecord]) -> Tensor:
+    """⟨gₖₙ, g'ₖ'ₙ'⟩, shape (K, n, K', n')."""
+    matched = {record.params: record for record in others}
+    if matched.keys() != {record.params for record in records}:
+        # A layer that the output depends on for one of the data sets only.
+        return torch.einsum("knd,lmd->knlm", _explicit(records), _explicit(others))
+    total: Tensor | None = None
+    for record in records:
+        part = record.gram(matched[record.params])
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _explicit(records: list[LayerRecord]) -> Tensor:
+    """The gradients themselves (K, n, D)."""
+    gradients = {name: g.flatten(2) for record in records for name, g in record.explicit().items()}
+    return torch.cat([gradients[name] for name in sorted(gradients)], 2)
+
+
+def _records(batch: Batch) -> Iterator[list[LayerRecord]]:
+    """The layers of a batch, some outputs at a time."""
+    z = batch.output
+    numbers = math.prod(z.shape[1:])
+    units = torch.eye(numbers, dtype=z.dtype, device=z.device).reshape(numbers, 1, *z.shape[1:])
+    for at in range(0, numbers, WIDTH):
+        some = units[at : at + WIDTH]
+        yield list(batch.layers(some.expand(len(some), *z.shape)))
+
+
+def _require_same(left: Problem, right: Problem) -> None:
+    names, others = left.layout.names, right.layout.names
+    if list(names) != list(others):
+        different = sorted(set(names).symmetric_difference(others)) or list(names)
+        raise ProblemError(f"a kernel is between outputs of one model, but the parameters differ in {different[:5]}")
+    if (left.device, left.dtype) != (right.device, right.dtype):
+        raise ProblemError(
+            f"a kernel is between outputs of one model, but one is {left.dtype} on {left.device}, the other {right.dtype} on "
+            f"{right.device}"
+        )
+    snapshots = left.snapshot(), right.snapshot()
+    for name in names:
+        a, b = (snapshot.state[name] for snapshot in snapshots)
+        if a.shape != b.shape or not torch.equal(a, b):
+            raise ProblemError(f"a kernel is between outputs of one model, but the values of {name!r} differ")
