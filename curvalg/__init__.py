@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from curvalg.expr import Block as Block
     from curvalg.expr import DatasetTerm as DatasetTerm
     from curvalg.expr import Diagonal as Diagonal
+    from curvalg.expr import DiagonalEstimate as DiagonalEstimate
     from curvalg.expr import DiagonalPart as DiagonalPart
     from curvalg.expr import Eigenbasis as Eigenbasis
     from curvalg.expr import Expr as Expr
@@ -71,6 +72,7 @@ _EXPR = (
     "Block",
     "DatasetTerm",
     "Diagonal",
+    "DiagonalEstimate",
     "DiagonalPart",
     "Eigenbasis",
     "Expr",

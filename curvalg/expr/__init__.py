@@ -6,7 +6,7 @@ from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.inverses import SOLVERS, Inverse, inverse
 from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalPart, Nystrom, diagonal_part, nystrom
+from curvalg.expr.parts import DiagonalEstimate, DiagonalPart, Nystrom, diagonal_part, nystrom
 from curvalg.expr.products import Product, multiply
 from curvalg.expr.restrictions import Restriction, restrict
 from curvalg.expr.roots import SquareRoot, inv_sqrt, sqrt
@@ -37,6 +37,7 @@ __all__ = [
     "Covariance",
     "DatasetTerm",
     "Diagonal",
+    "DiagonalEstimate",
     "DiagonalPart",
     "Eigenbasis",
     "Expr",

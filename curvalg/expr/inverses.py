@@ -15,7 +15,9 @@ from curvalg.expr.node import Expr
 from curvalg.expr.spaces import shape, square
 from curvalg.expr.transposes import Reversed
 
-Solver = Literal["auto", "diagonal", "kronecker", "eigenbasis", "blocks", "woodbury", "dual", "dense", "cg", "minres"]
+Solver = Literal[
+    "auto", "diagonal", "kronecker", "eigenbasis", "blocks", "woodbury", "dual", "kernel", "dense", "cg", "minres"
+]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 """What ``solver=`` takes: "auto", or the name of one strategy."""
 

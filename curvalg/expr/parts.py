@@ -1,4 +1,4 @@
-"""Simpler matrices made from one: its diagonal, and its Nyström approximation of low rank."""
+"""Simpler matrices made from one: its diagonal, exact or estimated, and its Nyström approximation of low rank."""
 
 from __future__ import annotations
 
@@ -28,21 +28,57 @@ class DiagonalPart(SelfTransposed):
         return Facts(symmetric=True, psd=inner.psd or None, positive_definite=inner.positive_definite or None)
 
 
-def diagonal_part(expr: Expr) -> Expr:
+@dataclass(frozen=True, repr=False)
+class DiagonalEstimate(SelfTransposed):
+    """An unbiased estimate of the diagonal of a matrix on parameters; made by :func:`diagonal_part` with probes."""
+
+    expr: Expr
+    probes: int
+    seed: int = 0
+
+    def rebuild(self, children: tuple[Expr, ...]) -> Expr:
+        return diagonal_part(children[0], probes=self.probes, seed=self.seed)
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        return Facts(symmetric=True)  # the estimate of a positive number may be negative
+
+
+def diagonal_part(expr: Expr, *, probes: int = 0, seed: int = 0) -> Expr:
     """The diagonal part diag(A₁₁, A₂₂, …) of a matrix on parameters.
+
+    With probes it is estimated: the mean of v ∘ A v over random signs v, unbiased, with variance Σ_{j≠i} A_ij² / probes of
+    entry i for a symmetric A. What the structure of A gives exactly is taken exactly, a shift c I too. Bekas, Kokiopoulou
+    and Saad, Applied Numerical Mathematics 2007.
 
     Args:
         expr: an operator from parameters to the same parameters.
+        probes: 0 for the exact diagonal, which without structure takes a product for every parameter; otherwise the
+            number of products with random vectors.
+        seed: of the probes.
 
     Raises:
-        ExpressionError: not an operator on parameters.
+        ExpressionError: not an operator on parameters; probes or seed below zero.
 
     >>> from curvalg import diagonal_part, registry
     >>> print(diagonal_part(registry.build("hessian")))
     diagonal_part(hessian)
+    >>> print(diagonal_part(registry.build("hessian"), probes=50))
+    diagonal_part(hessian, probes=50)
     """
     require_endomorphism(expr, "diagonal_part")
-    return expr if isinstance(expr, (IdentityExpr, ZeroExpr)) else DiagonalPart(expr)
+    _require_integers("diagonal_part", probes=(probes, 0), seed=(seed, 0))
+    if isinstance(expr, (IdentityExpr, ZeroExpr)):
+        return expr
+    return DiagonalEstimate(expr, int(probes), int(seed)) if probes else DiagonalPart(expr)
+
+
+def _require_integers(function: str, **options: tuple[object, int]) -> None:
+    """Raises:
+    ExpressionError: an option that is not an integer, or below its least value.
+    """
+    for name, (value, least) in options.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise ExpressionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,9 +116,7 @@ def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
     nystrom(ggn, 20) + 0.1*identity
     """
     require_endomorphism(expr, "nystrom")
-    for name, value, least in (("rank", rank, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ExpressionError(f"nystrom: {name} must be an integer ≥ {least}, got {value!r}")
+    _require_integers("nystrom", rank=(rank, 1), seed=(seed, 0))
     # The shift of the normal form: one hidden in (A + c I).T must count too, or simplifying would change the matrix.
     normal = expr.simplify()
     shift = normal.shift if isinstance(normal, Sum) else 0

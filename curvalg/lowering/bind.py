@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import (
     Block,
     BlockDiagonal,
-    DiagonalPart,
     Inverse,
-    Nystrom,
     Restriction,
     inverse,
     restrict,
@@ -19,7 +17,7 @@ from curvalg.expr import (
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.forms import Matrix, Product
-from curvalg.lowering.parts import exact_diagonal, nystrom
+from curvalg.lowering.parts import Computed, compute
 from curvalg.lowering.resolve import resolve
 from curvalg.lowering.submatrices import block_problem, is_local, submatrix
 from curvalg.problem import Problem, Snapshot, trees
@@ -34,7 +32,7 @@ def unbound(expr: Expr) -> list[Expr]:
 
     Matrices of preconditioners are included.
     """
-    if isinstance(expr, (MatrixTerm, DiagonalPart, Nystrom)):
+    if isinstance(expr, (MatrixTerm, *get_args(Computed))):
         return [expr]
     parts = list(expr.children)
     if isinstance(expr, Inverse) and expr.preconditioner is not None:
@@ -52,7 +50,7 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> 
     if isinstance(expr, MatrixTerm):
         _accumulate([expr], problem, snapshot)
         return resolve(problem.kept(snapshot)["matrix", expr], problem)
-    if isinstance(expr, (DiagonalPart, Nystrom)):
+    if isinstance(expr, Computed):
         return _computed(expr, problem, snapshot, planner)
     if isinstance(expr, Restriction):
         # The methods of a term see the restricted problem only; the finished matrix is square in it already.
@@ -73,14 +71,14 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> 
     return expr.rebuild(tuple(bind(child, problem, snapshot, planner) for child in expr.children))
 
 
-def _computed(expr: DiagonalPart | Nystrom, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:
+def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:
     """The leaf of a diagonal or a Nyström approximation, which take products with what is inside."""
     params = expr.domain_params
     kept = problem.kept(snapshot)
     if ("matrix", expr) not in kept:
         inner = simplify(bind(expr.expr, problem, snapshot, planner), problem.facts).expr
         matrix = Matrix(inner, problem, planner)
-        leaf = exact_diagonal(matrix, snapshot) if isinstance(expr, DiagonalPart) else nystrom(expr, matrix, snapshot)
+        leaf = compute(expr, matrix, snapshot)
         kept["matrix", expr] = leaf if params is None else restrict(leaf, params)
     return kept["matrix", expr]  # type: ignore[no-any-return]
 

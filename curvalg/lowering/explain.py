@@ -9,6 +9,7 @@ from curvalg.lowering.lines import indent
 
 if TYPE_CHECKING:
     from curvalg.lowering.operator import CurvatureOperator
+    from curvalg.problem import Problem
 
 
 def explain(op: CurvatureOperator) -> str:
@@ -37,6 +38,14 @@ def _tri(value: bool | None) -> str:
     return {True: "yes", False: "no", None: "unknown"}[value]
 
 
+def _layers(problem: Problem) -> list[str]:
+    """Which parameters layer inputs and deltas are right for, and why not the others."""
+    notes = problem.layer_notes
+    good = sum(name not in notes for name in problem.layer_checks)
+    lines = [f"layer inputs and deltas of {good} parameters, compared with a gradient"] if good else []
+    return lines + [f"gradients of every row of {name}, for {reason}" for name, reason in notes.items()]
+
+
 _KINDS = {"prepared": "statistics", "matrix": "matrix"}
 
 
@@ -52,6 +61,8 @@ def _execution(op: CurvatureOperator) -> list[str]:
     if problem.per_sample_route is not None:
         declined = f" (declined: {'; '.join(problem.per_sample_notes)})" if problem.per_sample_notes else ""
         lines.append(f"per-sample gradients by {problem.per_sample_route}{declined}")
+    if problem.layer_checks or problem.layer_notes:
+        lines += _layers(problem)
     if problem.draws.mode == "frozen":
         lines.append("random layers replay the same draws in every product")
     if not problem.data.ordered:

@@ -367,7 +367,9 @@ def _kernel(matrix: Matrix) -> Offer:
         values.diagonal().add_(shift)
         return Dense(values, matrix.facts, str(matrix.expr))
 
-    cost = f"J J.T of M = {n} outputs once from layer inputs and deltas ({_bytes(need)} in float64), then a factorisation"
+    cost = (
+        f"J J.T of M = {n} outputs once from layer inputs and deltas ({_bytes(need)} in float64), then a factorisation"
+    )
     return Form("kernel", cost, make)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import singledispatch
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import CurvalgWarning, FactsError
-from curvalg.expr import Diagonal, LowRank, Nystrom
+from curvalg.expr import Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom
 from curvalg.expr.term import Term
 from curvalg.lowering.factors import factor_of
 from curvalg.lowering.forms import DENSE_LIMIT, Matrix, affine, find
@@ -17,16 +19,49 @@ from curvalg.problem import Snapshot
 CHUNK = 256
 """Columns of a product with unit vectors."""
 
+PROBES = 16
+"""Columns of a product with random signs."""
 
-def exact_diagonal(matrix: Matrix, snapshot: Snapshot) -> Diagonal:
-    """The diagonal: from a structured form, from the columns of Gauss-Newton forms, else by one product a parameter."""
+
+Computed: TypeAlias = DiagonalPart | DiagonalEstimate | Nystrom
+"""What takes products with the matrix inside to become a leaf."""
+
+
+@singledispatch
+def compute(expr: Expr, matrix: Matrix, snapshot: Snapshot) -> Diagonal | LowRank:
+    """The leaf that an expression becomes, given the matrix inside."""
+    raise AssertionError(f"{type(expr).__name__} is not made from products")
+
+
+@compute.register
+def _(expr: DiagonalPart, matrix: Matrix, snapshot: Snapshot) -> Diagonal:
+    """From a structured form, from the columns of Gauss-Newton forms, else by one product a parameter."""
     matrix = matrix.localised()
-    form, _ = find(matrix, exclude=("dual", "dense"))
-    if form is not None and (values := form.at(snapshot).diagonal()) is not None:
+    values = _by_structure(matrix, snapshot)
+    if values is None:
+        values = _by_columns(matrix, snapshot)
+    return Diagonal(_by_products(matrix, snapshot) if values is None else values)
+
+
+@compute.register
+def _(expr: DiagonalEstimate, matrix: Matrix, snapshot: Snapshot) -> Diagonal:
+    """From a structured form, else the mean of v ∘ A v over random signs v."""
+    matrix = matrix.localised()
+    if (values := _by_structure(matrix, snapshot)) is not None:
         return Diagonal(values)
-    if (squares := _by_columns(matrix, snapshot)) is not None:
-        return Diagonal(squares)
-    return Diagonal(_by_products(matrix, snapshot))
+    problem, total = matrix.problem, torch.zeros(matrix.size, dtype=torch.float64, device=matrix.problem.device)
+    # Drawn on the CPU, so that a seed means the same on every device.
+    generator = torch.Generator().manual_seed(expr.seed)
+    for at in range(0, expr.probes, PROBES):
+        bits = torch.randint(0, 2, (matrix.size, min(PROBES, expr.probes - at)), generator=generator)
+        signs = (2 * bits - 1).to(problem.dtype).to(problem.device)
+        total += (signs * matrix.plan.apply(snapshot, signs)).sum(1)
+    return Diagonal((total / expr.probes).to(problem.dtype))
+
+
+def _by_structure(matrix: Matrix, snapshot: Snapshot) -> Tensor | None:
+    form, _ = find(matrix, exclude=("dual", "dense"))
+    return None if form is None else form.at(snapshot).diagonal()
 
 
 def _by_columns(matrix: Matrix, snapshot: Snapshot) -> Tensor | None:
@@ -63,7 +98,8 @@ def _by_products(matrix: Matrix, snapshot: Snapshot) -> Tensor:
     return result
 
 
-def nystrom(expr: Nystrom, matrix: Matrix, snapshot: Snapshot) -> LowRank:
+@compute.register
+def _(expr: Nystrom, matrix: Matrix, snapshot: Snapshot) -> LowRank:
     """U Λ Uᵀ = (AΩ)(ΩᵀAΩ)⁺(AΩ)ᵀ by the shifted Cholesky form of Frangella, Tropp and Udell (arXiv 2110.02820, Alg. 2.1).
 
     Raises:

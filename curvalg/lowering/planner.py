@@ -17,6 +17,7 @@ from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.bind import Planner, unbound
 from curvalg.lowering.factored import FactoredBlocksPlan
 from curvalg.lowering.forms import Matrix, affine, find
+from curvalg.lowering.parts import Computed
 from curvalg.lowering.plan import (
     BlocksPlan,
     InversePlan,
@@ -138,8 +139,9 @@ def _(expr: MatrixTerm, problem: Problem, given: Given = None) -> Plan:
 
 
 @plan.register(alg.DiagonalPart)
+@plan.register(alg.DiagonalEstimate)
 @plan.register(alg.Nystrom)
-def _(expr: alg.DiagonalPart | alg.Nystrom, problem: Problem, given: Given = None) -> Plan:
+def _(expr: Computed, problem: Problem, given: Given = None) -> Plan:
     if not unbound(expr.expr):
         plan(expr.expr, problem, given)  # what cannot be lowered is refused now, not at the first product
     return Unbound(expr)

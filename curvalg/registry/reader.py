@@ -240,11 +240,11 @@ class Reader:
             return sqrt(expr) if name == "sqrt" else inv_sqrt(expr)
 
     def _diagonal_part(self, node: ast.Call) -> Expr:
-        (inner,) = self._positional(node, 1, "diagonal_part(expression)")
+        (inner,) = self._positional(node, 1, "diagonal_part(expression, probes=..., seed=...)")
         expr = self.read(inner)
-        self._options(node, ())
+        options = self._options(node, ("probes", "seed"))
         with self.at(node):
-            return diagonal_part(expr)
+            return diagonal_part(expr, **options)
 
     def _nystrom(self, node: ast.Call) -> Expr:
         inner, second = self._positional(node, 2, "nystrom(expression, rank, seed=...)")

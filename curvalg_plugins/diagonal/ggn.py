@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from curvalg import Diagonal, Expr, ExpressionError, Facts, LossFacts, MatrixTerm
+from curvalg import ExpressionError
+from curvalg_plugins.diagonal.squares import SquaredColumns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curvalg import Batch, Layout
-
-WIDTH = 32
-"""Columns of the loss Hessian's square root that are taken through the network at a time."""
+    from curvalg import Batch
 
 
 @dataclass(frozen=True)
-class GGNDiagonal(MatrixTerm):
+class GGNDiagonal(SquaredColumns):
     """Diagonal of the GGN, Σₙ Σₖ (Jₙᵀ sₖₙ)² entry by entry (D × D), with the columns Σₖ sₖₙ sₖₙᵀ = Bₙ.
 
     From layer inputs h and output deltas δ: for a linear layer Σₙ (Σₖ δₖₙ²) (hₙ²)ᵀ, without a gradient per sample. Used as a
@@ -45,7 +43,6 @@ class GGNDiagonal(MatrixTerm):
     seed: int = 0
     name: ClassVar[str] = "ggn_diagonal"
     symbol: ClassVar[str] = r"\operatorname{diag} G"
-    uses_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("seed", self.seed)):
@@ -57,20 +54,7 @@ class GGNDiagonal(MatrixTerm):
         """Draws are told apart by the running number of their sample."""
         return self.samples > 0
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
-        return Facts(psd=True)
-
-    def accumulate(self, batch: Batch, prepared: None = None) -> dict[str, Tensor]:
+    def columns(self, batch: Batch) -> Tensor:
         if self.samples:
-            columns = batch.per_sample_columns(batch.pseudo_gradients(self.samples, seed=self.seed))
-        else:
-            columns = batch.row_factor()
-        total: dict[str, Tensor] = {}
-        for at in range(0, len(columns), WIDTH):
-            for record in batch.layers(columns[at : at + WIDTH]):
-                for name, squares in record.squares().items():
-                    total[name] = squares if name not in total else total[name] + squares
-        return total
-
-    def finish(self, stats: dict[str, Tensor], layout: Layout, prepared: None = None) -> Expr:
-        return Diagonal(layout.flatten(stats))
+            return batch.per_sample_columns(batch.pseudo_gradients(self.samples, seed=self.seed))
+        return batch.row_factor()

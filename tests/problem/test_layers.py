@@ -170,6 +170,7 @@ def check(problem, columns=3):
             close(sum(r.project(directions) for r in records), torch.einsum("pd,knd->pkn", V, G))
             close(_joined(problem, [r.combine(W) for r in records], 1), torch.einsum("pkn,knd->pd", W, G))
             close(_joined(problem, [r.squares() for r in records], 0), G.square().sum((0, 1)))
+            close(torch.stack([r.square_norms() for r in records]).sum(0), G.square().sum(2))
             for record in records:
                 each = record.project_each(directions)
                 close(sum(each.values()), record.project(directions))

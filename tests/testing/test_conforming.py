@@ -19,7 +19,9 @@ def test_registered_terms(name):
     check_term(name)
 
 
-@pytest.mark.parametrize("name", ["ggn_class", "ggn_cross", "ggn_within", "ggn_same", "ggn_diagonal"])
+@pytest.mark.parametrize(
+    "name", ["ggn_class", "ggn_cross", "ggn_within", "ggn_same", "ggn_diagonal", "centered_covariance_diagonal"]
+)
 def test_first_party_plugins(name):
     check_term(name, problems=FEW)
 

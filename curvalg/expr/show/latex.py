@@ -11,7 +11,7 @@ from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalPart, Nystrom
+from curvalg.expr.parts import DiagonalEstimate, DiagonalPart, Nystrom
 from curvalg.expr.products import Product
 from curvalg.expr.restrictions import Restriction
 from curvalg.expr.roots import SquareRoot
@@ -86,7 +86,7 @@ def _(expr: Product) -> str:
 
 
 def _latex_base(expr: Expr) -> str:
-    atomic = isinstance(expr, (NamedExpr, BlockDiagonal, DiagonalPart, IdentityExpr, ArrayLeaf))
+    atomic = isinstance(expr, (NamedExpr, BlockDiagonal, DiagonalEstimate, DiagonalPart, IdentityExpr, ArrayLeaf))
     return _latex(expr) if atomic else rf"\left({_latex(expr)}\right)"
 
 
@@ -110,6 +110,12 @@ def _(expr: SquareRoot) -> str:
 @_latex.register
 def _(expr: DiagonalPart) -> str:
     return rf"\operatorname{{diag}}\left({_latex(expr.expr)}\right)"
+
+
+@_latex.register
+def _(expr: DiagonalEstimate) -> str:
+    seed = f",\\, seed={expr.seed}" if expr.seed else ""
+    return rf"\operatorname{{diag}}_{{\mathrm{{probes={expr.probes}{seed}}}}}\left({_latex(expr.expr)}\right)"
 
 
 @_latex.register

@@ -12,7 +12,7 @@ from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalPart, Nystrom
+from curvalg.expr.parts import DiagonalEstimate, DiagonalPart, Nystrom
 from curvalg.expr.products import Product
 from curvalg.expr.restrictions import Restriction
 from curvalg.expr.roots import SquareRoot
@@ -134,6 +134,11 @@ def _(expr: SquareRoot) -> tuple[str, int]:
 @_text.register
 def _(expr: DiagonalPart) -> tuple[str, int]:
     return call("diagonal_part", [text(expr.expr)], {}), ATOM
+
+
+@_text.register
+def _(expr: DiagonalEstimate) -> tuple[str, int]:
+    return call("diagonal_part", [text(expr.expr)], changed(expr, skip=("expr",))), ATOM
 
 
 @_text.register

@@ -8,7 +8,7 @@ from functools import singledispatch
 from curvalg.expr.blocks import Block, BlockDiagonal
 from curvalg.expr.constants import Identity
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalPart
+from curvalg.expr.parts import DiagonalEstimate, DiagonalPart
 from curvalg.expr.restrictions import Restriction
 from curvalg.expr.roots import SquareRoot
 from curvalg.expr.show.text import changed, number, patterns, text
@@ -65,9 +65,10 @@ def _(expr: SquareRoot) -> tuple[str, list[Branch]]:
     return "sqrt", [("", expr.expr)]
 
 
-@_node.register
-def _(expr: DiagonalPart) -> tuple[str, list[Branch]]:
-    return "diagonal_part", [("", expr.expr)]
+@_node.register(DiagonalPart)
+@_node.register(DiagonalEstimate)
+def _(expr: DiagonalPart | DiagonalEstimate) -> tuple[str, list[Branch]]:
+    return f"diagonal_part{_options(expr, 'expr')}", [("", expr.expr)]
 
 
 @_node.register

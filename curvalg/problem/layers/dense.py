@@ -214,6 +214,18 @@ class Dense(LayerRecord):
             found[self._bias] = d.sum(3).square_().sum((1, 2)).reshape(-1)
         return {name: found[name] for name in self.params}
 
+    def square_norms(self) -> Tensor:
+        h, d = self._inputs.tensor, self._deltas
+        groups, columns, _, positions, out = d.shape
+        bias = 0.0 if self._bias is None else 1.0
+        if positions == 1:
+            return (d.square().sum((3, 4)) * (h.square().sum((2, 3)) + bias)[:, None]).sum(0)
+        total = d.new_zeros(columns, self.rows)
+        for group in range(groups):
+            for rows in steps(self.rows, columns * out * h.shape[-1], d.dtype):
+                total[:, rows] += self._matrices(group, rows).square_().sum((2, 3)).T
+        return total if self._bias is None else total.add_(d.sum(3).square_().sum((0, 3)))
+
     def explicit(self) -> dict[str, Tensor]:
         every = torch.stack([self._matrices(group, slice(None)) for group in range(self._form.groups)], 2)
         lead = (self.columns, self.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -71,17 +71,28 @@ class Embedding(LayerRecord):
 
         return pair_gram(self._deltas, other._deltas, same)
 
-    def squares(self) -> dict[str, Tensor]:
+    def _sums(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(columns, the row and index of every sum, Σₜ δ over the places of a row that have the same index)."""
         indices, d = self._inputs.tensor, self._deltas
-        # An index that a row has several times counts with the square of its sum.
         keys = indices + self._size * torch.arange(self.rows, device=indices.device)[:, None]
         found, segment = keys.unique(return_inverse=True)
-        result = d.new_zeros(self._size, d.shape[-1])
         for k in steps(self.columns, d[0].numel(), d.dtype):
             part = d[k].flatten(1, 2)
-            sums = part.new_zeros(part.shape[0], len(found), d.shape[-1]).index_add_(1, segment.reshape(-1), part)
+            sums = part.new_zeros(part.shape[0], len(found), d.shape[-1])
+            yield k, found, sums.index_add_(1, segment.reshape(-1), part)
+
+    def squares(self) -> dict[str, Tensor]:
+        # An index that a row has several times counts with the square of its sum.
+        result = self._deltas.new_zeros(self._size, self._deltas.shape[-1])
+        for _, found, sums in self._sums():
             result.index_add_(0, found % self._size, sums.square_().sum(0))
         return {self._table: result}
+
+    def square_norms(self) -> Tensor:
+        result = self._deltas.new_zeros(self.columns, self.rows)
+        for k, found, sums in self._sums():
+            result[k] = result[k].index_add(1, found // self._size, sums.square_().sum(2))
+        return result
 
     def explicit(self) -> dict[str, Tensor]:
         d = self._deltas

@@ -53,6 +53,9 @@ class Joint(LayerRecord):
     def squares(self) -> dict[str, Tensor]:
         return self._merged([part.squares() for part in self._parts])
 
+    def square_norms(self) -> Tensor:
+        return torch.stack([part.square_norms() for part in self._parts]).sum(0)
+
     def explicit(self) -> dict[str, Tensor]:
         return self._merged([part.explicit() for part in self._parts])
 
@@ -107,6 +110,9 @@ class Zero(LayerRecord):
 
     def squares(self) -> dict[str, Tensor]:
         return {name: self._like.new_zeros(self.place.shapes[name]) for name in self.params}
+
+    def square_norms(self) -> Tensor:
+        return self._like.new_zeros(self.columns, self.rows)
 
     def explicit(self) -> dict[str, Tensor]:
         return {name: self._like.new_zeros(self.columns, self.rows, *self.place.shapes[name]) for name in self.params}

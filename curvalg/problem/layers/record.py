@@ -128,6 +128,10 @@ class LayerRecord(ABC):
         """Σₖₙ gₖₙ² by parameter, of its shape."""
 
     @abstractmethod
+    def square_norms(self) -> Tensor:
+        """‖gₖₙ‖² over all parameters of the record, shape (K, n)."""
+
+    @abstractmethod
     def explicit(self) -> dict[str, Tensor]:
         """gₖₙ by parameter, (K, n, *parameter.shape): memory as of K·n gradients."""
 

@@ -41,6 +41,9 @@ class VectorRecord(LayerRecord):
     def squares(self) -> dict[str, Tensor]:
         return {name: self._flat(name).square().sum(0).reshape(self.place.shapes[name]) for name in self.params}
 
+    def square_norms(self) -> Tensor:
+        return torch.stack([self._vectors(name).square().sum(-1) for name in self.params]).sum(0)
+
     def explicit(self) -> dict[str, Tensor]:
         shapes = self.place.shapes
         return {name: self._vectors(name).reshape(self.columns, self.rows, *shapes[name]) for name in self.params}
