@@ -130,15 +130,15 @@ for name, problem in problems.items():
 # --------------------
 # Subtracting a matrix of rank :math:`C` can bring the largest eigenvalue down to the :math:`(C+1)`-th at best (Weyl). With
 # batch-norm ``ggn_class`` all but does: the ten outliers vanish, and what is on top now was the eleventh eigenvalue. Without
-# batch-norm the largest eigenvalue falls to about two fifths, more than twice the tenth of before, and it takes
+# batch-norm the largest eigenvalue falls to less than half, still well above the tenth of before, and it takes
 # ``ggn_cross`` to remove the outliers.
 
 batch_norm, plain = spectra["with batch-norm"], spectra["without batch-norm"]
 for values in (batch_norm, plain):
     assert values["− class"][0] >= values["GGN"][C] * (1 - 1e-9)
 assert batch_norm["− class"][0] < batch_norm["GGN"][C - 1]
-assert batch_norm["− class"][0] < 1.1 * batch_norm["GGN"][C]
-assert plain["− class"][0] > 2 * plain["GGN"][C - 1]
+assert batch_norm["− class"][0] < 1.3 * batch_norm["GGN"][C]
+assert plain["− class"][0] > 1.3 * plain["GGN"][C - 1]
 assert plain["− class − cross"][0] < plain["GGN"][C - 1]
 
 # %%
