@@ -107,21 +107,25 @@ for approximation in ("expand", "reduce"):
 # %%
 # What the blocks look like
 # -------------------------
-# Absolute values of the entries, on one logarithmic scale per layer; of the hidden layer only the weights into its first
-# two units. A row and a column belong to one parameter each.
+# Absolute values of the weights' entries, on one logarithmic scale per layer; of the hidden layer only the weights into its
+# first two units. ``foof`` is drawn after its best rescaling, since it would be off the scale.
 
 cut = {"convolution": slice(0, 54), "hidden layer": slice(0, 192), "last layer": slice(0, 100)}
 figure, panels = plt.subplots(3, 4, figsize=(9.5, 7.2), layout="constrained")
 for row, layer in zip(panels, layers, strict=True):
-    shown = {"exact block": exact[layer], **{name: dense[name][layer] for name in dense}}
+    foof = dense["foof"][layer]
+    foof = foof * ((foof * exact[layer]).sum() / foof.square().sum())
+    shown = {"exact block": exact[layer], "kfac": dense["kfac"][layer], "ekfac": dense["ekfac"][layer], "foof": foof}
     top = float(exact[layer][cut[layer], cut[layer]].abs().max())
     for axes, (name, matrix) in zip(row, shown.items(), strict=True):
         entries = matrix[cut[layer], cut[layer]].abs().clamp_min(1e-12)
         picture = axes.imshow(entries, norm=LogNorm(1e-3 * top, top), cmap="Blues", interpolation="nearest")
         axes.set(xticks=[], yticks=[])
-        axes.set_title(name if row is panels[0] else "", color="#0b3c5d")
+        if layer == "convolution":
+            axes.set_title("foof, rescaled" if name == "foof" else name, color="#0b3c5d")
         if name in dense:
-            axes.set_xlabel(f"error {errors[name, layer]:.2f}")
+            error = float((matrix - exact[layer]).norm() / exact[layer].norm())
+            axes.set_xlabel(f"relative error {error:.2f}")
     row[0].set_ylabel(layer)
     figure.colorbar(picture, ax=list(row), shrink=0.8, extend="both")
 plt.show()
@@ -157,7 +161,8 @@ for name, cosines in same.items():
 # Each of them is a far better step than the gradient while the damping is small, and all agree when it is large. Exact
 # blocks lead at small damping. Around 10⁻² they have no advantage over their Kronecker approximations: what is missing
 # there is the coupling between layers, which none of them has. The gap between EKFAC and KFAC in the steps is much smaller
-# than in the Frobenius error, which is dominated by the largest eigenvalues.
+# than in the Frobenius error of the convolution: that error weighs the largest eigenvalues most, while the step at small
+# damping hangs on the small ones.
 
 for name in candidates:
     assert same[name][0] > 5 * same["gradient"][0]
@@ -171,7 +176,9 @@ for name in approximations:
 colours = dict(zip(same, ("#0b3c5d", "#c8553d", "#d9a441", "#5b8db8", "#9aa3ad"), strict=True))
 styles = dict(zip(same, ("-", "-", "--", "-", ":"), strict=True))
 figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True)
-for axes, curves, title in zip(panels, (same, tuned), ("with the same damping", "with its own best damping"), strict=True):
+for axes, curves, title in zip(
+    panels, (same, tuned), ("with the same damping", "with its own best damping"), strict=True
+):
     for name, cosines in curves.items():
         axes.plot(dampings, cosines, styles[name], color=colours[name], label=name, linewidth=1.8)
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="damping of the full GGN")
