@@ -37,7 +37,7 @@ from curvalg import Problem, registry
 
 images, labels = load_digits(return_X_y=True)
 labels = torch.tensor(labels)
-chosen = torch.cat([torch.nonzero(labels == c)[:15, 0] for c in range(10)])
+chosen = torch.cat([torch.nonzero(labels == c)[:12, 0] for c in range(10)])
 X, y = torch.tensor(images, dtype=torch.float32)[chosen] / 16, labels[chosen]
 X = X - X.mean(0)
 
@@ -101,7 +101,7 @@ for problem in problems.values():
 # Knock-outs
 # ----------
 # Take the parts away one after another. All matrices live in the column space :math:`U` of the GGN, whose dimension is at
-# most 150 images times nine, so nothing is lost by looking at :math:`U^\top A \, U`: the eigenvalues below are all there
+# most 120 images times nine, so nothing is lost by looking at :math:`U^\top A \, U`: the eigenvalues below are all there
 # are, up to zeros, and exact. ``exact("eigh")`` finds :math:`U` through a Gram matrix; the rest is products with many columns.
 
 C = 10
@@ -157,7 +157,7 @@ assert cosines["with batch-norm"] < cosines["without batch-norm"] / 2
 
 # %%
 # ``ggn_cross`` has at most :math:`C (C - 2) = 80` non-zero eigenvalues. Without it the eigenvalues up to number 90 fall,
-# but there is no visible step at 90 in either network: with 150 images the part within pairs of classes is as large there.
+# but there is no visible step at 90 in either network: with 120 images the part within pairs of classes is as large there.
 # Once that is gone too, the ten eigenvalues of ``ggn_same`` are left, small since every :math:`p` of the label is near 1.
 
 for values in spectra.values():
