@@ -148,6 +148,42 @@ def test_removing_the_class_term_takes_the_outliers_down():
     assert top("ggn_class", "ggn_cross")[0] < 0.5 * whole[0]
 
 
+def test_removing_the_class_term_removes_the_largest_outliers():
+    """Where the features of different classes are nearly orthogonal, all C of them, down to what was eigenvalue C + 1."""
+    problem, build = separated_on_digits(), registry.build
+    pairs = build("ggn").lower(problem).exact("eigh")
+    # Both matrices live in the column space U of the GGN.
+    U = pairs.vectors(slice(None))
+    rest = torch.diag(pairs.eigenvalues) - U.T @ (build("ggn_class").lower(problem) @ U)
+    before, after = pairs.eigenvalues.flip(0), torch.linalg.eigvalsh(rest).flip(0)
+    assert before[9] > 1.5 * before[10]  # C = 10 outliers
+    assert after[0] < before[9]
+    assert before[10] * (1 - 1e-6) <= after[0] < 1.3 * before[10]  # no matrix of rank C could take more (Weyl)
+
+
+def separated_on_digits():
+    """Three hidden layers without biases, with batch normalisation, trained with weight decay on 15 images a class."""
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    y = torch.tensor(labels)
+    chosen = torch.cat([torch.nonzero(y == c)[:15, 0] for c in range(10)])
+    X, y = torch.tensor(images, dtype=torch.float32)[chosen] / 16, y[chosen]
+    X = X - X.mean(0)
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        layers += [nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64, affine=False), nn.ReLU()]
+    model, loss = nn.Sequential(*layers, nn.Linear(64, 10, bias=False)), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    for _ in range(100):
+        for rows in torch.randperm(len(X)).split(50):
+            optimizer.zero_grad()
+            (loss(model(X[rows]), y[rows]) + 2.5e-3 * sum(p.square().sum() for p in model.parameters())).backward()
+            optimizer.step()
+        schedule.step()
+    return Problem(model.eval().double(), loss, (X.double(), y))
+
+
 def trained_on_digits():
     """Three hidden layers with batch normalisation, 40 epochs with weight decay."""
     torch.manual_seed(0)
