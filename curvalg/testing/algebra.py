@@ -12,7 +12,9 @@ from curvalg.testing.outcome import RTOL, Failure, NotApplicable, require_close
 from curvalg.testing.subject import Case, on_problems
 
 _SYMMETRIC = (
-    "Let facts() say symmetric=True only where cotangent_dot is a symmetric map of the tangent (u adds nothing)"
+    "Let facts() say symmetric=True only where cotangent_dot is a symmetric map of the tangent: a weight stands on both sides "
+    "of an outer product, w^½ s (w^½ s)ᵀ, inside batch.dot as well as outside. (The residual part that u makes is symmetric "
+    "by itself.)"
 )
 
 

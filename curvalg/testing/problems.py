@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from curvalg.errors import ProblemError
 from curvalg.losses import CrossEntropy
 from curvalg.problem import Problem
 
@@ -72,6 +73,11 @@ def _tied_embedding() -> Problem:
     return Problem(_Tied().double(), nn.CrossEntropyLoss(), data)
 
 
+def _positions() -> Problem:
+    data = _batches(_labels(2, classes=4), _labels(2))
+    return Problem(_Sequence().double(), CrossEntropy(class_axis=-1), data, samples="position")
+
+
 def _classes_last() -> Problem:
     labels = _labels(2)
     labels[1] = labels[4, 0] = -100  # a whole row, which is no sample then, and one position of another
@@ -90,6 +96,7 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = {
     "convolution, sum loss": _convolution,
     "tied embedding, classes on axis 1": _tied_embedding,
     "sequence, classes on the last axis, weighted, some targets ignored": _classes_last,
+    "sequence, samples are positions": _positions,
     "regression": _regression,
 }
 """Name -> function that makes the problem."""
@@ -129,11 +136,21 @@ def make(maker: Callable[[], Problem], seed: int = 0) -> Problem:
         return maker()
 
 
-def default_problems() -> list[Problem]:
+def default_problems(*names: str) -> list[Problem]:
     """The problems that :func:`~curvalg.testing.check_term` uses unless others are given.
+
+    Args:
+        names: of some of them, as failures print them; none for all.
+
+    Raises:
+        ProblemError: an unknown name.
 
     >>> from curvalg.testing import default_problems
     >>> max(problem.size for problem in default_problems())
     28
+    >>> default_problems("regression")
+    [Problem(Sequential, MSE, 20 parameters in 4 tensors, torch.float64 on cpu)]
     """
-    return [make(maker) for maker in PROBLEMS.values()]
+    if unknown := [name for name in names if name not in PROBLEMS]:
+        raise ProblemError(f"there is no problem called {unknown[0]!r}; choose among {', '.join(map(repr, PROBLEMS))}")
+    return [make(PROBLEMS[name]) for name in names or PROBLEMS]

@@ -136,11 +136,14 @@ class KFAC(LayerFactors):
     networks with squared loss. Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407 (convolutions);
     Eschenhagen et al., arXiv 2311.00636 (expand and reduce).
 
+    "expand" is exact for a linear layer whose positions contribute to the loss one by one, as tokens with a loss each; "reduce"
+    where a network averages over the positions, as convolutions before pooling often do.
+
     ``kfac + c * Identity`` has an exact inverse, square root, trace and log-determinant.
 
     Args:
         fisher: "exact" columns of the loss Hessian's square root, "mc" draws of them, or "empirical" gradients.
-        approximation: "expand" or "reduce".
+        approximation: "expand" or "reduce", see above.
         joint: a weight and its bias in one block; otherwise a block each.
         rest: parameters without Kronecker factors (normalisation, embeddings, ...): "refuse" names them in an error, "diagonal"
             gives each its exact diagonal, "exact" its exact block.
@@ -201,8 +204,9 @@ class KFAC(LayerFactors):
 class FOOF(LayerFactors):
     """Forward-only Kronecker approximation: I ⊗ A for each layer, with A the mean of h hᵀ over samples and positions (D × D).
 
-    The output factor of :class:`KFAC` replaced by the identity; no backward pass is needed for the factors of layers. Benzing,
-    arXiv 2201.12250.
+    The output factor of :class:`KFAC` replaced by the identity; no backward pass is needed for the factors of layers. Its
+    scale is not that of the GGN (on a trained network it can be ten times as large): choose a damping or step size for it.
+    Benzing, arXiv 2201.12250.
 
     Args:
         approximation: as of :class:`KFAC`.

@@ -53,7 +53,7 @@ def test_an_iterative_inverse_names_every_reason(problem_of, monkeypatch):
           blocks: declined, the matrix is not block-diagonal
           woodbury: declined, the matrix has no low-rank summand
           dual: declined, hessian is not of the form V Vᵀ with known V
-              kernel: declined, the matrix is not J J.T and the identity
+          kernel: declined, the matrix is not J J.T and the identity
           function: declined, the matrix is not a function of another and the identity
           dense: declined, 43 rows are more than 40
           cg: declined, positive definiteness is not proved

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from curvalg import Identity, Problem, ProblemError, inverse, registry
-from curvalg.testing import check_term
 from curvalg_plugins.ntk import cross, cross_kernel
 
 CASES = ["mlp", "cnn", "sequence_classes_second", "tied_embedding", "encoder_layer"]
@@ -97,7 +96,3 @@ def test_problems_of_two_models_are_refused():
         cross_kernel(left, Problem(other, None, random(2, 3)))
     with pytest.raises(ProblemError, match=r"torch\.float32"):
         cross_kernel(left, Problem(net().float(), None, random(2, 3).float()))
-
-
-def test_passes_the_kit():
-    check_term("ntk")

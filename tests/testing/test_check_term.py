@@ -105,3 +105,10 @@ def test_lists_of_terms_are_split_at_their_own_commas():
         "term('p/q', n='a,b')",
         "2*c",
     ]
+
+
+def test_default_problems_are_chosen_by_the_names_that_failures_print():
+    (problem,) = default_problems("sequence, samples are positions")
+    assert problem.samples == "position"
+    with pytest.raises(ProblemError, match="no problem called 'gpt'; choose among 'classifier'"):
+        default_problems("gpt")
