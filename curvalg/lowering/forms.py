@@ -35,6 +35,7 @@ from curvalg.lowering.holding import held
 from curvalg.lowering.kernel import is_kernel, kernel
 from curvalg.lowering.leaves import tensor
 from curvalg.lowering.outputs import output_sizes
+from curvalg.lowering.places import Places
 from curvalg.lowering.structures import (
     Basis,
     Blocks,
@@ -48,7 +49,7 @@ from curvalg.lowering.structures import (
     UnitBasis,
     Woodbury,
 )
-from curvalg.lowering.submatrices import block_positions, block_problem, inside
+from curvalg.lowering.submatrices import block_places, block_problem, inside
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.problem import DEFAULT_BUDGET
 from curvalg.rewrite import simplify
@@ -228,12 +229,12 @@ def _blocks(matrix: Matrix) -> Offer:
     blocks = matrix_blocks(matrix)
     if isinstance(blocks, str):
         return blocks
-    forms: list[tuple[Tensor, Form]] = []
-    for positions, block, label in blocks:
+    forms: list[tuple[Places, Form]] = []
+    for places, block, label in blocks:
         form, chain = find(block)
         if form is None:
             return f"the block over {label} has no structured form ({'; '.join(chain)})"
-        forms.append((positions, form))
+        forms.append((places, form))
     counts: dict[str, int] = {}
     for _, form in forms:
         counts[form.name] = counts.get(form.name, 0) + 1
@@ -241,19 +242,19 @@ def _blocks(matrix: Matrix) -> Offer:
     return Form(
         "blocks",
         f"{len(forms)} blocks, {shown}",
-        lambda snapshot: Blocks([(positions, form.at(snapshot)) for positions, form in forms]),
+        lambda snapshot: Blocks([(places, form.at(snapshot)) for places, form in forms]),
         spectral=all(form.spectral for _, form in forms),
     )
 
 
-def matrix_blocks(matrix: Matrix) -> list[tuple[Tensor, Matrix, str]] | str:
-    """(flat positions, block, names) of a block-diagonal matrix that covers everything, else why it is none."""
+def matrix_blocks(matrix: Matrix) -> list[tuple[Places, Matrix, str]] | str:
+    """(where it lies, block, names) of a block-diagonal matrix that covers everything, else why it is none."""
     expr = matrix.expr
     if not isinstance(expr, BlockDiagonal) or isinstance(expr.what, Expr) or not expr.complete:
         return "the matrix is not block-diagonal"
     return [
         (
-            block_positions(matrix.problem, block),
+            block_places(matrix.problem, block),
             matrix.of(block.expr, block_problem(matrix.problem, block)),
             ", ".join(block.params),
         )

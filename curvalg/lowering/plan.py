@@ -27,6 +27,7 @@ from curvalg.lowering.forms import Form
 from curvalg.lowering.linearization import Linearization, linearization
 from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.outputs import output_sizes
+from curvalg.lowering.places import Places
 from curvalg.lowering.strategies import Solver
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.sweep import Sweep
@@ -224,7 +225,7 @@ class OutputPlan(Plan):
 class BlocksPlan(Plan):
     """Blocks over disjoint groups of parameters; what no block covers is zero."""
 
-    blocks: tuple[tuple[Tensor, Plan, str], ...]
+    blocks: tuple[tuple[Places, Plan, str], ...]
 
     @property
     def inner(self) -> tuple[Plan, ...]:
@@ -232,8 +233,8 @@ class BlocksPlan(Plan):
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         result = torch.zeros_like(x)
-        for positions, plan, _ in self.blocks:
-            result[positions] = plan.apply(snapshot, x[positions])
+        for places, plan, _ in self.blocks:
+            places.put(result, plan.apply(snapshot, places.take(x)))
         return result
 
     def lines(self, snapshot: Snapshot) -> list[str]:
@@ -250,7 +251,7 @@ class SubmatrixPlan(Plan):
     Args:
         whole: the plan.
         size: number of all parameters.
-        positions: those that are kept.
+        places: of those that are kept.
         domain: whether the columns are parameters.
         codomain: whether the rows are.
         label: names of the kept parameters.
@@ -258,7 +259,7 @@ class SubmatrixPlan(Plan):
 
     whole: Plan
     size: int
-    positions: Tensor
+    places: Places
     domain: bool
     codomain: bool
     label: str
@@ -270,10 +271,10 @@ class SubmatrixPlan(Plan):
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         if self.domain:
             padded = x.new_zeros(self.size, x.shape[1])
-            padded[self.positions] = x
+            self.places.put(padded, x)
             x = padded
         result = self.whole.apply(snapshot, x)
-        return result[self.positions] if self.codomain else result
+        return self.places.take(result) if self.codomain else result
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"sub-matrix over {self.label}", *indent(self.whole.lines(snapshot))]

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import singledispatch
 
-from torch import Tensor
-
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.expr.leaves import ArrayLeaf
@@ -18,6 +16,7 @@ from curvalg.lowering.bind import Planner, unbound
 from curvalg.lowering.factored import FactoredBlocksPlan
 from curvalg.lowering.forms import Matrix, affine, find
 from curvalg.lowering.parts import Computed
+from curvalg.lowering.places import Places
 from curvalg.lowering.plan import (
     BlocksPlan,
     InversePlan,
@@ -35,7 +34,7 @@ from curvalg.lowering.plan import (
 )
 from curvalg.lowering.preconditioners import Given, given_preconditioner
 from curvalg.lowering.strategies import Preconditioning, Request, choose
-from curvalg.lowering.submatrices import block_positions, block_problem, flat_positions, is_inside
+from curvalg.lowering.submatrices import block_places, block_problem, is_inside, places
 from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.transposed import transposed
 from curvalg.problem import Problem
@@ -243,7 +242,7 @@ def _(expr: alg.Restriction, problem: Problem, given: Given = None) -> Plan:
     return SubmatrixPlan(
         plan(inner, problem, given),
         problem.size,
-        flat_positions(problem, params_.match(expr.params, problem.layout.names)),
+        places(problem, params_.match(expr.params, problem.layout.names)),
         domain=inner.domain == "parameters",
         codomain=inner.codomain == "parameters",
         label=", ".join(expr.params),
@@ -263,7 +262,7 @@ def _(expr: alg.BlockDiagonal, problem: Problem, given: Given = None) -> Plan:
     factored = _factorable(blocks, problem)
     plans = [
         (
-            block_positions(problem, block),
+            block_places(problem, block),
             plan(block.expr, block_problem(problem, block), given),
             ", ".join(block.params),
         )
@@ -297,7 +296,7 @@ def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:
 
 
 def _with_factored(
-    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[Tensor, Plan, str]], problem: Problem
+    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[Places, Plan, str]], problem: Problem
 ) -> Plan:
     names = problem.layout.names
     groups = tuple(blocks[i].params for i in factored)
@@ -306,12 +305,12 @@ def _with_factored(
     parts = [affine(blocks[i].expr) for i in factored]
     # One order of the terms, so that sums written in any order share what is kept.
     entries = sorted([(c, term) for c, term in parts[0][0] if isinstance(term, Term)], key=lambda entry: repr(entry[1]))
-    alone = tuple((block_positions(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
+    alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
     joint = FactoredBlocksPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone))
     if len(factored) == len(blocks):
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]
-    return BlocksPlan(((flat_positions(problem, chosen), joint, f"{len(groups)} groups"), *rest))
+    return BlocksPlan(((places(problem, chosen), joint, f"{len(groups)} groups"), *rest))
 
 
 def _has_terms(expr: Expr) -> bool:

@@ -17,6 +17,7 @@ from curvalg.errors import FactsError
 from curvalg.expr import Facts, Inverse, ZeroExpr
 from curvalg.lowering.forms import FORMS, Form, Matrix, matrix_blocks
 from curvalg.lowering.lines import alike, indent
+from curvalg.lowering.places import Places
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import SolveResult, cg, minres
 
@@ -175,12 +176,12 @@ class ByBlocks(Solver):
 
     Args:
         request: the inverse.
-        parts: (flat positions, names, solver, its chain).
+        parts: (where it lies, names, solver, its chain).
     """
 
     name = "blocks"
 
-    def __init__(self, request: Request, parts: Sequence[tuple[Tensor, str, Solver, list[str]]]) -> None:
+    def __init__(self, request: Request, parts: Sequence[tuple[Places, str, Solver, list[str]]]) -> None:
         self.request, self.parts = request, parts
         self.iterative = any(solver.iterative for _, _, solver, _ in parts)
         counts: dict[str, int] = {}
@@ -196,9 +197,9 @@ class ByBlocks(Solver):
         converged = torch.ones_like(squares, dtype=torch.bool)
         iterations = torch.zeros_like(converged, dtype=torch.int64)
         reasons = ["converged"] * b.shape[1]
-        for positions, label, solver, _ in self.parts:
-            part = solver.solve(snapshot, b[positions], None if x0 is None else x0[positions])
-            x[positions] = part.x
+        for places, label, solver, _ in self.parts:
+            part = solver.solve(snapshot, places.take(b), None if x0 is None else places.take(x0))
+            places.put(x, part.x)
             squares += part.residual.square()
             converged &= part.converged
             iterations = torch.maximum(iterations, part.iterations)
@@ -210,8 +211,8 @@ class ByBlocks(Solver):
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B, block by block."""
         x = torch.zeros_like(b)
-        for positions, _, solver, _ in self.parts:
-            x[positions] = solver.approximate(snapshot, b[positions])
+        for places, _, solver, _ in self.parts:
+            places.put(x, solver.approximate(snapshot, places.take(b)))
         return x
 
 
@@ -222,15 +223,15 @@ def _blocks(request: Request) -> Solver | str:
     options = {**request.node.options, "solver": "auto", "preconditioner": None}
     # ‖r‖ ≤ atol over all blocks where each keeps its part.
     options["atol"] = request.node.atol / len(blocks) ** 0.5
-    parts: list[tuple[Tensor, str, Solver, list[str]]] = []
-    for positions, block, label in blocks:
+    parts: list[tuple[Places, str, Solver, list[str]]] = []
+    for places, block, label in blocks:
         if isinstance(block.expr, ZeroExpr):
             raise FactsError(
                 f"the blocks leave out {label}, where the matrix is zero, so it has no inverse; add damping, c * Identity"
             )
         node = Inverse(block.expr, **options)
         solver, chain = choose(replace(request, node=node, matrix=block, preconditioner=None))
-        parts.append((positions, label, solver, chain))
+        parts.append((places, label, solver, chain))
     solver = ByBlocks(request, parts)
     if solver.iterative and request.preconditioner is not None:
         return "a block needs an iterative solver, and the preconditioner is for the whole matrix"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
-
-import torch
-from torch import Tensor
 
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError
@@ -13,6 +11,7 @@ from curvalg.expr import Block, Expr, Partition
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.term import MatrixTerm, Term
 from curvalg.expr.terms import Jacobian, LossHessian
+from curvalg.lowering.places import Places, merged
 from curvalg.problem import Problem
 from curvalg.problem import parameters as params_
 
@@ -78,14 +77,13 @@ def submatrix(whole: Expr, params: tuple[str, ...], problem: Problem) -> Expr:
     return alg.restrict(whole, params)
 
 
-def flat_positions(problem: Problem, names: list[str]) -> Tensor:
-    """Flat positions of parameters, one after the other."""
-    slices = [problem.layout.slices[name] for name in names]
-    return torch.cat([torch.arange(s.start, s.stop, device=problem.device) for s in slices])
+def places(problem: Problem, names: Sequence[str]) -> Places:
+    """Where parameters lie, one after the other."""
+    return Places(merged([problem.layout.slices[name] for name in names]))
 
 
-def block_positions(problem: Problem, block: Block) -> Tensor:
-    """Flat positions of a block, in the order of its rows.
+def block_places(problem: Problem, block: Block) -> Places:
+    """Where a block lies, in the order of its rows.
 
     A joint block lies as the rows of [W | b]: all inputs of an output, then its bias.
 
@@ -93,7 +91,7 @@ def block_positions(problem: Problem, block: Block) -> Tensor:
         ExpressionError: a joint block that is not a weight and a bias.
     """
     if not block.joint:
-        return flat_positions(problem, params_.match(block.params, problem.layout.names))
+        return places(problem, params_.match(block.params, problem.layout.names))
     names = [name for pattern in block.params for name in params_.match([pattern], problem.layout.names)]
     shapes = [tuple(problem.layout.shapes[name]) for name in names]
     if len(names) != 2 or len(shapes[1]) != 1 or not shapes[0] or shapes[0][0] != shapes[1][0]:
@@ -101,8 +99,7 @@ def block_positions(problem: Problem, block: Block) -> Tensor:
             f"a joint block is a weight (out, ...) and its bias (out,), in this order; {list(block.params)} are "
             f"{dict(zip(names, shapes, strict=True))}"
         )
-    weight, bias = (flat_positions(problem, [name]) for name in names)
-    return torch.cat([weight.reshape(shapes[0][0], -1), bias[:, None]], 1).reshape(-1)
+    return Places(tuple(problem.layout.slices[name] for name in names), outputs=shapes[0][0])
 
 
 def block_problem(problem: Problem, block: Block) -> Problem:

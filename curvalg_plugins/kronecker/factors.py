@@ -61,13 +61,14 @@ WIDE = 128
 
 
 def gram(x: Tensor) -> Tensor:
-    """xᵀx for x (n, m); of a wide one only the upper panels are multiplied, and mirrored: 5/8 of the work."""
+    """xᵀx for x (n, m), exactly symmetric; of a wide one only upper panels are multiplied, and mirrored: 5/8 of the work."""
     width = x.shape[1]
-    if width < WIDE:
-        return x.T @ x
-    result, step = x.new_empty(width, width), -(-width // PANELS)
+    step = -(-width // PANELS) if width >= WIDE else max(width, 1)
+    result = x.new_empty(width, width)
     for at in range(0, width, step):
         panel = x[:, at : at + step].T @ x[:, at:]
+        square = panel[:, :step]
+        panel[:, :step] = (square + square.T) / 2  # equal up to rounding
         result[at : at + step, at:] = panel
         result[at:, at : at + step] = panel.T
     return result

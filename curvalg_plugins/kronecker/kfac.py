@@ -98,7 +98,7 @@ class LayerFactors(MatrixTerm):
             )
         if self.rest == "diagonal":
             return [Block((name,), Diagonal(square)) for name, square in others.items()]
-        return [Block((name,), Kronecker((matrix + matrix.T) / 2)) for name, matrix in others.items()]
+        return [Block((name,), Kronecker(matrix)) for name, matrix in others.items()]
 
     def layer_blocks(self, params: tuple[str, ...], output: Tensor, inputs: Tensor) -> list[Block]:
         """The blocks B ⊗ A of a weight and B of its bias, together or apart."""
@@ -119,10 +119,7 @@ class LayerFactors(MatrixTerm):
 
     def means(self, layer: Stats) -> tuple[Tensor, Tensor]:
         """B, a sum of shares, and A, a mean."""
-        output, inputs = layer["outputs"], layer["inputs"]
-        # Sums of outer products are symmetric up to rounding.
-        mean = (inputs + inputs.T).div_(2 * layer["count"].clamp_min(1))
-        return (output + output.T).div_(2), mean
+        return layer["outputs"], layer["inputs"] / layer["count"].clamp_min(1)
 
 
 @dataclass(frozen=True)

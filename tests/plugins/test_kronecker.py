@@ -110,7 +110,9 @@ def test_agrees_with_backpack():
 def test_a_wide_gram_matrix_is_made_of_panels():
     for width in (1, factors.WIDE - 1, factors.WIDE, 301):
         x = random(7, width)
-        assert torch.allclose(factors.gram(x), x.T @ x, rtol=1e-12, atol=1e-12)
+        got = factors.gram(x)
+        assert torch.allclose(got, x.T @ x, rtol=1e-12, atol=1e-12)
+        assert torch.equal(got, got.T)
 
 
 @pytest.mark.parametrize("joint", [True, False])

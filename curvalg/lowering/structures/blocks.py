@@ -7,24 +7,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvalg.lowering.places import Places
 from curvalg.lowering.structures.base import Eigh, Function, Structure
 
 
 class Blocks(Structure):
-    """Structured blocks on disjoint positions that together are all.
+    """Structured blocks on disjoint rows that together are all.
 
     Args:
-        parts: (flat positions, the block).
+        parts: (where it lies, the block).
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor, Structure]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Places, Structure]]) -> None:
         super().__init__(sum(block.size for _, block in parts))
         self.parts = list(parts)
 
     def _each(self, x: Tensor, apply: Callable[[Structure, Tensor], Tensor]) -> Tensor:
         result = torch.empty_like(x)
-        for positions, block in self.parts:
-            result[positions] = apply(block, x[positions])
+        for places, block in self.parts:
+            places.put(result, apply(block, places.take(x)))
         return result
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -34,8 +35,8 @@ class Blocks(Structure):
         return self._each(b, lambda block, part: block.solve(part))
 
     def mapped(self, function: Function, name: str) -> Structure | None:
-        blocks = [(positions, block.mapped(function, name)) for positions, block in self.parts]
-        known = [(positions, block) for positions, block in blocks if block is not None]
+        blocks = [(places, block.mapped(function, name)) for places, block in self.parts]
+        known = [(places, block) for places, block in blocks if block is not None]
         return Blocks(known) if len(known) == len(blocks) else None
 
     def trace(self) -> float | None:
@@ -45,21 +46,21 @@ class Blocks(Structure):
         return _total([block.logdet() for _, block in self.parts])
 
     def diagonal(self) -> Tensor | None:
-        parts = [(positions, block.diagonal()) for positions, block in self.parts]
+        parts = [(places, block.diagonal()) for places, block in self.parts]
         if any(values is None for _, values in parts):
             return None
         first = parts[0][1]
         assert first is not None
         result = torch.empty(self.size, dtype=first.dtype, device=first.device)
-        for positions, values in parts:
+        for places, values in parts:
             assert values is not None
-            result[positions] = values.to(result.dtype)
+            places.put(result, values.to(result.dtype))
         return result
 
     def eigh(self) -> Eigh | None:
         """Eigenvalues of all blocks with vectors; a block's own rest becomes explicit only where the rests differ."""
-        pairs = [(positions, block.eigh()) for positions, block in self.parts]
-        known = [(positions, pair) for positions, pair in pairs if pair is not None]
+        pairs = [(places, block.eigh()) for places, block in self.parts]
+        known = [(places, pair) for places, pair in pairs if pair is not None]
         if len(known) < len(pairs):
             return None
         rests = {pair.rest for _, pair in known if pair.multiplicity}
@@ -73,14 +74,14 @@ class Blocks(Structure):
         def vectors(chosen: Tensor) -> Tensor:
             chosen = order[chosen]
             result: Tensor | None = None
-            for i, (positions, pair) in enumerate(known):
+            for i, (places, pair) in enumerate(known):
                 mine = (owner[chosen] == i).nonzero().reshape(-1)
                 if not len(mine):
                     continue
                 part = pair.vectors(local[chosen[mine]])
                 if result is None:
                     result = part.new_zeros(self.size, len(chosen))
-                result[positions[:, None], mine[None]] = part
+                result[places.indices(part.device)[:, None], mine[None]] = part
             return torch.zeros(self.size, 0) if result is None else result
 
         return Eigh(values, rests.pop() if rests else 0.0, sum(p.multiplicity for _, p in known), vectors)
