@@ -1,0 +1,6 @@
+"""Estimators: eigenpairs and singular triplets by products alone, resumable, with true residuals."""
+
+from curvalg.estimate.eigen import eigsh
+from curvalg.estimate.result import Eigenpairs, Estimate, Result
+
+__all__ = ["Eigenpairs", "Estimate", "Result", "eigsh"]
