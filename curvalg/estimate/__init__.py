@@ -2,5 +2,6 @@
 
 from curvalg.estimate.eigen import eigsh
 from curvalg.estimate.result import Eigenpairs, Estimate, Result
+from curvalg.estimate.singular import SingularTriplets, svds
 
-__all__ = ["Eigenpairs", "Estimate", "Result", "eigsh"]
+__all__ = ["Eigenpairs", "Estimate", "Result", "SingularTriplets", "eigsh", "svds"]

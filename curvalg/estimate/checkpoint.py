@@ -46,7 +46,9 @@ class Checkpoint:
         self.path, self.subject = Path(path), subject
         self._next = time.monotonic() + INTERVAL
         if not self.path.parent.is_dir():
-            raise CheckpointError(f"expected a file name in an existing folder, got {self.path}; make {self.path.parent}")
+            raise CheckpointError(
+                f"expected a file name in an existing folder, got {self.path}; make {self.path.parent}"
+            )
         if self.path.is_dir():
             raise CheckpointError(f"expected a file name, but {self.path} is a folder; name a file in it")
 
@@ -92,7 +94,9 @@ class Checkpoint:
         with self._reading() as file:
             header = self._header(file.metadata())
             asked = _described(self.subject, algorithm.name, algorithm.options)
-            differences = list(_differences(_described(header["subject"], header["algorithm"], header["options"]), asked))
+            differences = list(
+                _differences(_described(header["subject"], header["algorithm"], header["options"]), asked)
+            )
             if differences:
                 raise CheckpointError(
                     f"{self.path} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, or name "

@@ -150,9 +150,13 @@ def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: An
     if not _whole(k):
         raise ExpressionError(f"expected an integer k ≥ 1, got {k!r}")
     if which not in SIDES:
-        raise ExpressionError(f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(which, '')}")
+        raise ExpressionError(
+            f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(which, '')}"
+        )
     if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= tol < 1:
-        raise ExpressionError(f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows")
+        raise ExpressionError(
+            f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows"
+        )
     if block != "auto" and not (_whole(block) and block >= 1):
         raise ExpressionError(f"expected block to be 'auto' or an integer ≥ 1, got {block!r}")
     if maxiter is not None and not (_whole(maxiter) and maxiter >= 1):

@@ -65,7 +65,9 @@ def chosen(spectrum: Eigh, k: int, which: Which, size: int) -> tuple[Tensor, Ten
 
 def _orthogonal(spectrum: Eigh, count: int, like: Tensor) -> Tensor:
     """Orthonormal columns (n, count) orthogonal to all listed eigenvectors, of which only some are held at a time."""
-    columns = torch.randn(like.shape[0], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    columns = torch.randn(like.shape[0], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        like
+    )
     for _ in range(3):
         for start in range(0, len(spectrum.eigenvalues), 64):
             some = spectrum.vectors(slice(start, start + 64))

@@ -78,9 +78,13 @@ def target(op: Any) -> Target:
     Raises:
         ExpressionError: something else, or an operator that is not real.
     """
+    if isinstance(op, Target):
+        return op
     if isinstance(op, CurvatureOperator):
         made = _of_torch(op, str(op.expr))
-        return replace(made, symmetric=op.facts.symmetric or False, operator=op, subject=lambda: fingerprint.of_operator(op))
+        return replace(
+            made, symmetric=op.facts.symmetric or False, operator=op, subject=lambda: fingerprint.of_operator(op)
+        )
     if isinstance(op, TorchOperator):
         return _of_torch(op, repr(op))
     if isinstance(op, Tensor):
@@ -103,7 +107,9 @@ def require_symmetric(target: Target, seed: int) -> int:
     """
     m, n = target.shape
     if m != n:
-        raise FactsError(f"expected a square operator, but {target.name} is {m} x {n}; singular values are given by svds")
+        raise FactsError(
+            f"expected a square operator, but {target.name} is {m} x {n}; singular values are given by svds"
+        )
     if target.symmetric:
         return 0
     cure = "write a symmetric expression, such as A.T @ A, or use svds for singular values"

@@ -350,7 +350,9 @@ def _dual(matrix: Matrix) -> Offer:
     what = str(matrix.expr)
     singular = None if shift else f"its rank is at most M = {columns}, less than D = {matrix.size}"
     return Form(
-        "dual", cost, lambda snapshot: Dual(Columns(problem, snapshot, entries), shift, what),
+        "dual",
+        cost,
+        lambda snapshot: Dual(Columns(problem, snapshot, entries), shift, what),
         singular=singular,
         rows=columns,
     )

@@ -92,6 +92,8 @@ def step(search: Search, aim: Aim, matmul: Matmul) -> Search:
     capacity = search.krylov.locked + aim.subspace
     krylov = extend(search.krylov, matmul, aim.width, capacity)
     search = replace(search, krylov=krylov, blocks=search.blocks + 1)
+    if not _due(krylov, aim):
+        return search
     pairs = ritz(krylov)
     if search.phase == CHALLENGE:
         search = _judged(search, aim, pairs)
@@ -131,6 +133,12 @@ def _estimates(search: Search, aim: Aim) -> tuple[Tensor, None, Tensor]:
     pairs = ritz(search.krylov)
     chosen = wanted(pairs.values, aim.which, min(aim.k, len(pairs.values)))
     return pairs.values[chosen], None, pairs.estimates[chosen]
+
+
+def _due(krylov: Krylov, aim: Aim) -> bool:
+    """Whether it is time for Ritz pairs: their cost grows with the third power of the dimension, and pays seldom then."""
+    stride = max(aim.width, krylov.multiplied // 32)
+    return krylov.exhausted or _full(krylov, aim) or krylov.multiplied % stride < aim.width
 
 
 def _full(krylov: Krylov, aim: Aim) -> bool:
