@@ -82,7 +82,8 @@ def eigsh(
 
     >>> import torch
     >>> from curvalg import Problem, registry
-    >>> problem = Problem(torch.nn.Linear(3, 1, bias=False), torch.nn.MSELoss(reduction="sum"), (torch.eye(3), torch.zeros(3, 1)))
+    >>> model, data = torch.nn.Linear(3, 1, bias=False), (torch.eye(3), torch.zeros(3, 1))
+    >>> problem = Problem(model, torch.nn.MSELoss(reduction="sum"), data)
     >>> values, vectors = eigsh((3 * registry.build("ggn")).lower(problem), 2)
     >>> values, vectors.shape
     (tensor([6., 6.], dtype=torch.float64), torch.Size([3, 2]))
@@ -136,7 +137,7 @@ def _fail(pairs: Eigenpairs, algorithm: Lanczos, phase: str, on_fail: OnFail) ->
     good = int((pairs.residuals <= algorithm.tol * scale).sum())
     reached = f"{good} of {algorithm.k} eigenpairs of {algorithm.target.name} reached tol={algorithm.tol:g}"
     reasons = {
-        STAGNATED: "their residuals no longer fall, so the tolerance is below the noise of the products: raise tol=, or use float64",
+        STAGNATED: "residuals no longer fall, so the tolerance is below the noise of the products: raise tol=, or use float64",
         CHALLENGE: "but the search for eigenvalues that they may have missed was cut short: raise maxiter=",
     }
     cure = reasons.get(phase, "raise maxiter= or tol=, or ask for fewer or for another end (which=)")
@@ -153,7 +154,7 @@ def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: An
         raise ExpressionError(
             f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(which, '')}"
         )
-    if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= tol < 1:
+    if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= float(tol) < 1:
         raise ExpressionError(
             f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows"
         )

@@ -27,8 +27,7 @@ def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None
     spectrum = target.operator.exact("eigh")
     if spectrum is None:
         return None
-    values, vectors = chosen(spectrum, k, which, target.size)
-    vectors = vectors.to(target.space.device, target.space.dtype)
+    values, vectors = chosen(spectrum, k, which, target.size, target.space.dtype)
     remainder = target.multiply(vectors) - vectors * values.to(vectors)
     residuals = small(remainder.norm(dim=0))
     scale = max(float(spectrum.eigenvalues.abs().max()) if len(spectrum.eigenvalues) else 0.0, abs(spectrum.rest))
@@ -47,30 +46,27 @@ def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None
     )
 
 
-def chosen(spectrum: Eigh, k: int, which: Which, size: int) -> tuple[Tensor, Tensor]:
+def chosen(spectrum: Eigh, k: int, which: Which, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(values ascending (k,), vectors (n, k)) of the wanted pairs; those of the rest are random vectors of its space."""
     listed, rest = small(spectrum.eigenvalues), min(spectrum.multiplicity, k)
     values, order = torch.cat([listed, listed.new_full((rest,), spectrum.rest)]).sort(stable=True)
     positions = wanted(values, which, k)
     places, values = order[positions], values[positions]
     own = places < len(listed)
-    vectors = spectrum.vectors(places[own].to(spectrum.eigenvalues.device))
-    if bool(own.all()):
-        return values, vectors
-    result = vectors.new_empty(size, k)
-    result[:, own] = vectors
-    result[:, ~own] = _orthogonal(spectrum, int((~own).sum()), vectors.new_zeros(size, 0))
+    result = torch.empty(size, k, dtype=dtype, device=spectrum.eigenvalues.device)
+    if bool(own.any()):
+        result[:, own] = spectrum.vectors(places[own].to(result.device)).to(dtype)
+    if not bool(own.all()):
+        result[:, ~own] = _orthogonal(spectrum, result[:, ~own])
     return values, result
 
 
-def _orthogonal(spectrum: Eigh, count: int, like: Tensor) -> Tensor:
+def _orthogonal(spectrum: Eigh, like: Tensor) -> Tensor:
     """Orthonormal columns (n, count) orthogonal to all listed eigenvectors, of which only some are held at a time."""
-    columns = torch.randn(like.shape[0], count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        like
-    )
+    columns = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
     for _ in range(3):
         for start in range(0, len(spectrum.eigenvalues), 64):
-            some = spectrum.vectors(slice(start, start + 64))
+            some = spectrum.vectors(slice(start, start + 64)).to(like)
             columns = columns - some @ (some.T @ columns)
         columns = torch.linalg.qr(columns).Q
     return columns

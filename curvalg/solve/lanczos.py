@@ -124,12 +124,13 @@ def ritz(krylov: Krylov) -> Ritz:
     return Ritz(values, weights, (krylov.coupling @ weights).norm(dim=0))
 
 
-def compress(krylov: Krylov, pairs: Ritz, kept: Tensor, capacity: int) -> Krylov:
-    """A thick restart: V becomes some of the Ritz vectors; the pending block stays, so that nothing is lost of them."""
-    weights = pairs.weights[:, kept]
+def compress(krylov: Krylov, weights: Tensor, capacity: int) -> Krylov:
+    """A thick restart: V becomes V · weights, for orthonormal weights (a, l) that span an invariant subspace of T, exactly or
+    nearly; the pending block stays, so that nothing is lost of vectors that are kept."""
     front = torch.cat([krylov.basis[: krylov.locked], combine(weights.T, krylov.vectors)])
     basis = grown(grown(front, front[:0], capacity), krylov.pending, capacity)
-    return replace(krylov, basis=basis, projected=torch.diag(pairs.values[kept]), coupling=krylov.coupling @ weights)
+    projected = weights.T @ krylov.projected @ weights
+    return replace(krylov, basis=basis, projected=(projected + projected.T) / 2, coupling=krylov.coupling @ weights)
 
 
 def rebuild(krylov: Krylov, kept: Tensor, products: Tensor, start: Tensor, width: int, capacity: int) -> Krylov:

@@ -23,8 +23,10 @@ MARGIN = 0.7
 """Estimates must be this much below the tolerance before products are spent on true residuals."""
 MOST_REFUTED = 5
 """How often a true residual may refute the estimates before the tolerance counts as out of reach."""
-SHORTEST_CHALLENGE = 8
-"""Blocks of a challenge before it may be decided."""
+SHORTEST, LONGEST = 8, 24
+"""Blocks of a challenge: it may be decided after the first, and ends with the second where eigenvalues lie too close."""
+CAUTION = 3.0
+"""A Ritz value may still move by so many times its residual estimate: early in a challenge it settles near wrong ones."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ def step(search: Search, aim: Aim, matmul: Matmul) -> Search:
         search = _judged(search, aim, pairs)
     if search.phase == SEARCH and _claims(search, aim, pairs):
         return _checked(search, aim, pairs, matmul)
-    if search.phase != DONE and _full(krylov, aim):
-        search = replace(search, krylov=_restarted(krylov, aim, pairs))
+    if search.phase == SEARCH and _full(krylov, aim):
+        return replace(search, krylov=_restarted(krylov, aim, pairs, 0))
+    if search.phase == CHALLENGE and _full(krylov, aim):
+        return replace(search, krylov=_restarted(krylov, aim, pairs, aim.k))
     return search
 
 
@@ -180,14 +184,18 @@ def _judged(search: Search, aim: Aim, pairs: Ritz) -> Search:
     krylov = search.krylov
     if surpassed(search.values, pairs.values, aim.which, aim.k, aim.tol * pairs.scale):
         return replace(search, phase=SEARCH)
-    decided = search.blocks >= SHORTEST_CHALLENGE and unrivalled(pairs.values, pairs.estimates, aim.which, aim.k)
-    over = krylov.exhausted or _full(krylov, aim) or decided
+    decided = unrivalled(pairs.values, CAUTION * pairs.estimates, aim.which, aim.k)
+    over = krylov.exhausted or search.blocks >= (SHORTEST if decided else LONGEST)
     return replace(search, phase=DONE) if over else search
 
 
-def _restarted(krylov: Krylov, aim: Aim, pairs: Ritz) -> Krylov:
-    """Keep the wanted Ritz vectors and the next best, which speed up what follows."""
-    room = aim.subspace - 2 * aim.width
-    count = max(1, min(room, aim.k + (room - aim.k) // 2))
+def _restarted(krylov: Krylov, aim: Aim, pairs: Ritz, fixed: int) -> Krylov:
+    """Keep the first ``fixed`` vectors as they are, and the Ritz vectors that come next, which speed up what follows."""
+    if fixed:
+        values, vectors = torch.linalg.eigh(krylov.projected[fixed:, fixed:])
+        pairs = Ritz(values, vectors, pairs.estimates)
+    room, few = aim.subspace - 2 * aim.width - fixed, 1 if fixed else aim.k
+    count = max(1, min(room, few + (room - few) // 2))
     kept = wanted(pairs.values, aim.which, min(count, len(pairs.values)))
-    return compress(krylov, pairs, kept, krylov.locked + aim.subspace)
+    weights = torch.block_diag(torch.eye(fixed, dtype=pairs.weights.dtype), pairs.weights[:, kept])
+    return compress(krylov, weights, krylov.locked + aim.subspace)

@@ -240,7 +240,7 @@ def test_singular_triplets(shape):
     k = min(shape)
     U, s, V = triplets = svds(A, k, tol=1e-10)
     reference = torch.linalg.svdvals(A).flip(0)
-    assert torch.allclose(s, reference, atol=1e-7)
+    assert torch.allclose(s, reference, atol=1e-6)
     for Q in (U, V):
         assert float((Q.T @ Q - torch.eye(k, dtype=F64)).abs().max()) < 1e-8
     assert torch.allclose(U @ torch.diag(s) @ V.T, A, atol=1e-6) and float(triplets.residuals.max()) < 1e-6
