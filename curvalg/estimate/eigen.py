@@ -150,7 +150,7 @@ def _fail(pairs: Eigenpairs, algorithm: Lanczos, phase: str, on_fail: OnFail) ->
 def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: Any) -> None:
     if not _whole(k):
         raise ExpressionError(f"expected an integer k ≥ 1, got {k!r}")
-    if which not in SIDES:
+    if not isinstance(which, str) or which not in SIDES:
         raise ExpressionError(
             f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(which, '')}"
         )

@@ -89,9 +89,7 @@ def svds(
     """
     begin, given = time.perf_counter(), target(op)
     if isinstance(k, int) and k > min(given.shape):
-        raise ExpressionError(
-            f"expected 1 ≤ k ≤ {min(given.shape)} for {given.name}, {given.shape[0]} x {given.shape[1]}, got k={k}"
-        )
+        raise ExpressionError(f"expected 1 ≤ k ≤ {min(given.shape)} for {given.name} of shape {given.shape}, got k={k}")
 
     def triplets(pairs: Eigenpairs) -> SingularTriplets:
         made = _triplets(given, pairs)

@@ -62,9 +62,9 @@ def test_operators_that_are_not_symmetric():
     data = (torch.randn(5, 30), torch.arange(5) % 3)
     problem = Problem(torch.nn.Linear(30, 3), torch.nn.CrossEntropyLoss(), data)
     J, H, G = (registry.build(name).lower(problem) for name in ("jacobian", "hessian", "ggn"))
-    with pytest.raises(FactsError, match="expected a square operator, but jacobian is 15 x 93; .*svds"):
+    with pytest.raises(FactsError, match=r"expected a square operator, but jacobian is 15 x 93; .*svds"):
         eigsh(J)
-    with pytest.raises(FactsError, match="expected a symmetric operator, but .* is not known to be symmetric"):
+    with pytest.raises(FactsError, match=r"expected a symmetric operator, but .* is not known to be symmetric"):
         eigsh(H @ G)
     skew = torch.triu(A)
     for op in (skew, LinearOperator(A.shape, matvec=lambda x: skew.numpy() @ x, dtype=float)):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,58 +19,56 @@ from curvalg.estimate import eigsh
 
 A = matrix(SPECTRA["clustered"]).numpy()
 
-SLOW = """
-import sys, time
-import numpy as np, torch
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
 from scipy.sparse.linalg import LinearOperator
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, sys.argv[1])
 from spectra import SPECTRA, matrix
 from curvalg.estimate import checkpoint, eigsh, lanczos
+
 checkpoint.INTERVAL, checkpoint.OVERHEAD, lanczos.MOST = 0.0, 1e9, 20
 A = matrix(SPECTRA["clustered"]).numpy()
-def product(x):
-    time.sleep({pause})
-    return A @ x
-op = LinearOperator(A.shape, matvec=product, matmat=product, dtype=float)
-pairs = eigsh(op, 6, which="LA", tol=1e-7, maxiter=5000, checkpoint={path!r})
-torch.save((pairs.eigenvalues, pairs.eigenvectors, pairs.residuals, pairs.products), {out!r})
+folder = Path(sys.argv[2])
+file = folder / "run.safetensors"
+
+def run(pause, out, path, block="auto"):
+    def product(x):
+        time.sleep(pause)
+        return A @ x
+    op = LinearOperator(A.shape, matvec=product, matmat=product, dtype=float)
+    pairs = eigsh(op, 6, which="LA", tol=1e-7, maxiter=5000, checkpoint=path, block=block)
+    torch.save((pairs.eigenvalues, pairs.eigenvectors, pairs.residuals), folder / out)
+
+def stamp():
+    return file.stat().st_mtime_ns if file.exists() else None
+
+draw = random.Random(0)
+for _ in range(5):
+    before = stamp()
+    if not (child := os.fork()):
+        run(0.01, "early.pt", file)
+        os._exit(0)
+    while stamp() == before:  # so that every one gets further than the one before
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.1))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it ended before it was killed"
+assert not (folder / "early.pt").exists()
+run(0.0, "resumed.pt", file)
+with checkpoint.safe_open(file, "pt") as opened:
+    width = json.loads(opened.metadata()["curvalg"])["numbers"]["width"]
+run(0.0, "whole.pt", folder / "other.safetensors", width)
 """
 
 
-def slow(path: Path, out: Path, pause: float) -> subprocess.Popen[bytes]:
-    code = SLOW.format(tests=str(Path(__file__).parent), path=str(path), out=str(out), pause=pause)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment)
-
-
 def test_killed_five_times_and_resumed_to_the_same_bits(tmp_path):
-    file, done, whole = tmp_path / "run.safetensors", tmp_path / "resumed.pt", tmp_path / "whole.pt"
-    draw, kills = random.Random(0), 0
-    while kills < 5:
-        before = file.stat().st_mtime_ns if file.exists() else 0
-        process = slow(file, done, 0.02)
-        # Kill only once this process has written, so that every one of them got further than the one before.
-        while process.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.15))
-        assert process.poll() is None, "the run ended before it was killed five times"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    # What was measured, the width of the block, must be what the file says.
-    with checkpoints.safe_open(file, "pt") as opened:
-        width = __import__("json").loads(opened.metadata()["curvalg"])["numbers"]["width"]
-    assert slow(file, done, 0.0).wait() == 0
-    resumed = torch.load(done)
-    whole_code = SLOW.replace("checkpoint={path!r}", f"block={width}, checkpoint={{path!r}}")
-    code = whole_code.format(
-        tests=str(Path(__file__).parent), path=str(tmp_path / "other.safetensors"), out=str(whole), pause=0.0
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    for left, right in zip(resumed[:3], torch.load(whole)[:3], strict=True):
-        assert torch.equal(left, right)
+    tests, root = Path(__file__).parent, Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED, str(tests), str(tmp_path)], env=environment, check=True, timeout=300)
+    resumed, whole = torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "whole.pt")
+    assert all(torch.equal(left, right) for left, right in zip(resumed, whole, strict=True))
 
 
 class Interrupted:
@@ -184,7 +179,7 @@ def test_files_that_are_no_checkpoints_are_refused_and_kept(tmp_path, content):
         checkpoints.save_file({"weight": torch.ones(3)}, path)
         content = path.read_bytes()
     with pytest.raises(
-        CheckpointError, match="expected a checkpoint of curvalg or no file at all, but .*run.safetensors"
+        CheckpointError, match=r"expected a checkpoint of curvalg or no file at all, but .*run.safetensors"
     ):
         eigsh(A, 2, checkpoint=path, tol=1e-3)
     assert path.read_bytes() == content
