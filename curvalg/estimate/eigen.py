@@ -152,7 +152,7 @@ def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: An
         raise ExpressionError(f"expected an integer k ≥ 1, got {k!r}")
     if not isinstance(which, str) or which not in SIDES:
         raise ExpressionError(
-            f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(which, '')}"
+            f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(str(which), '')}"
         )
     if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= float(tol) < 1:
         raise ExpressionError(

@@ -56,10 +56,11 @@ for _ in range(5):
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it ended before it was killed"
 assert not (folder / "early.pt").exists()
+checkpoint.INTERVAL = 30.0
 run(0.0, "resumed.pt", file)
 with checkpoint.safe_open(file, "pt") as opened:
     width = json.loads(opened.metadata()["curvalg"])["numbers"]["width"]
-run(0.0, "whole.pt", folder / "other.safetensors", width)
+run(0.0, "whole.pt", None, width)
 """
 
 
