@@ -39,7 +39,7 @@ def theirs(tol: float) -> tuple[np.ndarray, int]:
     """Eigenvalues, ascending, and the number of products."""
     torch.manual_seed(0)
     model, (X, y) = MODELS["MLP"]()
-    params = dict(model.named_parameters())
+    params = list(model.parameters())
     plain = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, [(X, y)], check_deterministic=False).to_scipy()
     products = 0
 

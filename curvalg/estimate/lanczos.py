@@ -16,6 +16,7 @@ from curvalg.solve import Matmul
 from curvalg.solve import search as searching
 from curvalg.solve.ends import Which
 from curvalg.solve.lanczos import Krylov
+from curvalg.solve.orthogonal import orthonormalise
 from curvalg.solve.search import Aim, Search
 
 Block = int | Literal["auto"]
@@ -107,8 +108,16 @@ class Lanczos:
         return min(n, max(needed, min(MOST, SPARE // n)))
 
     def _width(self, counter: _Counter) -> int:
-        start = torch.ones(self.target.size, 1, dtype=self.target.space.dtype, device=self.target.space.device)
-        return choose_width(counter, start, min(self.k, max(1, self.target.size // 8)))
+        space = self.target.space
+        start = torch.ones(self.target.size, 1, dtype=space.dtype, device=space.device)
+        basis = torch.full((self._subspace(1) * 3 // 4, self.target.size), 0.0, dtype=space.dtype, device=space.device)
+
+        def block(x: Tensor) -> Tensor:
+            product = counter(x)
+            orthonormalise(product.T, basis, 0.0)  # on large vectors it takes about as long as the product
+            return product
+
+        return choose_width(block, start, min(self.k, max(1, self.target.size // 8)))
 
     def _width_of(self, state: State) -> int:
         width = state.numbers["width"]

@@ -251,3 +251,17 @@ def test_singular_values_of_a_jacobian():
     reference = torch.linalg.svdvals(op.to_dense())
     _, s, _ = svds(op, 3)
     assert torch.allclose(s.float(), reference[:3].flip(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("each", "width"), [(0.0, 4), (1.0, 1), (0.45, 2)])
+def test_the_block_is_as_wide_as_pays(each, width):
+    """A product of b columns takes 1 + each · (b − 1) seconds; 0.45 pays for two columns, and not for four."""
+    from curvalg.estimate.block import choose_width
+
+    now = [0.0]
+
+    def product(x):
+        now[0] += 1 + each * (x.shape[1] - 1)
+        return x
+
+    assert choose_width(product, torch.ones(3, 1), 4, clock=lambda: now[0]) == width
