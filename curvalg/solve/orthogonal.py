@@ -21,7 +21,7 @@ def orthonormalise(block: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, 
         directions (r, n) with r ≤ p; coefficients (p, j) and coupling (r, p), float64 on the CPU.
     """
     noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(block.norm(dim=1).max()))
-    coefficients, block = _project(block, basis)
+    coefficients, block = _project(block.contiguous(), basis)
     directions, triangle = _factorise(block)
     left, singular, right = torch.linalg.svd(triangle)
     rank = int((singular > noise).sum())
@@ -71,12 +71,28 @@ def small(t: Tensor) -> Tensor:
     return t.to("cpu", torch.float64)
 
 
+NARROW = 8
+"""Rows of a block up to which Gram-Schmidt is faster than a Householder factorisation of long vectors."""
+
+
 def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(basis):
+        return torch.zeros(len(block), 0, dtype=torch.float64), block
     coefficients = block @ basis.T
-    return small(coefficients), block - coefficients @ basis
+    return small(coefficients), torch.addmm(block, coefficients, basis, alpha=-1)
 
 
 def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
-    """block = triangleᵀ · rows with orthonormal rows."""
-    orthonormal, triangle = torch.linalg.qr(block.T)
-    return orthonormal.T.contiguous(), small(triangle)
+    """block = triangleᵀ · rows with orthonormal rows; one is zero only where nothing at all is left of it."""
+    if len(block) > NARROW:
+        orthonormal, triangle = torch.linalg.qr(block.T)
+        return orthonormal.T.contiguous(), small(triangle)
+    rows, triangle = torch.empty_like(block), torch.zeros(len(block), len(block), dtype=torch.float64)
+    for i in range(len(block)):
+        first, row = _project(block[i : i + 1], rows[:i])
+        again, row = _project(row, rows[:i])
+        # In float32, torch sums the squares of 5 million numbers with an error of 1e-4.
+        norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+        triangle[:i, i], triangle[i, i] = (first + again)[0], norm
+        torch.div(row[0], norm or 1.0, out=rows[i])
+    return rows, triangle

@@ -187,6 +187,18 @@ def test_deflation_searches_the_complement():
     assert len(eigsh(A, 97, deflate=first, tol=1e-6)) == 97
 
 
+def test_deflated_vectors_need_not_be_eigenvectors():
+    A, generator = matrix(SPECTRA["repeated"]), torch.Generator().manual_seed(0)
+    L = torch.randn(100, 3, generator=generator, dtype=F64) @ torch.rand(
+        3, 4, generator=generator, dtype=F64
+    )  # of rank 3
+    Q = torch.linalg.qr(L[:, :3]).Q
+    P = torch.eye(100, dtype=F64) - Q @ Q.T
+    w, V = pairs = eigsh(A, 4, which="LA", tol=1e-8, deflate=L)
+    assert torch.allclose(w, torch.linalg.eigvalsh(P @ A @ P)[-4:], atol=1e-7)
+    assert torch.allclose((P @ A @ V - V * w).norm(dim=0), pairs.residuals, atol=1e-12)
+
+
 def test_a_good_start_saves_products():
     A = matrix(SPECTRA["decaying"])
     plain = eigsh(A, 3, tol=1e-8, block=1)
@@ -216,6 +228,7 @@ def test_too_few_products_raise_with_the_pairs_so_far_or_warn():
         eigsh(A, 6, tol=1e-8, block=1, maxiter=30)
     pairs = caught.value.result
     true = (A @ pairs.eigenvectors - pairs.eigenvectors * pairs.eigenvalues).norm(dim=0)
+    assert pairs.products == 30 + 6  # for residuals
     assert not pairs.converged and len(pairs) == 6 and torch.allclose(true, pairs.residuals)
     with pytest.warns(CurvalgWarning, match="raise maxiter"):
         assert not eigsh(A, 6, tol=1e-8, block=1, maxiter=30, on_fail="warn").converged

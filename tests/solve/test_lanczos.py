@@ -129,3 +129,8 @@ def test_comparisons_of_spectra():
     assert surpassed(old, new, "LA", 2, 0.01) and not surpassed(old, new, "LA", 2, 0.1)
     assert surpassed(old, new, "LM", 2, 0.1)
     assert unrivalled(new, torch.zeros(4), "LA", 2) and not unrivalled(new, torch.full((4,), 2.5), "LA", 2)
+
+
+def test_long_float32_vectors_have_norm_one():
+    rows = complete(torch.zeros(0, 4_000_000), 2, torch.Generator().manual_seed(0)).double()
+    assert float((rows @ rows.T - torch.eye(2).double()).abs().max()) < 1e-6
