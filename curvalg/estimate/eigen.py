@@ -60,7 +60,7 @@ def eigsh(
             odd k). Interior eigenvalues, and those near zero of a large operator, are out of reach of products alone.
         tol: relative to the largest |λ| that was seen; 0 for 100 units of rounding.
         block: vectors in each product; "auto" measures what they cost and chooses.
-        v0: vector(s) to start from, of any kind that the operator multiplies.
+        v0: vector(s) to start from, of any kind that the operator multiplies; more than a block holds are mixed.
         deflate: vectors (n, m), or eigenpairs, to whose orthogonal complement the search is confined; products and
             residuals are projected onto it.
         seed: of random vectors.

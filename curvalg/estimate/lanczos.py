@@ -16,7 +16,7 @@ from curvalg.solve import Matmul
 from curvalg.solve import search as searching
 from curvalg.solve.ends import Which
 from curvalg.solve.lanczos import Krylov
-from curvalg.solve.orthogonal import orthonormalise
+from curvalg.solve.orthogonal import combine, orthonormalise
 from curvalg.solve.search import Aim, Search
 
 Block = int | Literal["auto"]
@@ -69,7 +69,7 @@ class Lanczos:
         """Measure the width of the block, if that is asked for, and draw the first one."""
         counter = _Counter(self.target.multiply, self.before)
         width = self._width(counter) if self.block == "auto" else int(self.block)
-        return self._pack(searching.start(self._aim(width), self.locked, self.start_rows), width, counter.products)
+        return self._pack(searching.start(self._aim(width), self.locked, self._first(width)), width, counter.products)
 
     def step(self, state: State) -> State:
         """One block of products."""
@@ -106,6 +106,14 @@ class Lanczos:
         n = self.target.size - len(self.locked)
         needed = max(2 * self.k + 4 * width, FEWEST)
         return min(n, max(needed, min(MOST, SPARE // n)))
+
+    def _first(self, width: int) -> Tensor:
+        """Rows to begin with; of more than fit into a block, as many random mixtures, which reach the same directions."""
+        if len(self.start_rows) <= width:
+            return self.start_rows
+        generator = torch.Generator().manual_seed(self.seed)
+        mixing = torch.randn(width, len(self.start_rows), generator=generator, dtype=torch.float64)
+        return combine(mixing, self.start_rows)
 
     def _width(self, counter: _Counter) -> int:
         space = self.target.space

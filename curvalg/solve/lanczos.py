@@ -87,14 +87,14 @@ def begin(locked: Tensor, start: Tensor, width: int, *, seed: int, capacity: int
 
     Args:
         locked: orthonormal rows (d, n) that the search stays orthogonal to; (0, n) for none.
-        start: rows (s, n) that are wanted in the first block; what is missing is drawn.
+        start: rows (s, n) that are wanted in the first block, s ≤ width; what is missing is drawn.
         width: rows of the block; fewer where there is no room.
         seed: of random directions.
         capacity: of the basis, locked vectors included.
     """
     none = torch.zeros(0, 0, dtype=torch.float64)
     krylov = Krylov(locked, len(locked), none, none, seed, 0)
-    return _pend(krylov, start, max(width, len(start)), capacity)
+    return _pend(krylov, start, width, capacity)
 
 
 def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:

@@ -203,7 +203,7 @@ def test_a_good_start_saves_products():
     A = matrix(SPECTRA["decaying"])
     plain = eigsh(A, 3, tol=1e-8, block=1)
     warm = eigsh(A, 3, tol=1e-8, block=1, v0=plain.eigenvectors)
-    assert warm.products < plain.products and torch.allclose(warm.eigenvalues, plain.eigenvalues)
+    assert warm.products < plain.products - 5 and torch.allclose(warm.eigenvalues, plain.eigenvalues)
     op = registry.build("hessian").lower(problem := small(300))
     assert torch.allclose(
         eigsh(op, 2, v0=problem.layout.unflatten(torch.ones(problem.size))).eigenvalues,

@@ -109,6 +109,11 @@ def test_an_interruption_before_the_first_step_is_an_interruption():
         eigsh(Interrupted(1).op)
 
 
+def test_an_interruption_within_the_first_step_gives_no_pairs_yet():
+    pairs = eigsh(Interrupted(3).op, 4, block=1)  # two products tried the symmetry
+    assert pairs.partial and len(pairs) == 0 and pairs.eigenvectors.shape == (len(A), 0)
+
+
 def problem(shift: float = 0.0, rows: int = 30) -> Problem:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(10, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
