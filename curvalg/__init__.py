@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvalg import errors as errors
+    from curvalg import estimate as estimate
     from curvalg import losses as losses
     from curvalg import registry as registry
+    from curvalg.errors import CheckpointError as CheckpointError
     from curvalg.errors import ConvergenceError as ConvergenceError
     from curvalg.errors import CurvalgError as CurvalgError
     from curvalg.errors import CurvalgWarning as CurvalgWarning
@@ -67,6 +69,7 @@ _ERRORS = (
     "VectorError",
     "ConvergenceError",
     "StaleError",
+    "CheckpointError",
 )
 _EXPR = (
     "Block",
@@ -109,6 +112,7 @@ _HOME: dict[str, str] = {
 }
 _MODULES: dict[str, str] = {
     "errors": "curvalg.errors",
+    "estimate": "curvalg.estimate",
     "registry": "curvalg.registry",
     "losses": "curvalg.losses",
 }

@@ -52,6 +52,10 @@ class StaleError(CurvalgError, RuntimeError):
     """The model changed after the operator was lowered; ``operator.refresh()`` recomputes."""
 
 
+class CheckpointError(CurvalgError, ValueError):
+    """A checkpoint file that is of another run, of something else, or damaged; the message names what differs."""
+
+
 class ConformanceError(CurvalgError, AssertionError):
     """A term does not keep the contract of terms; the message lists every check that failed and what to do.
 

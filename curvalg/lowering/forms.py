@@ -115,6 +115,7 @@ class Form:
         make: at a snapshot; made once for each.
         spectral: whether functions such as a square root can be taken, not only the inverse.
         singular: why the matrix certainly has no inverse, if so.
+        rows: of the matrix that has to be built by products or factorised for it; 0 where its structure is given.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class Form:
         *,
         spectral: bool = True,
         singular: str | None = None,
+        rows: int = 0,
     ) -> None:
         self.name, self.cost, self.spectral, self.singular, self._make = name, cost, spectral, singular, make
+        self.rows = rows
         # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
         self._made: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
 
@@ -244,6 +247,7 @@ def _blocks(matrix: Matrix) -> Offer:
         f"{len(forms)} blocks, {shown}",
         lambda snapshot: Blocks([(places, form.at(snapshot)) for places, form in forms]),
         spectral=all(form.spectral for _, form in forms),
+        rows=max((form.rows for _, form in forms), default=0),
     )
 
 
@@ -348,7 +352,11 @@ def _dual(matrix: Matrix) -> Offer:
     what = str(matrix.expr)
     singular = None if shift else f"its rank is at most M = {columns}, less than D = {matrix.size}"
     return Form(
-        "dual", cost, lambda snapshot: Dual(Columns(problem, snapshot, entries), shift, what), singular=singular
+        "dual",
+        cost,
+        lambda snapshot: Dual(Columns(problem, snapshot, entries), shift, what),
+        singular=singular,
+        rows=columns,
     )
 
 
@@ -408,7 +416,7 @@ def _dense(matrix: Matrix) -> Offer:
     facts = matrix.facts
     kind = "Cholesky" if facts.positive_definite else "LU"
     cost = f"{n} products once, then {'an' if kind == 'LU' else 'a'} {kind} factorisation of {_bytes(8 * n * n)}"
-    return Form("dense", cost, lambda snapshot: dense(matrix, snapshot), spectral=bool(facts.symmetric))
+    return Form("dense", cost, lambda snapshot: dense(matrix, snapshot), spectral=bool(facts.symmetric), rows=n)
 
 
 def dense(matrix: Matrix, snapshot: Snapshot) -> Structure:

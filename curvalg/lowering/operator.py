@@ -16,7 +16,7 @@ from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind, unbound
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.finite import require_finite
-from curvalg.lowering.forms import Matrix, find
+from curvalg.lowering.forms import Form, Matrix, find
 from curvalg.lowering.linearization import linearization
 from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan
@@ -243,12 +243,27 @@ class CurvatureOperator(TorchOperator):
         if quantity not in (known := get_args(Quantity)):
             raise ExpressionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
         self.problem.check(self.snapshot)
+        form = self._form()
+        if form is None:
+            return None
+        with self.problem.differentiating():
+            return getattr(form.at(self.snapshot), quantity)()
+
+    def exact_rows(self) -> int | None:
+        """Rows of the matrix that :meth:`exact` would build and factorise: what it costs.
+
+        Returns:
+            Rows of the dense or the Gram matrix; 0 where the structure is there already; None where there is no exact form.
+        """
+        form = self._form()
+        return None if form is None else form.rows
+
+    def _form(self) -> Form | None:
         if self.expr.domain != self.expr.codomain or self.expr.domain_params != self.expr.codomain_params:
             return None
         with self.problem.differentiating():
             self._bind()
-            form, _ = find(Matrix(self._resolved, self.problem, plan))
-            return None if form is None else getattr(form.at(self.snapshot), quantity)()
+            return find(Matrix(self._resolved, self.problem, plan))[0]
 
     def to_dense(self) -> Tensor:
         if self.expr.domain == self.expr.codomain == "outputs":

@@ -1,0 +1,50 @@
+"""How many columns a block of products should have: measured once, then kept with the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from curvalg.solve import Matmul
+
+GROWTH = 0.4
+"""Blocks of width b need about b^GROWTH times as many products as single vectors (ten eigenvalues of a Hessian: 1.26 times
+for 2, 2.4 times for 8)."""
+WIDEST = 4
+"""Wider blocks seldom pay, and measuring them costs products."""
+
+
+def choose_width(matmul: Matmul, start: Tensor, most: int, clock: Callable[[], float] = time.perf_counter) -> int:
+    """The width of least predicted time among 1, 2, 4, …; stops where doubling does not pay.
+
+    Args:
+        matmul: the product, and whatever else belongs to a step.
+        start: any columns (n, 1), to multiply.
+        most: the widest that makes sense.
+        clock: seconds.
+    """
+    matmul(start)  # what is made once, such as a recording, is not a cost of each product
+    best, least = 1, float("inf")
+    for width in _widths(min(most, WIDEST)):
+        columns = start.expand(-1, width).contiguous()
+        if width == 2:
+            matmul(columns)  # operators measure once how to take several columns
+        begin = clock()
+        result = matmul(columns)
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        cost = (clock() - begin) * width ** (GROWTH - 1)
+        if cost >= least:
+            break
+        best, least = width, cost
+    return best
+
+
+def _widths(most: int) -> Iterator[int]:
+    width = 1
+    while width <= most:
+        yield width
+        width *= 2

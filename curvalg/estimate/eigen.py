@@ -1,0 +1,197 @@
+"""A few eigenpairs of a symmetric operator: exact where structure allows, by Lanczos where not."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import warnings
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, VectorError
+from curvalg.estimate.checkpoint import Checkpoint
+from curvalg.estimate.exact import exact
+from curvalg.estimate.lanczos import Block, Lanczos
+from curvalg.estimate.result import Eigenpairs
+from curvalg.estimate.run import run
+from curvalg.estimate.target import Target, require_symmetric, target
+from curvalg.lowering.vectors import Vector
+from curvalg.solve.ends import SIDES, Which
+from curvalg.solve.orthogonal import orthonormalise
+from curvalg.solve.search import CHALLENGE, DONE, STAGNATED
+
+OnFail = Literal["raise", "warn"]
+
+
+def eigsh(
+    op: Any,
+    k: int = 6,
+    *,
+    which: Which = "LM",
+    tol: float = 1e-4,
+    block: Block = "auto",
+    v0: Vector | None = None,
+    deflate: Vector | Eigenpairs | None = None,
+    seed: int = 0,
+    maxiter: int | None = None,
+    on_fail: OnFail = "raise",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Eigenpairs:
+    """The k eigenpairs of a symmetric operator at one end of its spectrum, or at both.
+
+    ‖A v − λ v‖ ≤ tol · |λ|max for each of them, by residuals that are recomputed from products. Where the structure of a
+    curvature operator gives its eigenpairs at a price that pays, they are exact; otherwise they are found by thick-restart
+    block Lanczos with full re-orthogonalisation (Golub and Underwood, 1977; Wu and Simon, SIAM J. Matrix Anal. Appl. 2000).
+    Repeated eigenvalues are found as often as they occur: what was found is challenged by a search from random vectors
+    orthogonal to it.
+
+    Memory: max(2k + 4 block, 20) vectors of n numbers; more, up to 160, while all together are at most 2²⁴ numbers; and as
+    many again for a moment at restarts.
+
+    Args:
+        op: a :class:`~curvalg.CurvatureOperator` that is proved symmetric, another SciPy ``LinearOperator`` or a matrix.
+        k: how many, 1 ≤ k ≤ n.
+        which: "LA" (largest), "SA" (smallest), "LM" (largest in magnitude) or "BE" (both ends, one more of the largest for
+            odd k). Interior eigenvalues, and those near zero of a large operator, are out of reach of products alone.
+        tol: relative to the largest |λ| that was seen; 0 for 100 units of rounding.
+        block: vectors in each product; "auto" measures what they cost and chooses.
+        v0: vector(s) to start from, of any kind that the operator multiplies; more than a block holds are mixed.
+        deflate: vectors (n, m), or eigenpairs, to whose orthogonal complement the search is confined; products and
+            residuals are projected onto it.
+        seed: of random vectors.
+        maxiter: the most products (of one vector); by default max(1000, 100 k).
+        on_fail: "raise", or "warn" and return what there is with ``converged=False``.
+        checkpoint: a file that the run is written to now and then and resumed from, if it is there.
+        progress: show products done and expected.
+
+    Returns:
+        Eigenpairs, eigenvalues ascending. After Ctrl-C they are those of the last complete step, ``partial=True``.
+
+    Raises:
+        FactsError: the operator is not symmetric, or not proved to be.
+        ExpressionError: an argument that makes no sense.
+        VectorError: v0 or deflate do not fit.
+        ProblemError: a product that is not finite.
+        CheckpointError: the file is of another run, or damaged.
+        ConvergenceError: the tolerance was not reached; the pairs as they are then are in ``error.result``.
+
+    >>> import torch
+    >>> from curvalg import Problem, registry
+    >>> model, data = torch.nn.Linear(3, 1, bias=False), (torch.eye(3), torch.zeros(3, 1))
+    >>> problem = Problem(model, torch.nn.MSELoss(reduction="sum"), data)
+    >>> values, vectors = eigsh((3 * registry.build("ggn")).lower(problem), 2)
+    >>> values, vectors.shape
+    (tensor([6., 6.], dtype=torch.float64), torch.Size([3, 2]))
+    """
+    begin, given = time.perf_counter(), target(op)
+    _require(k, which, tol, block, maxiter, on_fail)
+    before = require_symmetric(given, seed)
+    locked = _locked(deflate, given)
+    if not 1 <= k <= given.size - len(locked):
+        deflated = f" of which {len(locked)} are deflated" if len(locked) else ""
+        raise ExpressionError(f"expected 1 ≤ k ≤ {given.size - len(locked)} for {given.size} rows{deflated}, got k={k}")
+    start = given.rows(v0, "v0")
+    tol = float(tol) or 100 * torch.finfo(given.space.dtype).eps
+    if not len(locked) and (pairs := exact(given, k, which, tol)) is not None:
+        return dataclasses.replace(pairs, seconds=time.perf_counter() - begin)
+    algorithm = Lanczos(
+        target=_confined(given, locked),
+        k=int(k),
+        which=which,
+        tol=tol,
+        block=block if block == "auto" else int(block),
+        seed=int(seed),
+        start_rows=start,
+        locked=locked,
+        most=max(1000, 100 * k) if maxiter is None else int(maxiter),
+        before=before,
+    )
+    file = None if checkpoint is None else Checkpoint(checkpoint, given.subject())
+    outcome = run(algorithm, checkpoint=file, progress=progress)
+    state = outcome.state if outcome.partial else algorithm.checked(outcome.state)
+    values, vectors, residuals = algorithm.pairs(state)
+    phase = algorithm.phase(state)
+    pairs = Eigenpairs(
+        method="lanczos",
+        products=state.products,
+        seconds=max(outcome.seconds, time.perf_counter() - begin),
+        converged=phase == DONE,
+        partial=outcome.partial,
+        eigenvalues=values,
+        eigenvectors=vectors,
+        residuals=residuals,
+        layout=given.layout,
+    )
+    if not pairs.converged and not pairs.partial:
+        _fail(pairs, algorithm, phase, on_fail)
+    return pairs
+
+
+def _fail(pairs: Eigenpairs, algorithm: Lanczos, phase: str, on_fail: OnFail) -> None:
+    scale = float(pairs.eigenvalues.abs().max()) if len(pairs) else 0.0
+    good = int((pairs.residuals <= algorithm.tol * scale).sum())
+    reached = f"{good} of {algorithm.k} eigenpairs of {algorithm.target.name} reached tol={algorithm.tol:g}"
+    reasons = {
+        STAGNATED: "residuals no longer fall, so the tolerance is below the noise of the products: raise tol=, or use float64",
+        CHALLENGE: "but the search for eigenvalues that they may have missed was cut short: raise maxiter=",
+    }
+    cure = reasons.get(phase, "raise maxiter= or tol=, or ask for fewer or for another end (which=)")
+    message = f"{reached} in {pairs.products} products; {cure}"
+    if on_fail == "raise":
+        raise ConvergenceError(message, pairs)
+    warnings.warn(message, CurvalgWarning, stacklevel=3)
+
+
+def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: Any) -> None:
+    if not _whole(k):
+        raise ExpressionError(f"expected an integer k ≥ 1, got {k!r}")
+    if not isinstance(which, str) or which not in SIDES:
+        raise ExpressionError(
+            f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(str(which), '')}"
+        )
+    if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= float(tol) < 1:
+        raise ExpressionError(
+            f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows"
+        )
+    if block != "auto" and not (_whole(block) and block >= 1):
+        raise ExpressionError(f"expected block to be 'auto' or an integer ≥ 1, got {block!r}")
+    if maxiter is not None and not (_whole(maxiter) and maxiter >= 1):
+        raise ExpressionError(f"expected maxiter to be a number of products ≥ 1, or None, got {maxiter!r}")
+    if on_fail not in ("raise", "warn"):
+        raise ExpressionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
+
+
+_HINTS = {"SM": "; eigenvalues near zero are the largest of the inverse: eigsh(inverse(A).lower(problem))"}
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _locked(deflate: Vector | Eigenpairs | None, given: Target) -> Tensor:
+    """Orthonormal rows that span what is deflated."""
+    vectors = deflate.eigenvectors if isinstance(deflate, Eigenpairs) else deflate
+    rows = given.rows(vectors, "deflate")
+    if not len(rows):
+        return rows
+    lengths = rows.norm(dim=1, keepdim=True)
+    if not bool((lengths > 0).all()):
+        raise VectorError("deflate: expected vectors that are not zero, but one is; leave it out")
+    return orthonormalise(rows / lengths, rows[:0], 1.0)[0]
+
+
+def _confined(given: Target, locked: Tensor) -> Target:
+    """The operator on the orthogonal complement of some rows."""
+    if not len(locked):
+        return given
+
+    def multiply(x: Tensor) -> Tensor:
+        y = given.multiply(x)
+        return y - locked.T @ (locked @ y)
+
+    return dataclasses.replace(given, multiply=multiply)

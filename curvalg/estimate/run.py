@@ -1,0 +1,63 @@
+"""The runner of all resumable algorithms: progress, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+from curvalg.estimate.checkpoint import Checkpoint
+from curvalg.estimate.state import Algorithm, State
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended.
+
+    Args:
+        state: the last complete one.
+        seconds: of this run, and of those before it that it resumed.
+        partial: whether it was interrupted.
+    """
+
+    state: State
+    seconds: float
+    partial: bool
+
+
+def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress: bool = False) -> Outcome:
+    """Run an algorithm to its end, or until Ctrl-C.
+
+    Args:
+        algorithm: what is run.
+        checkpoint: the file that the run is resumed from, where it exists, and written to.
+        progress: show products done and expected.
+
+    Returns:
+        The last state. After Ctrl-C it is that of the last complete step; an interruption before the first step raises
+        ``KeyboardInterrupt`` as usual, since there is nothing to return.
+    """
+    begin, before, partial = time.perf_counter(), 0.0, False
+    saved = checkpoint.load(algorithm) if checkpoint is not None else None
+    if saved is None:
+        state = algorithm.start()
+    else:
+        state, before = saved
+
+    def seconds() -> float:
+        return before + time.perf_counter() - begin
+
+    with tqdm(desc=algorithm.name, unit="product", disable=not progress) as bar:
+        try:
+            while not algorithm.done(state):
+                state = algorithm.step(state)
+                bar.total = max(algorithm.expected(state), state.products)
+                bar.update(state.products - bar.n)
+                if checkpoint is not None and checkpoint.due():
+                    checkpoint.save(algorithm, state, seconds())
+        except KeyboardInterrupt:
+            partial = True
+    if checkpoint is not None and (saved is None or state is not saved[0]):
+        checkpoint.save(algorithm, state, seconds())
+    return Outcome(state, seconds(), partial)

@@ -1,0 +1,195 @@
+"""What estimators work on: any operator as a product of torch columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor
+
+from curvalg.errors import ExpressionError, FactsError, ProblemError, VectorError
+from curvalg.estimate import fingerprint
+from curvalg.estimate.checkpoint import digest
+from curvalg.estimate.state import Options
+from curvalg.lowering import CurvatureOperator
+from curvalg.lowering.composition import TorchOperator
+from curvalg.lowering.vectors import Space, Vector, parse
+from curvalg.problem import Layout
+
+
+@dataclass(frozen=True)
+class Target:
+    """An operator as estimators see it.
+
+    Args:
+        name: for messages.
+        shape: (rows, columns).
+        space: of the vectors that it multiplies.
+        multiply: columns (n, K) -> columns (m, K), finite.
+        adjoint: the same of the transpose.
+        symmetric: True or False where known, else None.
+        subject: makes the fingerprint of what a run is about.
+        operator: the curvature operator, if it is one.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    space: Space
+    multiply: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+    symmetric: bool | None
+    subject: Callable[[], Options] = field(repr=False)
+    operator: CurvatureOperator | None = None
+
+    @property
+    def size(self) -> int:
+        """n, the number of columns."""
+        return self.shape[1]
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of the parameters that it acts on."""
+        return self.space.layout
+
+    def rows(self, vectors: Vector | None, what: str) -> Tensor:
+        """Vectors of any kind as rows (s, n); none of them where there are none.
+
+        Raises:
+            VectorError: the wrong shape, kind or device, or entries that are not finite.
+        """
+        if vectors is None:
+            return torch.zeros(0, self.size, dtype=self.space.dtype, device=self.space.device)
+        try:
+            return parse(vectors, self.space, self.space).columns.T.contiguous()
+        except VectorError as error:
+            raise VectorError(f"{what}: {error}") from error
+
+
+def target(op: Any) -> Target:
+    """Any operator that estimators take.
+
+    Args:
+        op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator``, a matrix (array or tensor).
+
+    Raises:
+        ExpressionError: something else, or an operator that is not real.
+    """
+    if isinstance(op, Target):
+        return op
+    if isinstance(op, CurvatureOperator):
+        made = _of_torch(op, str(op.expr))
+        return replace(
+            made, symmetric=op.facts.symmetric or False, operator=op, subject=lambda: fingerprint.of_operator(op)
+        )
+    if isinstance(op, TorchOperator):
+        return _of_torch(op, repr(op))
+    if isinstance(op, Tensor):
+        return _of_tensor(op)
+    if isinstance(op, LinearOperator) or (hasattr(op, "shape") and hasattr(op, "dtype") and hasattr(op, "dot")):
+        return _of_scipy(aslinearoperator(op), op)
+    raise ExpressionError(
+        f"expected a CurvatureOperator, a SciPy LinearOperator or a matrix, got {type(op).__name__}; an expression becomes an "
+        "operator by expr.lower(problem)"
+    )
+
+
+def require_symmetric(target: Target, seed: int) -> int:
+    """Refuse what a symmetric solver cannot do; returns the products that looking took.
+
+    Curvature operators must be proved symmetric. Others are tried on two random vectors, xᵀAy = yᵀAx.
+
+    Raises:
+        FactsError: not symmetric, or not known to be.
+    """
+    m, n = target.shape
+    if m != n:
+        raise FactsError(
+            f"expected a square operator, but {target.name} is {m} x {n}; singular values are given by svds"
+        )
+    if target.symmetric:
+        return 0
+    cure = "write a symmetric expression, such as A.T @ A, or use svds for singular values"
+    if target.symmetric is False:
+        raise FactsError(f"expected a symmetric operator, but {target.name} is not known to be symmetric; {cure}")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 2, generator=generator, dtype=torch.float64).to(target.space.device, target.space.dtype)
+    y = target.multiply(x)
+    inner = (x.T @ y).double()
+    allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
+    if abs(float(inner[0, 1] - inner[1, 0])) > allowed:
+        raise FactsError(
+            f"expected a symmetric operator, but for random x and y xᵀAy = {float(inner[0, 1]):.6g} and "
+            f"yᵀAx = {float(inner[1, 0]):.6g} with A = {target.name}; {cure}"
+        )
+    return 2
+
+
+def _of_torch(op: TorchOperator, name: str) -> Target:
+    space = op._domain
+    return Target(
+        name,
+        op.shape,
+        space,
+        _finite(lambda x: op @ x, name),
+        _finite(lambda x: op.T @ x, name),
+        None,
+        lambda: {"operator": name, "precision": str(space.dtype)},
+    )
+
+
+def _of_tensor(matrix: Tensor) -> Target:
+    if matrix.ndim != 2 or not matrix.dtype.is_floating_point:
+        raise ExpressionError(
+            f"expected a matrix of real floating-point numbers, got a tensor of shape {tuple(matrix.shape)} and {matrix.dtype}"
+        )
+    matrix, name = matrix.detach(), f"the {matrix.shape[0]} x {matrix.shape[1]} matrix"
+    return Target(
+        name,
+        (matrix.shape[0], matrix.shape[1]),
+        Space(matrix.shape[1], None, matrix.dtype, matrix.device),
+        _finite(lambda x: matrix @ x, name),
+        _finite(lambda x: matrix.T @ x, name),
+        None,
+        lambda: {"operator": name, "entries of the matrix": digest(matrix)},
+    )
+
+
+def _of_scipy(op: LinearOperator, given: Any) -> Target:
+    kind = np.dtype(op.dtype if op.dtype is not None else np.float64)
+    if kind.kind not in "fiub":
+        raise ExpressionError(f"expected a real operator, got dtype {kind}; complex ones are not supported")
+    dtype = torch.float32 if kind == np.float32 else torch.float64
+    own = np.float32 if dtype == torch.float32 else np.float64
+    rows, columns = (int(size) for size in op.shape)
+    name = f"the {rows} x {columns} {type(given).__name__}"
+
+    def product(apply: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.from_numpy(np.ascontiguousarray(apply(x.numpy()), dtype=own))
+
+    arrays = (given,) if isinstance(given, np.ndarray) else ()
+    return Target(
+        name,
+        (rows, columns),
+        Space(columns, None, dtype, torch.device("cpu")),
+        _finite(product(op.matmat), name),
+        _finite(product(op.rmatmat), name),
+        None,
+        lambda: {"operator": name, "precision": str(dtype), "entries": digest(*map(torch.from_numpy, arrays))},
+    )
+
+
+def _finite(multiply: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    def checked(x: Tensor) -> Tensor:
+        result = multiply(x)
+        if not bool(torch.isfinite(result).all()):
+            raise ProblemError(
+                f"expected finite products, but {name} gave NaN or infinite entries for finite vectors; look at the operator, "
+                "or at the loss and its second derivative there"
+            )
+        return result
+
+    return checked

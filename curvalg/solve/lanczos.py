@@ -1,0 +1,177 @@
+"""Thick-restart block Lanczos: the decomposition, how it grows, and how it is compressed.
+
+After some products, A V = V T + Q B: the rows of ``basis`` hold the vectors V that were multiplied and then the pending
+block Q that was not; T is the projected matrix and B the coupling. Vectors found before, which the search stays orthogonal
+to, stand in front. Sources: Golub and Underwood (1977) for blocks, Wu and Simon (SIAM J. Matrix Anal. Appl. 2000) for thick
+restarts. All functions take a decomposition and return a new one, so that a search can stop and go on anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from curvalg.solve.orthogonal import combine, complete, grown, orthonormalise, small
+from curvalg.solve.result import Matmul
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """A V = V T + Q B on the orthogonal complement of locked vectors.
+
+    Args:
+        basis: orthonormal rows (locked + a + p, n): locked vectors, V, Q.
+        locked: how many rows the search stays orthogonal to.
+        projected: T (a, a), symmetric, float64 on the CPU.
+        coupling: B (p, a), the same.
+        seed: of the random directions.
+        draws: how many times random directions were drawn.
+    """
+
+    basis: Tensor
+    locked: int
+    projected: Tensor
+    coupling: Tensor
+    seed: int
+    draws: int
+
+    @property
+    def multiplied(self) -> int:
+        """a, the dimension of the projected problem."""
+        return len(self.projected)
+
+    @property
+    def pending(self) -> Tensor:
+        """Q, rows (p, n)."""
+        return self.basis[self.locked + self.multiplied :]
+
+    @property
+    def vectors(self) -> Tensor:
+        """V, rows (a, n)."""
+        return self.basis[self.locked : self.locked + self.multiplied]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether V spans everything there is to search, so that Ritz pairs are eigenpairs."""
+        return not len(self.pending)
+
+    def used(self) -> int:
+        """Vectors held beside the locked ones."""
+        return self.basis.shape[0] - self.locked
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Eigenpairs of the projected matrix.
+
+    Args:
+        values: ascending, (a,).
+        weights: eigenvectors in the basis V, columns (a, a).
+        estimates: ‖A y − θ y‖ by the coupling, (a,).
+    """
+
+    values: Tensor
+    weights: Tensor
+    estimates: Tensor
+
+    @property
+    def scale(self) -> float:
+        """|θ|max, which tolerances are relative to."""
+        return float(self.values.abs().max()) if len(self.values) else 0.0
+
+
+def begin(locked: Tensor, start: Tensor, width: int, *, seed: int, capacity: int) -> Krylov:
+    """An empty decomposition with a block to begin with.
+
+    Args:
+        locked: orthonormal rows (d, n) that the search stays orthogonal to; (0, n) for none.
+        start: rows (s, n) that are wanted in the first block, s ≤ width; what is missing is drawn.
+        width: rows of the block; fewer where there is no room.
+        seed: of random directions.
+        capacity: of the basis, locked vectors included.
+    """
+    none = torch.zeros(0, 0, dtype=torch.float64)
+    krylov = Krylov(locked, len(locked), none, none, seed, 0)
+    return _pend(krylov, start, width, capacity)
+
+
+def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
+    """Multiply the pending block, and make the next one.
+
+    Directions that collapse, in an invariant subspace, are replaced by random ones as long as there is room.
+    """
+    block = krylov.pending
+    product = matmul(block.T.contiguous()).T
+    scale = float(krylov.projected.abs().max()) if krylov.multiplied else 0.0
+    directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale)
+    a, p = krylov.multiplied, len(block)
+    columns = coefficients[:, krylov.locked :]
+    projected = torch.zeros(a + p, a + p, dtype=torch.float64)
+    projected[:a, :a] = krylov.projected
+    projected[a:, :a], projected[:a, a:] = columns[:, :a], columns[:, :a].T
+    projected[a:, a:] = (columns[:, a:] + columns[:, a:].T) / 2
+    wider = torch.cat([torch.zeros(len(coupling), a, dtype=torch.float64), coupling], 1)
+    basis = grown(krylov.basis, directions, capacity)
+    grown_ = replace(krylov, basis=basis, projected=projected, coupling=wider)
+    return _drawn(grown_, width - len(directions), capacity)
+
+
+def ritz(krylov: Krylov) -> Ritz:
+    """The Ritz pairs."""
+    values, weights = torch.linalg.eigh(krylov.projected)
+    return Ritz(values, weights, (krylov.coupling @ weights).norm(dim=0))
+
+
+def compress(krylov: Krylov, weights: Tensor, capacity: int) -> Krylov:
+    """A thick restart: V becomes V · weights, for orthonormal weights (a, l) that span an invariant subspace of T, exactly or
+    nearly; the pending block stays, so that nothing is lost of vectors that are kept."""
+    front = torch.cat([krylov.basis[: krylov.locked], combine(weights.T, krylov.vectors)])
+    basis = grown(grown(front, front[:0], capacity), krylov.pending, capacity)
+    projected = weights.T @ krylov.projected @ weights
+    return replace(krylov, basis=basis, projected=(projected + projected.T) / 2, coupling=krylov.coupling @ weights)
+
+
+def rebuild(krylov: Krylov, kept: Tensor, products: Tensor, start: Tensor, width: int, capacity: int) -> Krylov:
+    """A decomposition from vectors whose products are known, and another block to go on with.
+
+    What the products have beyond the vectors and the new block is dropped: their residuals must be small, or in the block.
+
+    Args:
+        krylov: gives the locked vectors, and the state of the random numbers.
+        kept: orthonormal rows (l, n).
+        products: A times each of them, rows (l, n).
+        start: rows (s, n) to go on with, such as residuals; () for random ones.
+        width: rows of the block.
+        capacity: of the basis.
+    """
+    projected = small(products @ kept.T)
+    basis = grown(krylov.basis[: krylov.locked].clone(), kept, capacity)
+    none = torch.zeros(0, len(kept), dtype=torch.float64)
+    new = replace(krylov, basis=basis, projected=(projected + projected.T) / 2, coupling=none)
+    new = _pend(new, start, width, capacity)
+    return replace(new, coupling=small(new.pending @ products.T))
+
+
+def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
+    """With a pending block from given rows, filled up with random ones; there is none before."""
+    room = krylov.basis.shape[1] - krylov.basis.shape[0]
+    if len(start) and room:
+        lengths = start.norm(dim=1, keepdim=True)
+        directions, _, _ = orthonormalise(start / lengths.clamp_min(torch.finfo(start.dtype).tiny), krylov.basis, 0.0)
+        krylov = replace(krylov, basis=grown(krylov.basis, directions[:room], capacity))
+    coupling = torch.zeros(len(krylov.pending), krylov.multiplied, dtype=torch.float64)
+    return _drawn(replace(krylov, coupling=coupling), width - len(krylov.pending), capacity)
+
+
+def _drawn(krylov: Krylov, count: int, capacity: int) -> Krylov:
+    """With random directions in the pending block, at most as many as there is room for; V is not coupled to them."""
+    count = min(count, krylov.basis.shape[1] - krylov.basis.shape[0])
+    if count <= 0:
+        return krylov
+    generator = torch.Generator().manual_seed((krylov.seed * 1_000_003 + krylov.draws) % 2**63)
+    rows = complete(krylov.basis, count, generator)
+    coupling = torch.cat([krylov.coupling, torch.zeros(count, krylov.multiplied, dtype=torch.float64)])
+    basis = grown(krylov.basis, rows, capacity)
+    return replace(krylov, basis=basis, coupling=coupling, draws=krylov.draws + 1)

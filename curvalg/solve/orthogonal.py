@@ -1,0 +1,98 @@
+"""Orthonormal bases that grow by blocks. Vectors are rows here, so that each of them is contiguous."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthonormalise(block: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a block into its part in the span of a basis and new orthonormal directions.
+
+    block = coefficients · basis + couplingᵀ · directions, by classical block Gram-Schmidt done twice, with a singular value
+    decomposition in between that drops the directions that are nothing but rounding noise.
+
+    Args:
+        block: rows (p, n).
+        basis: orthonormal rows (j, n).
+        scale: norm of the operator that the block comes from; noise is relative to it, and to the block itself.
+
+    Returns:
+        directions (r, n) with r ≤ p; coefficients (p, j) and coupling (r, p), float64 on the CPU.
+    """
+    noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(block.norm(dim=1).max()))
+    coefficients, block = _project(block.contiguous(), basis)
+    directions, triangle = _factorise(block)
+    left, singular, right = torch.linalg.svd(triangle)
+    rank = int((singular > noise).sum())
+    directions = combine(left[:, :rank].T, directions)
+    coupling = singular[:rank, None] * right[:rank]
+    # Small directions were blown up when they were normalised, and with them what the first projection left behind.
+    again, directions = _project(directions, basis)
+    directions, triangle = _factorise(directions)
+    return directions, coefficients + coupling.T @ again, triangle @ coupling
+
+
+def complete(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Random orthonormal rows (count, n), orthogonal to a basis (j, n); there must be room, count ≤ n − j.
+
+    The numbers are drawn on the CPU, so that they do not depend on the device.
+    """
+    rows = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64).to(basis)
+    # In the last few dimensions almost nothing of a random vector is left, and twice is not enough.
+    for _ in range(3):
+        rows, _ = _factorise(_project(rows, basis)[1])
+    return rows
+
+
+def combine(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights (q, p) · rows (p, n), the weights from the small float64 problem."""
+    return weights.to(rows) @ rows
+
+
+def grown(basis: Tensor, new: Tensor, capacity: int) -> Tensor:
+    """The basis with new rows below, in one storage with room for ``capacity`` rows.
+
+    Rows are only ever appended: a basis that was made before stays as it is, although it shares the storage.
+    """
+    rows, n = basis.shape[0] + new.shape[0], basis.shape[1]
+    room = basis.is_contiguous() and basis.storage_offset() == 0
+    if not room or basis.untyped_storage().nbytes() < rows * n * basis.itemsize:
+        # Memory that is not written yet costs nothing on most systems.
+        wider = torch.empty(max(capacity, rows), n, dtype=basis.dtype, device=basis.device)[: basis.shape[0]]
+        basis = wider.copy_(basis)
+    whole = basis.as_strided((rows, n), (n, 1))
+    whole[basis.shape[0] :] = new
+    return whole
+
+
+def small(t: Tensor) -> Tensor:
+    """For the projected problem: float64 on the CPU."""
+    return t.to("cpu", torch.float64)
+
+
+NARROW = 8
+"""Rows of a block up to which Gram-Schmidt is faster than a Householder factorisation of long vectors."""
+
+
+def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(basis):
+        return torch.zeros(len(block), 0, dtype=torch.float64), block
+    coefficients = block @ basis.T
+    return small(coefficients), torch.addmm(block, coefficients, basis, alpha=-1)
+
+
+def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
+    """block = triangleᵀ · rows with orthonormal rows; one is zero only where nothing at all is left of it."""
+    if len(block) > NARROW:
+        orthonormal, triangle = torch.linalg.qr(block.T)
+        return orthonormal.T.contiguous(), small(triangle)
+    rows, triangle = torch.empty_like(block), torch.zeros(len(block), len(block), dtype=torch.float64)
+    for i in range(len(block)):
+        first, row = _project(block[i : i + 1], rows[:i])
+        again, row = _project(row, rows[:i])
+        # In float32, torch sums the squares of 5 million numbers with an error of 1e-4.
+        norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+        triangle[:i, i], triangle[i, i] = (first + again)[0], norm
+        torch.div(row[0], norm or 1.0, out=rows[i])
+    return rows, triangle
