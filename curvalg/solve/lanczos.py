@@ -105,8 +105,11 @@ def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
     block = krylov.pending
     product = matmul(block.T.contiguous()).T
     scale = float(krylov.projected.abs().max()) if krylov.multiplied else 0.0
-    directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale)
     a, p = krylov.multiplied, len(block)
+    known = torch.zeros(p, len(krylov.basis), dtype=torch.float64)
+    known[:, krylov.locked : krylov.locked + a] = krylov.coupling
+    known[:, krylov.locked + a :] = small(product @ block.T)
+    directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale, known)
     columns = coefficients[:, krylov.locked :]
     projected = torch.zeros(a + p, a + p, dtype=torch.float64)
     projected[:a, :a] = krylov.projected
@@ -127,8 +130,13 @@ def ritz(krylov: Krylov) -> Ritz:
 def compress(krylov: Krylov, weights: Tensor, capacity: int) -> Krylov:
     """A thick restart: V becomes V · weights, for orthonormal weights (a, l) that span an invariant subspace of T, exactly or
     nearly; the pending block stays, so that nothing is lost of vectors that are kept."""
-    front = torch.cat([krylov.basis[: krylov.locked], combine(weights.T, krylov.vectors)])
-    basis = grown(grown(front, front[:0], capacity), krylov.pending, capacity)
+    # One new storage, written once: at this size every copy counts.
+    locked, n = krylov.locked, krylov.basis.shape[1]
+    rows = locked + weights.shape[1] + len(krylov.pending)
+    basis = torch.empty(max(capacity, rows), n, dtype=krylov.basis.dtype, device=krylov.basis.device)[:rows]
+    basis[:locked] = krylov.basis[:locked]
+    torch.mm(weights.T.to(basis), krylov.vectors, out=basis[locked : locked + weights.shape[1]])
+    basis[locked + weights.shape[1] :] = krylov.pending
     projected = weights.T @ krylov.projected @ weights
     return replace(krylov, basis=basis, projected=(projected + projected.T) / 2, coupling=krylov.coupling @ weights)
 
@@ -170,7 +178,10 @@ def _drawn(krylov: Krylov, count: int, capacity: int) -> Krylov:
     count = min(count, krylov.basis.shape[1] - krylov.basis.shape[0])
     if count <= 0:
         return krylov
-    generator = torch.Generator().manual_seed((krylov.seed * 1_000_003 + krylov.draws) % 2**63)
+    # Other numbers than in the search that found the locked vectors: in a multiple eigenspace those are what the numbers of
+    # that search left there, so that the same ones again would have no part in the rest of it.
+    key = (krylov.seed * 1_000_003 + krylov.draws) * 1_000_003 + krylov.locked
+    generator = torch.Generator().manual_seed(key % 2**63)
     rows = complete(krylov.basis, count, generator)
     coupling = torch.cat([krylov.coupling, torch.zeros(count, krylov.multiplied, dtype=torch.float64)])
     basis = grown(krylov.basis, rows, capacity)

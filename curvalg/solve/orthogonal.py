@@ -6,25 +6,37 @@ import torch
 from torch import Tensor
 
 
-def orthonormalise(block: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def orthonormalise(
+    block: Tensor, basis: Tensor, scale: float, known: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split a block into its part in the span of a basis and new orthonormal directions.
 
-    block = coefficients · basis + couplingᵀ · directions, by classical block Gram-Schmidt done twice, with a singular value
-    decomposition in between that drops the directions that are nothing but rounding noise.
+    block = coefficients · basis + couplingᵀ · directions, by classical block Gram-Schmidt, with a singular value decomposition
+    that drops the directions that are nothing but rounding noise. A second pass follows where the first took away so much
+    that errors of the basis would grow (Daniel, Gragg, Kaufman and Stewart, 1976).
 
     Args:
         block: rows (p, n).
         basis: orthonormal rows (j, n).
         scale: norm of the operator that the block comes from; noise is relative to it, and to the block itself.
+        known: coefficients (p, j) up to rounding, where most of them are known, and zero: what they account for is taken off
+            first, so that one pass is enough.
 
     Returns:
         directions (r, n) with r ≤ p; coefficients (p, j) and coupling (r, p), float64 on the CPU.
     """
     noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(block.norm(dim=1).max()))
-    coefficients, block = _project(block.contiguous(), basis)
+    block, before = block.contiguous(), torch.zeros(len(block), len(basis), dtype=torch.float64)
+    if known is not None:
+        block, before = _less(block, known, basis), known
+    length = float(torch.linalg.vector_norm(block, dtype=torch.float64))
+    coefficients, block = _project(block, basis)
+    coefficients = coefficients + before
     directions, triangle = _factorise(block)
     left, singular, right = torch.linalg.svd(triangle)
     rank = int((singular > noise).sum())
+    if len(singular) == rank and float(singular.min()) > MUCH * length:
+        return directions, coefficients, triangle
     directions = combine(left[:, :rank].T, directions)
     coupling = singular[:rank, None] * right[:rank]
     # Small directions were blown up when they were normalised, and with them what the first projection left behind.
@@ -71,6 +83,9 @@ def small(t: Tensor) -> Tensor:
     return t.to("cpu", torch.float64)
 
 
+MUCH = 0.7
+"""What must be left of a block's length for one pass of Gram-Schmidt to be enough."""
+
 NARROW = 8
 """Rows of a block up to which Gram-Schmidt is faster than a Householder factorisation of long vectors."""
 
@@ -80,6 +95,13 @@ def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros(len(block), 0, dtype=torch.float64), block
     coefficients = block @ basis.T
     return small(coefficients), torch.addmm(block, coefficients, basis, alpha=-1)
+
+
+def _less(block: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
+    """block − coefficients · basis, reading only the rows that count."""
+    rows = coefficients.any(0).nonzero()
+    first = int(rows[0]) if len(rows) else len(basis)
+    return torch.addmm(block, coefficients[:, first:].to(block), basis[first:], alpha=-1)
 
 
 def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:

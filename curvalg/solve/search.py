@@ -164,7 +164,8 @@ def _checked(search: Search, aim: Aim, pairs: Ritz, matmul: Matmul) -> Search:
     capacity = krylov.locked + aim.subspace
     values = pairs.values[chosen]
     rows = combine(pairs.weights[:, chosen].T, krylov.vectors)
-    products = matmul(rows.T.contiguous()).T
+    # In blocks of the width that was found to be the fastest.
+    products = torch.cat([matmul(part.T.contiguous()).T for part in rows.split(aim.width)])
     remainder = products - values[:, None].to(rows) * rows
     residuals = small(remainder.norm(dim=1))
     search = replace(search, values=values, residuals=residuals, blocks=0)

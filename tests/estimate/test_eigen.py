@@ -187,6 +187,15 @@ def test_deflation_searches_the_complement():
     assert len(eigsh(A, 97, deflate=first, tol=1e-6)) == 97
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_seed_of_the_search_that_found_what_is_deflated_may_be_used_again(block):
+    A = matrix(SPECTRA["repeated"])
+    for seed in range(3):
+        first = eigsh(A, 3, which="LA", tol=1e-10, block=block, seed=seed)
+        w, _ = eigsh(A, 4, which="LA", tol=1e-8, block=block, seed=seed, deflate=first)
+        assert torch.allclose(w[-2:], torch.tensor([5.0, 5.0], dtype=F64))
+
+
 def test_deflated_vectors_need_not_be_eigenvectors():
     A, generator = matrix(SPECTRA["repeated"]), torch.Generator().manual_seed(0)
     L = torch.randn(100, 3, generator=generator, dtype=F64) @ torch.rand(
