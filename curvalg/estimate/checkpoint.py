@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,26 @@ import curvalg
 from curvalg.errors import CheckpointError
 from curvalg.estimate.state import Algorithm, Options, State
 
-FORMAT = 1
+FORMAT = 2
 KEY = "curvalg"
 """The entry of the file's metadata that holds everything but the tensors, as JSON."""
 INTERVAL = 30.0
 """The least seconds between two writes."""
 OVERHEAD = 0.05
 """The most that writing may take of the time of a run."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What an operator measured and chose, written with a state, and what an earlier run did, to be used again.
+
+    Args:
+        made: name -> what JSON can hold; grows with the products.
+        recalled: the same of an earlier run.
+    """
+
+    made: dict[str, Any]
+    recalled: dict[str, Any]
 
 
 class Checkpoint:
@@ -37,13 +51,14 @@ class Checkpoint:
     Args:
         path: of the file, in a folder that exists.
         subject: fingerprint of what the run is about, name -> what JSON can hold.
+        choices: that products depend on in their last bits.
 
     Raises:
         CheckpointError: the folder does not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str], subject: Options) -> None:
-        self.path, self.subject = Path(path), subject
+    def __init__(self, path: str | os.PathLike[str], subject: Options, choices: Choices | None = None) -> None:
+        self.path, self.subject, self._choices = Path(path), subject, choices or Choices({}, {})
         self._next = time.monotonic() + INTERVAL
         if not self.path.parent.is_dir():
             raise CheckpointError(
@@ -66,6 +81,7 @@ class Checkpoint:
             "algorithm": algorithm.name,
             "options": algorithm.options,
             "numbers": state.numbers,
+            "choices": self._choices.made,
             "seconds": seconds,
         }
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
@@ -104,6 +120,7 @@ class Checkpoint:
                 )
             # Own memory: tensors of a file lie at any address, and the bits of a sum may depend on that.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        self._choices.recalled.update(header["choices"])
         return State(tensors, header["numbers"]), float(header["seconds"])
 
     @contextlib.contextmanager

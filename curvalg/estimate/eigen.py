@@ -111,7 +111,7 @@ def eigsh(
         most=max(1000, 100 * k) if maxiter is None else int(maxiter),
         before=before,
     )
-    file = None if checkpoint is None else Checkpoint(checkpoint, given.subject())
+    file = None if checkpoint is None else Checkpoint(checkpoint, given.subject(), given.choices)
     outcome = run(algorithm, checkpoint=file, progress=progress)
     state = outcome.state if outcome.partial else algorithm.checked(outcome.state)
     values, vectors, residuals = algorithm.pairs(state)

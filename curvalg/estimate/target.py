@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, ProblemError, VectorError
 from curvalg.estimate import fingerprint
-from curvalg.estimate.checkpoint import digest
+from curvalg.estimate.checkpoint import Choices, digest
 from curvalg.estimate.state import Options
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
@@ -44,6 +44,12 @@ class Target:
     symmetric: bool | None
     subject: Callable[[], Options] = field(repr=False)
     operator: CurvatureOperator | None = None
+
+    @property
+    def choices(self) -> Choices | None:
+        """Where the operator's measured choices are."""
+        problem = None if self.operator is None else self.operator.problem
+        return None if problem is None else Choices(problem.choices, problem.recalled)
 
     @property
     def size(self) -> int:

@@ -54,12 +54,22 @@ class FactoredBlocksPlan(Plan):
         if not factor.complete:
             return self.otherwise.apply(snapshot, x)
         if snapshot not in self._choices:
-            self._choices[snapshot] = self._measure(factor, snapshot, x[:, :1])
+            self._choices[snapshot] = self._recalled() or self._measure(factor, snapshot, x[:, :1])
+            self.problem.choices[self._name] = self._choices[snapshot]
             if self._slower(snapshot):
                 factor.drop()
                 return self.otherwise.apply(snapshot, x)
             drop_recordings(self.otherwise, snapshot)
         return self._factored(factor, x)
+
+    @property
+    def _name(self) -> str:
+        terms = " + ".join(sorted(f"{c:g}*{term}" for c, term in self.entries))
+        return self.problem.choice("seconds of blocks", f"{terms} by {len(self.groups)} groups")
+
+    def _recalled(self) -> dict[str, float] | None:
+        """What an earlier run measured."""
+        return self.problem.recalled.get(self._name)
 
     def _measure(self, factor: Factor, snapshot: Snapshot, x: Tensor) -> dict[str, float]:
         """Seconds of a product in either way; with many output directions or positions the deltas can be the larger."""

@@ -52,7 +52,8 @@ class Linearization:
         self.chunk = self.asked
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
-        self.products = 0
+        self._named = {topic: problem.choice(topic, sweep) for topic in ("products", "tangents", "program", "columns")}
+        self.products = int(problem.recalled.get(self._named["products"], 0))
         self._measured = self._tried = False
 
     def drop(self) -> None:
@@ -74,7 +75,10 @@ class Linearization:
         """The product with vectors (K, D), shape (K, D)."""
         problem.budget.touch(self)
         self.products += rows.shape[0]
+        problem.choices[self._named["products"]] = self.products
         if self.products > AMORTISED and not self._tried:
+            if self._named["program"] in problem.recalled:  # of an earlier run, which had all recordings by now
+                self.prepare(problem, snapshot)
             self._try_linearized(problem, snapshot, rows[:1])
         try:
             return self._product(problem, snapshot, rows)
@@ -104,7 +108,7 @@ class Linearization:
         if sweep.curved and not sweep.dataset_terms:
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, SinglePass)
-                total += single.multiply(rows, self._columns(single, rows))
+                total += single.multiply(rows, self._columns(problem, single, rows))
                 del single  # a fresh graph is released before the next batch is recorded
             return total
         prepared = prepare(sweep.dataset_terms, problem, snapshot)
@@ -114,13 +118,13 @@ class Linearization:
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
             for recorded in self._staged(problem, snapshot, rows.shape[0], again=True):
-                tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(recorded, rows))
+                tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(problem, recorded, rows))
                 for term in sweep.reduces:
                     stats = self._reduce(term, recorded, tangent, prepared)
                     totals[term] = trees.add(totals.get(term), stats)
                 del recorded
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
-            chunk = self._columns(recorded, rows)
+            chunk = self._columns(problem, recorded, rows)
             known = tangents.pop(recorded.index, None)
             pushed = recorded.tangent(rows, chunk) if known is None else known
             rates = self._rates(recorded, pushed, prepared, totals)
@@ -229,6 +233,11 @@ class Linearization:
 
     def _measure_route(self, evaluation: Evaluation) -> None:
         """J v by two backward passes through the recorded graph, or by forward AD with a forward pass of its own."""
+        problem, choice = evaluation.problem, self._named["tangents"]
+        if choice in problem.recalled:
+            self.route = problem.choices[choice] = problem.recalled[choice]
+            self.notes["tangents"] = f"tangents by {self.route}, as chosen before"
+            return
         rows = torch.ones(
             1, evaluation.problem.layout.size, dtype=evaluation.problem.dtype, device=evaluation.problem.device
         )
@@ -238,6 +247,7 @@ class Linearization:
             seconds[recorded.ROUTE] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
         if evaluation.problem.no_forward_ad is None and seconds[ForwardAD.ROUTE] < 0.9 * seconds[TwoStage.ROUTE]:
             self.route = ForwardAD.ROUTE
+        problem.choices[choice] = self.route
         shown = ", ".join(f"{name} {1e3 * t:.2g} ms" for name, t in seconds.items())
         self.notes["tangents"] = f"tangents by {self.route} ({shown} on one batch)"
 
@@ -246,6 +256,13 @@ class Linearization:
         if self.sweep.curved or not self.complete:
             return
         self._tried = True
+        choice = self._named["program"]
+        recalled = problem.recalled.get(choice)
+        if recalled is False:
+            self.notes["program"] = "no linearised program, as chosen before"
+            problem.choices[choice] = False
+            return
+        problem.choices[choice] = False
         replaced: dict[int, Recording] = {}
         for evaluation in problem.evaluations(snapshot, order_matters=True):
             old = self.batches[evaluation.sample.index]
@@ -254,7 +271,7 @@ class Linearization:
             try:
                 new = Linearized(evaluation, True)
                 reason = decline_linearized(new, old, rows)
-                if reason is None and not replaced:
+                if reason is None and not replaced and not recalled:
                     before = fastest(lambda o=old: o.tangent(rows, 1))  # type: ignore[misc]
                     after = fastest(lambda n=new: n.tangent(rows, 1))  # type: ignore[misc]
                     reason = (
@@ -270,11 +287,12 @@ class Linearization:
                 self.notes["program"] = f"no linearised program: {reason}"
                 return
             replaced[evaluation.sample.index] = new
+        problem.choices[choice] = True
         self.batches = replaced
         self.route = Linearized.ROUTE
         self.notes["tangents"] = f"tangents by {self.route}, verified and faster"
 
-    def _columns(self, recorded: Recording, rows: Tensor) -> int:
+    def _columns(self, problem: Problem, recorded: Recording, rows: Tensor) -> int:
         """Columns in one backward pass: as asked for, or measured on the first batch that meets several."""
         if rows.shape[0] == 1 or self.chunk is not None:
             return 1 if self.chunk is None else self.chunk
@@ -282,11 +300,17 @@ class Linearization:
         few = rows[: min(rows.shape[0], most, 8)]
         if isinstance(recorded, Transient) or few.shape[0] == 1:
             return 1
-        keep, recorded.keep = recorded.keep, True
-        try:
-            self.chunk = self._measure_columns(recorded, few, most)
-        finally:
-            recorded.keep = keep
+        choice = self._named["columns"]
+        if choice in problem.recalled:
+            self.chunk = int(problem.recalled[choice])
+            self.notes["columns"] = f"columns in batches of {self.chunk}, as chosen before"
+        else:
+            keep, recorded.keep = recorded.keep, True
+            try:
+                self.chunk = self._measure_columns(recorded, few, most)
+            finally:
+                recorded.keep = keep
+        problem.choices[choice] = self.chunk
         return self.chunk
 
     def _measure_columns(self, recorded: Recording, rows: Tensor, most: int) -> int:

@@ -34,6 +34,9 @@ class Sweep:
         """What equal sums share, in whatever order they were written."""
         return frozenset(self.entries)
 
+    def __str__(self) -> str:
+        return " + ".join(sorted(f"{c:g}*{term}" for c, term in self.entries))
+
     @property
     def curved(self) -> bool:
         """Whether a term has a u, so that second derivatives of the model are needed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,10 @@ class Problem:
         self.layer_batched: bool | None = None
         self.layer_groups: list[tuple[str, ...]] = []
         self.layer_checks: dict[str, int] = {}
+        # What short measurements chose between ways that give the same numbers up to rounding, by what they are of; and what an
+        # earlier run chose, which is not measured again: so that a resumed run gives the same bits.
+        self.choices: dict[str, Any] = {}
+        self.recalled: dict[str, Any] = {}
         self._snapshot: Snapshot | None = None
         self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
         self._restrictions: dict[tuple[str, ...], Problem] = {}
@@ -406,6 +411,7 @@ class Problem:
             twin._reset()
             twin._totals = totals
             twin._budget = self._budget  # a copy makes one of its own
+            twin.choices, twin.recalled = self.choices, self.recalled
             twin.model = copy.copy(self.model)
             twin.model.chosen = {name: self.model.chosen[name] for name in names}
             twin.layout = Layout(twin.model.chosen)
@@ -413,6 +419,11 @@ class Problem:
             twin._snapshot = self.snapshot()
             self._restrictions[key] = twin
         return self._restrictions[key]
+
+    def choice(self, topic: str, subject: object) -> str:
+        """The name of a choice about something on these parameters."""
+        names = hashlib.sha256("\n".join(self.layout.names).encode()).hexdigest()[:12]
+        return f"{topic} of {subject} over {len(self.layout.names)} tensors ({names})"
 
     def __repr__(self) -> str:
         model = type(self.model.module).__name__ if isinstance(self.model, ModuleModel) else "function"

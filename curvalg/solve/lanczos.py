@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvalg.solve.orthogonal import combine, complete, grown, orthonormalise, small
+from curvalg.solve.orthogonal import complete, grown, orthonormalise, small
 from curvalg.solve.result import Matmul
 
 

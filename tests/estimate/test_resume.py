@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from spectra import SPECTRA, matrix
 
-from curvalg import CheckpointError, ConvergenceError, Diagonal, Problem, registry
+from curvalg import CheckpointError, ConvergenceError, CurvatureOperator, Diagonal, Problem, registry
 from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import eigsh
+from curvalg.lowering.linearization import AMORTISED
 
 A = matrix(SPECTRA["clustered"]).numpy()
 
@@ -241,3 +243,49 @@ def test_writing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
     )  # from 40 to 50: took 10, so the next one is 200 later
     waited = next(i for i in range(100) if file.due())
     assert 10 * waited >= 180
+
+
+def network():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 40))
+    X, y = torch.randn(60, 20), torch.randint(0, 40, (60,))
+    return Problem(model, torch.nn.CrossEntropyLoss(), [(X[:25], y[:25]), (X[25:], y[25:])])
+
+
+@pytest.mark.parametrize(("block", "at"), [(1, 10), (1, 45), (3, 20)])
+@pytest.mark.parametrize("favoured", ["first", "second"])
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured, block, at):
+    """Routes and columns are chosen by the clock, and change the last bits."""
+    clock = iter(())
+
+    def fastest(run):
+        run()
+        return next(clock)
+
+    def favour(which):
+        nonlocal clock
+        clock = itertools.cycle([1.0, 2.0] if which == "first" else [2.0, 1.0])
+
+    def solve(path=None):
+        op = registry.build("ggn").lower(network())
+        return eigsh(op, 3, which="LA", tol=1e-5, block=block, checkpoint=path)
+
+    monkeypatch.setattr("curvalg.lowering.linearization.fastest", fastest)
+    favour(favoured)
+    whole = solve()
+    path, apply, calls = tmp_path / "run.safetensors", CurvatureOperator._apply, itertools.count()
+
+    def interrupted(self, x):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return apply(self, x)
+
+    favour(favoured)
+    with monkeypatch.context() as patch:
+        patch.setattr(CurvatureOperator, "_apply", interrupted)
+        assert solve(path).partial
+    decided = at * block > AMORTISED  # what was not measured yet is measured now
+    favour(favoured if not decided else "second" if favoured == "first" else "first")
+    resumed = solve(path)
+    assert not resumed.partial and resumed.products == whole.products
+    assert torch.equal(resumed.eigenvectors, whole.eigenvectors)

@@ -160,10 +160,12 @@ class Recorded:
         if not needed:
             return {}
         edges = [self._uses[i].edge for i in needed]
-        known = self.problem.layer_batched
+        problem = self.problem
+        choice = problem.choice("columns in one backward pass", "layers")
+        known = problem.recalled.get(choice) if problem.layer_batched is None else problem.layer_batched
         gradients, batched = backward_columns(self.z, edges, cotangents.to(self.z.dtype), batched=known)
-        if known is None and len(cotangents) > 1:
-            self.problem.layer_batched = batched
+        if problem.layer_batched is None and len(cotangents) > 1:
+            problem.layer_batched = problem.choices[choice] = batched
         pairs = zip(needed, gradients, strict=True)
         return {i: g.reshape(g.shape[0], *self._uses[i].output_shape) for i, g in pairs if g is not None}
 
