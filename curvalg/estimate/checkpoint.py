@@ -59,6 +59,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], subject: Options, choices: Choices | None = None) -> None:
         self.path, self.subject, self._choices = Path(path), subject, choices or Choices({}, {})
+        self._marked: dict[str, Any] = {}
         self._next = time.monotonic() + INTERVAL
         if not self.path.parent.is_dir():
             raise CheckpointError(
@@ -71,6 +72,10 @@ class Checkpoint:
         """Whether it is time to write again."""
         return time.monotonic() >= self._next
 
+    def mark(self) -> None:
+        """Remember the choices as they are with the state that was just reached; a step that is interrupted may make more."""
+        self._marked = {**self._choices.recalled, **self._choices.made}
+
     def save(self, algorithm: Algorithm, state: State, seconds: float) -> None:
         """Write a state so that the file is at any moment either the old one or the new one, whole."""
         begin = time.monotonic()
@@ -81,7 +86,7 @@ class Checkpoint:
             "algorithm": algorithm.name,
             "options": algorithm.options,
             "numbers": state.numbers,
-            "choices": self._choices.made,
+            "choices": self._marked,
             "seconds": seconds,
         }
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}

@@ -44,6 +44,8 @@ def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress:
         state = algorithm.start()
     else:
         state, before = saved
+    if checkpoint is not None:
+        checkpoint.mark()
 
     def seconds() -> float:
         return before + time.perf_counter() - begin
@@ -52,6 +54,8 @@ def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress:
         try:
             while not algorithm.done(state):
                 state = algorithm.step(state)
+                if checkpoint is not None:
+                    checkpoint.mark()
                 bar.total = max(algorithm.expected(state), state.products)
                 bar.update(state.products - bar.n)
                 if checkpoint is not None and checkpoint.due():

@@ -269,7 +269,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured
 
     def solve(path=None):
         op = registry.build("ggn").lower(network())
-        return eigsh(op, 3, which="LA", tol=1e-5, block=block, checkpoint=path)
+        return eigsh(op, 6, which="LA", tol=1e-5, block=block, checkpoint=path)
 
     monkeypatch.setattr("curvalg.lowering.linearization.fastest", fastest)
     favour(favoured)
