@@ -1,0 +1,55 @@
+"""Traces by independent samples."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from curvalg.estimate.probes import pairwise
+from curvalg.estimate.sketch import Sketch, Tensors, standard_error
+
+
+class Hutchinson(Sketch):
+    """tr A = E ωᵀAω (Girard, 1987; Hutchinson, 1990); best for flat spectra.
+
+    On the sphere rather than with signs or Gaussians: multiples of the identity then have no error in any basis.
+    """
+
+    method: ClassVar[str] = "hutchinson"
+    keeps: ClassVar[bool] = False
+
+    def empty(self) -> Tensors:
+        """No samples."""
+        return {"samples": torch.zeros(0, dtype=torch.float64)}
+
+    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
+        """More samples; the vectors are forgotten."""
+        omega = self.probes.rows(start, stop)
+        samples = self.sample(omega, self._multiply(omega))
+        return {"samples": torch.cat([sketch["samples"], samples])}, stop - start
+
+    def sample(self, omega: Tensor, images: Tensor) -> Tensor:
+        """One number for each vector."""
+        return pairwise(omega, images)
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """Their mean."""
+        return sketch["samples"].mean(), standard_error(sketch["samples"])
+
+
+class SquaredNorms(Hutchinson):
+    """‖A‖²_F = tr AᵀA = E ‖Aω‖², without products with Aᵀ; operators may be rectangular."""
+
+    def sample(self, omega: Tensor, images: Tensor) -> Tensor:
+        """‖Aω‖²."""
+        return pairwise(images, images)
+
+    def exact(self, start: int, stop: int) -> Tensor:
+        """Squared norms of columns."""
+        space = self.target.space
+        units = torch.zeros(self.target.size, stop - start, dtype=space.dtype, device=space.device)
+        units[torch.arange(start, stop), torch.arange(stop - start)] = 1
+        columns = self._multiply(units.T)
+        return pairwise(columns, columns)
