@@ -38,6 +38,9 @@ class Hutchinson(Sketch):
         """Their mean."""
         return sketch["samples"].mean(), standard_error(sketch["samples"])
 
+    def _columns(self, budget: int) -> int:
+        return budget // self.price
+
 
 class SquaredNorms(Hutchinson):
     """‖A‖²_F = tr AᵀA = E ‖Aω‖², without products with Aᵀ; operators may be rectangular."""
@@ -46,10 +49,6 @@ class SquaredNorms(Hutchinson):
         """‖Aω‖²."""
         return pairwise(images, images)
 
-    def exact(self, start: int, stop: int) -> Tensor:
-        """Squared norms of columns."""
-        space = self.target.space
-        units = torch.zeros(self.target.size, stop - start, dtype=space.dtype, device=space.device)
-        units[torch.arange(start, stop), torch.arange(stop - start)] = 1
-        columns = self._multiply(units.T)
-        return pairwise(columns, columns)
+    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Squared norms."""
+        return pairwise(images, images).sum()

@@ -10,10 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from curvalg.estimate.probes import Probes
+from curvalg.estimate.probes import Probes, inner, pairwise
 from curvalg.estimate.state import Options, State
 from curvalg.estimate.target import Target
-from curvalg.solve.orthogonal import small
 
 AT_ONCE, WIDEST = 2**24, 256
 """Numbers, and vectors, in one block of products."""
@@ -27,7 +26,8 @@ class Sketch(ABC):
 
     The products of random vectors, the sketch, are added a block at a time. When the budget is spent the estimate is made; if
     its error is more than the tolerance allows, the budget is doubled and all that was computed is kept. Where the next budget
-    would be more than ``most``, the exact value by n unit vectors is the last resort, if that is not too much either.
+    would be more than ``most`` or more than n products, the last resort is the exact value: the vectors whose products are
+    known are completed to an orthonormal basis, if that does not take too many either.
 
     Args:
         target: the operator.
@@ -48,14 +48,14 @@ class Sketch(ABC):
     method: ClassVar[str]
     multiplications: ClassVar[int] = 1
     """How many each test vector takes."""
-    fewest: ClassVar[int] = 2
-    """The least number of test vectors."""
     safety: ClassVar[float] = 1.0
     """By which the standard error of the samples is multiplied, for samples that depend on each other look too much alike.
     Calibrated over five spectra: at least nine of ten errors are below two of the reported ones."""
     distribution: ClassVar[Literal["sphere", "signs"]] = "sphere"
     keeps: ClassVar[bool] = True
     """Whether test vectors are needed again."""
+    large: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors that live on the operator's device."""
 
     @abstractmethod
     def empty(self) -> Tensors:
@@ -69,16 +69,17 @@ class Sketch(ABC):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """Value and standard error, float64."""
 
-    def exact(self, start: int, stop: int) -> Tensor:
-        """What unit vectors start ≤ i < stop contribute, float64, one number each."""
-        space = self.target.space
-        units = torch.zeros(self.target.size, stop - start, dtype=space.dtype, device=space.device)
-        units[torch.arange(start, stop), torch.arange(stop - start)] = 1
-        return small(self.target.multiply(units)[start:stop].diagonal())
+    def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """Orthonormal rows whose products the sketch knows, with these; none by default."""
+        return self._no_rows(), self._no_rows()
 
-    def total(self, contributions: Tensor) -> Tensor:
-        """The value by the contributions of all unit vectors."""
-        return contributions.sum()
+    def images(self, rows: Tensor) -> Tensor:
+        """Products with rows of a basis."""
+        return self._multiply(rows)
+
+    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
+        """What orthonormal rows add to the value, float64; those of a whole basis make it exact."""
+        return pairwise(rows, images).sum()
 
     # -- the algorithm --------------------------------------------------------------------------------------------------
 
@@ -102,13 +103,14 @@ class Sketch(ABC):
         nothing = torch.zeros(0, dtype=torch.float64)
         last = int(self._columns(self.products) == 0)
         return State(
-            {"value": nothing, "error": nothing, "units": nothing, **self.empty()},
-            {"products": 0, "columns": 0, "budget": self.products, "last resort": last, "done": 0},
+            {"value": nothing, "error": nothing, "total": nothing, **self.empty()},
+            {"products": 0, "columns": 0, "budget": self.products, "last resort": last, "completed": 0, "done": 0},
         )
 
     def step(self, state: State) -> State:
-        """One block of test vectors, or of unit vectors."""
-        return self._unit_step(state) if state.numbers["last resort"] else self._random_step(state)
+        """One block of test vectors, or of those that complete a basis."""
+        state = self._placed(state)
+        return self._completing_step(state) if state.numbers["last resort"] else self._random_step(state)
 
     def done(self, state: State) -> bool:
         """Whether budget or tolerance is reached."""
@@ -130,7 +132,7 @@ class Sketch(ABC):
         columns = _integer(state, "columns")
         if self.done(state) or not columns:
             return state.tensors["value"], state.tensors["error"]
-        return self._estimate(state.tensors, columns)
+        return self._estimate(self._placed(state).tensors, columns)
 
     def _random_step(self, state: State) -> State:
         columns, budget = _integer(state, "columns"), _integer(state, "budget")
@@ -145,21 +147,25 @@ class Sketch(ABC):
         state = State(tensors, numbers)
         if self.tol is None or self.reached(state):
             return State(tensors, {**numbers, "done": 1})
-        if 2 * budget <= self.most and self._columns(2 * budget) > stop:
+        if 2 * budget <= min(self.most, self.price * self.target.size):
             return State(tensors, {**numbers, "budget": 2 * budget})
-        if state.products + self.price * self.target.size <= self.most:
+        if state.products + self.price * (self.target.size - len(self.known(tensors, stop)[0])) <= self.most:
             return State(tensors, {**numbers, "last resort": 1})
         return State(tensors, {**numbers, "done": 1})
 
-    def _unit_step(self, state: State) -> State:
-        start, n = len(state.tensors["units"]), self.target.size
-        stop = min(n, start + self._width)
-        units = torch.cat([state.tensors["units"], self.exact(start, stop)])
-        tensors = {**state.tensors, "units": units}
-        numbers: Options = {**state.numbers, "products": state.products + self.price * (stop - start)}
-        if stop == n:
-            value = self.total(units)
-            tensors, numbers = {**tensors, "value": value, "error": torch.zeros_like(value)}, {**numbers, "done": 1}
+    def _completing_step(self, state: State) -> State:
+        rows, images = self.known(state.tensors, _integer(state, "columns"))
+        start, missing = _integer(state, "completed"), self.target.size - len(rows)
+        stop = min(missing, start + self._width)
+        total = state.tensors["total"] if start else self.contribution(rows, images)
+        new = complement(rows, start, stop)
+        if len(new):
+            total = total + self.contribution(new, self.images(new))
+        tensors = {**state.tensors, "total": total}
+        products = state.products + self.price * (stop - start)
+        numbers: Options = {**state.numbers, "completed": stop, "products": products}
+        if stop == missing:
+            tensors, numbers = {**tensors, "value": total, "error": torch.zeros_like(total)}, {**numbers, "done": 1}
         return State(tensors, numbers)
 
     def _estimate(self, tensors: Tensors, columns: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +174,11 @@ class Sketch(ABC):
 
     def _columns(self, budget: int) -> int:
         return min(budget // (self.price * self.multiplications), self.target.size)
+
+    def _placed(self, state: State) -> State:
+        """With the vectors on the operator's device, where a checkpoint was read."""
+        device = self.target.space.device
+        return State({**state.tensors, **{k: state.tensors[k].to(device) for k in self.large}}, state.numbers)
 
     @property
     def _width(self) -> int:
@@ -180,6 +191,45 @@ class Sketch(ABC):
 
     def _multiply(self, rows: Tensor) -> Tensor:
         return self.target.multiply(rows.T).T.contiguous()
+
+
+def complement(rows: Tensor, start: int, stop: int) -> Tensor:
+    """Some of the n − k rows that complete orthonormal rows (k, n) to a basis: unit vectors where there are none."""
+    k, n = rows.shape
+    units = torch.zeros(n, stop - start, dtype=rows.dtype, device=rows.device)
+    units[torch.arange(k + start, k + stop), torch.arange(stop - start)] = 1
+    if k and stop > start:
+        units = torch.ormqr(*torch.geqrf(rows.T), units)
+    return units.T.contiguous()
+
+
+def independent(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal combinations of rows, with those of their images; of nearly dependent directions none."""
+    values, vectors = torch.linalg.eigh(inner(rows, rows))
+    clear = values > torch.finfo(rows.dtype).eps ** 0.5 * rows.shape[1]
+    weights = (vectors[:, clear] / values[clear].sqrt()).T.to(rows)
+    return weights @ rows, weights @ images
+
+
+class UnitVectors(Sketch):
+    """The exact value, by an orthonormal basis alone."""
+
+    method: ClassVar[str] = "exact"
+
+    def empty(self) -> Tensors:
+        """Nothing."""
+        return {}
+
+    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def _columns(self, budget: int) -> int:
+        return 0
 
 
 def standard_error(samples: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Target:
         symmetric: True or False where known, else None.
         subject: makes the fingerprint of what a run is about.
         operator: the curvature operator, if it is one.
+        psd: whether positive semi-definite: True or False where known, or where proof is required, else None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Target:
     symmetric: bool | None
     subject: Callable[[], Options] = field(repr=False)
     operator: CurvatureOperator | None = None
+    psd: bool | None = None
 
     @property
     def size(self) -> int:
@@ -83,7 +85,11 @@ def target(op: Any) -> Target:
     if isinstance(op, CurvatureOperator):
         made = _of_torch(op, str(op.expr))
         return replace(
-            made, symmetric=op.facts.symmetric or False, operator=op, subject=lambda: fingerprint.of_operator(op)
+            made,
+            symmetric=op.facts.symmetric or False,
+            psd=op.facts.psd or False,
+            operator=op,
+            subject=lambda: fingerprint.of_operator(op),
         )
     if isinstance(op, TorchOperator):
         return _of_torch(op, repr(op))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from curvalg.errors import FactsError
 from curvalg.estimate.probes import inner
-from curvalg.estimate.sketch import Sketch, Tensors, standard_error
+from curvalg.estimate.sketch import Sketch, Tensors, independent, standard_error
+from curvalg.estimate.range import shared_error
 from curvalg.solve.orthogonal import grown, small
 
 
@@ -20,6 +21,8 @@ class XNysTrace(Sketch):
     """
 
     method: ClassVar[str] = "xnystrace"
+    safety: ClassVar[float] = 1.6
+    large: ClassVar[tuple[str, ...]] = ("sketch",)
 
     def empty(self) -> Tensors:
         """No products."""
@@ -29,7 +32,7 @@ class XNysTrace(Sketch):
         """More products."""
         products = self._multiply(self.probes.rows(start, stop))
         room = self._columns(self.products)
-        return {"sketch": grown(sketch["sketch"].to(products.device), products, room)}, stop - start
+        return {"sketch": grown(sketch["sketch"], products, room)}, stop - start
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All m leave-one-out estimates in O(n m²)."""
@@ -48,8 +51,13 @@ class XNysTrace(Sketch):
         free = (n - columns + 1) * torch.linalg.inv(gram).diagonal()  # normalises what is left of ωᵢ outside of Ω₍ᵢ₎
         samples = B.square().sum() - S.square().sum(0) + free * pivots - shift * n
         noise = torch.finfo(Y.dtype).eps * size
-        error = standard_error(samples) if columns < n else torch.zeros((), dtype=torch.float64)
-        return samples.mean(), torch.hypot(error, torch.tensor(noise, dtype=torch.float64))
+        missed = S.square().sum(0)
+        error = torch.hypot(standard_error(samples), shared_error(S / missed.sqrt(), missed))
+        return samples.mean(), torch.hypot(error if columns < n else 0 * missed[0], missed.new_tensor(noise))
+
+    def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """All test vectors."""
+        return independent(self.probes.rows(0, columns), sketch["sketch"])
 
     def _shifted(self, core: Tensor, gram: Tensor, scale: float) -> tuple[Tensor, float]:
         """ΩᵀAΩ with A + shift · I in place of A: rounding must not make it indefinite."""
