@@ -50,5 +50,3 @@ class HutchPlusPlus(Range):
         outside = pairwise(g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
         outside = outside * (n - columns) / (n - X.square().sum(0))
         return trace + outside.mean(), torch.hypot(standard_error(outside), self.noise(R))
-
-

@@ -127,6 +127,10 @@ class Sketch(ABC):
         value, error = state.tensors["value"], state.tensors["error"]
         return bool(len(error.reshape(-1))) and bool(error.norm() <= self.tol * value.norm())
 
+    def exact(self, state: State) -> bool:
+        """Whether the value was completed to the exact one."""
+        return bool(state.numbers["last resort"]) and self.done(state)
+
     def result(self, state: State) -> tuple[Tensor, Tensor]:
         """Value and standard error; of an interrupted run those of the test vectors so far."""
         columns = _integer(state, "columns")

@@ -81,7 +81,7 @@ class XDiag(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All leave-one-out estimates, some entries at a time."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        value = entries(Q, Z)
+        value = self.contribution(Q, Z)
         if len(R) < columns or len(R) == n:
             return value, torch.full_like(value, float(self.noise(R)) / n**0.5)
         S, omega = left_out(R), self.range_probes(columns)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from curvalg.errors import FactsError
 from curvalg.estimate.probes import inner
-from curvalg.estimate.sketch import Sketch, Tensors, independent, standard_error
 from curvalg.estimate.range import shared_error
+from curvalg.estimate.sketch import Sketch, Tensors, independent, standard_error
 from curvalg.solve.orthogonal import grown, small
 
 
@@ -73,5 +73,3 @@ class XNysTrace(Sketch):
             f"expected a positive semi-definite operator, but ωᵀAω < 0 for a combination ω of test vectors and A = "
             f"{self.target.name}; use method='xtrace'"
         )
-
-

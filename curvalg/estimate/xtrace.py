@@ -39,5 +39,3 @@ class XTrace(Range):
         samples = trace - missed + outside
         error = torch.hypot(standard_error(samples), shared_error(S, missed.abs()))
         return samples.mean(), torch.hypot(error, self.noise(R))
-
-
