@@ -16,7 +16,7 @@ from curvalg.estimate.estimating import Methods, OnFail, Path, Request, exactly,
 from curvalg.estimate.hutchinson import SquaredNorms
 from curvalg.estimate.result import Eigenpairs, Estimate
 from curvalg.estimate.singular import SingularTriplets, gram, svds
-from curvalg.estimate.sketch import UnitVectors
+from curvalg.estimate.sketch import Sketch, UnitVectors
 from curvalg.estimate.target import Target, target
 from curvalg.estimate.trace import trace
 from curvalg.estimate.xnystrace import XNysTrace
@@ -88,6 +88,7 @@ def norm(
 
 def _frobenius(given: Target, request: Request, _: int | None) -> Estimate:
     request.known(METHODS)
+    kind: type[Sketch]
     method, exactable = request.method, request.method in ("auto", "exact")
     if exactable and (found := _by_eigenvalues(given, request.products)) is not None:
         return found

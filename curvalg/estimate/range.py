@@ -60,8 +60,8 @@ class Range(Sketch):
 
         n eigenvalues of random signs, each of the size of the rounding unit times ‖A‖_F.
         """
-        frobenius = triangle.norm() / max(1, triangle.shape[1]) ** 0.5
-        return torch.finfo(self.target.space.dtype).eps * self.target.size**0.5 * frobenius
+        frobenius: Tensor = triangle.norm() / max(1, triangle.shape[1]) ** 0.5
+        return frobenius * (torch.finfo(self.target.space.dtype).eps * self.target.size**0.5)
 
 
 def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
     parallel: then the estimates agree with each other and are wrong together, which their spread does not show. So their
     covariances are taken as 2 (sᵢᵀsⱼ)² sᵢᵀAsᵢ sⱼᵀAsⱼ.
     """
-    variance = 2 * missed @ (directions.T @ directions).square() @ missed / len(missed) ** 2
+    variance: Tensor = 2 * missed @ (directions.T @ directions).square() @ missed / len(missed) ** 2
     return variance.clamp_min(0).sqrt()
 
 
