@@ -39,6 +39,12 @@ class HutchPlusPlus(Range):
         """Every other one."""
         return self.probes.rows(0, 2 * columns)[::2]
 
+    def tested(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """Those of both kinds."""
+        omega, products = super().tested(sketch, columns)
+        samples = self.probes.rows(0, 2 * columns)[1::2]
+        return torch.cat([omega, samples]), torch.cat([products, sketch["products of samples"]])
+
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """From inner products, so that g need not be projected before it is multiplied."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size

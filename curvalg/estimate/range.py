@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -46,12 +47,17 @@ class Range(Sketch):
         above = torch.cat([triangle, coefficients.T], 1)
         return {"basis": basis, "images": images, "triangle": torch.cat([above, below])}
 
+    def tested(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """All test vectors with their products."""
+        Q, R = sketch["basis"], sketch["triangle"]
+        return self.range_probes(columns), R.T.to(Q) @ Q
+
     def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """The basis, and what of the test vectors is orthogonal to it."""
-        Q, Z, R = sketch["basis"], sketch["images"], sketch["triangle"]
-        omega = self.range_probes(columns)
+        Q, Z = sketch["basis"], sketch["images"]
+        omega, products = self.tested(sketch, columns)
         W = inner(omega, Q).to(Q)
-        rows, images = independent(omega - W @ Q, R.T.to(Q) @ Q - W @ Z)
+        rows, images = independent(omega - W @ Q, products - W @ Z)
         rows = rows - (rows @ Q.T) @ Q
         return torch.cat([Q, rows]), torch.cat([Z, images])
 
@@ -60,8 +66,8 @@ class Range(Sketch):
 
         n eigenvalues of random signs, each of the size of the rounding unit times ‖A‖_F.
         """
-        frobenius: Tensor = triangle.norm() / max(1, triangle.shape[1]) ** 0.5
-        return frobenius * (torch.finfo(self.target.space.dtype).eps * self.target.size**0.5)
+        frobenius: Tensor = triangle.norm() / math.sqrt(max(1, triangle.shape[1]))
+        return frobenius * (torch.finfo(self.target.space.dtype).eps * math.sqrt(self.target.size))
 
 
 def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
@@ -73,7 +79,7 @@ def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
     covariances are taken as 2 (sᵢᵀsⱼ)² sᵢᵀAsᵢ sⱼᵀAsⱼ.
     """
     variance: Tensor = 2 * missed @ (directions.T @ directions).square() @ missed / len(missed) ** 2
-    return variance.clamp_min(0).sqrt()
+    return torch.sqrt(variance.clamp_min(0))
 
 
 def left_out(triangle: Tensor) -> Tensor:

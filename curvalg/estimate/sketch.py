@@ -169,7 +169,8 @@ class Sketch(ABC):
         products = state.products + self.price * (stop - start)
         numbers: Options = {**state.numbers, "completed": stop, "products": products}
         if stop == missing:
-            tensors, numbers = {**tensors, "value": total, "error": torch.zeros_like(total)}, {**numbers, "done": 1}
+            value = total.clone()  # checkpoints refuse tensors that share memory
+            tensors, numbers = {**tensors, "value": value, "error": torch.zeros_like(total)}, {**numbers, "done": 1}
         return State(tensors, numbers)
 
     def _estimate(self, tensors: Tensors, columns: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ class HutchinsonDiagonal(Sketch):
     def empty(self) -> Tensors:
         """Sums of nothing."""
         zeros = torch.zeros(self.target.size, dtype=torch.float64, device=self.target.space.device)
-        return {"mean": zeros, "squares": zeros}
+        return {"mean": zeros, "squares": zeros.clone()}
 
     large: ClassVar[tuple[str, ...]] = ("mean", "squares")
 
