@@ -25,9 +25,6 @@ OnFail = Literal["raise", "warn"]
 Path = str | os.PathLike[str]
 Methods = Mapping[str, type[Sketch]]
 
-DOUBLINGS = 4
-"""Of the products, for a tolerance, unless maxiter says otherwise."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -87,9 +84,9 @@ class Request:
             raise ExpressionError(
                 f"expected products ≥ {least} for method {kind.method!r} ({why}), got products={self.products}"
             )
-        most = self.products << DOUBLINGS if self.maxiter is None else int(self.maxiter)
+        most = max(16 * self.products, min(2 * price * target.size, 1000)) if self.maxiter is None else self.maxiter
         tol = None if self.tol is None else float(self.tol)
-        return kind(target, int(self.products), tol, int(self.seed), most, price)
+        return kind(target, int(self.products), tol, int(self.seed), int(most), price)
 
     def estimate(self, algorithm: Sketch, quantity: str) -> Estimate:
         """Run the estimator.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from curvalg.errors import ConvergenceError, ExpressionError
+from curvalg.errors import ConvergenceError, ExpressionError, FactsError
 from curvalg.estimate.eigen import eigsh
 from curvalg.estimate.estimating import Methods, OnFail, Path, Request, exactly, require_psd, scaled
 from curvalg.estimate.hutchinson import SquaredNorms
@@ -136,7 +136,7 @@ def _has_adjoint(given: Target) -> bool:
     space = given.space
     try:
         given.adjoint(torch.zeros(given.shape[0], 1, dtype=space.dtype, device=space.device))
-    except NotImplementedError:
+    except FactsError:
         return False
     return True
 

@@ -182,10 +182,22 @@ def _of_scipy(op: LinearOperator, given: Any) -> Target:
         (rows, columns),
         Space(columns, None, dtype, torch.device("cpu")),
         _finite(product(op.matmat), name),
-        _finite(product(op.rmatmat), name),
+        _finite(product(_transposed(op, name)), name),
         None,
         lambda: {"operator": name, "precision": str(dtype), "entries": digest(*map(torch.from_numpy, arrays))},
     )
+
+
+def _transposed(op: LinearOperator, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    def product(x: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(op.rmatmat(x))
+        except (NotImplementedError, TypeError) as error:  # SciPy calls a function that is None, or says so
+            raise FactsError(
+                f"expected products with the transpose, but {name} has none; define its rmatvec ({error})"
+            ) from error
+
+    return product
 
 
 def _finite(multiply: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

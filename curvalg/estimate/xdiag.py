@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
-from curvalg.estimate.probes import SLICE
+from curvalg.estimate.probes import SLICE, inner
 from curvalg.estimate.range import Range, left_out
-from curvalg.estimate.sketch import Sketch, Tensors, UnitVectors
+from curvalg.estimate.sketch import Sketch, Tensors, UnitVectors, standard_error
 
 
 class HutchinsonDiagonal(Sketch):
@@ -39,7 +39,7 @@ class HutchinsonDiagonal(Sketch):
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """The mean, with its standard error entry by entry."""
-        return sketch["mean"], (sketch["squares"] / max(0, columns - 1) / columns).sqrt()
+        return sketch["mean"].clone(), (sketch["squares"] / max(0, columns - 1) / columns).sqrt()
 
     def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
         """Entry by entry."""
@@ -56,6 +56,7 @@ class XDiag(Range):
     """
 
     method: ClassVar[str] = "xdiag"
+    safety: ClassVar[float] = 1.25
     distribution: ClassVar[Literal["sphere", "signs"]] = "signs"
 
     def images(self, rows: Tensor) -> Tensor:
@@ -64,11 +65,8 @@ class XDiag(Range):
             return self._multiply(rows)
         try:
             return self.target.adjoint(rows.T).T.contiguous()
-        except NotImplementedError as error:
-            raise FactsError(
-                f"expected products with the transpose for method 'xdiag', but {self.target.name} has none; define rmatvec, "
-                "or use method='hutchinson'"
-            ) from error
+        except FactsError as error:
+            raise FactsError(f"{error}, or use method='hutchinson'") from error
 
     def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """The basis; of test vectors the products with A, not Aᵀ, are known."""
@@ -81,18 +79,24 @@ class XDiag(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All leave-one-out estimates, some entries at a time."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        value = self.contribution(Q, Z)
+        value, omega = self.contribution(Q, Z), self.range_probes(columns)
+        if len(R) < columns:
+            # Of few entries, the same signs may be drawn twice: then R is singular and still not all of the range is there.
+            kept = distinct(omega)
+            R, omega, columns = R[:, kept], omega[kept], int(kept.sum())
         if len(R) < columns or len(R) == n:
             return value, torch.full_like(value, float(self.noise(R)) / n**0.5)
-        S, omega = left_out(R), self.range_probes(columns)
+        S = left_out(R)
         outside = (S * R).sum(0)[:, None].to(value)
+        shared = (S.T @ inner(Z, Z) @ S).to(value)  # as of shared_error: ωᵢ ⊙ qᵢ (zᵢᵀωᵢ) in place of qᵢ ⊙ zᵢ, qᵢ = Q sᵢ
         error = torch.empty_like(value)
         for at in range(0, n, SLICE):
             part = slice(at, at + SLICE)
             left, right = (S.T.to(value) @ rows[:, part].double() for rows in (Q, Z))
             samples = left * (outside * omega[:, part].double() - right)
             value[part] += samples.mean(0)
-            error[part] = samples.std(0) / columns**0.5 if columns > 1 else torch.inf
+            alike = ((shared @ left) * left).sum(0).clamp_min(0).sqrt() / columns
+            error[part] = torch.hypot(standard_error(samples), alike)
         return value, torch.hypot(error, torch.full_like(error, float(self.noise(R)) / n**0.5))
 
 
@@ -110,3 +114,9 @@ def entries(rows: Tensor, images: Tensor) -> Tensor:
     for x, y in zip(rows, images, strict=True):
         total += x.double() * y.double()
     return total
+
+
+def distinct(rows: Tensor) -> Tensor:
+    """Which rows are no linear combinations of those before them, (m,)."""
+    triangle = torch.linalg.qr(inner(rows, rows), mode="r").R
+    return triangle.diagonal().abs() > 1e-9 * rows.shape[1]

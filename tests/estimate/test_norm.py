@@ -22,7 +22,9 @@ SPECTRA = {
     "flat": torch.linspace(1, 3, n, dtype=F64),
     "indefinite": torch.linspace(-1, 2, n, dtype=F64) ** 3,
 }
-WIDE = torch.randn(80, 200, generator=torch.Generator().manual_seed(0), dtype=F64) * torch.logspace(0, -2, 200, dtype=F64)
+WIDE = torch.randn(80, 200, generator=torch.Generator().manual_seed(0), dtype=F64) * torch.logspace(
+    0, -2, 200, dtype=F64
+)
 METHODS = ("hutchinson", "xnystrace")
 
 
@@ -148,7 +150,9 @@ def test_arguments_that_make_no_sense(ord, options, message):
 
 def test_nuclear_norms_need_proof(problem_of):
     for op in (registry.build("hessian").lower(problem_of("mlp")), matrix(SPECTRA["flat"])):
-        with pytest.raises(FactsError, match="the fact psd is not proved for .*; the nuclear norm is the trace of such"):
+        with pytest.raises(
+            FactsError, match="the fact psd is not proved for .*; the nuclear norm is the trace of such"
+        ):
             norm(op, "nuclear")
 
 

@@ -125,7 +125,9 @@ def test_small_and_degenerate_operators(name, method, dtype):
     A = matrix(spectrum, dtype)
     estimate = trace(A, products=100 if method == "exact" else 60, method=method)
     deviation = abs(estimate.value - float(A.double().trace()))
-    low_rank = name not in ("2 x 2",) and not (method == "hutchinson" and name not in ("identity of 90 rows", "identity", "1 x 1", "zero"))
+    low_rank = name not in ("2 x 2",) and not (
+        method == "hutchinson" and name not in ("identity of 90 rows", "identity", "1 x 1", "zero")
+    )
     if low_rank:  # nothing is left to chance
         assert deviation <= 200 * torch.finfo(dtype).eps * float(spectrum.abs().sum())
     assert deviation <= 4 * estimate.error + 1e-6
@@ -177,7 +179,9 @@ def test_the_last_resort_is_exact():
 
 def test_a_tolerance_out_of_reach_raises_with_the_estimate_or_warns():
     A = matrix(SPECTRA["flat"])
-    with pytest.raises(ConvergenceError, match=r"standard error of .* after 40 products, more than tol=1e-06; raise") as caught:
+    with pytest.raises(
+        ConvergenceError, match=r"standard error of .* after 40 products, more than tol=1e-06; raise"
+    ) as caught:
         trace(A, products=20, tol=1e-6, maxiter=40)
     with pytest.warns(CurvalgWarning, match="more than tol=1e-06"):
         estimate = trace(A, products=20, tol=1e-6, maxiter=40, on_fail="warn")
@@ -327,7 +331,9 @@ def test_arguments_that_make_no_sense(options, message):
 
 
 def test_operators_without_a_trace(problem_of):
-    with pytest.raises(FactsError, match=r"expected a square operator for its trace, but jacobian is 21 x \d+; take that of"):
+    with pytest.raises(
+        FactsError, match=r"expected a square operator for its trace, but jacobian is 21 x \d+; take that of"
+    ):
         trace(registry.build("jacobian").lower(problem_of("mlp")))
     with pytest.raises(ExpressionError, match=r"an expression becomes an operator by expr.lower\(problem\)"):
         trace(registry.build("hessian"))
@@ -337,7 +343,9 @@ def test_nystrom_needs_proof_or_at_least_no_disproof(problem_of):
     op = registry.build("hessian").lower(problem_of("cnn"))
     with pytest.raises(FactsError, match="the fact psd is not proved for hessian; use method='xtrace'"):
         trace(op, products=10, method="xnystrace")
-    with pytest.raises(FactsError, match="expected a positive semi-definite operator, but ωᵀAω < 0 .* use method='xtrace'"):
+    with pytest.raises(
+        FactsError, match="expected a positive semi-definite operator, but ωᵀAω < 0 .* use method='xtrace'"
+    ):
         trace(matrix(SIGNED), method="xnystrace", products=40)
 
 
