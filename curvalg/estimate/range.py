@@ -85,4 +85,5 @@ def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
 def left_out(triangle: Tensor) -> Tensor:
     """Unit vectors sᵢ (columns) so that Q₍ᵢ₎Q₍ᵢ₎ᵀ = Q(I − sᵢsᵢᵀ)Qᵀ: orthogonal to all columns of R but number i."""
     inverse: Tensor = torch.linalg.inv(triangle).T
-    return inverse / inverse.norm(dim=0)
+    lengths: Tensor = inverse.norm(dim=0)
+    return inverse / lengths

@@ -88,15 +88,16 @@ class XDiag(Range):
             return value, torch.full_like(value, float(self.noise(R)) / n**0.5)
         S = left_out(R)
         outside = (S * R).sum(0)[:, None].to(value)
-        shared = (S.T @ inner(Z, Z) @ S).to(value)  # as of shared_error: ωᵢ ⊙ qᵢ (zᵢᵀωᵢ) in place of qᵢ ⊙ zᵢ, qᵢ = Q sᵢ
+        alike = (S.T @ S).square().to(value)
         error = torch.empty_like(value)
         for at in range(0, n, SLICE):
             part = slice(at, at + SLICE)
             left, right = (S.T.to(value) @ rows[:, part].double() for rows in (Q, Z))
             samples = left * (outside * omega[:, part].double() - right)
             value[part] += samples.mean(0)
-            alike = ((shared @ left) * left).sum(0).clamp_min(0).sqrt() / columns
-            error[part] = torch.hypot(standard_error(samples), alike)
+            missed = left * right  # as of range.shared_error, entry by entry
+            shared = (missed * (alike @ missed)).sum(0).clamp_min(0).sqrt() / columns
+            error[part] = torch.hypot(standard_error(samples), shared)
         return value, torch.hypot(error, torch.full_like(error, float(self.noise(R)) / n**0.5))
 
 
@@ -119,4 +120,5 @@ def entries(rows: Tensor, images: Tensor) -> Tensor:
 def distinct(rows: Tensor) -> Tensor:
     """Which rows are no linear combinations of those before them, (m,)."""
     triangle = torch.linalg.qr(inner(rows, rows), mode="r").R
-    return triangle.diagonal().abs() > 1e-9 * rows.shape[1]
+    pivots: Tensor = triangle.diagonal().abs()
+    return pivots > 1e-9 * rows.shape[1]

@@ -344,7 +344,7 @@ def test_nystrom_needs_proof_or_at_least_no_disproof(problem_of):
     with pytest.raises(FactsError, match="the fact psd is not proved for hessian; use method='xtrace'"):
         trace(op, products=10, method="xnystrace")
     with pytest.raises(
-        FactsError, match="expected a positive semi-definite operator, but ωᵀAω < 0 .* use method='xtrace'"
+        FactsError, match=r"expected a positive semi-definite operator, but ωᵀAω < 0 .* use method='xtrace'"
     ):
         trace(matrix(SIGNED), method="xnystrace", products=40)
 
