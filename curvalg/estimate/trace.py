@@ -58,15 +58,16 @@ def trace(
             used again; where they would exceed n, an orthonormal basis is completed and the value is exact.
         method: as above.
         seed: of the test vectors, the same for every device and precision.
-        maxiter: the most products that a tolerance may take; by default 16 ``products``, and more where 1000 give the exact value.
+        maxiter: the most products that a tolerance may take; by default 16 ``products``, or more where up to 1000 make the
+            value exact.
         on_fail: "raise", or "warn" and return what there is with ``converged=False``.
         checkpoint: a file that the run is written to now and then and resumed from, if it is there.
         progress: show products done and expected.
 
     Returns:
         Estimate: value and one standard error, floats. The error is that of the leave-one-out estimates, times 1.25 (xtrace)
-        or 1.6 (xnystrace), so that about nine of ten values lie within two of it. After Ctrl-C it is the estimate by the last
-        complete step, ``partial=True``.
+        or 1.6 (xnystrace), so that about nine of ten values lie within two of it, and never less than what rounding may do.
+        After Ctrl-C it is the estimate by the last complete step, ``partial=True``.
 
     Raises:
         FactsError: the operator is not square, or "xnystrace" is asked for and it is not proved positive semi-definite.

