@@ -35,8 +35,10 @@ class Hutchinson(Sketch):
         return pairwise(omega, images)
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """Their mean."""
-        return sketch["samples"].mean(), standard_error(sketch["samples"])
+        """Their mean; of a multiple of the identity they differ by less than rounding does to all of them."""
+        samples = sketch["samples"]
+        noise = torch.finfo(self.target.space.dtype).eps * samples.abs().mean()
+        return samples.mean(), torch.hypot(standard_error(samples), noise)
 
     def _columns(self, budget: int) -> int:
         return budget // self.price

@@ -29,7 +29,7 @@ class HutchPlusPlus(Range):
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """Both kinds of vectors are multiplied at once."""
-        products = self._multiply(self.probes.rows(2 * start, 2 * stop))
+        products = self._multiply(self.probes.rows(2 * start, 2 * stop, 2 * self._columns(self.products)))
         extended = self.with_range_of(sketch, products[::2])
         before = sketch["products of samples"]
         extended["products of samples"] = grown(before, products[1::2].contiguous(), self._columns(self.products))

@@ -36,13 +36,13 @@ class Probes:
     kind: Literal["sphere", "signs"] = "sphere"
     keep: bool = field(default=True, compare=False)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Those with numbers start ≤ i < stop, shape (stop − start, n)."""
+    def rows(self, start: int, stop: int, room: int = 0) -> Tensor:
+        """Those with numbers start ≤ i < stop, shape (stop − start, n); ``room`` is how many there will be in all."""
         if not self.keep:
             return self._drawn(start, stop)
         kept = self._kept
         if len(kept[0]) < stop:
-            kept[0] = grown(kept[0], self._drawn(len(kept[0]), stop), stop)
+            kept[0] = grown(kept[0], self._drawn(len(kept[0]), stop), max(stop, room))
         return kept[0][start:stop]
 
     @cached_property
@@ -50,22 +50,21 @@ class Probes:
         return [torch.zeros(0, self.space.size, dtype=self.space.dtype, device=self.space.device)]
 
     def _drawn(self, start: int, stop: int) -> Tensor:
-        rows = [self._one(i) for i in range(start, stop)]
-        return torch.stack(rows) if rows else self._kept[0][:0]
-
-    def _one(self, i: int) -> Tensor:
-        # Neighbouring seeds of the generator would do, were it not for users who take neighbouring seeds themselves.
-        key = hashlib.blake2b(f"{self.seed} {i}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        n = self.space.size
-        if self.kind == "signs":
-            row = torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8).to(torch.float32) * 2 - 1
-        else:
-            row = torch.randn(n, generator=generator)
-        row = row.to(self.space.dtype)
+        rows = torch.empty(stop - start, self.space.size)
+        for i, row in enumerate(rows, start):  # in place: new memory costs more than the numbers
+            # Neighbouring seeds of the generator would do, were it not for users who take neighbouring seeds themselves.
+            key = hashlib.blake2b(f"{self.seed} {i}".encode(), digest_size=4).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+            if self.kind == "signs":
+                row.random_(0, 2, generator=generator).mul_(2).sub_(1)
+            else:
+                row.normal_(generator=generator)
+        rows = rows.to(self.space.dtype)
         if self.kind == "sphere":
-            row *= (n / pairwise(row[None], row[None])[0]) ** 0.5
-        return row.to(self.space.device)
+            rows *= self.space.size**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(
+                rows
+            )
+        return rows.to(self.space.device)
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class Range(Sketch):
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """The basis with new directions; old ones stay, and so do their images."""
-        extended = self.with_range_of(sketch, self._multiply(self.probes.rows(start, stop)))
+        extended = self.with_range_of(
+            sketch, self._multiply(self.probes.rows(start, stop, self._columns(self.products)))
+        )
         return extended, stop - start + len(extended["basis"]) - len(sketch["basis"])
 
     def range_probes(self, columns: int) -> Tensor:

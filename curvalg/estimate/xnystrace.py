@@ -30,7 +30,7 @@ class XNysTrace(Sketch):
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """More products."""
-        products = self._multiply(self.probes.rows(start, stop))
+        products = self._multiply(self.probes.rows(start, stop, self._columns(self.products)))
         room = self._columns(self.products)
         return {"sketch": grown(sketch["sketch"], products, room)}, stop - start
 
