@@ -160,3 +160,12 @@ def test_products_of_the_spectral_norm_are_bounded():
     with pytest.raises(ConvergenceError) as caught:
         norm(matrix(SPECTRA["indefinite"]), 2, products=12, tol=1e-8)
     assert caught.value.result.products <= 30 and not caught.value.result.converged
+
+
+def test_a_tolerance_is_of_the_norm_not_of_its_square():
+    A = matrix(SPECTRA[".95^i"])
+    first = norm(A, products=12)
+    for factor, products in ((1.1, 12), (0.9, 24)):
+        tol = factor * first.error / first.value
+        assert norm(A, products=12, tol=tol).products >= products
+        assert (norm(A, products=12, tol=tol).products == 12) == (products == 12)
