@@ -104,7 +104,7 @@ def svds(
         "on_fail": on_fail,
     }
     try:
-        pairs = eigsh(_gram(given), k, which="LA", checkpoint=checkpoint, progress=progress, **options)
+        pairs = eigsh(gram(given), k, which="LA", checkpoint=checkpoint, progress=progress, **options)
     except ConvergenceError as error:
         if isinstance(error.result, Eigenpairs):
             error.result = triplets(error.result)
@@ -112,7 +112,7 @@ def svds(
     return triplets(pairs)
 
 
-def _gram(given: Target) -> Target:
+def gram(given: Target) -> Target:
     """AᵀA or A Aᵀ, the smaller one."""
     m, n = given.shape
     first, second = (given.multiply, given.adjoint) if n <= m else (given.adjoint, given.multiply)

@@ -34,6 +34,7 @@ class Target:
         symmetric: True or False where known, else None.
         subject: makes the fingerprint of what a run is about.
         operator: the curvature operator, if it is one.
+        psd: whether positive semi-definite: True or False where known, or where proof is required, else None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Target:
     symmetric: bool | None
     subject: Callable[[], Options] = field(repr=False)
     operator: CurvatureOperator | None = None
+    psd: bool | None = None
 
     @property
     def choices(self) -> Choices | None:
@@ -89,7 +91,11 @@ def target(op: Any) -> Target:
     if isinstance(op, CurvatureOperator):
         made = _of_torch(op, str(op.expr))
         return replace(
-            made, symmetric=op.facts.symmetric or False, operator=op, subject=lambda: fingerprint.of_operator(op)
+            made,
+            symmetric=op.facts.symmetric or False,
+            psd=op.facts.psd or False,
+            operator=op,
+            subject=lambda: fingerprint.of_operator(op),
         )
     if isinstance(op, TorchOperator):
         return _of_torch(op, repr(op))
@@ -182,10 +188,22 @@ def _of_scipy(op: LinearOperator, given: Any) -> Target:
         (rows, columns),
         Space(columns, None, dtype, torch.device("cpu")),
         _finite(product(op.matmat), name),
-        _finite(product(op.rmatmat), name),
+        _finite(product(_transposed(op, name)), name),
         None,
         lambda: {"operator": name, "precision": str(dtype), "entries": digest(*map(torch.from_numpy, arrays))},
     )
+
+
+def _transposed(op: LinearOperator, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    def product(x: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(op.rmatmat(x))
+        except (NotImplementedError, TypeError) as error:  # SciPy calls a function that is None, or says so
+            raise FactsError(
+                f"expected products with the transpose, but {name} has none; define its rmatvec ({error})"
+            ) from error
+
+    return product
 
 
 def _finite(multiply: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,66 @@
+"""The diagonal of an operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curvalg.estimate.estimating import Methods, OnFail, Path, Request, require_square, structured
+from curvalg.estimate.result import Estimate
+from curvalg.estimate.target import target
+from curvalg.estimate.xdiag import DiagonalEntries, HutchinsonDiagonal, XDiag
+
+METHODS: Methods = {kind.method: kind for kind in (DiagonalEntries, HutchinsonDiagonal, XDiag)}
+
+
+def diagonal(
+    op: Any,
+    *,
+    products: int = 60,
+    tol: float | None = None,
+    method: str = "auto",
+    seed: int = 0,
+    maxiter: int | None = None,
+    on_fail: OnFail = "raise",
+    checkpoint: Path | None = None,
+    progress: bool = False,
+) -> Estimate:
+    """The diagonal of a square operator, Aᵢᵢ, with the standard error of each entry.
+
+    Exact under the same conditions as :func:`~curvalg.estimate.trace`. Else by random signs ω, with these methods:
+
+    - "xdiag": diag QQᵀA of a basis Q of the range of A plus a sample of the rest, averaged over all ways to leave one test
+      vector out. Needs products with Aᵀ where A is not symmetric. The choice of "auto".
+    - "hutchinson": the mean of ω ⊙ Aω, whose variance in entry i is Σ_{j≠i} Aᵢⱼ² for one sample. Takes no memory.
+    - "exact": by structure or by unit vectors.
+
+    Args:
+        op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator`` or a matrix, (n, n).
+        tol: ‖error‖ allowed, relative to ‖value‖.
+        products, method, seed, maxiter, on_fail, checkpoint, progress: as of :func:`~curvalg.estimate.trace`.
+
+    Returns:
+        Estimate: value and one standard error, (n,), float64 on the operator's device.
+
+    Raises:
+        FactsError: the operator is not square, or "xdiag" needs a transpose that it does not have.
+        ExpressionError: an argument that makes no sense.
+        ProblemError: a product that is not finite.
+        CheckpointError: the file is of another run, or damaged.
+        ConvergenceError: the tolerance was not reached; the estimate as it is then is in ``error.result``.
+
+    Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 2024, section on diagonals.
+
+    >>> import torch
+    >>> diagonal(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).value
+    tensor([2., 3.], dtype=torch.float64)
+    """
+    request = Request(products, tol, method, seed, maxiter, on_fail, checkpoint, progress)
+    request.known(METHODS)
+    given = target(op)
+    require_square(given, "diagonal")
+    if method in ("auto", "exact") and (found := structured(given, "diagonal", products)) is not None:
+        return found
+    name = method
+    if method == "auto":
+        name = DiagonalEntries.method if given.size <= products else XDiag.method
+    return request.estimate(request.algorithm(METHODS[name], given), "diagonal")

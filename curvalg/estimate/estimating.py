@@ -1,0 +1,183 @@
+"""What trace, norm and diagonal have in common: arguments, the run, and the result or the complaint."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, FactsError
+from curvalg.estimate.checkpoint import Checkpoint
+from curvalg.estimate.result import Estimate
+from curvalg.estimate.run import run
+from curvalg.estimate.sketch import Sketch
+from curvalg.estimate.target import Target
+
+OnFail = Literal["raise", "warn"]
+Path = str | os.PathLike[str]
+Methods = Mapping[str, type[Sketch]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The common keywords, checked.
+
+    Raises:
+        ExpressionError: one of them makes no sense.
+    """
+
+    products: int
+    tol: float | None
+    method: str
+    seed: int
+    maxiter: int | None
+    on_fail: OnFail
+    checkpoint: Path | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if not _whole(self.products) or self.products < 1:
+            raise ExpressionError(f"expected products to be an integer ≥ 1, got {self.products!r}")
+        tol: Any = self.tol
+        real = isinstance(tol, Real) and not isinstance(tol, bool)
+        if tol is not None and not (real and 0 < float(tol) < 1):
+            raise ExpressionError(
+                f"expected a relative tolerance 0 < tol < 1, or None for an estimate by so many products, got {tol!r}"
+            )
+        if not _whole(self.seed):
+            raise ExpressionError(f"expected seed to be an integer, got {self.seed!r}")
+        if self.maxiter is not None and not (_whole(self.maxiter) and self.maxiter >= self.products):
+            raise ExpressionError(
+                f"expected maxiter to be a number of products ≥ {self.products} (products=), or None, got {self.maxiter!r}"
+            )
+        if self.on_fail not in ("raise", "warn"):
+            raise ExpressionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
+
+    def known(self, methods: Methods) -> None:
+        """Refuse a method that is not among those given.
+
+        Raises:
+            ExpressionError: it is not.
+        """
+        if not isinstance(self.method, str) or self.method not in ("auto", *methods):
+            names = ", ".join(map(repr, ("auto", *methods)))
+            raise ExpressionError(f"expected method to be one of {names}, got {self.method!r}")
+
+    def algorithm(self, kind: type[Sketch], target: Target, price: int = 1) -> Sketch:
+        """The estimator.
+
+        Raises:
+            ExpressionError: not enough products for it.
+        """
+        exact = kind.method == "exact"
+        least = price * (target.size if exact else 2 * kind.multiplications)
+        if self.products < least and (exact or target.size > 1):
+            why = f"one for each of {target.size} unit vectors" if exact else "two test vectors, to tell the error"
+            raise ExpressionError(
+                f"expected products ≥ {least} for method {kind.method!r} ({why}), got products={self.products}"
+            )
+        most = max(16 * self.products, min(2 * price * target.size, 1000)) if self.maxiter is None else self.maxiter
+        tol = None if self.tol is None else float(self.tol)
+        return kind(target, int(self.products), tol, int(self.seed), int(most), price)
+
+    def estimate(self, algorithm: Sketch, quantity: str) -> Estimate:
+        """Run the estimator.
+
+        Raises:
+            ConvergenceError: the tolerance was not reached.
+        """
+        subject = {**algorithm.target.subject(), "quantity": quantity}
+        file = None if self.checkpoint is None else Checkpoint(self.checkpoint, subject)
+        outcome = run(algorithm, checkpoint=file, progress=self.progress)
+        value, error = algorithm.result(outcome.state)
+        if not value.numel():
+            raise KeyboardInterrupt("interrupted before there was anything to estimate from")
+        result = Estimate(
+            method="exact" if algorithm.exact(outcome.state) else algorithm.method,
+            products=outcome.state.products,
+            seconds=outcome.seconds,
+            converged=not outcome.partial and algorithm.reached(outcome.state),
+            partial=outcome.partial,
+            value=plain(value),
+            error=plain(error),
+        )
+        if not result.converged and not result.partial:
+            self._fail(result, algorithm.target, quantity)
+        return result
+
+    def _fail(self, result: Estimate, target: Target, quantity: str) -> None:
+        value, error = (torch.as_tensor(x).double().norm() for x in (result.value, result.error))
+        relative = float(error / value) if value else math.inf
+        message = (
+            f"the {quantity} of {target.name} has a standard error of {relative:.2g} of its value after {result.products} "
+            f"products, more than tol={self.tol:g}; raise tol= or maxiter="
+        )
+        if self.on_fail == "raise":
+            raise ConvergenceError(message, result)
+        warnings.warn(message, CurvalgWarning, stacklevel=4)
+
+
+def structured(target: Target, quantity: Literal["trace", "diagonal"], products: int) -> Estimate | None:
+    """What the structure of a curvature operator gives; None where it would take more products than are allowed."""
+    begin, op = time.perf_counter(), target.operator
+    rows = None if op is None else op.exact_rows()
+    if op is None or rows is None or rows > products:
+        return None
+    value = op.exact(quantity)
+    return None if value is None else exactly(value, rows, time.perf_counter() - begin)
+
+
+def exactly(value: float | Tensor, products: int, seconds: float) -> Estimate:
+    """A result without error."""
+    error = torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
+    return Estimate(
+        method="exact", products=products, seconds=seconds, converged=True, partial=False, value=value, error=error
+    )
+
+
+def require_square(target: Target, quantity: str) -> None:
+    """Refuse rectangular operators.
+
+    Raises:
+        FactsError: the operator is one.
+    """
+    m, n = target.shape
+    if m != n:
+        raise FactsError(
+            f"expected a square operator for its {quantity}, but {target.name} is {m} x {n}; take that of A.T @ A or A @ A.T, "
+            "or norm(A)"
+        )
+
+
+def require_psd(target: Target, instead: str) -> None:
+    """Refuse curvature operators that are not proved positive semi-definite.
+
+    Raises:
+        FactsError: it is not proved.
+    """
+    if target.psd is False:
+        raise FactsError(
+            f"expected a positive semi-definite operator, but the fact psd is not proved for {target.name}; {instead}"
+        )
+
+
+def plain(x: Tensor) -> float | Tensor:
+    """A float of a scalar."""
+    return float(x) if x.ndim == 0 else x
+
+
+def scaled(result: Estimate, value: float, error: float) -> Estimate:
+    """The result with another value and error."""
+    return replace(result, value=value, error=error)
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -1,0 +1,124 @@
+"""Diagonals by random products."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import FactsError
+from curvalg.estimate.probes import SLICE, inner
+from curvalg.estimate.range import Range, left_out
+from curvalg.estimate.sketch import Sketch, Tensors, UnitVectors, standard_error
+
+
+class HutchinsonDiagonal(Sketch):
+    """diag A = E ω ⊙ Aω with signs ω (Bekas, Kokiopoulou and Saad, 2007); the error of entry i is that of the rest of row i."""
+
+    method: ClassVar[str] = "hutchinson"
+    distribution: ClassVar[Literal["sphere", "signs"]] = "signs"
+    keeps: ClassVar[bool] = False
+
+    def empty(self) -> Tensors:
+        """Sums of nothing."""
+        zeros = torch.zeros(self.target.size, dtype=torch.float64, device=self.target.space.device)
+        return {"mean": zeros, "squares": zeros.clone()}
+
+    large: ClassVar[tuple[str, ...]] = ("mean", "squares")
+
+    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
+        """Mean and squared deviations, updated as samples come (Welford, 1962)."""
+        omega = self.probes.rows(start, stop)
+        mean, squares = sketch["mean"], sketch["squares"]
+        for count, (x, y) in enumerate(zip(omega, self._multiply(omega), strict=True), start + 1):
+            sample = x.double() * y.double()
+            old, mean = mean, mean + (sample - mean) / count
+            squares = squares + (sample - old) * (sample - mean)
+        return {"mean": mean, "squares": squares}, stop - start
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """The mean, with its standard error entry by entry."""
+        return sketch["mean"].clone(), (sketch["squares"] / max(0, columns - 1) / columns).sqrt()
+
+    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Entry by entry."""
+        return entries(rows, images)
+
+    def _columns(self, budget: int) -> int:
+        return budget
+
+
+class XDiag(Range):
+    """The mean over i of diag Q₍ᵢ₎Q₍ᵢ₎ᵀA + ωᵢ ⊙ (I − Q₍ᵢ₎Q₍ᵢ₎ᵀ)Aωᵢ, Q₍ᵢ₎ the basis without the product of ωᵢ.
+
+    Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 2024. The images of the basis are those under Aᵀ.
+    """
+
+    method: ClassVar[str] = "xdiag"
+    safety: ClassVar[float] = 1.25
+    distribution: ClassVar[Literal["sphere", "signs"]] = "signs"
+
+    def images(self, rows: Tensor) -> Tensor:
+        """AᵀQ."""
+        if self.target.symmetric:
+            return self._multiply(rows)
+        try:
+            return self.target.adjoint(rows.T).T.contiguous()
+        except FactsError as error:
+            raise FactsError(f"{error}, or use method='hutchinson'") from error
+
+    def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """The basis; of test vectors the products with A, not Aᵀ, are known."""
+        return super().known(sketch, columns) if self.target.symmetric else (sketch["basis"], sketch["images"])
+
+    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Entry by entry."""
+        return entries(rows, images)
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """All leave-one-out estimates, some entries at a time."""
+        Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
+        value, omega = self.contribution(Q, Z), self.range_probes(columns)
+        if len(R) < columns:
+            # Of few entries, the same signs may be drawn twice: then R is singular and still not all of the range is there.
+            kept = distinct(omega)
+            R, omega, columns = R[:, kept], omega[kept], int(kept.sum())
+        if len(R) < columns or len(R) == n:
+            return value, torch.full_like(value, float(self.noise(R)) / n**0.5)
+        S = left_out(R)
+        outside = (S * R).sum(0)[:, None].to(value)
+        alike = (S.T @ S).square().to(value)
+        error = torch.empty_like(value)
+        for at in range(0, n, SLICE):
+            part = slice(at, at + SLICE)
+            left, right = (S.T.to(value) @ rows[:, part].double() for rows in (Q, Z))
+            samples = left * (outside * omega[:, part].double() - right)
+            value[part] += samples.mean(0)
+            missed = left * right  # as of range.shared_error, entry by entry
+            shared = (missed * (alike @ missed)).sum(0).clamp_min(0).sqrt() / columns
+            error[part] = torch.hypot(standard_error(samples), shared)
+        return value, torch.hypot(error, torch.full_like(error, float(self.noise(R)) / n**0.5))
+
+
+class DiagonalEntries(UnitVectors):
+    """All entries, by unit vectors."""
+
+    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
+        """Entry by entry."""
+        return entries(rows, images)
+
+
+def entries(rows: Tensor, images: Tensor) -> Tensor:
+    """Σ over rows of row ⊙ image, in float64, on their device."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for x, y in zip(rows, images, strict=True):
+        total += x.double() * y.double()
+    return total
+
+
+def distinct(rows: Tensor) -> Tensor:
+    """Which rows are no linear combinations of those before them, (m,)."""
+    triangle = torch.linalg.qr(inner(rows, rows), mode="r").R
+    pivots: Tensor = triangle.diagonal().abs()
+    return pivots > 1e-9 * rows.shape[1]
