@@ -81,7 +81,9 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     beta = torch.where(going & (beta > 10 * torch.finfo(rest.dtype).eps * scale), beta, 0.0)
     following = rest.mul_(_column(torch.where(beta > 0, 1 / beta, 0.0), rest))
     kept = grown(old.basis, following, old.capacity * p) if old.whole else torch.cat([current, following])
-    return replace(old, basis=kept, alphas=torch.cat([old.alphas, alpha[None]]), betas=torch.cat([old.betas, beta[None]]))
+    return replace(
+        old, basis=kept, alphas=torch.cat([old.alphas, alpha[None]]), betas=torch.cat([old.betas, beta[None]])
+    )
 
 
 def gauss(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,12 +174,15 @@ def _purged(rest: Tensor, vectors: Tensor, before: Tensor) -> tuple[Tensor, Tens
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
-    # torch sums long float32 vectors with an error of 1e-4.
-    return (left * right).sum(1, dtype=torch.float64)
+    # Elementwise first: torch.sum adds in pairs, but dot and vector_norm of long float32 vectors err by 1e-4.
+    return (left * right).sum(1)
 
 
 def _norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
+    if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return squares.sqrt()
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:
