@@ -1,7 +1,22 @@
-"""Estimators: eigenpairs and singular triplets by products alone, resumable, with true residuals."""
+"""Estimators by products alone, resumable: eigenpairs, densities, functions of operators, each with its error."""
 
+from curvalg.estimate.curve import Density
+from curvalg.estimate.density import spectral_density
+from curvalg.estimate.effective_dimension import effective_dimension
 from curvalg.estimate.eigen import eigsh
+from curvalg.estimate.logdet import logdet
 from curvalg.estimate.result import Eigenpairs, Estimate, Result
 from curvalg.estimate.singular import SingularTriplets, svds
 
-__all__ = ["Eigenpairs", "Estimate", "Result", "SingularTriplets", "eigsh", "svds"]
+__all__ = [
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "Result",
+    "SingularTriplets",
+    "effective_dimension",
+    "eigsh",
+    "logdet",
+    "spectral_density",
+    "svds",
+]

@@ -13,6 +13,23 @@ from curvalg.estimate.smooth import SCALES, bumps, even_grid, extent, floor_of, 
 from curvalg.solve.quadrature import Rule, standard_error
 
 
+@dataclass(frozen=True)
+class Look:
+    """How a density is drawn.
+
+    Args:
+        scale: "linear" or "log".
+        points: a number of them, or the points of the grid.
+        width: σ of the bumps, or None for Papyan's rule.
+        steps: M in that rule.
+    """
+
+    scale: str
+    points: int | Tensor
+    width: float | None
+    steps: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Density(Result):
     """A density of eigenvalues, with the nodes that it is made of.
@@ -46,44 +63,33 @@ class Density(Result):
     rule: Rule = field(repr=False)
 
     @classmethod
-    def of(
-        cls,
-        rule: Rule,
-        outliers: Tensor,
-        *,
-        scale: str,
-        points: int | Tensor,
-        width: float | None,
-        size: int,
-        steps: int,
-        **run: Any,
-    ) -> Density:
-        """The curve of rules on the complement of outliers, on a grid of its own or a given one; ``run`` is what a Result
-        says of how it was made."""
+    def of(cls, rule: Rule, outliers: Tensor, look: Look, size: int, made: Result) -> Density:
+        """The curve of rules on the complement of outliers; ``made`` tells how they were made."""
         share = (size - len(outliers)) / size
         nodes, weights = rule.nodes, rule.weights * share
         floor = floor_of(nodes)
-        axis = SCALES[scale](floor)
+        axis = SCALES[look.scale](floor)
         positions, peaks = axis.to(nodes), axis.to(outliers)
         centre, half = extent(positions, weights)
-        width = papyan_width(half, steps, axis.kappa) if width is None else float(width)
-        if isinstance(points, Tensor):
-            shown = points.detach().to("cpu", torch.float64)
-            grid = shown.log10() if scale == "log" else shown
+        width = papyan_width(half, look.steps, axis.kappa) if look.width is None else float(look.width)
+        if isinstance(look.points, Tensor):
+            shown = look.points.detach().to("cpu", torch.float64)
+            grid = shown.log10() if look.scale == "log" else shown
         else:
-            grid = even_grid(centre, half, width, points, peaks)
+            grid = even_grid(centre, half, width, look.points, peaks)
             shown = axis.back(grid)
         heights = torch.full_like(outliers, 1 / size)[None]
         fixed = bumps(grid, peaks[None], heights, width)[0]
         each = bumps(grid, positions, weights, width) + fixed
-        error = torch.zeros_like(grid) if run["method"] == "exact" else standard_error(each)
+        error = torch.zeros_like(grid) if made.method == "exact" else standard_error(each)
         negative = None
-        if scale == "log":
+        if look.scale == "log":
             below = bumps(grid, positions, weights * (nodes < 0), width).mean(0)
             negative = below + bumps(grid, peaks[None], heights * (outliers < 0), width)[0]
         mean = each.mean(0)
         return cls(
-            scale=scale,
+            **vars(made),
+            scale=look.scale,
             grid=shown,
             density=mean,
             lower=(mean - error).clamp_min(0),
@@ -96,7 +102,6 @@ class Density(Result):
             floor=floor,
             size=size,
             rule=rule,
-            **run,
         )
 
     def cdf(self, x: float | Tensor) -> float | Tensor:

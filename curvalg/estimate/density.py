@@ -12,10 +12,11 @@ from torch import Tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.estimate.checkpoint import Checkpoint
-from curvalg.estimate.curve import Density
+from curvalg.estimate.curve import Density, Look
 from curvalg.estimate.eigen import _confined, eigsh
 from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.require import require_count
+from curvalg.estimate.result import Result
 from curvalg.estimate.run import run
 from curvalg.estimate.slq import StochasticLanczos
 from curvalg.estimate.smooth import SCALES
@@ -89,13 +90,13 @@ def spectral_density(
     probes, steps = require_count(probes, "probes"), require_count(steps, "steps")
     _require(scale, outliers, grid, width)
     before = require_symmetric(given, seed)
-    if not 0 <= outliers <= given.size:
-        raise ExpressionError(f"expected 0 ≤ outliers ≤ {given.size} for {given.size} rows, got {outliers}")
-    options: dict[str, Any] = {"scale": scale, "points": grid, "width": width, "size": given.size, "steps": steps}
+    if not 0 <= outliers < given.size:
+        raise ExpressionError(
+            f"expected 0 ≤ outliers < {given.size} for {given.size} rows, got {outliers}; all eigenvalues are given by eigsh"
+        )
+    look = Look(scale, grid, width, steps)
     if (known := _exact(given, outliers, probes * steps)) is not None:
-        rule, peaks = known
-        own = {"products": 0, "converged": True, "partial": False, "seconds": time.perf_counter() - begin}
-        return Density.of(rule, peaks, method="exact", **own, **options)
+        return Density.of(*known, look, given.size, _made("exact", 0, time.perf_counter() - begin))
     peaks, locked = torch.zeros(0, dtype=torch.float64), given.rows(None, "outliers")
     if outliers:
         path = None if checkpoint is None else Path(checkpoint).with_name(f"{Path(checkpoint).name}.outliers")
@@ -108,21 +109,21 @@ def spectral_density(
     algorithm = StochasticLanczos(
         target=_confined(given, locked),
         probes=probes,
-        steps=min(steps, max(given.size - len(locked), 1)),
+        steps=min(steps, given.size - len(locked)),
         seed=int(seed),
         name="spectral_density",
         locked=locked,
         before=before,
     )
-    if outliers == given.size:
-        rule = Rule(*(empty := (torch.zeros(1, 0), torch.zeros(1, 0))), empty)
-        own = {"products": before, "converged": True, "partial": False, "seconds": time.perf_counter() - begin}
-        return Density.of(rule, peaks, method="lanczos", **own, **options)
     file = None if checkpoint is None else Checkpoint(checkpoint, given.subject())
     outcome = run(algorithm, checkpoint=file, progress=progress)
-    own = {"products": outcome.state.products, "converged": not outcome.partial, "partial": outcome.partial}
     seconds = max(outcome.seconds, time.perf_counter() - begin)
-    return Density.of(algorithm.result(outcome), peaks, method=algorithm.method, seconds=seconds, **own, **options)
+    made = _made(algorithm.method, outcome.state.products, seconds, outcome.partial)
+    return Density.of(algorithm.result(outcome), peaks, look, given.size, made)
+
+
+def _made(method: str, products: int, seconds: float, partial: bool = False) -> Result:
+    return Result(method=method, products=products, seconds=seconds, converged=not partial, partial=partial)
 
 
 def _exact(given: Target, outliers: int, products: int) -> tuple[Rule, Tensor] | None:
@@ -139,7 +140,7 @@ def _exact(given: Target, outliers: int, products: int) -> tuple[Rule, Tensor] |
     counts[-1] = pairs.multiplicity - repeated
     order = values[:-1].abs().argsort(descending=True, stable=True)
     peaks, counts[order[:outliers]] = values[order[:outliers]], 0.0
-    left = max(float(counts.sum()), 1.0)
+    left = float(counts.sum())
     rule = Rule(values[None], counts[None] / left, (values[None], counts[None] / left))
     return rule, peaks.sort().values
 

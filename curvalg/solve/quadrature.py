@@ -1,7 +1,7 @@
 """Lanczos recurrences of several vectors at once, and the Gauss quadrature rules that they are.
 
-Each starting vector q has a recurrence of its own, A V = V T + β v eᵀ with V e₁ = q, but all are advanced by one product with as
-many columns. The eigenvalues θ of T with the squared first components τ² of its eigenvectors are the Gauss rule of the
+Each starting vector q has a recurrence of its own, A V = V T + β v eᵀ with V e₁ = q, but all are advanced by one product with
+as many columns. The eigenvalues θ of T with the squared first components τ² of its eigenvectors are the Gauss rule of the
 measure that A and q define, qᵀ f(A) q ≈ Σ τ² f(θ). Source: Golub and Meurant, Matrices, Moments and Quadrature (2010).
 """
 
