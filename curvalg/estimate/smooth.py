@@ -74,7 +74,8 @@ def even_grid(centre: float, half: float, width: float, points: int, peaks: Tens
     points = min(max(points, math.ceil(2 * reach / width * FINE)), max(points, LONGEST))
     even = torch.linspace(centre - reach, centre + reach, points, dtype=torch.float64)
     around = torch.linspace(-REACH, REACH, int(2 * REACH * FINE) + 1, dtype=torch.float64) * width
-    return torch.cat([even, (peaks[:, None] + around).flatten()]).unique()
+    points_of_all: Tensor = torch.cat([even, (peaks[:, None] + around).flatten()]).unique()
+    return points_of_all
 
 
 def bumps(grid: Tensor, positions: Tensor, weights: Tensor, width: float) -> Tensor:

@@ -60,8 +60,9 @@ class Effort:
 
     def split(self, size: int) -> tuple[int, int]:
         """(probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""
+        longest = max(self.products // 2, 1) if self.steps is None else self.products
         steps = round(math.sqrt(LONGER * self.products)) if self.steps is None else self.steps
-        steps = max(1, min(steps, size, max(self.products // 2, 1) if self.steps is None else steps))
+        steps = max(1, min(steps, size, longest))
         return max(1, self.products // steps), steps
 
 
@@ -173,7 +174,7 @@ def _fail(result: Estimate, effort: Effort, name: str, bias: float) -> None:
     warnings.warn(message, CurvalgWarning, stacklevel=4)
 
 
-def refuse_negative(values: Tensor, weights_name: str, name: str, *, strictly: bool, eps: float) -> Tensor:
+def refuse_negative(values: Tensor, what: str, name: str, *, strictly: bool, eps: float) -> Tensor:
     """Ritz values, rounding errors below zero set to zero.
 
     Raises:
@@ -182,7 +183,7 @@ def refuse_negative(values: Tensor, weights_name: str, name: str, *, strictly: b
     least, noise = float(values.min()), 100 * eps * float(values.abs().max())
     if least < -noise or (strictly and least <= 0):
         raise FactsError(
-            f"{weights_name} needs a positive {'' if strictly else 'semi'}definite operator, but {name} has the Ritz value "
+            f"{what} needs a positive {'' if strictly else 'semi'}definite operator, but {name} has the Ritz value "
             f"{least:.3g}; add damping, + c * Identity with c > {abs(min(least, 0.0)):.3g}, or take a term that is positive "
             "semidefinite, such as ggn"
         )

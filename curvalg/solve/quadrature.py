@@ -141,7 +141,8 @@ def standard_error(each: Tensor) -> Tensor:
     """Of the mean over the first axis; NaN for a single one."""
     if len(each) < 2:
         return torch.full_like(each[0], torch.nan)
-    return each.std(0) / len(each) ** 0.5
+    deviation: Tensor = each.std(0)
+    return deviation / len(each) ** 0.5
 
 
 def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 def _norm(rows: Tensor) -> Tensor:
     squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
     if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
     return squares.sqrt()
 
 
