@@ -108,7 +108,7 @@ class Density(Result):
         """The share of eigenvalues ≤ x, without the smoothing of the curve: of a number or of each of a tensor."""
         points = torch.as_tensor(x, dtype=torch.float64)
         below = (self.nodes[..., None] <= points.flatten()) * self.weights[..., None]
-        found = (self.outliers[:, None] <= points.flatten()).sum(0) / self.size
+        found = (self.outliers[:, None] <= points.flatten()).double().sum(0) / self.size
         shares = (below.sum(1).mean(0) + found).reshape(points.shape)
         return shares if isinstance(x, Tensor) else float(shares)
 
@@ -121,14 +121,14 @@ class Density(Result):
 
         share, error, bias = self.rule.mean(inside)
         rest = self.size - len(self.outliers)
-        exact = self.method == "exact" or not rest
+        value, exact = rest * share + float(inside(self.outliers).sum()), self.method == "exact"
         return Estimate(
             method=self.method,
             products=self.products,
             seconds=self.seconds,
             converged=self.converged,
             partial=self.partial,
-            value=rest * share + float(inside(self.outliers).sum()),
+            value=float(round(value)) if exact else value,
             error=0.0 if exact else rest * (error + bias),
         )
 

@@ -62,8 +62,8 @@ def matrix_function(
 ) -> FunctionProduct:
     """The product of a function of a symmetric operator with vectors, f(A) v.
 
-    f(A) v ≈ ‖v‖ V f(T) e₁, with the orthonormal basis V and the tridiagonal matrix T of m Lanczos steps from v / ‖v‖; all columns
-    are advanced by one product. Where the structure of a curvature operator gives all its eigenvectors cheaply, it is exact.
+    f(A) v ≈ ‖v‖ V f(T) e₁, with the orthonormal basis V and the tridiagonal matrix T of m Lanczos steps from v / ‖v‖; all
+    columns are advanced by one product. Where the structure of a curvature operator gives all its eigenvectors cheaply, it is exact.
 
     Memory: m vectors of n numbers for each column.
 
@@ -171,7 +171,7 @@ def _exact(given: Target, f: Scalar, columns: Tensor) -> Tensor | None:
 
 def _fail(made: FunctionProduct, f: Scalar, given: Target, tol: float, on_fail: str) -> None:
     message = (
-        f"{f.name}({given.name}) v still changes by {float(made.changes.max()):.2g} after {made.steps} steps, which is more than "
+        f"{f.name}({given.name}) v still changes by {float(made.changes.max()):.2g} after {made.steps} steps, more than "
         f"tol={tol:g}; raise tol= or steps=, or add damping, + c * Identity, which makes functions smoother on the spectrum"
     )
     if on_fail == "raise":

@@ -183,7 +183,8 @@ def _norm(rows: Tensor) -> Tensor:
     squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
     if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
         squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-    return squares.sqrt()
+    norms: Tensor = squares.sqrt()
+    return norms
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:
