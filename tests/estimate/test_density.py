@@ -53,10 +53,10 @@ def test_moments_are_those_of_the_matrix(name):
 def test_counts_are_unbiased_and_their_errors_cover(name, a, b):
     spectrum, A = SPECTRA[name], matrix(SPECTRA[name])
     truth = int(((spectrum >= a) & (spectrum <= b)).sum())
-    counts = [spectral_density(A, probes=10, steps=40, seed=seed).count(a, b) for seed in SEEDS]
+    counts = [spectral_density(A, probes=20, steps=40, seed=seed).count(a, b) for seed in range(80)]
     assert within([c.value for c in counts], truth)
     assert sum(abs(c.value - truth) <= 2 * c.error + 1e-9 for c in counts) >= 0.85 * len(counts)
-    cdf = spectral_density(A, probes=10, steps=40).cdf
+    cdf = spectral_density(A, probes=20, steps=40).cdf
     assert math.isclose(cdf(b) - cdf(a), counts[0].value / len(A), abs_tol=1e-9)
     assert cdf(-100.0) == 0 and math.isclose(cdf(100.0), 1)
     assert cdf(torch.tensor([a, b])).shape == (2,)
@@ -76,7 +76,7 @@ def test_the_errors_of_the_curve_cover():
 def test_edges_of_marchenko_and_pastur():
     n, N = 400, 1600
     X = torch.randn(N, n, generator=torch.Generator().manual_seed(0), dtype=F64)
-    density = spectral_density(X.T @ X / N, probes=10, steps=60)
+    density = spectral_density(X.T @ X / N, probes=10, steps=60, width=0.05)
     low, high = (1 - 0.5) ** 2, (1 + 0.5) ** 2
     assert density.cdf(low - 0.05) < 2e-3 and density.cdf(high + 0.1) > 1 - 2e-3
     inside = (density.grid > low + 0.1) & (density.grid < high - 0.1)
@@ -137,7 +137,9 @@ def test_structure_gives_the_exact_density():
     assert exact.method == "exact" and abs(integral(exact) - 1) < 1e-3
     assert torch.equal(exact.lower, exact.density) and torch.equal(exact.upper, exact.density)
     truth = torch.linalg.eigvalsh(op.to_dense().double())
-    assert exact.count(0.51, 100).value == int(((truth >= 0.51) & (truth <= 100)).sum()) and exact.count(0, 1).error == 0
+    assert (
+        exact.count(0.51, 100).value == int(((truth >= 0.51) & (truth <= 100)).sum()) and exact.count(0, 1).error == 0
+    )
     curve = torch.exp(-(((exact.grid[:, None] - truth) / 0.02) ** 2) / 2).mean(1) / (0.02 * math.sqrt(2 * math.pi))
     torch.testing.assert_close(exact.density, curve, atol=1e-2, rtol=1e-2)
     peaks = spectral_density(op, outliers=4)
@@ -254,7 +256,7 @@ def test_outliers_have_a_checkpoint_of_their_own(tmp_path):
         spectral_density(Interrupted(15).op, checkpoint=path, **options)
     done = spectral_density(Interrupted(0).op, checkpoint=path, **options)
     assert (tmp_path / "run.safetensors.outliers").exists() and path.exists()
-    torch.testing.assert_close(done.outliers, whole.outliers)
+    torch.testing.assert_close(done.outliers, whole.outliers, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
