@@ -63,7 +63,8 @@ def matrix_function(
     """The product of a function of a symmetric operator with vectors, f(A) v.
 
     f(A) v ≈ ‖v‖ V f(T) e₁, with the orthonormal basis V and the tridiagonal matrix T of m Lanczos steps from v / ‖v‖; all
-    columns are advanced by one product. Where the structure of a curvature operator gives all its eigenvectors cheaply, it is exact.
+    columns are advanced by one product. Where the structure of a curvature operator gives all its eigenvectors cheaply, it is
+    exact.
 
     Memory: m vectors of n numbers for each column.
 

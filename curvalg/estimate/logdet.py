@@ -50,7 +50,7 @@ def logdet(
         progress: show products done and expected.
 
     Returns:
-        The value; its error is one standard error over the probes plus the difference to rules of three quarters of the steps.
+        The value; its error is one standard error over the probes plus the difference to rules of half the steps.
 
     Raises:
         FactsError: not positive definite, or not proved to be.

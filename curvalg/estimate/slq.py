@@ -19,6 +19,8 @@ KEPT = 2**27
 """Numbers that the bases of all probes together may take (0.5 GiB in float32). Where they would take more, only the last two
 vectors of each are kept, and nothing is orthogonalised again: converged eigenvalues then come back as ghosts, which share
 the weight of the first and hardly change a density."""
+SALT = 0x5DEECE66D5D5
+"""Added to seeds: data that a user drew with the same small seed would otherwise be the very probes."""
 WIDEST = 32
 """Probes that are advanced together."""
 
@@ -133,7 +135,7 @@ class StochasticLanczos:
     def _drawn(self, state: State) -> Recurrences:
         """Recurrences of new probes."""
         count = min(WIDEST, _integer(state.numbers["wanted"]) - self._finished(state))
-        number = self.seed * 1_000_003 + _integer(state.numbers["round"])
+        number = SALT + self.seed * 1_000_003 + _integer(state.numbers["round"])
         generator, space = torch.Generator().manual_seed(number % 2**63), self.target.space
         rows = torch.empty(count, self.target.size, dtype=space.dtype, device=space.device)
         for i in range(count):

@@ -16,7 +16,7 @@ from torch import Tensor
 from curvalg.solve.orthogonal import grown, small
 from curvalg.solve.result import Matmul
 
-COARSE = 0.75
+COARSE = 0.5
 """Share of the steps whose rule a rule is compared with, for an estimate of its error."""
 
 
@@ -113,7 +113,7 @@ class Rule:
 
     Args:
         nodes, weights: (p, j), float64 on the CPU; weights sum to 1 in each row.
-        coarse: nodes and weights of three quarters of the steps.
+        coarse: nodes and weights of half the steps; NaN where there is only one, and it is not exact.
     """
 
     nodes: Tensor
@@ -134,7 +134,10 @@ class Rule:
 def rule(alphas: Tensor, betas: Tensor) -> Rule:
     """The rules of tridiagonal matrices, (j, p) each with j ≥ 1."""
     fewer = max(1, int(COARSE * len(alphas)))
-    return Rule(*gauss(alphas, betas), gauss(alphas[:fewer], betas[:fewer]))
+    nodes, weights = gauss(alphas[:fewer], betas[:fewer])
+    if len(alphas) == 1 and bool(betas.any()):
+        weights = torch.full_like(weights, torch.nan)
+    return Rule(*gauss(alphas, betas), (nodes, weights))
 
 
 def standard_error(each: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def test_products_that_are_not_finite():
 def test_a_tolerance_that_is_not_reached_is_loud(monkeypatch):
     monkeypatch.setattr("curvalg.estimate.functions.LONGEST", 20)
     A = matrix(torch.logspace(0, -8, 150, dtype=F64))
-    with pytest.raises(ConvergenceError, match="still changes by .* after 20 steps") as caught:
+    with pytest.raises(ConvergenceError, match=r"still changes by .* after 20 steps") as caught:
         matrix_function(A, "log", V)
     assert not caught.value.result.converged and caught.value.result.value.shape == V.shape
     with pytest.warns(CurvalgWarning, match="still changes"):
