@@ -144,8 +144,8 @@ def standard_error(each: Tensor) -> Tensor:
     """Of the mean over the first axis; NaN for a single one."""
     if len(each) < 2:
         return torch.full_like(each[0], torch.nan)
-    deviation: Tensor = each.std(0)
-    return deviation / len(each) ** 0.5
+    error: Tensor = each.std(0) / len(each) ** 0.5
+    return error
 
 
 def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
