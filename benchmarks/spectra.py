@@ -87,7 +87,7 @@ def density() -> None:
     print(f"curvalg: {own:.2f} s ({own_used:.2f} s of processor), {found.products} products, {found.method}; ", end="")
     print(f"{1e3 * own_used / found.products:.1f} ms of processor for each product with orthogonalisation", flush=True)
     begin, used = time.perf_counter(), time.process_time()
-    params = dict(model.named_parameters())
+    params = list(model.parameters())
     plain = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, [(X, y)], check_deterministic=False)
     cached = LanczosApproximateSpectrumCached(plain, STEPS)
     bounds = time.perf_counter() - begin
