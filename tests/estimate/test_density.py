@@ -114,6 +114,14 @@ def test_probes_of_the_complement_are_unbiased():
     assert within(totals, float(spectrum.mean()))
 
 
+def test_outliers_that_are_much_of_a_small_matrix():
+    spectrum = torch.tensor([10.0, 8.0, -7.0, 1.0, 0.5, -0.2], dtype=F64)
+    densities = [spectral_density(matrix(spectrum), probes=4, outliers=3, seed=seed) for seed in range(60)]
+    for power in (1, 2):
+        moments = [float((d.weights * d.nodes**power).sum(1).mean()) * 6 for d in densities]
+        assert within(moments, float((spectrum[3:] ** power).sum()), slack=1e-4), power
+
+
 def test_signs_are_kept_apart_on_a_log_scale():
     spectrum = torch.cat([torch.full((30,), -1.0, dtype=F64), torch.full((70,), 100.0, dtype=F64)])
     density = spectral_density(matrix(spectrum), scale="log", probes=20)
