@@ -38,6 +38,12 @@ def test_the_integral_is_one_and_the_band_holds_the_curve(name, scale):
         assert bool((density.negative <= density.density + 1e-12).all())
 
 
+@pytest.mark.parametrize("width", [1e-4, 1.0])
+def test_the_grid_follows_a_width_that_is_given(width):
+    density = spectral_density(matrix(SPECTRA["indefinite"]), probes=2, steps=20, width=width, grid=100)
+    assert abs(integral(density) - 1) < 1e-3 and density.width == width
+
+
 @pytest.mark.parametrize("name", SPECTRA)
 def test_moments_are_those_of_the_matrix(name):
     A, spectrum = matrix(SPECTRA[name]), SPECTRA[name]
