@@ -71,7 +71,8 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     product = _product(current, going.to(current.device), matmul)
     # Diagonals of ended recurrences stay within the spectrum: nothing couples to them, but functions are evaluated there.
     alpha = torch.where(going, small(_inner(current, product)), old.alphas[0] if old.steps else 0.0)
-    rest = product.addcmul_(_column(alpha * going, product), current, value=-1)
+    # Not in place: products may return what they were given, or something they keep.
+    rest = product.addcmul(_column(alpha * going, product), current, value=-1)
     if old.steps:
         rest = rest.addcmul_(_column(old.betas[-1], product), previous, value=-1)
     scale = torch.cat([old.alphas, old.betas, alpha[None]]).abs().amax(0)
@@ -79,8 +80,8 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     if old.whole:
         rest, beta = _purged(rest, old.basis.view(-1, p, rest.shape[1]).transpose(0, 1), beta)
     beta = torch.where(going & (beta > 10 * torch.finfo(rest.dtype).eps * scale), beta, 0.0)
-    following = rest.mul_(_column(torch.where(beta > 0, 1 / beta, 0.0), rest))
-    kept = grown(old.basis, following, old.capacity * p) if old.whole else torch.cat([current, following])
+    factor = _column(torch.where(beta > 0, 1 / beta, 0.0), rest)
+    kept = grown(old.basis, rest.mul_(factor), old.capacity * p) if old.whole else _last(current, rest, factor)
     return replace(
         old, basis=kept, alphas=torch.cat([old.alphas, alpha[None]]), betas=torch.cat([old.betas, beta[None]])
     )
@@ -155,14 +156,20 @@ def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
-    """A times the rows that are multiplied, zeros for the others; in memory of its own."""
+    """A times the rows that are multiplied, zeros for the others."""
     if bool(going.all()):
-        result = matmul(rows.T.contiguous()).T
-        # Products may return what they were given, or something they keep.
-        return torch.empty_like(rows).copy_(result)
+        return matmul(rows.T).T.contiguous()
     full = torch.zeros_like(rows)
-    full[going] = matmul(rows[going].T.contiguous()).T
+    full[going] = matmul(rows[going].T).T
     return full
+
+
+def _last(current: Tensor, rest: Tensor, factor: Tensor) -> Tensor:
+    """The vectors of the last two steps, the very last ones scaled."""
+    both = torch.empty(2 * len(rest), rest.shape[1], dtype=rest.dtype, device=rest.device)
+    both[: len(rest)] = current
+    torch.mul(rest, factor, out=both[len(rest) :])
+    return both
 
 
 def _purged(rest: Tensor, vectors: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,6 +258,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, kept
     assert done.products == whole.products and done.converged
     with pytest.raises(CheckpointError, match="option probes differs"):
         spectral_density(Interrupted(0).op, probes=7, steps=12, checkpoint=path)
+    for name, value in (("steps", 11), ("seed", 1)):
+        with pytest.raises(CheckpointError, match=f"option {name} differs"):
+            spectral_density(Interrupted(0).op, **{**options, name: value})
     with pytest.raises(KeyboardInterrupt):
         spectral_density(Interrupted(2).op, probes=6, steps=12)
 

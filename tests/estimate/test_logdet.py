@@ -84,6 +84,8 @@ def test_a_model(case, monkeypatch):
     for estimate, (_, truth) in zip(exact, ESTIMATORS.values(), strict=True):
         assert estimate.method == "exact" and estimate.error == 0.0 and estimate.products == 0
         assert math.isclose(estimate.value, truth(values), rel_tol=1e-4, abs_tol=1e-4)
+    shifted = effective_dimension(damped, 0.7)  # all that is orthogonal to the columns counts too
+    assert math.isclose(shifted.value, float(((values + DAMPING) / (values + DAMPING + 0.7)).sum()), rel_tol=1e-4)
     monkeypatch.setattr(type(damped), "exact_rows", lambda self: None)
     estimated = [logdet(damped, products=300), effective_dimension(plain, DAMPING, products=300)]
     for estimate, known in zip(estimated, exact, strict=True):
