@@ -7,8 +7,9 @@
     python benchmarks/spectra.py density      # 10 probes of 50 steps, against curvlinops
 
 Both sides take the same Hessian, in float32, one after the other in one process, set-up included. Eigenvalues are to the
-tolerance 1e-3, and the truth is a run to 1e-5; densities are compared by the first moments of their nodes, and the bounds of
-the spectrum, which curvlinops computes first, are in its time and given apart. Figures are wall-clock seconds on the machine at hand; run it with nothing beside it.
+tolerance 1e-3, and the truth is a run to 1e-5. Densities are compared by the first moments of their nodes; the bounds of the
+spectrum, which curvlinops computes first, are part of its time and also given apart. Figures are wall-clock seconds on the
+machine at hand; run it with nothing beside it.
 """
 
 from __future__ import annotations

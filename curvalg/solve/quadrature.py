@@ -72,7 +72,7 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     # Diagonals of ended recurrences stay within the spectrum: nothing couples to them, but functions are evaluated there.
     alpha = torch.where(going, small(_inner(current, product)), old.alphas[0] if old.steps else 0.0)
     # Not in place: products may return what they were given, or something they keep.
-    rest = product.addcmul(_column(alpha * going, product), current, value=-1)
+    rest = product.addcmul(_column(alpha, product), current, value=-1)
     if old.steps:
         rest = rest.addcmul_(_column(old.betas[-1], product), previous, value=-1)
     scale = torch.cat([old.alphas, old.betas, alpha[None]]).abs().amax(0)

@@ -86,6 +86,12 @@ def test_columns_of_zeros_and_eigenvectors():
     assert not bool(zero.value.any()) and zero.converged
 
 
+def test_an_operator_that_returns_what_it_was_given():
+    op = LinearOperator((9, 9), matvec=lambda x: x, matmat=lambda x: x, dtype=float)
+    x = np.arange(9.0)
+    assert np.allclose(matrix_function(op, "sqrt", x).value, x, rtol=1e-12, atol=0) and (x == np.arange(9.0)).all()
+
+
 def test_float32_and_its_default_tolerance():
     made = matrix_function(POSITIVE.float(), "sqrt", V.float())
     truth = dense(POSITIVE, torch.sqrt, V)
