@@ -18,6 +18,8 @@ from curvalg.solve.result import Matmul
 
 COARSE = 0.5
 """Share of the steps whose rule a rule is compared with, for an estimate of its error."""
+CACHED = 2**19
+"""Numbers of the rows that are worked on together, few enough for the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,20 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     p, going = old.width, old.going
     current, previous = old.basis[-p:], old.basis[-2 * p : -p]
     product = _product(current, going.to(current.device), matmul)
+    both = None if old.whole else torch.empty(2 * p, current.shape[1], dtype=current.dtype, device=current.device)
+    out = torch.empty_like(current) if both is None else both[p:]
+    rest, diagonal, beta = _three_term(product, current, previous, old, out)
     # Diagonals of ended recurrences stay within the spectrum: nothing couples to them, but functions are evaluated there.
-    alpha = torch.where(going, small(_inner(current, product)), old.alphas[0] if old.steps else 0.0)
-    # Not in place: products may return what they were given, or something they keep.
-    rest = product.addcmul(_column(alpha, product), current, value=-1)
-    if old.steps:
-        rest = rest.addcmul_(_column(old.betas[-1], product), previous, value=-1)
+    alpha = torch.where(going, diagonal, old.alphas[0] if old.steps else 0.0)
     scale = torch.cat([old.alphas, old.betas, alpha[None]]).abs().amax(0)
-    beta = small(_norm(rest))
     if old.whole:
         rest, beta = _purged(rest, old.basis.view(-1, p, rest.shape[1]).transpose(0, 1), beta)
     beta = torch.where(going & (beta > 10 * torch.finfo(rest.dtype).eps * scale), beta, 0.0)
-    factor = _column(torch.where(beta > 0, 1 / beta, 0.0), rest)
-    kept = grown(old.basis, rest.mul_(factor), old.capacity * p) if old.whole else _last(current, rest, factor)
+    rest.mul_(_column(torch.where(beta > 0, 1 / beta, 0.0), rest))
+    if both is None:
+        kept = grown(old.basis, rest, old.capacity * p)
+    else:
+        both[:p], kept = current, both
     return replace(
         old, basis=kept, alphas=torch.cat([old.alphas, alpha[None]]), betas=torch.cat([old.betas, beta[None]])
     )
@@ -164,12 +167,20 @@ def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
     return full
 
 
-def _last(current: Tensor, rest: Tensor, factor: Tensor) -> Tensor:
-    """The vectors of the last two steps, the very last ones scaled."""
-    both = torch.empty(2 * len(rest), rest.shape[1], dtype=rest.dtype, device=rest.device)
-    both[: len(rest)] = current
-    torch.mul(rest, factor, out=both[len(rest) :])
-    return both
+def _three_term(
+    product: Tensor, current: Tensor, previous: Tensor, old: Recurrences, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A v − α v − β v₋₁ for each row, written to ``out``, since products may return something they keep; α; the norms."""
+    alphas, norms, group = [], [], max(1, CACHED // current.shape[1])
+    for some in range(0, len(current), group):
+        rows = slice(some, some + group)
+        alpha = _inner(current[rows], product[rows])
+        rest = torch.addcmul(product[rows], alpha[:, None], current[rows], value=-1, out=out[rows])
+        if old.steps:
+            rest.addcmul_(_column(old.betas[-1, rows], rest), previous[rows], value=-1)
+        alphas.append(alpha)
+        norms.append(_norm(rest))
+    return out, small(torch.cat(alphas)), small(torch.cat(norms))
 
 
 def _purged(rest: Tensor, vectors: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
