@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from curvalg.estimate.estimating import Methods, OnFail, Path, Request, require_square, structured
+from curvalg.estimate.estimating import Methods, OnFail, Request, require_square, structured
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.target import target
+from curvalg.estimate.target import Path, target
 from curvalg.estimate.xdiag import DiagonalEntries, HutchinsonDiagonal, XDiag
 
 METHODS: Methods = {kind.method: kind for kind in (DiagonalEntries, HutchinsonDiagonal, XDiag)}

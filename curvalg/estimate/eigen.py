@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, VectorError
-from curvalg.estimate.checkpoint import Checkpoint
 from curvalg.estimate.exact import exact
 from curvalg.estimate.lanczos import Block, Lanczos
 from curvalg.estimate.result import Eigenpairs
@@ -111,7 +110,7 @@ def eigsh(
         most=max(1000, 100 * k) if maxiter is None else int(maxiter),
         before=before,
     )
-    file = None if checkpoint is None else Checkpoint(checkpoint, given.subject(), given.choices)
+    file = given.checkpoint(checkpoint)
     outcome = run(algorithm, checkpoint=file, progress=progress)
     state = outcome.state if outcome.partial else algorithm.checked(outcome.state)
     values, vectors, residuals = algorithm.pairs(state)

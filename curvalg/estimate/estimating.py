@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -15,14 +14,12 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, FactsError
-from curvalg.estimate.checkpoint import Checkpoint
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.run import run
 from curvalg.estimate.sketch import Sketch
-from curvalg.estimate.target import Target
+from curvalg.estimate.target import Path, Target
 
 OnFail = Literal["raise", "warn"]
-Path = str | os.PathLike[str]
 Methods = Mapping[str, type[Sketch]]
 
 
@@ -94,8 +91,7 @@ class Request:
         Raises:
             ConvergenceError: the tolerance was not reached.
         """
-        subject = {**algorithm.target.subject(), "quantity": quantity}
-        file = None if self.checkpoint is None else Checkpoint(self.checkpoint, subject)
+        file = algorithm.target.checkpoint(self.checkpoint, quantity=quantity)
         outcome = run(algorithm, checkpoint=file, progress=self.progress)
         value, error = algorithm.result(outcome.state)
         if not value.numel():

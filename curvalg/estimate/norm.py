@@ -12,12 +12,12 @@ import torch
 
 from curvalg.errors import ConvergenceError, ExpressionError, FactsError
 from curvalg.estimate.eigen import eigsh
-from curvalg.estimate.estimating import Methods, OnFail, Path, Request, exactly, require_psd, scaled
+from curvalg.estimate.estimating import Methods, OnFail, Request, exactly, require_psd, scaled
 from curvalg.estimate.hutchinson import SquaredNorms
 from curvalg.estimate.result import Eigenpairs, Estimate
 from curvalg.estimate.singular import SingularTriplets, gram, svds
 from curvalg.estimate.sketch import Sketch, UnitVectors
-from curvalg.estimate.target import Target, target
+from curvalg.estimate.target import Path, Target, target
 from curvalg.estimate.trace import trace
 from curvalg.estimate.xnystrace import XNysTrace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, ProblemError, VectorError
 from curvalg.estimate import fingerprint
-from curvalg.estimate.checkpoint import Choices, digest
+from curvalg.estimate.checkpoint import Checkpoint, Choices, digest
 from curvalg.estimate.state import Options
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
 from curvalg.lowering.vectors import Space, Vector, parse
-from curvalg.problem import Layout
+from curvalg.problem import Layout, Problem
+
+Path = str | os.PathLike[str]
+"""Of a file."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Target:
         symmetric: True or False where known, else None.
         subject: makes the fingerprint of what a run is about.
         operator: the curvature operator, if it is one.
+        choices: what products with it measure and choose.
         psd: whether positive semi-definite: True or False where known, or where proof is required, else None.
     """
 
@@ -45,13 +50,14 @@ class Target:
     symmetric: bool | None
     subject: Callable[[], Options] = field(repr=False)
     operator: CurvatureOperator | None = None
+    choices: Choices | None = None
     psd: bool | None = None
 
-    @property
-    def choices(self) -> Choices | None:
-        """Where the operator's measured choices are."""
-        problem = None if self.operator is None else self.operator.problem
-        return None if problem is None else Choices(problem.choices, problem.recalled)
+    def checkpoint(self, path: Path | None, **more: str) -> Checkpoint | None:
+        """The file of a run with this operator, and what else the run is about; None for no path."""
+        if path is None:
+            return None
+        return Checkpoint(path, {**self.subject(), **more}, self.choices)
 
     @property
     def size(self) -> int:
@@ -77,6 +83,11 @@ class Target:
             raise VectorError(f"{what}: {error}") from error
 
 
+def choices_of(problem: Problem) -> Choices:
+    """Where a problem keeps its measured choices."""
+    return Choices(problem.choices, problem.recalled)
+
+
 def target(op: Any) -> Target:
     """Any operator that estimators take.
 
@@ -95,6 +106,7 @@ def target(op: Any) -> Target:
             symmetric=op.facts.symmetric or False,
             psd=op.facts.psd or False,
             operator=op,
+            choices=choices_of(op.problem),
             subject=lambda: fingerprint.of_operator(op),
         )
     if isinstance(op, TorchOperator):

@@ -7,7 +7,6 @@ from typing import Any
 from curvalg.estimate.estimating import (
     Methods,
     OnFail,
-    Path,
     Request,
     require_psd,
     require_square,
@@ -17,7 +16,7 @@ from curvalg.estimate.hutchinson import Hutchinson
 from curvalg.estimate.hutchpp import HutchPlusPlus
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.sketch import Sketch, UnitVectors
-from curvalg.estimate.target import Target, target
+from curvalg.estimate.target import Path, Target, target
 from curvalg.estimate.xnystrace import XNysTrace
 from curvalg.estimate.xtrace import XTrace
 

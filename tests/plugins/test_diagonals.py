@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvalg import CurvalgError, Identity, LossError, Problem, diagonal_part, inverse, parse, registry
-from curvalg_plugins.diagonal import gradient_norms
+from curvalg.estimate import gradient_norms
 
 build = registry.build
 CASES = ["linear", "mlp", "cnn", "encoder_layer", "lstm", "tied_embedding", "sequence_classes_second", "batchnorm_eval"]

@@ -1,0 +1,106 @@
+"""Norms of the gradients of single samples, and the gradient noise scale."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ProblemError
+from curvalg.estimate.result import Result
+from curvalg.problem import Problem
+
+WIDTH = 32
+"""Columns that are taken through the network at a time."""
+
+
+def gradient_norms(problem: Problem) -> Tensor:
+    """‖∇cₙ‖ of every sample, in the order of the data (N,), without a gradient per sample.
+
+    cₙ is the share of sample n: for an unweighted mean loss ∇cₙ is N⁻¹ times the gradient of the sample's own loss. From
+    layer inputs h and output deltas δ: ‖δ‖² (‖h‖² + 1) for a linear layer with a bias (Goodfellow, arXiv 1510.01799). With
+    ``samples="position"`` the positions of a row follow each other in row-major order; ignored ones have norm zero.
+
+    Args:
+        problem: with a loss.
+
+    Raises:
+        LossError: a problem without a loss.
+        ProblemError: samples influence each other (batch-norm in training mode).
+
+    >>> import torch
+    >>> from curvalg import Problem
+    >>> X, y, net = torch.randn(5, 3), torch.randn(5, 1), torch.nn.Linear(3, 1)
+    >>> norms = gradient_norms(Problem(net, torch.nn.MSELoss(reduction="sum"), (X, y)))
+    >>> g = 2 * (net(X) - y) * torch.cat([X, torch.ones(5, 1)], 1)
+    >>> torch.allclose(norms, g.norm(dim=1), rtol=1e-4)
+    True
+    """
+    found: list[Tensor] = []
+    with problem.batches() as batches:
+        for batch in batches:
+            columns = batch.per_sample_columns(batch.loss_gradient[None])
+            parts = [
+                torch.stack([record.square_norms() for record in batch.layers(some)]).sum(0)
+                for some in columns.split(WIDTH)
+            ]
+            found.append(torch.cat(parts).T.reshape(-1))
+    return torch.cat(found).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNoise(Result):
+    """The noise of minibatch gradients.
+
+    Args:
+        simple: the simple noise scale tr Σ / |G|², in samples; infinite where the data do not tell |G|² from zero.
+        trace: tr Σ, unbiased, of the gradients of single samples around their mean.
+        square: |G|², unbiased: the squared norm of the true gradient. It may be negative.
+    """
+
+    simple: float
+    trace: float
+    square: float
+
+
+def gradient_noise(problem: Problem) -> GradientNoise:
+    """The simple gradient noise scale B = tr Σ / |G|²: batches much smaller waste steps, much larger ones samples.
+
+    With m = N⁻¹ Σ |gₙ|² and ḡ = N⁻¹ Σ gₙ over the gradients gₙ of the samples' own losses, tr Σ = N (m − |ḡ|²) / (N − 1) and
+    |G|² = (N |ḡ|² − m) / (N − 1) without bias. Exact over the data set: one pass for the norms, one for the gradient.
+    McCandlish et al., arXiv 1812.06162.
+
+    Args:
+        problem: with a loss, and at least two samples.
+
+    Raises:
+        LossError: a problem without a loss.
+        ProblemError: fewer than two samples; samples influence each other.
+
+    >>> import torch
+    >>> from curvalg import Problem
+    >>> X, y = torch.randn(50, 3), torch.randn(50, 1)
+    >>> noise = gradient_noise(Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), (X, y)))
+    >>> noise.trace > 0, noise.method
+    (True, 'exact')
+    """
+    begin, totals = time.perf_counter(), problem.totals
+    count = totals.count
+    if count < 2:
+        raise ProblemError(f"a gradient noise scale needs at least two samples, but the problem has {count}")
+    # Shares are gradients of single samples over N (mean loss) or as they are (sum loss): s cₙ is the sample's own loss.
+    mean = float(gradient_norms(problem).double().square().sum()) * totals.scale**2 / count
+    whole = float(problem.gradient().double().square().sum()) * (totals.scale / count) ** 2
+    trace, square = count * (mean - whole) / (count - 1), (count * whole - mean) / (count - 1)
+    return GradientNoise(
+        method="exact",
+        products=0,
+        seconds=time.perf_counter() - begin,
+        converged=True,
+        partial=False,
+        simple=trace / square if square > 0 else float("inf"),
+        trace=trace,
+        square=square,
+    )

@@ -1,0 +1,145 @@
+"""The trace in Takeuchi's information criterion, tr (H + λ)⁻¹ C."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ExpressionError
+from curvalg.estimate import fingerprint
+from curvalg.estimate.estimating import OnFail, exactly
+from curvalg.estimate.result import Estimate
+from curvalg.estimate.target import Path, Target, choices_of, target
+from curvalg.estimate.trace import trace
+from curvalg.expr import Expr, Identity, inverse
+from curvalg.expr.term import Term
+from curvalg.expr.terms import Covariance, Hessian
+from curvalg.lowering import CurvatureOperator
+from curvalg.lowering.dual import Columns
+from curvalg.lowering.vectors import Space
+from curvalg.problem import Problem
+
+DENSE = 256
+"""Parameters up to which both matrices are made."""
+
+
+def tic(
+    problem: Problem,
+    *,
+    hessian: Expr | None = None,
+    covariance: Expr | None = None,
+    damping: float = 0.0,
+    products: int = 60,
+    tol: float | None = None,
+    method: str = "auto",
+    seed: int = 0,
+    maxiter: int | None = None,
+    on_fail: OnFail = "raise",
+    checkpoint: Path | None = None,
+    progress: bool = False,
+) -> Estimate:
+    """The trace in Takeuchi's information criterion, tr (H + λ I)⁻¹ C, the effective number of parameters of a fit.
+
+    For a mean loss, H and C are means over samples, and the trace divided by N estimates the generalisation gap at a
+    minimiser; for a sum loss both are sums, and the value is the same. It is D where the model is well specified. Of a
+    covariance C = V Vᵀ with M columns it is the trace of Vᵀ(H + λ I)⁻¹ V (M × M), which needs no D × D matrix. Takeuchi 1976;
+    Thomas et al., arXiv 1906.07774.
+
+    Args:
+        problem: with a loss.
+        hessian: H; by default ``hessian``. ``ggn`` is positive semi-definite, so that conjugate gradients serve, or its Gram
+            matrix.
+        covariance: C; by default ``covariance``.
+        damping: λ ≥ 0.
+        products: right-hand sides to solve for; up to 256 parameters the matrices are made instead, and the value is exact.
+        tol, method, seed, maxiter, on_fail, checkpoint, progress: as of :func:`curvalg.estimate.trace`.
+
+    Returns:
+        Estimate: value and one standard error. ``products`` counts right-hand sides, each of which is a solve.
+
+    Raises:
+        ExpressionError: an argument that makes no sense.
+        ConvergenceError: a solve that does not converge (raise the damping), or a tolerance that is not reached.
+
+    >>> import torch
+    >>> from curvalg import Problem
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> X = torch.randn(500, 3, dtype=torch.float64, generator=generator)
+    >>> y = X.sum(1, keepdim=True) + torch.randn(500, 1, dtype=torch.float64, generator=generator)
+    >>> model = torch.nn.Linear(3, 1, bias=False).double()
+    >>> with torch.no_grad():
+    ...     _ = model.weight.copy_(torch.linalg.lstsq(X, y).solution.T)
+    >>> estimate = tic(Problem(model, lambda z, t: 0.5 * (z - t).square().mean(), (X, y)))
+    >>> abs(estimate.value - 3) < 0.5, estimate.method
+    (True, 'exact')
+    """
+    begin = time.perf_counter()
+    H, C = Hessian() if hessian is None else hessian, Covariance() if covariance is None else covariance
+    for what, expr in (("hessian", H), ("covariance", C)):
+        if not isinstance(expr, Expr) or expr.domain not in ("parameters", None) or expr.codomain != expr.domain:
+            raise ExpressionError(
+                f"tic: {what} is an expression on parameters, such as registry.build('ggn'), got {expr!r}"
+            )
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
+        raise ExpressionError(f"tic: damping is a finite number ≥ 0, got {damping!r}")
+    damped = H + damping * Identity
+    if method in ("auto", "exact") and problem.size <= DENSE:
+        A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()
+        return exactly(float(torch.linalg.solve(A, B).trace()), problem.size, time.perf_counter() - begin)
+    solve, middle = inverse(damped).lower(problem), C.lower(problem)
+    return trace(
+        _target(solve, middle, damped, C),
+        products=products,
+        tol=tol,
+        method=method,
+        seed=seed,
+        maxiter=maxiter,
+        on_fail=on_fail,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C: Expr) -> Target:
+    """Vᵀ H⁻¹ V where C = V Vᵀ has known columns, which is symmetric and smaller; else H⁻¹ C."""
+    problem, name = solve.problem, f"inverse({H}) @ ({C})"
+
+    def subject() -> dict[str, Any]:
+        return {**fingerprint.of_operator(solve), "covariance": str(C)}
+
+    facts = solve.facts
+    if isinstance(C, Term) and type(C).factor is not Term.factor and problem.data.ordered:
+        with problem.differentiating():
+            columns = Columns(problem, solve.snapshot, [(1.0, C)])
+            columns.factor.prepare(problem, solve.snapshot)
+        size = columns.factor.size
+
+        def multiply(y: Tensor) -> Tensor:
+            with problem.differentiating():
+                pulled = columns.synthesise(y)
+            solved = solve @ pulled
+            with problem.differentiating():
+                return columns.analyse(solved)
+
+        return _square(problem, size, name, multiply, subject, psd=bool(facts.psd))
+    made = target(covariance)
+    return _square(problem, made.size, name, lambda x: solve @ made.multiply(x), subject, psd=False)
+
+
+def _square(
+    problem: Problem,
+    size: int,
+    name: str,
+    multiply: Callable[[Tensor], Tensor],
+    subject: Callable[[], dict[str, Any]],
+    *,
+    psd: bool,
+) -> Target:
+    space = Space(size, None, problem.dtype, problem.device)
+    return Target(
+        name, (size, size), space, multiply, multiply, psd or None, subject, psd=psd, choices=choices_of(problem)
+    )

@@ -1,0 +1,212 @@
+"""Lanczos recurrences of several vectors at once, and the Gauss quadrature rules that they are.
+
+Each starting vector q has a recurrence of its own, A V = V T + β v eᵀ with V e₁ = q, but all are advanced by one product with
+as many columns. The eigenvalues θ of T with the squared first components τ² of its eigenvectors are the Gauss rule of the
+measure that A and q define, qᵀ f(A) q ≈ Σ τ² f(θ). Source: Golub and Meurant, Matrices, Moments and Quadrature (2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from curvalg.solve.orthogonal import grown, small
+from curvalg.solve.result import Matmul
+
+COARSE = 0.5
+"""Share of the steps whose rule a rule is compared with, for an estimate of its error."""
+CACHED = 2**19
+"""Numbers of the rows that are worked on together, few enough for the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Recurrences:
+    """Lanczos recurrences of p vectors after j steps.
+
+    Args:
+        basis: rows ((j + 1) p, n), those of one step together; the last two steps only, where not all are kept.
+        alphas: diagonals of the tridiagonal matrices, float64 on the CPU, (j, p).
+        betas: norms of what was left after each step, (j, p); zero from where a recurrence ended, which is exact there.
+        whole: whether the basis is kept, and each vector orthogonalised against all of its own.
+        capacity: steps that there should be room for.
+    """
+
+    basis: Tensor
+    alphas: Tensor
+    betas: Tensor
+    whole: bool
+    capacity: int
+
+    @property
+    def steps(self) -> int:
+        """j, how many were made."""
+        return len(self.alphas)
+
+    @property
+    def width(self) -> int:
+        """p, how many recurrences there are."""
+        return self.alphas.shape[1]
+
+    @property
+    def going(self) -> Tensor:
+        """Which recurrences have not ended, bool (p,)."""
+        return self.betas[-1] > 0 if self.steps else torch.ones(self.width, dtype=torch.bool)
+
+    def vectors(self) -> Tensor:
+        """V of each recurrence that is kept whole, (p, j, n), a view."""
+        return self.basis.view(-1, self.width, self.basis.shape[1]).transpose(0, 1)[:, : self.steps]
+
+
+def begin(start: Tensor, *, whole: bool, capacity: int) -> Recurrences:
+    """Recurrences from unit rows (p, n)."""
+    none = torch.zeros(0, len(start), dtype=torch.float64)
+    return Recurrences(start.contiguous(), none, none, whole, capacity)
+
+
+def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
+    """One step of all recurrences that have not ended, by one product with their columns."""
+    p, going = old.width, old.going
+    current, previous = old.basis[-p:], old.basis[-2 * p : -p]
+    product = _product(current, going.to(current.device), matmul)
+    both = None if old.whole else torch.empty(2 * p, current.shape[1], dtype=current.dtype, device=current.device)
+    out = torch.empty_like(current) if both is None else both[p:]
+    rest, diagonal, beta = _three_term(product, current, previous, old, out)
+    # Diagonals of ended recurrences stay within the spectrum: nothing couples to them, but functions are evaluated there.
+    alpha = torch.where(going, diagonal, old.alphas[0] if old.steps else 0.0)
+    scale = torch.cat([old.alphas, old.betas, alpha[None]]).abs().amax(0)
+    if old.whole:
+        rest, beta = _purged(rest, old.basis.view(-1, p, rest.shape[1]).transpose(0, 1), beta)
+    beta = torch.where(going & (beta > 10 * torch.finfo(rest.dtype).eps * scale), beta, 0.0)
+    rest.mul_(_column(torch.where(beta > 0, 1 / beta, 0.0), rest))
+    if both is None:
+        kept = grown(old.basis, rest, old.capacity * p)
+    else:
+        both[:p], kept = current, both
+    return replace(
+        old, basis=kept, alphas=torch.cat([old.alphas, alpha[None]]), betas=torch.cat([old.betas, beta[None]])
+    )
+
+
+def gauss(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the rules of j steps, by Golub and Welsch (1969).
+
+    Args:
+        alphas: (j, p) with j ≥ 1.
+        betas: (j, p); the last row plays no part.
+
+    Returns:
+        nodes ascending and weights, each (p, j); weights sum to 1 in each row.
+    """
+    values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+    weights = vectors[:, 0, :].square()
+    return values, weights / weights.sum(1, keepdim=True)
+
+
+def first_column(alphas: Tensor, betas: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """f(T) e₁ of each recurrence, (p, j)."""
+    values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+    return torch.einsum("pij,pj->pi", vectors, function(values) * vectors[:, 0, :])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Gauss rules of several random vectors, with those of fewer steps to compare with.
+
+    Args:
+        nodes, weights: (p, j), float64 on the CPU; weights sum to 1 in each row.
+        coarse: nodes and weights of half the steps; NaN where there is only one, and it is not exact.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    coarse: tuple[Tensor, Tensor]
+
+    def mean(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
+        """E qᵀ f(A) q as (value, standard error over the vectors, estimated error of the quadrature).
+
+        The standard error of a single vector is NaN. The quadrature is compared with that of fewer steps.
+        """
+        each = (self.weights * function(self.nodes)).sum(1)
+        fewer = (self.coarse[1] * function(self.coarse[0])).sum(1)
+        value, error = float(each.mean()), float(standard_error(each))
+        return value, error, abs(value - float(fewer.mean()))
+
+
+def rule(alphas: Tensor, betas: Tensor) -> Rule:
+    """The rules of tridiagonal matrices, (j, p) each with j ≥ 1."""
+    fewer = max(1, int(COARSE * len(alphas)))
+    nodes, weights = gauss(alphas[:fewer], betas[:fewer])
+    if len(alphas) == 1 and bool(betas.any()):
+        weights = torch.full_like(weights, torch.nan)
+    return Rule(*gauss(alphas, betas), (nodes, weights))
+
+
+def standard_error(each: Tensor) -> Tensor:
+    """Of the mean over the first axis; NaN for a single one."""
+    if len(each) < 2:
+        return torch.full_like(each[0], torch.nan)
+    error: Tensor = each.std(0) / len(each) ** 0.5
+    return error
+
+
+def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
+    """(p, j, j)."""
+    beside = betas[: len(alphas) - 1].T
+    return torch.diag_embed(alphas.T) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+
+
+def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
+    """A times the rows that are multiplied, zeros for the others."""
+    if bool(going.all()):
+        return matmul(rows.T).T.contiguous()
+    full = torch.zeros_like(rows)
+    full[going] = matmul(rows[going].T).T
+    return full
+
+
+def _three_term(
+    product: Tensor, current: Tensor, previous: Tensor, old: Recurrences, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A v − α v − β v₋₁ for each row, written to ``out``, since products may return something they keep; α; the norms."""
+    alphas, norms, group = [], [], max(1, CACHED // current.shape[1])
+    for some in range(0, len(current), group):
+        rows = slice(some, some + group)
+        alpha = _inner(current[rows], product[rows])
+        rest = torch.addcmul(product[rows], alpha[:, None], current[rows], value=-1, out=out[rows])
+        if old.steps:
+            rest.addcmul_(_column(old.betas[-1, rows], rest), previous[rows], value=-1)
+        alphas.append(alpha)
+        norms.append(_norm(rest))
+    return out, small(torch.cat(alphas)), small(torch.cat(norms))
+
+
+def _purged(rest: Tensor, vectors: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Without its parts along the vectors (p, j, n), and the norms; a second time where the first one took much away."""
+    for _ in range(2):
+        coefficients = torch.bmm(vectors, rest[:, :, None])
+        rest = torch.baddbmm(rest[:, None, :], coefficients.transpose(1, 2), vectors, alpha=-1)[:, 0]
+        after = small(_norm(rest))
+        if bool((after >= 0.7 * before).all()):
+            break
+        before = after
+    return rest, after
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    # Elementwise first: torch.sum adds in pairs, but dot and vector_norm of long float32 vectors err by 1e-4.
+    return (left * right).sum(1)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
+    if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    norms: Tensor = squares.sqrt()
+    return norms
+
+
+def _column(numbers: Tensor, like: Tensor) -> Tensor:
+    return numbers.to(like)[:, None]
