@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from curvalg.cli.report import BAD_INPUT, FAILED, Report, stdout
+from curvalg.cli.report import BAD_INPUT, FAILED, PARTIAL, Report, stdout
 
 if TYPE_CHECKING:  # importing it would import NumPy and SciPy for every command
     from curvalg.cli.eigs import End
+    from curvalg.estimate import Result
 
 app = typer.Typer(
-    help="Curvature of neural networks: list its terms, read expressions of them, compute eigenvalues.",
+    help="Curvature of neural networks: list its terms, read expressions of them, compute eigenvalues, densities and traces.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,7 +24,7 @@ app = typer.Typer(
 
 
 class Which(str, Enum):
-    """The end of the spectrum, by the names of ``scipy.sparse.linalg.eigsh``."""
+    """The end of the spectrum, by the names of :func:`curvalg.estimate.eigsh`."""
 
     LA = "LA"
     SA = "SA"
@@ -47,6 +48,14 @@ ProblemName = Annotated[
         "curvalg.Problem; looked for in the current folder first).",
     ),
 ]
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random vectors.")]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the run to this file now and then, and go on from it if it is there."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -112,12 +121,13 @@ def eigs(
         typer.Option(help="Largest (LA), smallest (SA), largest in magnitude (LM), or half from each end (BE)."),
     ] = Which.LA,
     tol: Annotated[float, typer.Option(min=0.0, help="Relative tolerance; 0: machine precision.")] = 1e-4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the start vector.")] = 0,
+    seed: Seed = 0,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the eigenvalues and where their eigenvectors live (png, pdf, svg)."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    checkpoint: CheckpointFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Eigenvalues of a symmetric expression on a problem, each with its true residual."""
     from curvalg import parse
@@ -133,10 +143,15 @@ def eigs(
             check_path(plot)
         with report.progress(f"loading {problem}"):
             op = expr.lower(load_problem(problem))
-        command.check(op, k, which.end)
     with report.exits(FAILED):
-        with report.progress(f"eigenvalues of {expr}") as say:
-            pairs = command.solve(op, k, which=which.end, tol=tol, seed=seed, say=say)
+        options = {
+            "which": which.end,
+            "tol": tol,
+            "seed": seed,
+            "checkpoint": checkpoint,
+            "progress": report.on_terminal,
+        }
+        pairs = command.solve(op, k, **options)  # type: ignore[arg-type]
         if as_json:
             typer.echo(command.as_json(op, pairs, problem=problem, which=which.value, tol=tol, seed=seed))
         else:
@@ -147,3 +162,115 @@ def eigs(
             draw_pairs(op, pairs, problem, which.value).savefig(plot)
             if not as_json:
                 typer.echo(f"picture: {plot}")
+    _finish(pairs)
+
+
+class Scale(str, Enum):
+    """The axis of a density."""
+
+    linear = "linear"
+    log = "log"
+
+
+@app.command()
+def density(
+    context: typer.Context,
+    expression: Expression,
+    problem: ProblemName,
+    probes: Annotated[int, typer.Option(min=1, help="Random vectors.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each.")] = 50,
+    scale: Annotated[Scale, typer.Option(help="The axis: λ, or |λ| on a logarithmic one.")] = Scale.linear,
+    outliers: Annotated[int, typer.Option(min=0, help="Eigenvalues to compute one by one first.")] = 0,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the density (png, pdf, svg).")] = None,
+    checkpoint: CheckpointFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """The density of the eigenvalues of a symmetric expression, by stochastic Lanczos quadrature."""
+    from curvalg import parse
+    from curvalg.cli import density as command
+    from curvalg.cli.load import load_problem
+    from curvalg.estimate import spectral_density
+
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        expr = parse(expression)
+        if plot is not None:
+            from curvalg.cli.figures import check_path
+
+            check_path(plot)
+        with report.progress(f"loading {problem}"):
+            op = expr.lower(load_problem(problem))
+    with report.exits(FAILED):
+        found = spectral_density(
+            op,
+            probes=probes,
+            steps=steps,
+            scale=scale.value,
+            outliers=outliers,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=report.on_terminal,
+        )
+        if as_json:
+            typer.echo(command.as_json(op, found, problem=problem, seed=seed))
+        else:
+            stdout().print(command.table(op, found, problem))
+        if plot is not None:
+            from curvalg.cli.figures import draw_density
+
+            draw_density(op, found, problem).savefig(plot)
+            if not as_json:
+                typer.echo(f"picture: {plot}")
+    _finish(found)
+
+
+@app.command()
+def estimate(
+    context: typer.Context,
+    quantity: Annotated[
+        str,
+        typer.Argument(
+            metavar="QUANTITY", help="trace, norm, logdet, effective-dimension or tic (EXPR is its Hessian)."
+        ),
+    ],
+    expression: Expression,
+    problem: ProblemName,
+    products: Annotated[
+        int | None, typer.Option(min=1, help="The most products; with --tol those of a first attempt.")
+    ] = None,
+    tol: Annotated[float | None, typer.Option(min=0.0, help="Standard error allowed, relative to the value.")] = None,
+    damping: Annotated[float | None, typer.Option(min=0.0, help="λ, of effective-dimension and tic.")] = None,
+    seed: Seed = 0,
+    checkpoint: CheckpointFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """One number of an expression on a problem, with its standard error."""
+    from curvalg import parse
+    from curvalg.cli import estimate as command
+    from curvalg.cli.load import load_problem
+    from curvalg.registry.spec import did_you_mean
+
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        if quantity not in command.QUANTITIES:
+            from curvalg.errors import ExpressionError
+
+            hint, known = did_you_mean(quantity, command.QUANTITIES), ", ".join(command.QUANTITIES)
+            raise ExpressionError(f"unknown quantity {quantity!r}{hint}; known are {known}")
+        expr = parse(expression)
+        with report.progress(f"loading {problem}"):
+            loaded = load_problem(problem)
+    with report.exits(FAILED):
+        asked = command.Asked(products, tol, seed, checkpoint, report.on_terminal, damping)
+        result = command.QUANTITIES[quantity](expr, loaded, asked)
+        if as_json:
+            typer.echo(command.as_json(result, quantity, str(expr), problem))
+        else:
+            stdout().print(command.line(result, quantity, str(expr), problem))
+    _finish(result)
+
+
+def _finish(result: Result) -> None:
+    if result.partial:
+        raise typer.Exit(PARTIAL)

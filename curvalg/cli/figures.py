@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from curvalg.cli.eigs import Pairs
+    from curvalg.estimate import Density, Eigenpairs
     from curvalg.lowering import CurvatureOperator
 
 _INK, _GREY, _ACCENT = "#0b3c5d", "#8a8f98", "#c8553d"
@@ -50,19 +50,20 @@ def check_path(path: Path) -> None:
         path.unlink()
 
 
-def draw_pairs(op: CurvatureOperator, pairs: Pairs, problem: str, which: str) -> Figure:
+def draw_pairs(op: CurvatureOperator, pairs: Eigenpairs, problem: str, which: str) -> Figure:
     """The figure: eigenvalues on the left; on the right, where each eigenvector has its weight.
 
     Args:
         op: the operator.
-        pairs: its eigenpairs, descending.
+        pairs: its eigenpairs.
         problem: the name of the problem.
         which: the end of the spectrum they are from.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, and no window system is asked for
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    names, weights = tensor_weights(op, pairs.vectors)
+    values, vectors = (t.flip(-1).cpu().numpy() for t in (pairs.eigenvalues, pairs.eigenvectors))  # descending
+    names, weights = tensor_weights(op, vectors)
     rows = max(len(names), 1)
     size = (11.5, min(9.0, max(4.4, 1.8 + 0.34 * rows)))
     margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.04)
@@ -72,9 +73,29 @@ def draw_pairs(op: CurvatureOperator, pairs: Pairs, problem: str, which: str) ->
         _draw_weights(right, names, weights)
     else:
         left = figure.subplots()
-    _draw_values(left, pairs.values, outliers=_outliers(op, which, len(pairs.values)))
+    _draw_values(left, values, outliers=_outliers(op, which, len(values)))
     text = f"{_math(op)} on {problem}: {op.shape[0]:,} × {op.shape[1]:,}"
     figure.suptitle(text, x=0.012, ha="left", fontsize=14, color=_INK)
+    return figure
+
+
+def draw_density(op: CurvatureOperator, density: Density, problem: str) -> Figure:
+    """The figure of ``curvalg density --plot``.
+
+    Args:
+        op: the operator.
+        density: its spectral density.
+        problem: the name of the problem.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained")
+    axes = density.plot(figure.subplots())
+    axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{_math(op)} on {problem}: {op.shape[0]:,} × {op.shape[1]:,}", x=0.02, ha="left", fontsize=13, color=_INK
+    )
     return figure
 
 

@@ -1,6 +1,6 @@
 """How commands speak: results to stdout, progress and errors to stderr, and what the exit code says.
 
-Exit codes: 0 success, 1 a failure while computing, 2 input that cannot be used.
+Exit codes: 0 success, 1 a failure while computing, 2 input that cannot be used, 3 interrupted with a partial result.
 """
 
 from __future__ import annotations
@@ -12,19 +12,33 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from curvalg.errors import CurvalgError, CurvalgWarning
+from curvalg.errors import CurvalgError, CurvalgWarning, ExpressionError, FactsError
+
+if TYPE_CHECKING:  # importing it would import torch for every command
+    from curvalg.estimate import Result
 
 FAILED = 1
 """Exit code of a failure while computing."""
 BAD_INPUT = 2
 """Exit code of an expression, name, problem or option that cannot be used; the same as for an unknown flag."""
 
+PARTIAL = 3
+"""Exit code after Ctrl-C, when what is known so far was printed."""
+
 _PIPE_WIDTH = 120
+
+
+def cost(result: Result) -> str:
+    """What a result cost, and what became of it."""
+    products = f"{result.products} products in " if result.products else ""
+    ending = ", interrupted: partial result" if result.partial else "" if result.converged else ", not converged"
+    return f"{result.method}, {products}{result.seconds:.2f} s{ending}"
 
 
 class Report:
@@ -47,7 +61,8 @@ class Report:
             yield
         except CurvalgError as error:
             self._print_error(error, str(error))
-            raise typer.Exit(code) from error
+            # What an operator or a flag cannot be is known before anything is computed, wherever it is found out.
+            raise typer.Exit(BAD_INPUT if isinstance(error, (ExpressionError, FactsError)) else code) from error
         except typer.Exit:
             raise
         except Exception as error:
@@ -61,6 +76,11 @@ class Report:
         # Text, not markup: messages quote lists and types in square brackets. No wrapping: carets point into lines.
         stderr = Console(stderr=True)
         stderr.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether somebody watches: progress bars are for terminals."""
+        return Console(stderr=True).is_terminal
 
     @contextmanager
     def progress(self, message: str) -> Iterator[Callable[[str], None]]:

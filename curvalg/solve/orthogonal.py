@@ -105,7 +105,7 @@ def _less(block: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
 
 
 def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
-    """block = triangleᵀ · rows with orthonormal rows; one is zero only where nothing at all is left of it."""
+    """block = triangleᵀ · rows with orthonormal rows; one is zero where nothing but rounding is left of it."""
     if len(block) > NARROW:
         orthonormal, triangle = torch.linalg.qr(block.T)
         return orthonormal.T.contiguous(), small(triangle)
@@ -114,7 +114,9 @@ def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
         first, row = _project(block[i : i + 1], rows[:i])
         again, row = _project(row, rows[:i])
         # In float32, torch sums the squares of 5 million numbers with an error of 1e-4.
-        norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+        norm, whole = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (row, block[i]))
+        if norm <= 10 * torch.finfo(block.dtype).eps * whole:  # normalised noise is orthogonal to nothing
+            norm, row = 0.0, torch.zeros_like(row)
         triangle[:i, i], triangle[i, i] = (first + again)[0], norm
         torch.div(row[0], norm or 1.0, out=rows[i])
     return rows, triangle

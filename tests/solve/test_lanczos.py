@@ -134,3 +134,15 @@ def test_comparisons_of_spectra():
 def test_long_float32_vectors_have_norm_one():
     rows = complete(torch.zeros(0, 4_000_000), 2, torch.Generator().manual_seed(0)).double()
     assert float((rows @ rows.T - torch.eye(2).double()).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_repeated_rows_of_a_block_are_one_direction(dtype):
+    """Also where rows follow that have a part in the noise that a repeated row leaves."""
+    draw = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=F64).sign().to(dtype)
+    for order in ([0, 1, 1, 2], [0, 1, 2, 1, 0], [0, 0, 1, 1, 2]):
+        block = draw[order]
+        directions, _, coupling = orthonormalise(block, block[:0], 0.0)
+        assert len(directions) == 3
+        assert torch.allclose(coupling.T.to(dtype) @ directions, block, atol=1e-5)
+        assert torch.allclose(directions @ directions.T, torch.eye(3, dtype=dtype), atol=1e-6)
