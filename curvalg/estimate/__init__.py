@@ -10,6 +10,7 @@ from curvalg.estimate.influence import bilinear, influence
 from curvalg.estimate.logdet import logdet
 from curvalg.estimate.noise import GradientNoise, gradient_noise, gradient_norms
 from curvalg.estimate.norm import norm
+from curvalg.estimate.pictures import heat_map
 from curvalg.estimate.result import Eigenpairs, Estimate, Result
 from curvalg.estimate.singular import SingularTriplets, svds
 from curvalg.estimate.tic import tic
@@ -29,6 +30,7 @@ __all__ = [
     "eigsh",
     "gradient_noise",
     "gradient_norms",
+    "heat_map",
     "influence",
     "logdet",
     "matrix_function",

@@ -64,6 +64,7 @@ def cg(
         r = r - step * q
         norms = r.norm(dim=0)
         claims = norms <= columns.tolerance[columns.active]
+        columns.record(norms)
         columns.observe(x, norms)
         restart = torch.zeros_like(claims)
         if bool(claims.any()):

@@ -40,6 +40,7 @@ class Columns:
         self.reasons: list[str | None] = [None] * b.shape[1]
         self.refuted = torch.zeros_like(self.iterations)
         self.active = torch.arange(b.shape[1], device=b.device)
+        self._history = [self.residual.clone()]
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
         """(positions kept, x, r) after freezing the columns that need no iteration."""
@@ -59,6 +60,10 @@ class Columns:
     def count(self) -> None:
         """One more iteration of the active columns."""
         self.iterations[self.active] += 1
+
+    def record(self, norms: Tensor) -> None:
+        """Remember the residual norms of the active columns, by the recurrence, after one more iteration."""
+        self._history.append(self._history[-1].index_copy(0, self.active, norms))
 
     def observe(self, x: Tensor, norms: Tensor) -> None:
         """Remember the iterates of the active columns whose residual norm is the smallest so far."""
@@ -119,4 +124,4 @@ class Columns:
         claimed = torch.tensor([reason == CONVERGED for reason in reasons], device=residual.device)
         converged = converged | (claimed & (residual <= 2 * self.tolerance))
         reasons = tuple(CONVERGED if ok else reason for ok, reason in zip(converged.tolist(), reasons, strict=True))
-        return SolveResult(self.best, converged, self.iterations, residual, reasons)
+        return SolveResult(self.best, converged, self.iterations, residual, reasons, torch.stack(self._history))

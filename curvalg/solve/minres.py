@@ -97,6 +97,7 @@ def minres(
             continue
         columns.count()
         x = x + state.step(matmul, apply)
+        columns.record(state.eta.abs() * columns.tolerance[columns.active] / target)
         if step % AUDIT == 0:
             # In exact arithmetic eta is the residual; on (nearly) singular matrices it goes on falling while x blows up.
             lost = columns.audit(x, state.eta.abs() * columns.tolerance[columns.active] / target)

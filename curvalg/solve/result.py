@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class SolveResult:
         iterations: iterations spent, shape (K,); 0 for a direct solver.
         residual: true residual ‖b − A x‖, recomputed, shape (K,).
         reason: why each column ended.
+        history: residual norms as the solver saw them, one row for each iteration (iterations + 1, K); a column that has ended
+            keeps its last one. None for a direct solver.
     """
 
     x: Tensor
@@ -30,6 +33,32 @@ class SolveResult:
     iterations: Tensor
     residual: Tensor
     reason: tuple[str, ...]
+    history: Tensor | None = field(default=None, repr=False)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw how the residuals fell, on matplotlib axes (new ones by default), and return them.
+
+        Raises:
+            ValueError: a direct solver has no history.
+        """
+        if self.history is None:
+            raise ValueError(
+                "expected an iterative solve, but this one was direct: there is no residual history to draw"
+            )
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.subplots()[1]
+        for column, norms in enumerate(self.history.T.cpu()):
+            ended = int(self.iterations[column]) + 1
+            ax.semilogy(
+                range(ended), norms[:ended].tolist(), label=f"column {column}: {self.reason[column].split(':')[0]}"
+            )
+        ax.set_xlabel("iteration")
+        ax.set_ylabel("residual ‖b − A x‖")
+        if self.history.shape[1] <= 8:
+            ax.legend(frameon=False)
+        return ax
 
     @property
     def ok(self) -> bool:

@@ -131,7 +131,9 @@ def test_the_noise_scale_is_that_of_the_gradients(reduction):
     problem = Problem(net, nn.CrossEntropyLoss(reduction=reduction), [(X[:20], y[:20]), (X[20:], y[20:])])
     rows = []
     for n in range(50):
-        grads = torch.autograd.grad(nn.functional.cross_entropy(net(X[n : n + 1]), y[n : n + 1]), list(net.parameters()))
+        grads = torch.autograd.grad(
+            nn.functional.cross_entropy(net(X[n : n + 1]), y[n : n + 1]), list(net.parameters())
+        )
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
     G = torch.stack(rows)
     noise = gradient_noise(problem)
