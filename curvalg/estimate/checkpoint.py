@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import curvalg
 from curvalg.errors import CheckpointError
-from curvalg.estimate.state import Algorithm, Options, State
+from curvalg.estimate.state import Named, Options, State
 
 FORMAT = 2
 KEY = "curvalg"
@@ -76,7 +76,7 @@ class Checkpoint:
         """Remember the choices as they are with the state that was just reached; a step that is interrupted may make more."""
         self._marked = {**self._choices.recalled, **self._choices.made}
 
-    def save(self, algorithm: Algorithm, state: State, seconds: float) -> None:
+    def save(self, algorithm: Named, state: State, seconds: float) -> None:
         """Write a state so that the file is at any moment either the old one or the new one, whole."""
         begin = time.monotonic()
         header = {
@@ -104,7 +104,7 @@ class Checkpoint:
         took = time.monotonic() - begin
         self._next = time.monotonic() + max(INTERVAL, took / OVERHEAD)
 
-    def load(self, algorithm: Algorithm) -> tuple[State, float] | None:
+    def load(self, algorithm: Named) -> tuple[State, float] | None:
         """The state to go on from, with the seconds it took; None where there is no file yet.
 
         Raises:

@@ -32,12 +32,8 @@ class State:
         return count
 
 
-class Algorithm(Protocol):
-    """A resumable algorithm.
-
-    ``step`` is a function of the state alone: random numbers come from CPU generators that are seeded by numbers in the
-    state, and choices that were measured are looked up there. So a run that was killed and resumed gives the same bits.
-    """
+class Named(Protocol):
+    """What a checkpoint tells of a run."""
 
     @property
     def name(self) -> str:
@@ -48,6 +44,14 @@ class Algorithm(Protocol):
     def options(self) -> Options:
         """All that decides the result, except the operator."""
         ...
+
+
+class Algorithm(Named, Protocol):
+    """A resumable algorithm.
+
+    ``step`` is a function of the state alone: random numbers come from CPU generators that are seeded by numbers in the
+    state, and choices that were measured are looked up there. So a run that was killed and resumed gives the same bits.
+    """
 
     def start(self) -> State:
         """The state before the first step."""

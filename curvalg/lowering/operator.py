@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
@@ -28,6 +29,7 @@ from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 from curvalg.solve import SolveResult
+from curvalg.solve.trail import Trail
 
 Quantity: TypeAlias = Literal["trace", "diagonal", "logdet", "eigh"]
 Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
@@ -184,18 +186,29 @@ class CurvatureOperator(TorchOperator):
             todo.extend(node.inner)
         return None
 
-    def solve(self, b: Vector, *, x0: Vector | None = None) -> SolveResult:
+    def solve(
+        self,
+        b: Vector,
+        *,
+        x0: Vector | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> SolveResult:
         """For an operator A⁻¹ (or c A⁻¹): its product with b, with a report per column.
 
         Args:
             b: right-hand side(s), of any kind and shape that a product takes.
             x0: a guess of the result, of the same kind and shape; iterative solvers start there.
+            checkpoint: a file that an iterative solve is written to now and then and resumed from, if it is there.
+            progress: show iterations and the largest residual.
 
         Returns:
-            The result, ``x`` in the kind and shape of b.
+            The result, ``x`` in the kind and shape of b. After Ctrl-C an iterative solve gives its best iterates, with
+            ``partial=True``.
 
         Raises:
             ExpressionError: the operator is not an inverse.
+            CheckpointError: the file is of another run, or damaged.
             ConvergenceError: a column did not reach the tolerance (the best iterates are in ``error.result.x``), unless the
                 inverse was made with ``on_fail="warn"``.
         """
@@ -209,12 +222,21 @@ class CurvatureOperator(TorchOperator):
         with self.problem.differentiating():
             self._bind()
             scale, node = self._inverse_plan()
+            start = None if start is None else start / scale
+            trail = Trail()
+            if checkpoint is not None or progress:
+                from curvalg.estimate.solving import FileTrail  # the layer above; only long solves need it
+
+                method = node.solver.name
+                trail = FileTrail(self, node.expr, method, operand.columns, start, checkpoint, progress)
             try:
-                result = node.solve(self.snapshot, operand.columns, None if start is None else start / scale)
+                result = node.solve(self.snapshot, operand.columns, start, trail)
             except ConvergenceError as error:
                 if isinstance(best := error.result, SolveResult):
                     error.result = replace(best, x=operand.restore(scale * best.x))
                 raise
+            finally:
+                trail.close()
         return replace(result, x=operand.restore(scale * result.x))
 
     def exact(self, quantity: Quantity) -> Any | None:

@@ -34,6 +34,7 @@ from curvalg.lowering.sweep import Sweep
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.evaluation import backward
 from curvalg.solve import SolveResult
+from curvalg.solve.trail import Trail
 
 Shape = tuple[int, int]
 
@@ -303,14 +304,14 @@ class InversePlan(Plan):
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         return self.solve(snapshot, x, None).x if self.checked else self.solver.approximate(snapshot, x)
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
-        """A⁻¹ B (n, K) with a report per column.
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
+        """A⁻¹ B (n, K) with a report per column; with a trail, an interrupted solve returns what it has.
 
         Raises:
             ConvergenceError: a column did not reach the tolerance; carries the result with the best iterates.
         """
-        self.last = result = self.solver.solve(snapshot, b, x0)
-        if not result.ok:
+        self.last = result = self.solver.solve(snapshot, b, x0, trail)
+        if not result.ok and not result.partial:
             message = (
                 f"{self.solver.name} did not solve {self.expr.expr}: {result.summary()}. Raise maxiter= or rtol=, add damping "
                 "or a preconditioner, or pass on_fail='warn' to accept the best iterate"

@@ -20,6 +20,7 @@ from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.places import Places
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import SolveResult, cg, minres
+from curvalg.solve.trail import INTERRUPTED, Trail
 
 Preconditioning = Callable[[Snapshot, Tensor], Tensor]
 """R (n, K) -> P⁻¹ R."""
@@ -78,7 +79,7 @@ class Solver(ABC):
     lines: Sequence[str] = ()
 
     @abstractmethod
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
         """A⁻¹ B for right-hand sides (n, K)."""
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class Direct(Solver):
         if request.preconditioner is not None:
             self.cost += "; the preconditioner is not needed"
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
         """A⁻¹ B; a starting point changes nothing."""
         request, structure = self.request, self.form.at(snapshot)
         tolerance = request.node.atol + request.rtol * b.norm(dim=0)
@@ -141,7 +142,7 @@ class Iterative(Solver):
         helped = " preconditioned" if request.preconditioner else ""
         self.cost = f"at most {request.maxiter}{helped} products to a relative residual of {request.rtol:g}"
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
         """A⁻¹ B from a starting point."""
         request = self.request
         preconditioner = request.preconditioner
@@ -153,6 +154,7 @@ class Iterative(Solver):
             rtol=request.rtol,
             atol=float(request.node.atol),
             maxiter=request.maxiter,
+            trail=trail,
         )
 
 
@@ -190,15 +192,23 @@ class ByBlocks(Solver):
         self.cost = f"{len(parts)} blocks, {', '.join(f'{n} by {name}' for name, n in counts.items())}"
         self.lines = alike([(label, chain) for _, label, _, chain in parts])
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None) -> SolveResult:
+    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
         """A⁻¹ B, block by block."""
         x = torch.zeros_like(b)
         squares = b.new_zeros(b.shape[1])
         converged = torch.ones_like(squares, dtype=torch.bool)
         iterations = torch.zeros_like(converged, dtype=torch.int64)
         reasons = ["converged"] * b.shape[1]
-        for places, label, solver, _ in self.parts:
-            part = solver.solve(snapshot, places.take(b), None if x0 is None else places.take(x0))
+        partial = False
+        for number, (places, label, solver, _) in enumerate(self.parts):
+            if partial:
+                converged[:] = False
+                reasons = [f"{INTERRUPTED} before the block over {label}"] * len(reasons)
+                break
+            start = None if x0 is None else places.take(x0)
+            own = None if trail is None else trail.part(number)
+            part = solver.solve(snapshot, places.take(b), start, own)
+            partial = part.partial
             places.put(x, part.x)
             squares += part.residual.square()
             converged &= part.converged
@@ -206,7 +216,7 @@ class ByBlocks(Solver):
             for column, ok in enumerate(part.converged.tolist()):
                 if not ok:
                     reasons[column] = f"the block over {label}: {part.reason[column]}"
-        return SolveResult(x, converged, iterations, squares.sqrt(), tuple(reasons))
+        return SolveResult(x, converged, iterations, squares.sqrt(), tuple(reasons), partial=partial)
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B, block by block."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import Columns, same
+from curvalg.solve.columns import Columns, ended, same
 from curvalg.solve.result import Matmul, SolveResult
+from curvalg.solve.trail import Trail
 
 NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
 PRECONDITIONER = "the preconditioner is not positive definite, or not finite"
@@ -21,6 +22,7 @@ def cg(
     rtol: float,
     atol: float = 0.0,
     maxiter: int,
+    trail: Trail | None = None,
 ) -> SolveResult:
     """Solve A X = B for symmetric positive definite A (Hestenes and Stiefel, 1952).
 
@@ -35,22 +37,33 @@ def cg(
         rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
         atol: absolute tolerance.
         maxiter: the most iterations.
+        trail: where to start from, and where to leave marks; with one, an interruption ends the solve at the last of them.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([1.0000, 0.5000, 0.2500])
     """
-    apply = preconditioner or same
     columns = Columns(matmul, b, x0, rtol, atol)
-    _, x, r = columns.start()
-    z = apply(r)
-    p, rz = z.clone(), (r * z).sum(0)
-    for _ in range(maxiter):
-        if not len(columns.active):
-            break
+    return ended(columns, trail, lambda: _iterate(columns, preconditioner or same, maxiter, trail), maxiter)
+
+
+def _iterate(columns: Columns, apply: Matmul, maxiter: int, trail: Trail | None) -> None:
+    if trail is not None and trail.start is not None:
+        first, (x, r, p, rz) = columns.resume(trail.start), columns.own(trail.start, "x", "r", "p", "rz")
+    else:
+        first, (_, x, r) = 0, columns.start()
+        z = apply(r)
+        p, rz = z.clone(), (r * z).sum(0)
+    for iteration in range(first, maxiter + 1):
+        if trail is not None:
+            # As they come from a file: sums along columns depend in their last bits on how these lie in memory.
+            x, r, p = (t.contiguous() for t in (x, r, p))
+            trail.mark(columns.mark(iteration, x=x, r=r, p=p, rz=rz))
+        if not len(columns.active) or iteration == maxiter:
+            return
         columns.count()
-        q = matmul(p)
+        q = columns.matmul(p)
         curvature = (p * q).sum(0)
         bad = ~((curvature > 0) & (rz > 0))  # NaN is bad, too
         if bool(bad.any()):
@@ -58,7 +71,7 @@ def cg(
             kept = columns.freeze(bad, reason)
             x, r, p, q, rz, curvature = (t[..., kept] for t in (x, r, p, q, rz, curvature))
             if not len(kept):
-                break
+                continue
         step = rz / curvature
         x = x + step * p
         r = r - step * q
@@ -75,10 +88,9 @@ def cg(
             kept = columns.settle(converged, stagnated)
             x, r, p, rz, restart = (t[..., kept] for t in (x, r, p, rz, restart))
             if not len(columns.active):
-                break
+                continue
         z = apply(r)
         new = (r * z).sum(0)
         # After a refuted claim the recurrence has lost the residual: such columns start anew from the true one.
         ratio = torch.where(restart, torch.zeros_like(new), new / rz)
         p, rz = z + ratio * p, new
-    return columns.result(f"{maxiter} iterations were not enough")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from curvalg.solve.result import CONVERGED, Matmul, SolveResult
+from curvalg.solve.trail import INTERRUPTED, Mark, Trail
 
 STAGNATED = "stagnated: the true residual no longer falls (raise rtol= or use float64)"
 RUNAWAY = "the true residual left its estimate: the matrix is singular or nearly so"
@@ -14,6 +17,10 @@ RUNAWAY = "the true residual left its estimate: the matrix is singular or nearly
 def same(r: Tensor) -> Tensor:
     """No preconditioner."""
     return r
+
+
+_WRITTEN = ("best", "residual", "iterations", "refuted", "active")
+"""What the book-keeping writes into in place."""
 
 
 class Columns:
@@ -41,6 +48,25 @@ class Columns:
         self.refuted = torch.zeros_like(self.iterations)
         self.active = torch.arange(b.shape[1], device=b.device)
         self._history = [self.residual.clone()]
+
+    def mark(self, step: int, **tensors: Tensor) -> Mark:
+        """The state before an iteration, with the tensors of the method."""
+        # Copies of what is written into in place.
+        own = {name: getattr(self, name).clone() for name in _WRITTEN}
+        numbers = {"step": step, "reasons": list(self.reasons)}
+        return Mark({**own, **tensors}, numbers, self._history, len(self._history))
+
+    def resume(self, mark: Mark) -> int:
+        """Go back to a state; the iteration that comes next."""
+        for name in _WRITTEN:
+            setattr(self, name, mark.tensors[name].to(self.b.device).clone())
+        self._history = [norms.to(self.b.device) for norms in mark.history[: mark.length]]
+        self.reasons = list(mark.numbers["reasons"])
+        return int(mark.numbers["step"])
+
+    def own(self, mark: Mark, *names: str) -> list[Tensor]:
+        """Tensors of the method, on the device of the right-hand sides."""
+        return [mark.tensors[name].to(self.b.device) for name in names]
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
         """(positions kept, x, r) after freezing the columns that need no iteration."""
@@ -124,4 +150,17 @@ class Columns:
         claimed = torch.tensor([reason == CONVERGED for reason in reasons], device=residual.device)
         converged = converged | (claimed & (residual <= 2 * self.tolerance))
         reasons = tuple(CONVERGED if ok else reason for ok, reason in zip(converged.tolist(), reasons, strict=True))
-        return SolveResult(self.best, converged, self.iterations, residual, reasons, torch.stack(self._history))
+        history = torch.stack(self._history)
+        return SolveResult(self.best, converged, self.iterations, residual, reasons, history, rest == INTERRUPTED)
+
+
+def ended(columns: Columns, trail: Trail | None, iterate: Callable[[], None], maxiter: int) -> SolveResult:
+    """The report of all iterations; with a trail, an interruption ends them at its last mark."""
+    try:
+        iterate()
+    except KeyboardInterrupt:
+        if trail is None or trail.last is None:
+            raise
+        columns.resume(trail.last)
+        return columns.result(INTERRUPTED)
+    return columns.result(f"{maxiter} iterations were not enough")

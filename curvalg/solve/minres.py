@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import RUNAWAY, STAGNATED, Columns, same
+from curvalg.solve.columns import RUNAWAY, STAGNATED, Columns, ended, same
 from curvalg.solve.result import Matmul, SolveResult
+from curvalg.solve.trail import Trail
 
 AUDIT = 25
 """Iterations between two looks at the true residual."""
@@ -25,6 +28,19 @@ class _Recurrence:
         self.w_old, self.w = torch.zeros_like(r), torch.zeros_like(r)
         self.c_old = self.c = torch.ones_like(self.gamma)
         self.s_old = self.s = torch.zeros_like(self.gamma)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> _Recurrence:
+        """From the tensors of a mark."""
+        state = cls(torch.zeros(0, 0), same)
+        for name in vars(state):
+            setattr(state, name, tensors[name].to(device))
+        return state
+
+    def arrange(self) -> None:
+        """Lie in memory as tensors from a file do: sums along columns depend on that in their last bits."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.contiguous())
 
     def select(self, kept: Tensor) -> None:
         """Keep some of the columns."""
@@ -63,6 +79,7 @@ def minres(
     rtol: float,
     atol: float = 0.0,
     maxiter: int,
+    trail: Trail | None = None,
 ) -> SolveResult:
     """Solve A X = B for symmetric A by minimal residuals (Paige and Saunders, SIAM J. Numer. Anal. 1975).
 
@@ -74,19 +91,32 @@ def minres(
         rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
         atol: absolute tolerance.
         maxiter: the most iterations.
+        trail: as of :func:`curvalg.solve.cg`.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
     >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    apply = preconditioner or same
     columns = Columns(matmul, b, x0, rtol, atol)
-    _, x, r = columns.start()
-    state = _Recurrence(r, apply)
-    target = state.eta * columns.tolerance[columns.active] / r.norm(dim=0)
-    for step in range(1, maxiter + 1):
-        if not len(columns.active):
+    return ended(columns, trail, lambda: _iterate(columns, preconditioner, maxiter, trail), maxiter)
+
+
+def _iterate(columns: Columns, preconditioner: Matmul | None, maxiter: int, trail: Trail | None) -> None:
+    apply = preconditioner or same
+    if trail is not None and trail.start is not None:
+        first, (x, target) = columns.resume(trail.start), columns.own(trail.start, "x", "target")
+        state = _Recurrence.of(trail.start.tensors, x.device)
+    else:
+        first, (_, x, r) = 0, columns.start()
+        state = _Recurrence(r, apply)
+        target = state.eta * columns.tolerance[columns.active] / r.norm(dim=0)
+    for iteration in range(first, maxiter + 1):
+        if trail is not None:
+            x = x.contiguous()
+            state.arrange()
+            trail.mark(columns.mark(iteration, x=x, target=target, **vars(state)))
+        if not len(columns.active) or iteration == maxiter:
             break
         exhausted = ~(state.gamma > 0)
         if bool(exhausted.any()):  # the Krylov space is complete: nothing more can be gained
@@ -96,9 +126,9 @@ def minres(
             state.select(kept)
             continue
         columns.count()
-        x = x + state.step(matmul, apply)
+        x = x + state.step(columns.matmul, apply)
         columns.record(state.eta.abs() * columns.tolerance[columns.active] / target)
-        if step % AUDIT == 0:
+        if (iteration + 1) % AUDIT == 0:
             # In exact arithmetic eta is the residual; on (nearly) singular matrices it goes on falling while x blows up.
             lost = columns.audit(x, state.eta.abs() * columns.tolerance[columns.active] / target)
             if bool(lost.any()):
@@ -121,7 +151,6 @@ def minres(
     # What is left did not meet the tolerance, but its last iterates are the best.
     if len(columns.active):
         columns.confirm(x, torch.ones_like(columns.active, dtype=torch.bool))
-    return columns.result(f"{maxiter} iterations were not enough")
 
 
 def _restarted(

@@ -26,6 +26,7 @@ class SolveResult:
         reason: why each column ended.
         history: residual norms as the solver saw them, one row for each iteration (iterations + 1, K); a column that has ended
             keeps its last one. None for a direct solver.
+        partial: whether the solve was interrupted.
     """
 
     x: Tensor
@@ -34,6 +35,7 @@ class SolveResult:
     residual: Tensor
     reason: tuple[str, ...]
     history: Tensor | None = field(default=None, repr=False)
+    partial: bool = False
 
     def plot(self, ax: Any = None) -> Any:
         """Draw how the residuals fell, on matplotlib axes (new ones by default), and return them.
