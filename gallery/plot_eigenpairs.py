@@ -157,11 +157,11 @@ start = np.zeros(len(at))
 for name, colour, part in zip(layers, colours, everything.T, strict=True):
     left.bar(at, part, bottom=start, width=0.8, color=colour, label=name)
     start += part
-values = [*top.eigenvalues.flip(0).tolist(), *bottom.eigenvalues.tolist()]
-left.set_xticks(at, [*(f"{value:.2g}" for value in values), "all\nparameters"], rotation=90)
-left.set(ylim=(0, 1), ylabel="share of the squared norm", xlabel="eigenvalue")
-left.set_title("Layers of the eigenvectors", loc="left", color="#0b3c5d")
-left.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, -0.62), ncols=3)
+values = [f"{v:.2f}" for v in top.eigenvalues.flip(0).tolist()] + [f"{v:.3f}" for v in bottom.eigenvalues.tolist()]
+left.set_xticks(at, [*values, "size"], rotation=90)
+left.set(ylim=(0, 1), ylabel="share of the squared norm")
+left.set_title("Layers of the eigenvectors of the Hessian, by eigenvalue", loc="left", color="#0b3c5d")
+left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 left.spines[["top", "right"]].set_visible(False)
 
 # The eigenvector of the largest eigenvalue, in the six filters of the convolution.
@@ -175,7 +175,7 @@ picture = right.imshow(tiles, cmap="RdBu", vmin=-limit, vmax=limit)
 right.set(xticks=[], yticks=[])
 right.spines[:].set_visible(False)
 right.set_title(f"λ = {float(top.eigenvalues[-1]):.2f} in the six filters", loc="left", color="#0b3c5d")
-figure.colorbar(picture, ax=right, shrink=0.7, location="bottom")
+figure.colorbar(picture, ax=right, shrink=0.7, location="bottom", pad=0.02)
 plt.show()
 
 # %%
@@ -209,13 +209,13 @@ for name, (found, i) in chosen.items():
     assert 7 < errors[0] / errors[1] < 9
 
 # %%
-# Halving :math:`t` divides the error by eight, which only the right slope and the right :math:`\lambda` can do. Further out
-# the model fails, and sooner along the smallest eigenvalue: a curvature so weak is soon overtaken by the higher orders,
-# which turn the loss upwards again.
+# Halving :math:`t` divides the error by about eight, which only the right slope and the right :math:`\lambda` can do.
+# Further out the model fails, along both: up the steep walls the loss grows more slowly than the square, and along the
+# smallest eigenvalue the higher orders soon turn it upwards again, so that little can be gained there.
 
 figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")
-for axes, (name, (found, i)), reach in zip(panels, chosen.items(), (1.5, 1.5), strict=True):
-    t = np.linspace(-reach, reach, 81)
+for axes, (name, (found, i)) in zip(panels, chosen.items(), strict=True):
+    t = np.linspace(-1.5, 1.5, 61)
     direction, value = found.unflatten(i), float(found.eigenvalues[i])
     axes.plot(t, [loss_at(direction, float(s)) for s in t], color="#0b3c5d", linewidth=2, label="loss")
     axes.plot(t, model_at(found, i, t), "--", color="#c8553d", linewidth=1.6, label="quadratic model")
@@ -236,4 +236,5 @@ plt.show()
 with tempfile.TemporaryDirectory() as folder:
     first = eigsh(hessian, 8, which="LA", checkpoint=Path(folder) / "top.pt")
     again = eigsh(hessian, 8, which="LA", checkpoint=Path(folder) / "top.pt")
-assert torch.equal(first.eigenvectors, again.eigenvectors) and first.products == again.products
+assert torch.equal(first.eigenvectors, again.eigenvectors)
+assert first.products == again.products
