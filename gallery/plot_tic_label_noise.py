@@ -35,7 +35,7 @@ images, labels = load_digits(return_X_y=True)
 X, y = torch.tensor(images / 16), torch.tensor(labels)
 X = X - X.mean(0)
 N, C, decay = 1200, 10, 1e-3
-fractions = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+fractions = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6)
 loss = nn.CrossEntropyLoss()
 
 # %%
