@@ -47,7 +47,7 @@ def eigsh(
     curvature operator gives its eigenpairs at a price that pays, they are exact; otherwise they are found by thick-restart
     block Lanczos with full re-orthogonalisation (Golub and Underwood, 1977; Wu and Simon, SIAM J. Matrix Anal. Appl. 2000).
     Repeated eigenvalues are found as often as they occur: what was found is challenged by a search from random vectors
-    orthogonal to it.
+    orthogonal to it. Eigenvalues that differ by less than about tol · |λ|max may still take each other's place.
 
     Memory: max(2k + 4 block, 20) vectors of n numbers; more, up to 160, while all together are at most 2²⁴ numbers; and as
     many again for a moment at restarts.
@@ -58,7 +58,8 @@ def eigsh(
         which: "LA" (largest), "SA" (smallest), "LM" (largest in magnitude) or "BE" (both ends, one more of the largest for
             odd k). Interior eigenvalues, and those near zero of a large operator, are out of reach of products alone.
         tol: relative to the largest |λ| that was seen; 0 for 100 units of rounding.
-        block: vectors in each product; "auto" measures what they cost and chooses.
+        block: vectors in each product; "auto" measures what they cost and chooses, so that the number of products and the last
+            digits may differ from run to run; a number fixes them.
         v0: vector(s) to start from, of any kind that the operator multiplies; more than a block holds are mixed.
         deflate: vectors (n, m), or eigenpairs, to whose orthogonal complement the search is confined; products and
             residuals are projected onto it.

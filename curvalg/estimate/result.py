@@ -56,8 +56,8 @@ class Eigenpairs(Result):
     Args:
         eigenvalues: ascending, float64, shape (k,).
         eigenvectors: orthonormal columns (n, k), in the precision and on the device of the operator.
-        residuals: ‖A v − λ v‖ of each pair, recomputed from products, (k,); each bounds the error of its eigenvalue. Of an
-            interrupted run they are estimates.
+        residuals: ‖A v − λ v‖ of each pair, recomputed from products, (k,); each bounds the distance to the nearest
+            eigenvalue. Of an interrupted run they are estimates.
         layout: of the model's parameters, where the operator acts on them.
     """
 

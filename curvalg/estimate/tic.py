@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, FactsError
 from curvalg.estimate import fingerprint
 from curvalg.estimate.estimating import OnFail, exactly
 from curvalg.estimate.result import Estimate
@@ -25,6 +25,8 @@ from curvalg.problem import Problem
 
 DENSE = 256
 """Parameters up to which both matrices are made."""
+MOST = 4096
+"""The same where exactness is asked for."""
 
 
 def tic(
@@ -55,7 +57,8 @@ def tic(
             matrix.
         covariance: C; by default ``covariance``.
         damping: λ ≥ 0.
-        products: right-hand sides to solve for; up to 256 parameters the matrices are made instead, and the value is exact.
+        products: right-hand sides to solve for; up to 256 parameters (4096 with method="exact") the matrices are made instead,
+            and the value is exact.
         tol, method, seed, maxiter, on_fail, checkpoint, progress: as of :func:`curvalg.estimate.trace`.
 
     Returns:
@@ -63,6 +66,7 @@ def tic(
 
     Raises:
         ExpressionError: an argument that makes no sense.
+        FactsError: H + λ I is singular.
         ConvergenceError: a solve that does not converge (raise the damping), or a tolerance that is not reached.
 
     >>> import torch
@@ -87,10 +91,16 @@ def tic(
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
         raise ExpressionError(f"tic: damping is a finite number ≥ 0, got {damping!r}")
     damped = H + damping * Identity
-    if method in ("auto", "exact") and problem.size <= DENSE:
+    if problem.size <= {"auto": DENSE, "exact": MOST}.get(method, 0):
         A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()
-        return exactly(float(torch.linalg.solve(A, B).trace()), problem.size, time.perf_counter() - begin)
-    solve, middle = inverse(damped).lower(problem), C.lower(problem)
+        solved, singular = torch.linalg.solve_ex(A, B)
+        if bool(singular) or not bool(torch.isfinite(solved).all()):
+            raise FactsError(f"tic: {damped} is singular; pass damping= (λ > 0)")
+        return exactly(float(solved.trace()), problem.size, time.perf_counter() - begin)
+    try:
+        solve, middle = inverse(damped).lower(problem), C.lower(problem)
+    except FactsError as error:
+        raise FactsError(f"tic: {error}; here by damping= (λ > 0)") from error
     return trace(
         _target(solve, middle, damped, C),
         products=products,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import ExpressionError, Identity, Problem, ProblemError, inverse, registry
+from curvalg import ExpressionError, FactsError, Identity, Problem, ProblemError, inverse, registry
 from curvalg.estimate import bilinear, gradient_noise, gradient_norms, influence, tic
 
 build = registry.build
@@ -71,6 +71,21 @@ def test_tic_refuses():
     ):
         with pytest.raises(ExpressionError, match=message):
             tic(problem, **options)
+
+
+def test_tic_of_a_singular_matrix_says_what_to_pass():
+    X = torch.zeros(8, 3).double()
+    problem = Problem(nn.Linear(3, 1, bias=False).double(), nn.MSELoss(), (X, random(8, 1)))
+    with pytest.raises(FactsError, match="pass damping="):
+        tic(problem)
+    with pytest.raises(FactsError, match=r"tic: .*damping="):
+        tic(classifier(rows=40), hessian=build("ggn"))
+
+
+def test_tic_is_exact_where_that_is_asked_for():
+    problem = classifier()
+    found = tic(problem, hessian=build("ggn"), damping=0.1, method="exact")
+    assert found.method == "exact" and found.value == pytest.approx(exact(problem, "ggn", "covariance", 0.1))
 
 
 @pytest.mark.parametrize("samples", ["item", "position"])
