@@ -124,7 +124,7 @@ class Request:
 def structured(target: Target, quantity: Literal["trace", "diagonal"], products: int) -> Estimate | None:
     """What the structure of a curvature operator gives; None where it would take more products than are allowed."""
     begin, op = time.perf_counter(), target.operator
-    rows = None if op is None else op.exact_rows()
+    rows = None if op is None else op.exact_rows(quantity)
     if op is None or rows is None or rows > products:
         return None
     value = op.exact(quantity)

@@ -170,6 +170,8 @@ class Dual(Structure):
         return self.spectral().mapped(function, name)
 
     def trace(self) -> float:
+        if not any(term.centred for _, term in self.columns.entries):
+            return float(self.diagonal().double().sum())  # needs no Gram matrix
         return float(self.columns.gram().diagonal().double().sum()) + self.size * self.shift
 
     def logdet(self) -> float:

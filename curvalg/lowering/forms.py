@@ -116,6 +116,7 @@ class Form:
         spectral: whether functions such as a square root can be taken, not only the inverse.
         singular: why the matrix certainly has no inverse, if so.
         rows: of the matrix that has to be built by products or factorised for it; 0 where its structure is given.
+        diagonal_rows: the same where only the diagonal or the trace is asked for.
     """
 
     def __init__(
@@ -127,9 +128,11 @@ class Form:
         spectral: bool = True,
         singular: str | None = None,
         rows: int = 0,
+        diagonal_rows: int | None = None,
     ) -> None:
         self.name, self.cost, self.spectral, self.singular, self._make = name, cost, spectral, singular, make
         self.rows = rows
+        self.diagonal_rows = rows if diagonal_rows is None else diagonal_rows
         # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
         self._made: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
 
@@ -357,6 +360,8 @@ def _dual(matrix: Matrix) -> Offer:
         lambda snapshot: Dual(Columns(problem, snapshot, entries), shift, what),
         singular=singular,
         rows=columns,
+        # Sums of squares, by a backward pass for every column of a row.
+        diagonal_rows=None if any(term.centred for _, term in entries) else columns // problem.totals.rows,
     )
 
 

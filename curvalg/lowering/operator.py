@@ -271,14 +271,17 @@ class CurvatureOperator(TorchOperator):
         with self.problem.differentiating():
             return getattr(form.at(self.snapshot), quantity)()
 
-    def exact_rows(self) -> int | None:
-        """Rows of the matrix that :meth:`exact` would build and factorise: what it costs.
+    def exact_rows(self, quantity: Quantity = "eigh") -> int | None:
+        """Rows of the matrix that :meth:`exact` would build and factorise: what it costs, in products.
 
         Returns:
-            Rows of the dense or the Gram matrix; 0 where the structure is there already; None where there is no exact form.
+            Rows of the dense or the Gram matrix, or columns whose squares are summed; 0 where the structure is there already;
+            None where there is no exact form.
         """
         form = self._form()
-        return None if form is None else form.rows
+        if form is None:
+            return None
+        return form.diagonal_rows if quantity in ("trace", "diagonal") else form.rows
 
     def _form(self) -> Form | None:
         if self.expr.domain != self.expr.codomain or self.expr.domain_params != self.expr.codomain_params:

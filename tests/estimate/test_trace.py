@@ -18,6 +18,7 @@ from curvalg import (
     Diagonal,
     ExpressionError,
     FactsError,
+    Identity,
     ProblemError,
     VectorError,
     registry,
@@ -215,7 +216,9 @@ def test_models_against_dense_matrices(name, term, problem_of, dense_of):
 def test_what_is_proved_chooses_the_method(problem_of):
     problem = problem_of("cnn")
     assert trace(registry.build("hessian").lower(problem), products=10).method == "xtrace"
-    assert trace(registry.build("ggn").lower(problem), products=10).method == "xnystrace"
+    squared = registry.build("hessian").T @ registry.build("hessian")
+    assert trace(squared.lower(problem), products=10).method == "xnystrace"
+    assert trace(registry.build("ggn").lower(problem), products=10).method == "exact"
 
 
 def test_structure_gives_it_for_nothing(problem_of, dense_of):
@@ -224,9 +227,11 @@ def test_structure_gives_it_for_nothing(problem_of, dense_of):
         estimate = trace(op)
         assert (estimate.method, estimate.products, estimate.error) == ("exact", 0, 0.0)
         assert abs(estimate.value - float(op.to_dense().trace())) <= 1e-9 * abs(estimate.value)
-    gram = trace(registry.build("ggn").lower(problem), products=30)  # the Gram matrix of 7 samples, each of rank 2
-    assert (gram.method, gram.products) == ("exact", 14)
-    assert abs(gram.value - float(dense_of("mlp").ggn.trace())) <= 1e-9 * gram.value
+    for terms, columns in (("ggn", 2), ("covariance", 1)):  # squares of the columns of each row are summed
+        found = trace((2 * registry.build(terms) + 0.1 * Identity).lower(problem), products=30)
+        assert (found.method, found.products) == ("exact", columns)
+        expected = 2 * float(getattr(dense_of("mlp"), terms).trace()) + 0.1 * problem.size
+        assert abs(found.value - expected) <= 1e-9 * found.value
 
 
 def test_operators_between_outputs(problem_of):
