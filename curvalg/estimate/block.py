@@ -13,6 +13,8 @@ from curvalg.solve import Matmul
 GROWTH = 0.4
 """Blocks of width b need about b^GROWTH times as many products as single vectors (ten eigenvalues of a Hessian: 1.26 times
 for 2, 2.4 times for 8)."""
+WORK = 5e-3
+"""Seconds of a step on a CPU above which it is arithmetic rather than calls, which wider blocks do not save."""
 WIDEST = 4
 """Wider blocks seldom pay, and measuring them costs products."""
 
@@ -36,7 +38,10 @@ def choose_width(matmul: Matmul, start: Tensor, most: int, clock: Callable[[], f
         result = matmul(columns)
         if result.is_cuda:
             torch.cuda.synchronize(result.device)
-        cost = (clock() - begin) * width ** (GROWTH - 1)
+        seconds = clock() - begin
+        if width == 1 and seconds > WORK and not result.is_cuda:
+            return 1
+        cost = seconds * width ** (GROWTH - 1)
         if cost >= least:
             break
         best, least = width, cost

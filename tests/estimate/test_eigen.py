@@ -283,7 +283,21 @@ def test_the_block_is_as_wide_as_pays(each, width):
     now = [0.0]
 
     def product(x):
-        now[0] += 1 + each * (x.shape[1] - 1)
+        now[0] += 1e-3 * (1 + each * (x.shape[1] - 1))
         return x
 
     assert choose_width(product, torch.ones(3, 1), 4, clock=lambda: now[0]) == width
+
+
+def test_long_products_are_not_widened_by_trial():
+    from curvalg.estimate.block import choose_width
+
+    now, widths = [0.0], []
+
+    def product(x):
+        now[0] += 0.02
+        widths.append(x.shape[1])
+        return x
+
+    assert choose_width(product, torch.ones(3, 1), 4, clock=lambda: now[0]) == 1
+    assert set(widths) == {1}
