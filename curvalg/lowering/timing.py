@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 
+LONG = 0.05
+"""Seconds of a run above which one is enough: what warming up saves is little of it."""
+
+
 def fastest(run: Callable[[], Any]) -> float:
-    """Seconds of the faster of two runs after one to warm up."""
-    return min([_seconds(run) for _ in range(3)][1:])
+    """Seconds of the faster of two runs after one to warm up; of a long run, of the only one."""
+    first = _seconds(run)
+    return first if first > LONG else min(_seconds(run) for _ in range(2))
 
 
 def race(*runs: Callable[[], Any]) -> list[float]:

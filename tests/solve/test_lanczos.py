@@ -146,3 +146,17 @@ def test_repeated_rows_of_a_block_are_one_direction(dtype):
         assert len(directions) == 3
         assert torch.allclose(coupling.T.to(dtype) @ directions, block, atol=1e-5)
         assert torch.allclose(directions @ directions.T, torch.eye(3, dtype=dtype), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e5, 1e12])
+def test_wide_blocks_are_orthonormal_whatever_their_condition(condition, dtype):
+    """By Cholesky factorisations where that is accurate, by Householder reflections elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 20, generator=generator, dtype=F64)).Q for n in (20, 500))
+    block = (left * torch.logspace(0, -torch.tensor(condition).log10(), 20, dtype=F64) @ right.T).to(dtype)
+    eps = torch.finfo(dtype).eps
+    directions, _, coupling = orthonormalise(block, block[:0], 0.0)
+    assert len(directions) == 20 or condition * 10 * eps > 0.1
+    assert float((directions @ directions.T - torch.eye(len(directions), dtype=dtype)).abs().max()) < 20 * eps
+    assert float((coupling.T.to(dtype) @ directions - block).abs().max()) < 100 * eps
