@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 LONG = 0.05
 """Seconds of a run above which one is enough: what warming up saves is little of it."""
 
