@@ -97,6 +97,7 @@ def eigsh(
         raise ExpressionError(f"expected 1 ≤ k ≤ {given.size - len(locked)} for {given.size} rows{deflated}, got k={k}")
     start = given.rows(v0, "v0")
     tol = float(tol) or 100 * torch.finfo(given.space.dtype).eps
+    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     if not len(locked) and (pairs := exact(given, k, which, tol)) is not None:
         return dataclasses.replace(pairs, seconds=time.perf_counter() - begin)
     algorithm = Lanczos(
@@ -111,7 +112,6 @@ def eigsh(
         most=max(1000, 100 * k) if maxiter is None else int(maxiter),
         before=before,
     )
-    file = given.checkpoint(checkpoint)
     outcome = run(algorithm, checkpoint=file, progress=progress)
     state = outcome.state if outcome.partial else algorithm.checked(outcome.state)
     values, vectors, residuals = algorithm.pairs(state)

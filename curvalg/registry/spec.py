@@ -168,8 +168,12 @@ def _option(factory: Any, parameter: inspect.Parameter) -> Option:
     written = parameter.annotation
     if written is inspect.Parameter.empty:
         return Option(parameter.name, "", parameter.default)
-    text = written if isinstance(written, str) else inspect.formatannotation(written)
-    return Option(parameter.name, text, parameter.default, _hint(factory, parameter.name, written))
+    hint = _hint(factory, parameter.name, written)
+    if typing.get_origin(hint) is Literal:  # the choices, not the name that they have in the source
+        text = f"Literal[{', '.join(map(repr, typing.get_args(hint)))}]"
+    else:
+        text = written if isinstance(written, str) else inspect.formatannotation(written)
+    return Option(parameter.name, text, parameter.default, hint)
 
 
 def _hint(factory: Any, name: str, written: Any) -> Any:

@@ -90,6 +90,12 @@ def _records(batch: Batch) -> Iterator[list[LayerRecord]]:
 
 
 def _require_same(left: Problem, right: Problem) -> None:
+    for problem in (left, right):
+        if not isinstance(problem, Problem):
+            raise ProblemError(
+                f"a kernel is between the outputs of two problems, got {type(problem).__name__}; write "
+                "Problem(model, None, inputs)"
+            )
     names, others = left.layout.names, right.layout.names
     if list(names) != list(others):
         different = sorted(set(names).symmetric_difference(others)) or list(names)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvalg import Identity, Problem, ProblemError, inverse, registry
+from curvalg import ExpressionError, Identity, Problem, ProblemError, inverse, registry
 from curvalg.estimate import heat_map
 
 mpl.use("Agg")
@@ -62,3 +62,8 @@ def test_a_direct_solve_has_no_history(problem):
     assert result.history is None
     with pytest.raises(ValueError, match="direct: there is no residual history"):
         result.plot()
+
+
+def test_what_is_no_operator_is_not_drawn():
+    with pytest.raises(ExpressionError, match="expected a CurvatureOperator, got Hessian"):
+        heat_map(registry.build("hessian"))

@@ -8,7 +8,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from spectra import SPECTRA, matrix
 
-from curvalg import ExpressionError, FactsError, Problem, ProblemError, VectorError, registry
+from curvalg import CheckpointError, ExpressionError, FactsError, Problem, ProblemError, VectorError, registry
 from curvalg.estimate import eigsh, svds
 
 A = matrix(SPECTRA["decaying"])
@@ -99,3 +99,9 @@ def test_things_that_are_no_operators():
 def test_singular_values_of_which_there_are_too_few():
     with pytest.raises(ExpressionError, match=r"expected 1 ≤ k ≤ 2 for the 2 x 3 matrix of shape \(2, 3\), got k=3"):
         svds(torch.ones(2, 3), 3)
+
+
+def test_a_place_without_a_folder_is_refused_before_an_exact_answer(tmp_path):
+    op = torch.eye(3)
+    with pytest.raises(CheckpointError, match="existing folder"):
+        eigsh(op, 1, checkpoint=tmp_path / "missing" / "run.safetensors")

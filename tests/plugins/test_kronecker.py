@@ -247,3 +247,10 @@ def test_options_are_checked_and_printed():
     for options in ({"fisher": "type-2"}, {"approximation": "sum"}, {"rest": "zero"}, {"factored_damping": -1.0}):
         with pytest.raises(CurvalgError):
             build("kfac", **options)
+
+
+def test_a_wrong_choice_is_answered_with_the_choices():
+    with pytest.raises(
+        CurvalgError, match=r"option 'fisher' must be Literal\['exact', 'mc', 'empirical'\], got 'type-2'"
+    ):
+        build("kfac", fisher="type-2")

@@ -94,5 +94,7 @@ def test_problems_of_two_models_are_refused():
         other[0].bias += 1
     with pytest.raises(ProblemError, match=r"the values of '0.bias' differ"):
         cross_kernel(left, Problem(other, None, random(2, 3)))
+    with pytest.raises(ProblemError, match=r"two problems, got Tensor; write Problem\(model, None, inputs\)"):
+        cross_kernel(left, random(2, 3))
     with pytest.raises(ProblemError, match=r"torch\.float32"):
         cross_kernel(left, Problem(net().float(), None, random(2, 3).float()))
