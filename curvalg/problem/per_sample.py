@@ -1,8 +1,8 @@
 """Gradients of every sample's share: by BackPACK, by torch.func, or sample by sample, whichever is right for the model.
 
 BackPACK is fast and silently wrong on tied weights, on parameters reused outside their module and on batches whose
-first axis is not the samples; torch.func needs rows that can be computed alone. Either is used only after its result was
-compared once with a weighted sum of all gradients; the last route is exact for every model.
+first axis is not the samples; torch.func needs rows that can be computed alone. Every result of either is compared with a
+weighted sum of all gradients; the last route is exact for every model.
 """
 
 from __future__ import annotations
@@ -59,7 +59,15 @@ def row_gradients(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gr
     if problem.per_sample_route is None:
         gradients, problem.per_sample_route, problem.per_sample_notes = _choose(evaluation, batch, cotangent)
         return gradients
-    return ROUTES[problem.per_sample_route](evaluation, batch, cotangent)
+    gradients = ROUTES[problem.per_sample_route](evaluation, batch, cotangent)
+    if problem.per_sample_route != LAST:
+        try:  # which row is which may depend on the data
+            _verify(evaluation, batch, cotangent, gradients)
+        except _Declined as reason:
+            problem.per_sample_notes.append(f"{problem.per_sample_route}: {reason}")
+            problem.per_sample_route = LAST
+            return ROUTES[LAST](evaluation, batch, cotangent)
+    return gradients
 
 
 def refuse_batch_statistics(model: Model) -> None:

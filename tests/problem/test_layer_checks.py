@@ -305,3 +305,52 @@ def test_few_rows_say_nothing_where_they_go_another_way_to_the_same_result():
     problem = make(Counted(layer=Flattened()), (40, 5, 3))
     check(problem)
     assert problem.layer_notes.keys() == {"first.layer.weight", "first.layer.bias"}
+
+
+class Sorted(nn.Module):
+    """Computes its hidden layer on rows sorted by their first number, as models sort sequences by length."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.out(torch.tanh(self.hidden(x[order]))[order.argsort()])
+
+
+def sorted_batches(*counts):
+    """Batches of which the first is in order, and a large one whose first rows are."""
+    X = [random(n, 3, seed=n) for n in counts]
+    X[0] = X[0][X[0][:, 0].argsort()]
+    X[-1][:9] = X[-1][:9][X[-1][:9, 0].argsort()]
+    X[-1][:9, 0] -= 10
+    return X
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rows_that_change_places_on_some_batches_are_seen_on_those(reverse):
+    """Nothing that holds for the first batch, or for the first rows of one, tells the order of rows elsewhere."""
+    X = sorted_batches(4, 6, 40)[:: -1 if reverse else 1]
+    problem = Problem(Sorted().double(), nn.MSELoss(), [(x, torch.zeros(len(x), 2).double()) for x in X])
+    check(problem)
+    assert problem.layer_notes.keys() == {"hidden.weight", "hidden.bias"}
+
+
+@pytest.mark.parametrize("counts", [(4, 6, 40), (40,)])
+def test_gradients_of_rows_that_change_places(counts):
+    from curvalg import registry
+
+    X = sorted_batches(*counts)
+    problem = Problem(Sorted().double(), nn.MSELoss(), [(x, random(len(x), 2, seed=len(x))) for x in X])
+    J = registry.build("jacobian").lower(problem).to_dense()
+    kernel = registry.build("ntk").lower(problem).to_dense()
+    assert (kernel - J @ J.T).norm() <= 1e-10 * kernel.norm()
+    covariance = registry.build("covariance").lower(problem)
+    values = covariance.exact("eigh").eigenvalues
+    exact = torch.linalg.eigvalsh(covariance.to_dense())
+    assert torch.allclose(values[-5:], exact[-5:], rtol=1e-9)
+    with problem.batches() as batches:
+        rows = [torch.cat([g.flatten(1) for g in b.per_sample_gradients().values()], 1) for b in batches]
+    G = torch.cat(rows)
+    assert (problem.totals.scale * G.T @ G - covariance.to_dense()).norm() <= 1e-10 * covariance.to_dense().norm()

@@ -1,7 +1,12 @@
-"""Whether the records of a batch are the gradients: a rule is trusted for a parameter after one comparison."""
+"""Whether the records of a batch are the gradients.
+
+A rule's formula is trusted for a parameter after one comparison, of a few rows. Which row is which may depend on the data
+(models that sort by length, experts that choose their inputs), and is checked for all that is handed out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,7 +100,8 @@ def _compare(recorded: Recorded, names: list[str]) -> bool:
         norm = float(expected[name].norm())
         error = float((got[name][0] - expected[name]).norm())
         noted = name in before
-        if not error <= _tolerance(recorded, name, noted) * (norm + 1e-2 * whole):
+        allowed = _tolerance(recorded, name, noted) * (norm + 1e-2 * whole)
+        if not error <= allowed:
             if noted:
                 raise ProblemError(
                     f"the gradients of single rows with respect to {name!r} do not add up to those of the batch (relative "
@@ -103,17 +109,56 @@ def _compare(recorded: Recorded, names: list[str]) -> bool:
                 )
             problem.layer_notes[name] = "its gradients from layer inputs and deltas do not add up to its gradient"
             failed = True
-        elif norm:  # a parameter whose gradient happens to vanish is compared again on the next batch
+        elif (
+            allowed < 0.1 * norm
+        ):  # what vanishes beside the rest says nothing, and is compared again on the next batch
             problem.layer_checks[name] = min(rows, 2)
     return failed
+
+
+def misplaced(
+    z: Tensor, cotangents: Tensor, gradients: Mapping[int, Tensor], pull: Callable[[Tensor], dict[int, Tensor]]
+) -> list[int]:
+    """The uses whose rows are not those of the output.
+
+    Where row n of the output depends on row n of a use and on no other, cotangents Σₖ aₖ wₙ sₖₙ give wₙ Σₖ aₖ δₖₙ in the same
+    row, for any numbers a and w: one more backward pass tells.
+
+    Args:
+        z: the output.
+        cotangents: s (K, *z.shape).
+        gradients: δ by number of the use, (K, *shape of its output).
+        pull: s -> δ.
+    """
+    columns, rows = cotangents.shape[:2]
+    if rows == 1 or not gradients:
+        return []
+    mixing = 0.5 + uniforms(4, 1, 0, (columns,), z.dtype, z.device)[0]
+    weights = 0.5 + uniforms(5, 1, 0, (rows,), z.dtype, z.device)[0]
+    mixed = torch.tensordot(mixing, cotangents.to(z.dtype), 1) * weights.reshape(-1, *[1] * (z.ndim - 1))
+    pulled, found = pull(mixed[None]), []
+    for i, delta in gradients.items():
+        if delta.shape[1] % rows:  # its rule declines such tensors itself
+            continue
+        expected = torch.tensordot(mixing.to(delta.dtype), delta, 1).reshape(rows, -1)
+        expected = expected * weights.to(delta.dtype)[:, None]
+        other = pulled.get(i)
+        got = torch.zeros_like(expected) if other is None else other[0].reshape(rows, -1)
+        size = expected.norm(dim=1) + 1e-2 * expected.norm() / rows**0.5
+        if bool(((got - expected).norm(dim=1) > _rounding(delta, z) * size).any()):
+            found.append(i)
+    return found
 
 
 def _tolerance(recorded: Recorded, name: str, explicit: bool) -> float:
     """Round-off of the two computations; what is wrong is wrong by far more."""
     if explicit:  # rounded as the model rounds, in the dtypes that it casts to
         return 5e-2
-    z = recorded.z
-    eps = max(torch.finfo(t.dtype).eps for t in (recorded.leaves[name], z))
+    return _rounding(recorded.leaves[name], recorded.z)
+
+
+def _rounding(left: Tensor, z: Tensor) -> float:
+    eps = max(torch.finfo(t.dtype).eps for t in (left, z))
     if z.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
         eps = max(eps, 1e-5)
     return min(1e3 * eps, 5e-2)
