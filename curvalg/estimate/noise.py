@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.estimate.result import Result
+from curvalg.estimate.target import require_problem
 from curvalg.problem import Problem
 
 WIDTH = 32
@@ -27,6 +28,7 @@ def gradient_norms(problem: Problem) -> Tensor:
         problem: with a loss.
 
     Raises:
+        ExpressionError: no problem.
         LossError: a problem without a loss.
         ProblemError: samples influence each other (batch-norm in training mode).
 
@@ -38,6 +40,7 @@ def gradient_norms(problem: Problem) -> Tensor:
     >>> torch.allclose(norms, g.norm(dim=1), rtol=1e-4)
     True
     """
+    require_problem(problem, "gradient_norms")
     found: list[Tensor] = []
     with problem.batches() as batches:
         for batch in batches:
@@ -86,6 +89,7 @@ def gradient_noise(problem: Problem) -> GradientNoise:
     >>> noise.trace > 0, noise.method
     (True, 'exact')
     """
+    require_problem(problem, "gradient_noise")
     begin, totals = time.perf_counter(), problem.totals
     count = totals.count
     if count < 2:

@@ -142,7 +142,8 @@ def require_symmetric(target: Target, seed: int) -> int:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 2, generator=generator, dtype=torch.float64).to(target.space.device, target.space.dtype)
     y = target.multiply(x)
-    inner = (x.T @ y).double()
+    x, y = x.double(), y.double()  # products of tiny numbers vanish in single precision
+    inner = x.T @ y
     allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
     if abs(float(inner[0, 1] - inner[1, 0])) > allowed:
         raise FactsError(
@@ -150,6 +151,18 @@ def require_symmetric(target: Target, seed: int) -> int:
             f"yᵀAx = {float(inner[1, 0]):.6g} with A = {target.name}; {cure}"
         )
     return 2
+
+
+def require_problem(problem: Any, function: str) -> None:
+    """Refuse what is no problem.
+
+    Raises:
+        ExpressionError: it is none.
+    """
+    if not isinstance(problem, Problem):
+        raise ExpressionError(
+            f"{function}: expected a Problem, got {type(problem).__name__}; make one by Problem(model, loss, data)"
+        )
 
 
 def _of_torch(op: TorchOperator, name: str) -> Target:

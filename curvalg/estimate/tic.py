@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +15,14 @@ from curvalg.errors import ExpressionError, FactsError
 from curvalg.estimate import fingerprint
 from curvalg.estimate.estimating import OnFail, exactly
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.target import Path, Target, choices_of, target
+from curvalg.estimate.target import Path, Target, choices_of, require_problem, target
 from curvalg.estimate.trace import trace
 from curvalg.expr import Expr, Identity, inverse
 from curvalg.expr.term import Term
 from curvalg.expr.terms import Covariance, Hessian
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.dual import Columns
+from curvalg.lowering.strategies import default_rtol
 from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
 
@@ -58,11 +61,12 @@ def tic(
         covariance: C; by default ``covariance``.
         damping: λ ≥ 0.
         products: right-hand sides to solve for; up to 256 parameters (4096 with method="exact") the matrices are made instead,
-            and the value is exact.
+            the value is exact, and none of the following is needed.
         tol, method, seed, maxiter, on_fail, checkpoint, progress: as of :func:`curvalg.estimate.trace`.
 
     Returns:
-        Estimate: value and one standard error. ``products`` counts right-hand sides, each of which is a solve.
+        Estimate: value and one standard error, never less than the tolerance of the solves. ``products`` counts right-hand
+            sides, each of which is a solve.
 
     Raises:
         ExpressionError: an argument that makes no sense.
@@ -82,26 +86,33 @@ def tic(
     (True, 'exact')
     """
     begin = time.perf_counter()
+    require_problem(problem, "tic")
     H, C = Hessian() if hessian is None else hessian, Covariance() if covariance is None else covariance
     for what, expr in (("hessian", H), ("covariance", C)):
-        if not isinstance(expr, Expr) or expr.domain not in ("parameters", None) or expr.codomain != expr.domain:
+        fits = isinstance(expr, Expr) and expr.domain in ("parameters", None) and expr.codomain == expr.domain
+        if not fits or expr.domain_params is not None or expr.codomain_params is not None:
             raise ExpressionError(
-                f"tic: {what} is an expression on parameters, such as registry.build('ggn'), got {expr!r}"
+                f"tic: {what} is an expression on parameters, all of them, such as registry.build('ggn'), got {expr!s}; for "
+                "some of them make a Problem with params=..."
             )
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
         raise ExpressionError(f"tic: damping is a finite number ≥ 0, got {damping!r}")
     damped = H + damping * Identity
     if problem.size <= {"auto": DENSE, "exact": MOST}.get(method, 0):
         A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()
-        solved, singular = torch.linalg.solve_ex(A, B)
-        if bool(singular) or not bool(torch.isfinite(solved).all()):
-            raise FactsError(f"tic: {damped} is singular; pass damping= (λ > 0)")
-        return exactly(float(solved.trace()), problem.size, time.perf_counter() - begin)
+        sizes = torch.linalg.svdvals(A)
+        # Below this the smallest are rounding errors of the products, whose inverse means nothing.
+        if not bool(sizes[-1] > len(A) * torch.finfo(problem.dtype).eps * sizes[0]):
+            raise FactsError(
+                f"tic: {damped} is singular up to rounding (singular values from {float(sizes[-1]):.1e} to "
+                f"{float(sizes[0]):.1e}); pass damping= (λ > 0)"
+            )
+        return exactly(float(torch.linalg.solve(A, B).trace()), problem.size, time.perf_counter() - begin)
     try:
         solve, middle = inverse(damped).lower(problem), C.lower(problem)
     except FactsError as error:
         raise FactsError(f"tic: {error}; here by damping= (λ > 0)") from error
-    return trace(
+    estimate = trace(
         _target(solve, middle, damped, C),
         products=products,
         tol=tol,
@@ -112,6 +123,9 @@ def tic(
         checkpoint=checkpoint,
         progress=progress,
     )
+    # Solves end at this relative residual, which no leave-one-out estimate sees.
+    inexact = abs(float(estimate.value)) * default_rtol(problem.dtype)
+    return replace(estimate, error=math.hypot(float(estimate.error), inexact))
 
 
 def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C: Expr) -> Target:

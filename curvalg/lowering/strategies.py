@@ -55,12 +55,17 @@ class Request:
         """Relative tolerance; by default 1e-5 in float32 and 1e-8 in float64."""
         if self.node.rtol is not None:
             return float(self.node.rtol)
-        return 1e-8 if self.problem.dtype == torch.float64 else 1e-5
+        return default_rtol(self.problem.dtype)
 
     @property
     def maxiter(self) -> int:
         """The most iterations."""
         return self.node.maxiter or min(10 * self.matrix.size, 10_000)
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """Of inverses that name none."""
+    return 1e-8 if dtype == torch.float64 else 1e-5
 
 
 class Solver(ABC):

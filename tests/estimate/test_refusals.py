@@ -105,3 +105,7 @@ def test_a_place_without_a_folder_is_refused_before_an_exact_answer(tmp_path):
     op = torch.eye(3)
     with pytest.raises(CheckpointError, match="existing folder"):
         eigsh(op, 1, checkpoint=tmp_path / "missing" / "run.safetensors")
+
+
+def test_tiny_symmetric_matrices_are_symmetric():
+    assert torch.allclose(eigsh(1e-30 * torch.eye(4), 2).eigenvalues, torch.tensor([1e-30, 1e-30]).double())

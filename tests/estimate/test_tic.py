@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import ExpressionError, FactsError, Identity, Problem, ProblemError, inverse, registry
+from curvalg import ExpressionError, FactsError, Identity, Problem, ProblemError, inverse, registry, restrict
 from curvalg.estimate import bilinear, gradient_noise, gradient_norms, influence, tic
 
 build = registry.build
@@ -170,3 +170,35 @@ def test_the_noise_scale_is_infinite_where_the_gradient_vanishes():
 def test_one_sample_has_no_noise():
     with pytest.raises(ProblemError, match="at least two samples"):
         gradient_noise(Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(1, 2), torch.ones(1, 1))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hessian", ["ggn", "kfac"])
+def test_tic_of_a_matrix_that_is_singular_up_to_rounding_is_no_number(hessian, dtype):
+    """More parameters than outputs: the smallest eigenvalues are noise of either sign."""
+    problem = classifier((4, 5, 3), rows=8)
+    problem = Problem(
+        problem.model.module.to(dtype), nn.CrossEntropyLoss(), [(random(8, 4).to(dtype), torch.arange(8) % 3)]
+    )
+    with pytest.raises(FactsError, match=r"singular up to rounding .* pass damping="):
+        tic(problem, hessian=build(hessian))
+
+
+def test_what_is_no_problem_is_refused():
+    op = build("ggn").lower(classifier((4, 3, 3)))
+    for function in (tic, gradient_noise, gradient_norms):
+        with pytest.raises(ExpressionError, match=f"{function.__name__}: expected a Problem, got CurvatureOperator"):
+            function(op)
+
+
+def test_tic_is_about_all_parameters():
+    problem = classifier((4, 3, 3))
+    for options in ({"hessian": restrict(build("ggn"), "0.*")}, {"covariance": restrict(build("covariance"), "0.*")}):
+        with pytest.raises(ExpressionError, match="all of them"):
+            tic(problem, damping=0.1, **options)
+
+
+def test_the_error_of_tic_covers_the_tolerance_of_its_solves():
+    problem = classifier()
+    found = tic(problem, hessian=build("ggn"), damping=0.1, method="xnystrace", products=60)
+    assert found.error >= 1e-8 * found.value

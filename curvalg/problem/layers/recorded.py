@@ -16,7 +16,7 @@ from curvalg.problem.layers.joint import Joint, Zero
 from curvalg.problem.layers.record import Held, LayerRecord, Place
 from curvalg.problem.layers.uses import Declined
 from curvalg.problem.layers.vectors import Explicit
-from curvalg.problem.layers.verify import misplaced, settle
+from curvalg.problem.layers.verify import MISPLACED, misplaced, settle
 from curvalg.problem.model import ModuleModel
 from curvalg.problem.outputs import OutputForm
 from curvalg.problem.per_sample import refuse_batch_statistics, row_gradients
@@ -117,12 +117,7 @@ class Recorded:
         if strange := misplaced(self.z, cotangents, gradients, self._pull):
             notes = self.problem.layer_notes
             names = {name for i in strange for name in self._uses[i].roles.values()}
-            notes.update(
-                dict.fromkeys(
-                    names - notes.keys(),
-                    "its gradients do not add up: the rows of its layer are not those of the batch",
-                )
-            )
+            notes.update(dict.fromkeys(names - notes.keys(), MISPLACED))
             return self.build(cotangents)
         columns, rows = cotangents.shape[:2]
         found: list[LayerRecord] = []

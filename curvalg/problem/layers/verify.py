@@ -25,6 +25,10 @@ ROWS = 8
 """Rows that are enough for a comparison, where they can be computed without the others of a large batch."""
 
 
+MISPLACED = "its gradients do not add up: the rows of its layer are not those of the batch"
+"""Why a parameter has no layer inputs and deltas where :func:`misplaced` found it."""
+
+
 def settle(recorded: Recorded) -> None:
     """Find the parameters of a batch whose records would be wrong, and note them on the problem.
 
