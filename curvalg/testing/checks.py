@@ -27,6 +27,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         **WITHOUT_NUMBERS,
         "errors": data.errors,
         BASIC: algebra.products,
+        "substance": identity.substance,
         "linearity": algebra.linearity,
         "adjoint": algebra.adjoint,
         "dense": algebra.dense,

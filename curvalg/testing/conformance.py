@@ -53,6 +53,11 @@ def check_term(
     True
     """
     expected = checked_names(expected_failures)
+    if problems is not None and (isinstance(problems, Problem) or not problems):
+        given = "a Problem" if isinstance(problems, Problem) else "none"
+        raise ConformanceError(
+            f"expected problems=[problem, ...], got {given}; put problems into a list, or leave it out"
+        )
     subject = Subject(term, problems, dense)
     _ = subject.term  # an unknown name is no failure of a check
     failures: dict[str, str] = {}

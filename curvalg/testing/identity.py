@@ -45,6 +45,19 @@ def _frozen_dataclass(term: NamedExpr) -> None:
             )
 
 
+def substance(subject: Subject) -> None:
+    """The matrix is not zero on every problem: a misspelt method, or a forgotten return, gives a term that does nothing."""
+    if not isinstance(subject.term, NamedExpr):
+        raise NotApplicable("an expression may cancel")
+    if not any(bool(case.matrix.any()) for case in subject.cases):
+        raise Failure(
+            "a matrix that is not zero on at least one problem",
+            f"zeros on all {len(subject.cases)}",
+            "Look at the names of the methods (cotangent, cotangent_dot; accumulate, finish), and whether each returns "
+            "its result",
+        )
+
+
 def _changed(term: NamedExpr, field: dataclasses.Field[Any]) -> NamedExpr | None:
     """The term with another value of one option, where one can be guessed."""
     old = getattr(term, field.name)

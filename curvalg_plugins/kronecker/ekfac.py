@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from curvalg import Block, Eigenbasis, Expr, Kronecker, block_diagonal
 from curvalg_plugins.kronecker.kfac import LayerFactors
-from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats
+from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ class EKFAC(LayerFactors):
         approximation: of the factors that give the basis.
         joint: a weight and its bias in one block.
         rest: parameters without Kronecker factors.
-        samples: draws per sample, for "mc".
-        seed: of the draws.
+        samples: draws per sample, for "mc" alone.
+        seed: of the draws, for "mc" alone.
 
     Raises:
         ExpressionError: an unknown option.
@@ -50,6 +50,7 @@ class EKFAC(LayerFactors):
 
     def __post_init__(self) -> None:
         self._check()
+        check_draws(self.label, *self.columns)
 
     def prepare(self, batch: Batch) -> Stats:
         return self.layer_factors(batch)
@@ -63,11 +64,10 @@ class EKFAC(LayerFactors):
             if not factors.factored(record):
                 continue
             output, inputs = self._bases(self._layer(prepared, record.params))
-            h, d = factors.grouped(record)
+            h, d = factors.inputs_and_deltas(record)
             moments[record.params] = {"weight": factors.second_moments(h, d, output, inputs)}
             if record.bias is not None and not self.joint:
-                sums = d.sum(3).permute(1, 2, 0, 3).flatten(2)  # (K, n, out)
-                moments[record.params]["bias"] = (sums @ output).square().sum((0, 1))
+                moments[record.params]["bias"] = (d.sum(2) @ output).square().sum((0, 1))
         return {"moments": moments}
 
     @staticmethod

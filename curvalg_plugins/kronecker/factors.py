@@ -32,19 +32,22 @@ TABLE_LIMIT = 4096
 
 
 def factored(record: LayerRecord) -> bool:
-    """Whether a layer has Kronecker factors: a weight that multiplies inputs or patches, output channels first."""
+    """Whether a layer has Kronecker factors: one weight that multiplies all inputs or patches, output channels first.
+
+    The groups of a convolution each multiply inputs of their own: one input factor for all of them is no approximation.
+    """
     if record.kind == "embedding":
         return record.shapes[record.params[0]][0] <= TABLE_LIMIT
-    return record.kind == "dense" and not record.transposed
+    return record.kind == "dense" and not record.transposed and record.deltas.ndim == 4
 
 
-def grouped(record: LayerRecord) -> tuple[Tensor, Tensor]:
-    """Inputs (groups, n, T, in) and deltas (groups, K, n, T, out)."""
+def inputs_and_deltas(record: LayerRecord) -> tuple[Tensor, Tensor]:
+    """Inputs (n, T, in) and deltas (K, n, T, out)."""
     h, d = record.inputs, record.deltas
     assert h is not None
     if record.kind == "embedding":
         h = torch.nn.functional.one_hot(h, record.shapes[record.params[0]][0]).to(d.dtype)
-    return (h, d) if h.ndim == 4 else (h[None], d[None])
+    return h, d
 
 
 def active_rows(batch: Batch) -> Tensor | None:
@@ -75,14 +78,14 @@ def gram(x: Tensor) -> Tensor:
 
 
 def input_factor(h: Tensor, active: Tensor | None, approximation: Approximation, bias: bool) -> tuple[Tensor, float]:
-    """Σ h hᵀ over active rows (None: all), and the number of summands, for h (groups, n, T, in).
+    """Σ h hᵀ over active rows (None: all), and the number of summands, for h (n, T, in).
 
     With a bias of h followed by a one.
     """
     if active is not None:
-        h = h[:, active]
+        h = h[active]
     if approximation == "reduce":
-        h = h.mean(2, keepdim=True)
+        h = h.mean(1, keepdim=True)
     flat = h.reshape(-1, h.shape[-1])
     count = flat.shape[0]
     if not bias:
@@ -96,12 +99,10 @@ def input_factor(h: Tensor, active: Tensor | None, approximation: Approximation,
 
 
 def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
-    """Σ δ δᵀ for δ (groups, K, n, T, out), block-diagonal over groups."""
+    """Σ δ δᵀ for δ (K, n, T, out)."""
     if approximation == "reduce":
-        d = d.sum(3, keepdim=True)
-    blocks: list[Tensor] = [gram(flat) for flat in d.reshape(d.shape[0], -1, d.shape[-1])]
-    whole: Tensor = torch.block_diag(*blocks)
-    return whole
+        d = d.sum(2)
+    return gram(d.reshape(-1, d.shape[-1]))
 
 
 def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -133,32 +134,31 @@ CHUNK = 2**22
 
 
 def second_moments(h: Tensor, d: Tensor, output: Tensor, inputs: Tensor) -> Tensor:
-    """Σ_kn [(Q_Bᵀ dW Q_A)_ij]² with dW = Σ_t δ hᵀ, shape (groups · out, in).
+    """Σ_kn [(Q_Bᵀ dW Q_A)_ij]² with dW = Σ_t δ hᵀ, shape (out, in).
 
     Args:
-        h: (groups, n, T, in), followed by a one where Q_A has a row more.
-        d: δ (groups, K, n, T, out).
+        h: (n, T, in), followed by a one where Q_A has a row more.
+        d: δ (K, n, T, out).
         output: Q_B.
         inputs: Q_A.
     """
-    groups, columns, rows, positions, out = d.shape
-    if positions == groups == 1:
-        rotated = _rotate(h[0, :, 0], inputs)
-        return (d[0, :, :, 0] @ output).square().sum(0).T @ rotated.square()
+    columns, rows, positions, out = d.shape
+    if positions == 1:
+        return (d[:, :, 0] @ output).square().sum(0).T @ _rotate(h[:, 0], inputs).square()
     early = columns * out >= positions  # inputs are fewer to rotate than gradients
     if early:
         h = _rotate(h, inputs)
-    total = d.new_zeros(groups * out, len(inputs))
+    total = d.new_zeros(out, len(inputs))
     width = max(1, CHUNK // (columns * total.numel()))
     for at in range(0, rows, width):
-        some = d[:, :, at : at + width].permute(0, 2, 1, 4, 3).flatten(2, 3)  # (groups, n, K · out, T)
-        gradients = some @ h[:, at : at + width]
+        some = d[:, at : at + width].permute(1, 0, 3, 2).flatten(1, 2)  # (n, K · out, T)
+        gradients = some @ h[at : at + width]
         if not early:
             if len(inputs) > h.shape[-1]:
                 gradients = torch.cat([gradients, some.sum(-1, keepdim=True)], -1)
             gradients = gradients @ inputs
-        stacked = gradients.reshape(groups, -1, columns, out, len(inputs)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        total += (output.T @ stacked).square_().sum((0, 1))
+        stacked = gradients.reshape(-1, out, len(inputs))
+        total += (output.T @ stacked).square_().sum(0)
     return total
 
 

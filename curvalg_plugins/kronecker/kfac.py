@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from curvalg import (
     Block,
@@ -18,12 +18,12 @@ from curvalg import (
     ProblemError,
     block_diagonal,
 )
-from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_options
+from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curvalg import Batch, Layout
+    from curvalg import Batch, LayerRecord, Layout
 
 
 class LayerFactors(MatrixTerm):
@@ -65,7 +65,7 @@ class LayerFactors(MatrixTerm):
             if not factors.factored(record):
                 others |= self._others(record)
                 continue
-            h, d = factors.grouped(record)
+            h, d = factors.inputs_and_deltas(record)
             joint = self.joint and record.bias is not None
             a, count = factors.input_factor(h, active, self.approximation, joint)
             (tables if record.kind == "embedding" else layers)[record.params] = {
@@ -75,7 +75,7 @@ class LayerFactors(MatrixTerm):
             }
         return {"layers": layers, "tables": tables, "others": others}
 
-    def _others(self, record: Any) -> Stats:
+    def _others(self, record: LayerRecord) -> Stats:
         if self.rest == "diagonal":
             return {name: square.reshape(-1) for name, square in record.squares().items()}
         if self.rest == "exact":
@@ -94,7 +94,7 @@ class LayerFactors(MatrixTerm):
         if others and self.rest == "refuse":
             raise ProblemError(
                 f"{self.label} has no Kronecker factors for {', '.join(others)}; pass rest='diagonal' or rest='exact' for "
-                "them, or choose the parameters of linear layers and convolutions with Problem(params=...)"
+                "them, or choose the parameters of linear layers and ungrouped convolutions with Problem(params=...)"
             )
         if self.rest == "diagonal":
             return [Block((name,), Diagonal(square)) for name, square in others.items()]
@@ -142,10 +142,11 @@ class KFAC(LayerFactors):
         fisher: "exact" columns of the loss Hessian's square root, "mc" draws of them, or "empirical" gradients.
         approximation: "expand" or "reduce", see above.
         joint: a weight and its bias in one block; otherwise a block each.
-        rest: parameters without Kronecker factors (normalisation, embeddings, ...): "refuse" names them in an error, "diagonal"
-            gives each its exact diagonal, "exact" its exact block.
-        samples: draws per sample, for "mc".
-        seed: of the draws.
+        rest: parameters without Kronecker factors (normalisation, transposed and grouped convolutions, embedding tables of more
+            than 4096 rows, parameters used in two ways): "refuse" names them in an error, "diagonal" gives each its exact
+            diagonal, "exact" its exact block.
+        samples: draws per sample, for "mc" alone.
+        seed: of the draws, for "mc" alone.
         factored_damping: c > 0 damps the factors, (B + √c/π I) ⊗ (A + π √c I), which only approximates + c * Identity (Martens
             and Grosse, §6.3).
 
@@ -180,6 +181,7 @@ class KFAC(LayerFactors):
 
     def __post_init__(self) -> None:
         self._check()
+        check_draws(self.label, *self.columns)
         if not 0 <= self.factored_damping < float("inf"):
             raise ExpressionError(f"kfac: factored_damping is a finite number ≥ 0, got {self.factored_damping!r}")
 
@@ -201,7 +203,8 @@ class KFAC(LayerFactors):
 class FOOF(LayerFactors):
     """Forward-only Kronecker approximation: I ⊗ A for each layer, with A the mean of h hᵀ over samples and positions (D × D).
 
-    The output factor of :class:`KFAC` replaced by the identity; no backward pass is needed for the factors of layers. Its
+    The output factor of :class:`KFAC` replaced by the identity; parameters without factors get theirs from the gradient
+    covariance, as of ``fisher="empirical"``, so that a loss is needed. Its
     scale is not that of the GGN (on a trained network it can be ten times as large): choose a damping or step size for it.
     Benzing, arXiv 2201.12250.
 

@@ -19,3 +19,16 @@ def check_options(label: str, **choices: tuple[object, tuple[object, ...]]) -> N
     for name, (value, known) in choices.items():
         if value not in known:
             raise ExpressionError(f"{label}: {name} is one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_draws(label: str, fisher: str, samples: object, seed: object) -> None:
+    """Raises:
+    ExpressionError: numbers of draws that make no sense, or without draws.
+    """
+    for name, value, least, default in (("samples", samples, 1, 1), ("seed", seed, 0, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ExpressionError(f"{label}: {name} is an integer ≥ {least}, got {value!r}")
+        if fisher != "mc" and value != default:
+            raise ExpressionError(
+                f"{label}: {name} is for fisher='mc', got {name}={value!r} with fisher={fisher!r}; leave it out"
+            )

@@ -117,14 +117,13 @@ def test_a_wide_gram_matrix_is_made_of_panels():
 
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(("columns", "positions"), [(1, 1), (2, 3), (1, 9)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_second_moments_in_either_order(groups, columns, positions, joint, monkeypatch):
-    monkeypatch.setattr(factors, "CHUNK", 2 * columns * groups * 3 * 5)  # two rows at a time
-    h, d = random(groups, 5, positions, 4), random(groups, columns, 5, positions, 3, seed=1)
-    output = torch.linalg.qr(random(3 * groups, 3 * groups, seed=2))[0]
+def test_second_moments_in_either_order(columns, positions, joint, monkeypatch):
+    monkeypatch.setattr(factors, "CHUNK", 2 * columns * 3 * 5)  # two rows at a time
+    h, d = random(5, positions, 4), random(columns, 5, positions, 3, seed=1)
+    output = torch.linalg.qr(random(3, 3, seed=2))[0]
     inputs = torch.linalg.qr(random(4 + joint, 4 + joint, seed=3))[0]
     one = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1) if joint else h
-    gradients = torch.einsum("gknto,gnti->kngoi", d, one).flatten(2, 3)
+    gradients = torch.einsum("knto,nti->knoi", d, one)
     expected = (output.T @ gradients @ inputs).square().sum((0, 1))
     assert torch.allclose(factors.second_moments(h, d, output, inputs), expected, rtol=1e-10)
 
@@ -254,3 +253,34 @@ def test_a_wrong_choice_is_answered_with_the_choices():
         CurvalgError, match=r"option 'fisher' must be Literal\['exact', 'mc', 'empirical'\], got 'type-2'"
     ):
         build("kfac", fisher="type-2")
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
+def test_groups_of_a_convolution_are_not_averaged(name):
+    """Channels of different sizes: one input factor for all of them would be wrong by orders of magnitude."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten(), nn.Linear(12, 2)).double()
+    X = random(8, 3, 4, 4) * torch.tensor([1.0, 5.0, 0.2]).double()[:, None, None]
+    problem = Problem(net, nn.MSELoss(), (X, random(8, 2, seed=1)))
+    with pytest.raises(ProblemError, match=r"no Kronecker factors for 0\.weight, 0\.bias.*ungrouped"):
+        build(name).lower(problem).prepare()
+    got = build(name, rest="exact").lower(problem).to_dense()
+    term = "covariance" if name == "foof" else "ggn"
+    at = problem.layout.slices["0.weight"]
+    exact = build(term).lower(problem).to_dense()[at, at]
+    assert (got[at, at] - exact).norm() <= 1e-10 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fisher": "mc", "samples": 0}, "samples is an integer ≥ 1, got 0"),
+        ({"fisher": "mc", "seed": -1}, "seed is an integer ≥ 0, got -1"),
+        ({"samples": 5}, "samples is for fisher='mc', got samples=5 with fisher='exact'"),
+        ({"fisher": "empirical", "seed": 3}, "seed is for fisher='mc'"),
+    ],
+)
+def test_draws_are_for_draws(name, options, message):
+    with pytest.raises(CurvalgError, match=message):
+        build(name, **options)

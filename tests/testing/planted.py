@@ -350,7 +350,16 @@ class MadeAgain(GradientSquares):
     __hash__ = object.__hash__
 
 
+@dataclass(frozen=True)
+class Misspelt(Term):
+    """Defines a method that nothing calls."""
+
+    def cotangent_dots(self, batch, tangent):
+        return tangent
+
+
 PLANTED = [
+    ("substance", Misspelt(), "zeros on all.*names of the methods"),
     ("value", ForgottenOption(2.0), "compare=False"),
     ("value", Unhashable(), "tuples, not lists"),
     ("value", MadeAgain(), "a copy that is equal"),

@@ -112,3 +112,9 @@ def test_default_problems_are_chosen_by_the_names_that_failures_print():
     assert problem.samples == "position"
     with pytest.raises(ProblemError, match="no problem called 'gpt'; choose among 'classifier'"):
         default_problems("gpt")
+
+
+def test_problems_are_a_list():
+    for problems, got in ((FEW[0], "a Problem"), ([], "none")):
+        with pytest.raises(ConformanceError, match=rf"expected problems=\[problem, ...\], got {got}"):
+            check_term(Squares(), problems=problems)
