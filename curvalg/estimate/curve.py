@@ -38,7 +38,7 @@ class Density(Result):
         scale: "linear" or "log".
         grid: eigenvalues, or |λ| + floor on a log scale, ascending, (g,).
         density: at the grid; per decade on a log scale. Integrated over grid, or log₁₀ of it, it is 1.
-        lower, upper: one standard error over the probes below and above; NaN for a single probe.
+        lower, upper: one standard error over the probes below and above, wider for few probes by Student's t; NaN for one.
         negative: the share of negative eigenvalues in ``density``, on a log scale; else None.
         outliers: eigenvalues that were computed one by one, ascending, (k,).
         nodes: Ritz values of each probe, (probes, steps).

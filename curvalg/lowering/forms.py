@@ -250,7 +250,8 @@ def _blocks(matrix: Matrix) -> Offer:
         f"{len(forms)} blocks, {shown}",
         lambda snapshot: Blocks([(places, form.at(snapshot)) for places, form in forms]),
         spectral=all(form.spectral for _, form in forms),
-        rows=max((form.rows for _, form in forms), default=0),
+        rows=sum(form.rows for _, form in forms),
+        diagonal_rows=sum(form.diagonal_rows for _, form in forms),
     )
 
 

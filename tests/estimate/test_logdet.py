@@ -196,3 +196,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
     assert (done.value, done.error, done.products) == (whole.value, whole.error, whole.products)
     with pytest.raises(CheckpointError, match="algorithm differs"):
         effective_dimension(op, 1.0, checkpoint=path, **options)
+
+
+@pytest.mark.parametrize("products", [60, 100, 400])
+@pytest.mark.parametrize("function", [logdet, lambda A, **options: effective_dimension(A, 0.1, **options)])
+def test_errors_cover_also_with_few_probes(function, products):
+    """A handful of numbers says little about their own spread."""
+    spectrum = torch.linspace(0.1, 3, 51, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(51, 51, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
+    A = Q @ torch.diag(spectrum) @ Q.T
+    truth = float(spectrum.log().sum() if function is logdet else (spectrum / (spectrum + 0.1)).sum())
+    found = [function(A, products=products, seed=seed) for seed in range(60)]
+    assert sum(abs(f.value - truth) <= 2 * f.error for f in found) >= 0.88 * 60
