@@ -50,8 +50,8 @@ def logdet(
         progress: show products done and expected.
 
     Returns:
-        The value; its error is one standard error over the probes (wider for few, by Student's t) plus the difference to rules of half
-            the steps.
+        The value; its error is one standard error over the probes (wider for few, by Student's t) plus the difference to
+            rules of half the steps.
 
     Raises:
         FactsError: not positive definite, or not proved to be.

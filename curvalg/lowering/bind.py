@@ -16,7 +16,7 @@ from curvalg.expr import (
 )
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
-from curvalg.lowering.forms import Matrix, Product
+from curvalg.lowering.form import Matrix, Product
 from curvalg.lowering.parts import Computed, compute
 from curvalg.lowering.resolve import resolve
 from curvalg.lowering.submatrices import block_problem, is_local, submatrix

@@ -5,10 +5,7 @@ A form makes inverses, square roots, traces and spectra exact. A newcomer is one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,23 +15,19 @@ from curvalg.expr import (
     Diagonal,
     Eigenbasis,
     Expr,
-    Facts,
     Identity,
-    IdentityExpr,
     Inverse,
     Kronecker,
     LowRank,
     SquareRoot,
-    Sum,
-    ZeroExpr,
     add,
 )
 from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.dual import Columns, Dual
+from curvalg.lowering.form import Form, Matrix, Offer, Rule, affine
 from curvalg.lowering.holding import held
 from curvalg.lowering.kernel import is_kernel, kernel
 from curvalg.lowering.leaves import tensor
-from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.places import Places
 from curvalg.lowering.structures import (
     Basis,
@@ -49,113 +42,13 @@ from curvalg.lowering.structures import (
     UnitBasis,
     Woodbury,
 )
-from curvalg.lowering.submatrices import block_places, block_problem, inside
-from curvalg.problem import Problem, Snapshot
+from curvalg.lowering.submatrices import block_places, block_problem
+from curvalg.problem import Snapshot
 from curvalg.problem.problem import DEFAULT_BUDGET
 from curvalg.rewrite import simplify
 
 DENSE_LIMIT = 4096
 """The most rows of a matrix that is built and factorised."""
-
-
-class Product(Protocol):
-    """What may be done with a matrix as it stands: multiply."""
-
-    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        """The product with x (n, K)."""
-        ...
-
-
-class Matrix:
-    """A square matrix to be put into a structured form.
-
-    Args:
-        expr: the expression.
-        problem: restricted already where the matrix is inside a restriction or a block.
-        planner: gives the products of any expression on any problem.
-    """
-
-    def __init__(self, expr: Expr, problem: Problem, planner: Callable[[Expr, Problem], Product]) -> None:
-        self.expr, self.problem, self._planner = expr, problem, planner
-
-    @property
-    def facts(self) -> Facts:
-        """Given the loss."""
-        return self.expr.facts(self.problem.facts)
-
-    @cached_property
-    def size(self) -> int:
-        """Number of rows."""
-        if self.expr.domain == "outputs":
-            return sum(output_sizes(self.problem, self.problem.snapshot()))
-        params = self.expr.domain_params
-        return self.problem.size if params is None else self.problem.restricted(params).size
-
-    @cached_property
-    def plan(self) -> Product:
-        """Its products."""
-        return self._planner(self.expr, self.problem)
-
-    def localised(self) -> Matrix:
-        """This matrix on the problem over its own parameters, where it is a sub-matrix that can be seen so."""
-        expr, problem = inside(self.expr, self.problem)
-        return self if problem is self.problem else self.of(simplify(expr, problem.facts).expr, problem)
-
-    def of(self, expr: Expr, problem: Problem | None = None) -> Matrix:
-        """Another matrix, on the same problem or a restriction of it."""
-        return Matrix(expr, problem or self.problem, self._planner)
-
-
-class Form:
-    """A structured form on offer.
-
-    Args:
-        name: of the form.
-        cost: predicted, in words.
-        make: at a snapshot; made once for each.
-        spectral: whether functions such as a square root can be taken, not only the inverse.
-        singular: why the matrix certainly has no inverse, if so.
-        rows: of the matrix that has to be built by products or factorised for it; 0 where its structure is given.
-        diagonal_rows: the same where only the diagonal or the trace is asked for.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        cost: str,
-        make: Callable[[Snapshot], Structure],
-        *,
-        spectral: bool = True,
-        singular: str | None = None,
-        rows: int = 0,
-        diagonal_rows: int | None = None,
-    ) -> None:
-        self.name, self.cost, self.spectral, self.singular, self._make = name, cost, spectral, singular, make
-        self.rows = rows
-        self.diagonal_rows = rows if diagonal_rows is None else diagonal_rows
-        # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
-        self._made: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
-
-    def at(self, snapshot: Snapshot) -> Structure:
-        """The structure at a snapshot."""
-        if snapshot not in self._made:
-            self._made[snapshot] = self._make(snapshot)
-        return self._made[snapshot]
-
-
-Offer = Form | str
-Rule = Callable[[Matrix], Offer]
-
-
-def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
-    """An expression as Σ cᵢ Aᵢ + shift · I."""
-    if isinstance(expr, IdentityExpr):
-        return [], 1.0
-    if isinstance(expr, ZeroExpr):
-        return [], 0.0
-    if isinstance(expr, Sum):
-        return [(float(c), part) for part, c in expr.coefficients.items()], float(expr.shift)
-    return [(1.0, expr)], 0.0
 
 
 def _diagonal(matrix: Matrix) -> Offer:

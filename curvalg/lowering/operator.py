@@ -17,7 +17,8 @@ from curvalg.expr.node import Expr
 from curvalg.lowering.bind import bind, unbound
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.finite import require_finite
-from curvalg.lowering.forms import Form, Matrix, find
+from curvalg.lowering.form import Form, Matrix
+from curvalg.lowering.forms import find
 from curvalg.lowering.linearization import linearization
 from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan

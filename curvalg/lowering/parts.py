@@ -13,7 +13,8 @@ from curvalg.errors import CurvalgWarning, FactsError
 from curvalg.expr import Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom
 from curvalg.expr.term import Term
 from curvalg.lowering.factors import factor_of
-from curvalg.lowering.forms import DENSE_LIMIT, Matrix, affine, find
+from curvalg.lowering.form import Matrix, affine
+from curvalg.lowering.forms import DENSE_LIMIT, find
 from curvalg.problem import Snapshot
 
 CHUNK = 256

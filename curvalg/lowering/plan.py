@@ -23,7 +23,7 @@ from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.roots import SquareRoot
 from curvalg.lowering import leaves
-from curvalg.lowering.forms import Form
+from curvalg.lowering.form import Form
 from curvalg.lowering.linearization import Linearization, linearization
 from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.outputs import output_sizes

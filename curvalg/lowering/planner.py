@@ -14,7 +14,8 @@ from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.bind import Planner, unbound
 from curvalg.lowering.factored import FactoredBlocksPlan
-from curvalg.lowering.forms import Matrix, affine, find
+from curvalg.lowering.form import Matrix, affine
+from curvalg.lowering.forms import find
 from curvalg.lowering.parts import Computed
 from curvalg.lowering.places import Places
 from curvalg.lowering.plan import (

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from curvalg.errors import FactsError
 from curvalg.expr import Facts, Inverse, ZeroExpr
-from curvalg.lowering.forms import FORMS, Form, Matrix, matrix_blocks
+from curvalg.lowering.form import Form, Matrix
+from curvalg.lowering.forms import FORMS, matrix_blocks
 from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.places import Places
 from curvalg.problem import Problem, Snapshot

@@ -13,7 +13,8 @@ def ggn_class(stored: bool = False) -> Expr:
     With extended gradients g_ik = J_iᵀ (p_i − e_k), weights w_ik = α_i p_ik and c = y_i: W_ck = Σ_{i: y_i = c} w_ik,
     ḡ_ck the w-weighted mean of g_ik over class c, W_c = Σ_{k≠c} W_ck and ḡ_c the W-weighted mean of ḡ_ck over k ≠ c
     (Papyan, arXiv 2008.11865). ``ggn = ggn_class + ggn_cross + ggn_within + ggn_same`` exactly, on unbalanced and empty
-    classes, with class weights and any number of batches. Defined for softmax cross-entropy.
+    classes, with class weights and any number of batches. Defined for softmax cross-entropy; of probability targets c is the
+    most likely class.
 
     Args:
         stored: keep the C² class means ḡ_ck (C² · D numbers, C² gradients once) and make an explicit low-rank matrix of

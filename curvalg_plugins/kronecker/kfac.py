@@ -94,7 +94,8 @@ class LayerFactors(MatrixTerm):
         if others and self.rest == "refuse":
             raise ProblemError(
                 f"{self.label} has no Kronecker factors for {', '.join(others)}; pass rest='diagonal' or rest='exact' for "
-                "them, or choose the parameters of linear layers and ungrouped convolutions with Problem(params=...)"
+                "them, or choose the parameters of linear layers and plain (ungrouped, not transposed) convolutions with "
+                "Problem(params=...)"
             )
         if self.rest == "diagonal":
             return [Block((name,), Diagonal(square)) for name, square in others.items()]

@@ -354,3 +354,36 @@ def test_gradients_of_rows_that_change_places(counts):
         rows = [torch.cat([g.flatten(1) for g in b.per_sample_gradients().values()], 1) for b in batches]
     G = torch.cat(rows)
     assert (problem.totals.scale * G.T @ G - covariance.to_dense()).norm() <= 1e-10 * covariance.to_dense().norm()
+
+
+def test_rows_without_a_cotangent_are_not_taken_as_checked():
+    """The first product sees only rows that stay where they are."""
+    X = random(24, 3)
+    X = X[X[:, 0].argsort()]
+    X[12:] = X[12:].flip(0)  # the first half is in order, and so are the few rows that are compared
+    problem = Problem(Sorted().double(), nn.MSELoss(), [(X, torch.zeros(24, 2).double())])
+    snapshot = problem.snapshot()
+    with problem.differentiating():
+        for half in (slice(0, 12), slice(12, 24)):
+            (evaluation,) = problem.evaluations(snapshot)
+            s = torch.zeros(1, 24, 2, dtype=D)
+            s[:, half] = random(1, 12, 2)
+            expected = by_rows(evaluation, s)
+            for record in record_layers(evaluation).records(s):
+                for name, g in record.explicit().items():
+                    assert (g - expected[name]).norm() <= 1e-10
+
+
+def test_each_batch_is_checked_once(monkeypatch):
+    calls = []
+    misplaced = verify_.misplaced
+    monkeypatch.setattr("curvalg.problem.layers.recorded.misplaced", lambda *a: calls.append(1) or misplaced(*a))
+    problem = make(Counted(), (40, 4, 3), (7, 4, 3))
+    check(problem)
+    first = len(calls)
+    check(problem)
+    assert len(calls) == first == 3  # two batches, and the few rows of the large one
+    with torch.no_grad():
+        problem.model.module.first.bias += 1  # rows may be in other places now
+    check(problem)
+    assert len(calls) == first + 2

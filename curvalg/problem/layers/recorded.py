@@ -114,7 +114,7 @@ class Recorded:
     def build(self, cotangents: Tensor) -> list[LayerRecord]:
         """Records of all parameters, grouped as the layers of this batch are."""
         gradients = self._pull(cotangents)
-        if strange := misplaced(self.z, cotangents, gradients, self._pull):
+        if strange := self._misplaced(cotangents, gradients):
             notes = self.problem.layer_notes
             names = {name for i in strange for name in self._uses[i].roles.values()}
             notes.update(dict.fromkeys(names - notes.keys(), MISPLACED))
@@ -133,6 +133,19 @@ class Recorded:
             except Declined as reason:
                 self.problem.layer_notes.update(dict.fromkeys(params, str(reason)))
         return self._in_order(found + self._explicit(cotangents))
+
+    def _misplaced(self, cotangents: Tensor, gradients: dict[int, Tensor]) -> list[int]:
+        """The uses whose rows are not those of the output; asked once for each batch and state of the model."""
+        sample = self.evaluation.sample
+        checked: set[tuple[int, int]] = self.problem.kept(self.evaluation.snapshot).setdefault("rows checked", set())
+        if (key := (sample.index, sample.rows)) in checked:
+            return []
+        strange = misplaced(self.z, cotangents, gradients, self._pull)
+        # A row without a cotangent told nothing of its place; and loaders that shuffle give other rows next time.
+        told = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
+        if not strange and self.problem.data.ordered and bool(told):
+            checked.add(key)
+        return strange
 
     def _in_order(self, records: list[LayerRecord]) -> list[LayerRecord]:
         order = {name: i for i, name in enumerate(self.problem.layout.names)}
