@@ -255,7 +255,8 @@ class Batch:
         Σₜ δₖₙₜ for the bias. :class:`~curvalg.problem.LayerRecord` tells of the other kinds, and of what every record can do
         (``project``, ``combine``, ``gram``, ``squares``, ``explicit``). Rows are rows of the batch, whatever a sample is.
 
-        Costs one model call and one backward pass with K columns, and one with a single column that checks which row is which.
+        Costs one model call and one backward pass with K columns, and where rows could move, one more that checks
+        which row is which.
         Parameters that are used in another way (``x @ W.T``, recurrent layers) come as "explicit" records, at the cost of
         per-sample gradients for every column.
 

@@ -383,6 +383,9 @@ def test_each_batch_is_checked_once(monkeypatch):
     first = len(calls)
     check(problem)
     assert len(calls) == first == 3  # two batches, and the few rows of the large one
+    plain = make(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (5, 3))
+    check(plain)
+    assert len(calls) == first  # nothing in it can move rows
     with torch.no_grad():
         problem.model.module.first.bias += 1  # rows may be in other places now
     check(problem)

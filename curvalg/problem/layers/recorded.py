@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -14,6 +14,7 @@ from curvalg.problem.layers.build import build, common_form, join_inputs
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.joint import Joint, Zero
 from curvalg.problem.layers.record import Held, LayerRecord, Place
+from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined
 from curvalg.problem.layers.vectors import Explicit
 from curvalg.problem.layers.verify import MISPLACED, misplaced, settle
@@ -134,11 +135,18 @@ class Recorded:
                 self.problem.layer_notes.update(dict.fromkeys(params, str(reason)))
         return self._in_order(found + self._explicit(cotangents))
 
+    @cached_property
+    def _steady(self) -> bool:
+        return is_steady(self.z)
+
     def _misplaced(self, cotangents: Tensor, gradients: dict[int, Tensor]) -> list[int]:
-        """The uses whose rows are not those of the output; asked once for each batch and state of the model."""
+        """The uses whose rows are not those of the output.
+
+        Asked once for each batch and state of the model, and not of a model that cannot route rows by the data.
+        """
         sample = self.evaluation.sample
         checked: set[tuple[int, int]] = self.problem.kept(self.evaluation.snapshot).setdefault("rows checked", set())
-        if (key := (sample.index, sample.rows)) in checked:
+        if (key := (sample.index, sample.rows)) in checked or self._steady:
             return []
         strange = misplaced(self.z, cotangents, gradients, self._pull)
         # A row without a cotangent told nothing of its place; and loaders that shuffle give other rows next time.
