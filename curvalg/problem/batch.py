@@ -255,10 +255,9 @@ class Batch:
         Σₜ δₖₙₜ for the bias. :class:`~curvalg.problem.LayerRecord` tells of the other kinds, and of what every record can do
         (``project``, ``combine``, ``gram``, ``squares``, ``explicit``). Rows are rows of the batch, whatever a sample is.
 
-        Costs one model call and one backward pass with K columns, and where rows could move, one more that checks
-        which row is which.
-        Parameters that are used in another way (``x @ W.T``, recurrent layers) come as "explicit" records, at the cost of
-        per-sample gradients for every column.
+        Costs one model call and one backward pass with K columns; where the model could move rows, one more that checks which
+        row is which. Parameters that are used in another way (``x @ W.T``, recurrent layers) come as "explicit" records, at the
+        cost of per-sample gradients for every column.
 
         Args:
             cotangents: s of shape (K, *output.shape), such as ``row_factor()`` for the Gauss-Newton matrix, or
