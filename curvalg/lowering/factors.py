@@ -211,7 +211,7 @@ class Factor:
     def pull_groups(self, layout: Layout, groups: Groups, y: Tensor) -> Tensor:
         """V_g Y_g for each group, together (D, P), from kept inputs and deltas; Y (groups, M, P)."""
         columns = y.shape[2]
-        result = y.new_zeros(columns, layout.size)
+        found: dict[str, Tensor] = {}
         for chunk in self.chunks:
             weights = y[:, chunk.start : chunk.stop].mT.reshape(len(groups), columns, chunk.columns, chunk.rows)
             for record, owner in chunk.split(groups):
@@ -221,8 +221,9 @@ class Factor:
                 else:
                     values = record.combine_each({name: weights[group] for name, group in owner.items()})
                 for name, value in values.items():
-                    result[:, layout.slices[name]] += value.reshape(columns, -1)
-        return result.T
+                    found[name] = found[name].add_(value) if name in found else value
+        missing = {name: y.new_zeros(columns, *layout.shapes[name]) for name in layout.names if name not in found}
+        return torch.cat([(found | missing)[name].reshape(columns, -1) for name in layout.names], 1).T
 
     def _pull_through(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
         total, at = torch.zeros(problem.size, dtype=y.dtype, device=y.device), 0
@@ -293,17 +294,12 @@ def _slices(recorded: Recorded, columns: Tensor, limit: int) -> Iterator[tuple[i
     if count > 1:
         # The bytes of one column tell those of all: inputs are shared, deltas are not.
         one = recorded.records(columns[:1])
-        deltas = sum(record.nbytes - _input_bytes(record) for record in one)
-        shared = sum(map(_input_bytes, one))
+        deltas = sum(record.nbytes - record.input_bytes for record in one)
+        shared = sum(record.input_bytes for record in one)
         del one
         width = max(1, min(count, (limit - shared) // max(1, deltas)))
     for at in range(0, count, width):
         yield at, recorded.records(columns[at : at + width])
-
-
-def _input_bytes(record: LayerRecord) -> int:
-    inputs = record.inputs
-    return 0 if inputs is None else inputs.numel() * inputs.element_size()
 
 
 def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:

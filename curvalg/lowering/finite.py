@@ -10,7 +10,7 @@ from torch import Tensor
 from curvalg.errors import ProblemError
 
 
-def require_finite(result: Tensor, what: str) -> Tensor:
+def require_finite(result: Tensor, what: object) -> Tensor:
     """Raises:
     ProblemError: a product with NaN or infinite entries.
     """

@@ -55,6 +55,7 @@ class Linearization:
         self._named = {topic: problem.choice(topic, sweep) for topic in ("products", "tangents", "program", "columns")}
         self.products = int(problem.recalled.get(self._named["products"], 0))
         self._measured = self._tried = False
+        self._single_pass = sweep.curved and not sweep.dataset_terms
 
     def drop(self) -> None:
         """Release all recordings; the next product makes them anew."""
@@ -104,13 +105,17 @@ class Linearization:
             self.drop()
 
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
-        sweep, total = self.sweep, torch.zeros_like(rows)
-        if sweep.curved and not sweep.dataset_terms:
+        sweep = self.sweep
+        if self._single_pass:
+            result: Tensor | None = None
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, SinglePass)
-                total += single.multiply(rows, self._columns(problem, single, rows))
-                del single  # a fresh graph is released before the next batch is recorded
-            return total
+                part = single.multiply(rows, self._columns(problem, single, rows))
+                result = part if result is None else result.add_(part)
+                del single, part  # a fresh graph is released before the next batch is recorded
+            assert result is not None, "data without a batch are refused before"
+            return result
+        total = torch.zeros_like(rows)
         prepared = prepare(sweep.dataset_terms, problem, snapshot)
         totals: dict[DatasetTerm, Any] = {}
         for term in sweep.projects:
@@ -185,7 +190,7 @@ class Linearization:
             again: whether the batches must come in the order of the pass before.
         """
         if self.complete:
-            yield from list(self.batches.values())
+            yield from tuple(self.batches.values())
             return
         if self.limit != problem.budget.limit:
             self.limit = problem.budget.limit
@@ -202,7 +207,7 @@ class Linearization:
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping
-        if sweep.curved and not sweep.dataset_terms:
+        if self._single_pass:
             return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
         if sweep.curved:
             return TwoStage(evaluation, sweep.cotangent, keep)

@@ -167,7 +167,7 @@ class CurvatureOperator(TorchOperator):
         self.problem.check(self.snapshot)
         with self.problem.differentiating():
             self._bind()
-            return require_finite(self._plan.apply(self.snapshot, columns), str(self.expr))
+            return require_finite(self._plan.apply(self.snapshot, columns), self.expr)
 
     def _adjoint(self) -> CurvatureOperator:
         return self._combine(self.expr.T)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvalg.lowering.columns import chunked, grad_columns, mapped
 from curvalg.problem import Batch, Evaluation, Layout
+from curvalg.problem.evaluation import backward
 
 Rate = Callable[[Tensor], Tensor]
 """ż -> u̇, both of the output's shape."""
@@ -50,8 +51,6 @@ class Recorded(ABC):
 
     def __init__(self, evaluation: Evaluation, keep: bool) -> None:
         self.layout: Layout = evaluation.problem.layout
-        # Casting tensors that have the right dtype already costs more than all else for a small network.
-        self.uniform = set(self.layout.dtypes.values()) == {self.layout.dtype}
         self.device = evaluation.problem.device
         self.index = evaluation.sample.index
         self.keep = keep
@@ -61,7 +60,7 @@ class Recorded(ABC):
         columns = rows.shape[0]
         parts = zip(rows.split(self.layout.sizes, 1), self.layout.shapes.values(), strict=True)
         tensors = [t.reshape(columns, *shape) for t, shape in parts]
-        if self.uniform:
+        if self.layout.uniform:
             return tensors
         return [t.to(dtype) for t, dtype in zip(tensors, self.layout.dtypes.values(), strict=True)]
 
@@ -72,7 +71,7 @@ class Recorded(ABC):
             torch.zeros(columns, size, dtype=dtype, device=self.device) if g is None else g.reshape(columns, size)
             for g, size in zip(gradients, self.layout.sizes, strict=True)
         ]
-        return torch.cat(flat if self.uniform else [t.to(dtype) for t in flat], 1)
+        return torch.cat(flat if self.layout.uniform else [t.to(dtype) for t in flat], 1)
 
     @abstractmethod
     def graphs(self) -> Iterable[Tensor]:
@@ -119,6 +118,10 @@ class SinglePass(Recorded):
 
     def multiply(self, rows: Tensor, chunk: int) -> Tensor:
         """The product with vectors (K, D), shape (K, D)."""
+        if rows.shape[0] == 1:  # the usual case, where every call counts
+            directions = self.layout.tangents(rows[0])
+            grads = backward(self.gradients, self.leaves, directions, retain_graph=self.keep)
+            return self.layout.gather(grads, self.device)[None]
         several = rows.shape[0] > chunk
 
         def product(part: Tensor) -> Tensor:

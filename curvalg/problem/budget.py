@@ -35,6 +35,8 @@ class Budget:
 
     def touch(self, keeper: Keeper) -> None:
         """Mark as used just now."""
+        if self._order and self._order[-1]() is keeper:
+            return
         self._order = [r for r in self._order if r() is not None and r() is not keeper]
         self._order.append(ref(keeper))
 

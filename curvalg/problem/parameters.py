@@ -40,6 +40,8 @@ class Layout:
         }
         # One dtype for all vectors: the widest of the parameters', and never below float32, in which sums are kept.
         self.dtype: torch.dtype = reduce(torch.promote_types, self.dtypes.values(), torch.float32)
+        # Casting tensors that have the right dtype already costs more than all else for a small network.
+        self.uniform = set(self.dtypes.values()) == {self.dtype}
 
     @property
     def names(self) -> list[str]:
@@ -110,18 +112,19 @@ class Layout:
 
     def tangents(self, vector: Tensor) -> list[Tensor]:
         """A vector (D,) as one tensor per parameter, in the parameter's shape and dtype."""
-        parts = zip(vector.split(self.sizes), self.shapes.values(), self.dtypes.values(), strict=True)
-        return [t.reshape(shape).to(dtype) for t, shape, dtype in parts]
+        parts = zip(vector.split(self.sizes), self.shapes.values(), strict=True)
+        tensors = [t.reshape(shape) for t, shape in parts]
+        if self.uniform and vector.dtype == self.dtype:
+            return tensors
+        return [t.to(dtype) for t, dtype in zip(tensors, self.dtypes.values(), strict=True)]
 
     def gather(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """Gradients of the parameters (None: zero) as one vector (D,)."""
-        parts = zip(gradients, self.sizes, strict=True)
-        return torch.cat(
-            [
-                torch.zeros(size, dtype=self.dtype, device=device) if g is None else g.reshape(-1).to(self.dtype)
-                for g, size in parts
-            ]
-        )
+        flat = [
+            torch.zeros(size, dtype=self.dtype, device=device) if g is None else g.reshape(-1)
+            for g, size in zip(gradients, self.sizes, strict=True)
+        ]
+        return torch.cat(flat if self.uniform else [t.to(self.dtype) for t in flat])
 
     def __repr__(self) -> str:
         return f"Layout({self.size} parameters in {len(self.shapes)} tensors, {self.dtype})"

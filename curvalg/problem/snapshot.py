@@ -32,7 +32,7 @@ class Snapshot:
         self.state: dict[str, Tensor] = {name: copies[id(owner[key])] for name, owner, key in slots}
         # Comparing happens in every product: everything that can be looked up beforehand is.
         once = {id(owner[key]): (name, owner, key) for name, owner, key in reversed(slots)}
-        self._watched = [(name, owner, key, _bits(self.state[name])) for name, owner, key in once.values()]
+        self._watched = [_Watched(owner, key, _bits(self.state[name])) for name, owner, key in once.values()]
         self._modules = [(m, m.training, tuple(m._modules.values())) for m in modules]
         self._ids = {name: id(owner[key]) for name, owner, key in slots}
 
@@ -53,10 +53,7 @@ class Snapshot:
         for module, training, children in self._modules:
             if module.training is not training or tuple(module._modules.values()) != children:
                 return False
-        for _, owner, key, bits in self._watched:
-            if key not in owner or owner[key] is None or not _same_bits(owner[key].detach(), bits):
-                return False
-        return True
+        return all(watched.intact() for watched in self._watched)
 
     def check(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> None:
         """Raises:
@@ -69,6 +66,35 @@ class Snapshot:
                 f"the model changed after the operator was lowered ({shown}); call operator.refresh() to go on at the new "
                 "state, or lower the expression again"
             )
+
+
+class _Watched:
+    """A live tensor, and the bits that it must have.
+
+    Args:
+        owner: the dict that holds it.
+        key: its place there.
+        bits: what they were.
+    """
+
+    def __init__(self, owner: Mapping[str, Any], key: str, bits: Tensor) -> None:
+        self.owner, self.key, self.bits = owner, key, bits
+        self._seen: tuple[Any, ...] | None = None
+        self._view = bits
+
+    def intact(self) -> bool:
+        """Whether the live tensor has the bits; on small networks every call here is one of a product's."""
+        live = self.owner.get(self.key)
+        if live is None:
+            return False
+        # The memory is looked at each time; as long as it is the same memory, through the same view.
+        place = (id(live), live.data_ptr(), live.shape, live.stride(), live.dtype)
+        if place != self._seen:
+            if not _same_bits(live.detach(), self.bits):
+                return False
+            self._seen, self._view = place, _bits(live.detach())
+            return True
+        return torch.equal(self._view, self.bits)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

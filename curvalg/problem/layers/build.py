@@ -10,8 +10,9 @@ from torch import Tensor
 
 from curvalg.problem.layers.dense import Dense
 from curvalg.problem.layers.embedding import Embedding
+from curvalg.problem.layers.maps import LinearMap
 from curvalg.problem.layers.record import Held, LayerRecord, Place
-from curvalg.problem.layers.uses import Declined, Use
+from curvalg.problem.layers.uses import Declined, Use, joined
 from curvalg.problem.layers.vectors import Scale, Shift
 
 
@@ -36,7 +37,7 @@ def build(
     gradients: Sequence[Tensor],
     rows: int,
     dtype: torch.dtype,
-    inputs: Callable[[], Held],
+    inputs: Callable[[], Held | LinearMap],
 ) -> LayerRecord:
     """The record of parameters that have all their uses in common.
 
@@ -57,27 +58,17 @@ def build(
         raise Declined("several parameters play the same part in a layer")
 
     def deltas(of: Callable[[Use, Tensor], Tensor]) -> Tensor:
-        return _cat([of(use, g.to(dtype)) for use, g in zip(uses, gradients, strict=True)], -2)
+        return joined([of(use, g.to(dtype)) for use, g in zip(uses, gradients, strict=True)], -2)
 
     if weight is None:
         return Shift(place, deltas(lambda use, g: use.shifts(g, rows)))
     h, d = inputs(), deltas(lambda use, g: use.deltas(g, rows))
     make = _MAKERS[uses[0].kind]
-    return make(place, weight, bias, uses[0].form, h, d)
+    return make(place, weight, bias, h, d)
 
 
-def join_inputs(uses: Sequence[Use], rows: int, dtype: torch.dtype) -> Held:
-    """The inputs of all uses, their positions one after the other."""
-    axis = -1 if uses[0].kind == "embedding" else -2
-    return Held(_cat([use.inputs(rows, dtype) for use in uses], axis))
-
-
-def _cat(parts: list[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
-
-
-_MAKERS: dict[str, Callable[[Place, str, str | None, Any, Held, Tensor], LayerRecord]] = {
+_MAKERS: dict[str, Callable[[Place, str, str | None, Any, Tensor], LayerRecord]] = {
     "dense": Dense,
-    "scale": lambda place, weight, bias, form, h, d: Scale(place, weight, bias, h, d),
-    "embedding": lambda place, weight, bias, form, h, d: Embedding(place, h, d),
+    "scale": Scale,
+    "embedding": lambda place, weight, bias, h, d: Embedding(place, h, d),
 }

@@ -80,6 +80,12 @@ class LayerRecord(ABC):
         """Memory of the distinct tensors that are held."""
 
     @property
+    def input_bytes(self) -> int:
+        """Memory of what does not grow with the columns."""
+        inputs = self.inputs
+        return 0 if inputs is None else bytes_of(inputs)
+
+    @property
     @abstractmethod
     def inputs(self) -> Tensor | None:
         """h of shape (n, T, in): patches of a convolution, integers (n, T) of an embedding, normalised inputs of a scale.

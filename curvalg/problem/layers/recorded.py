@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError
-from curvalg.problem.layers.build import build, common_form, join_inputs
+from curvalg.problem.layers.build import build, common_form
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.joint import Joint, Zero
+from curvalg.problem.layers.maps import LinearMap
 from curvalg.problem.layers.record import Held, LayerRecord, Place
 from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined
@@ -49,7 +50,7 @@ class Recorded:
         self.z = z
         self.leaves = dict(zip(self.problem.layout.names, leaves, strict=True))
         self._uses = capture.uses
-        self._inputs: dict[tuple[int, ...], Held] = {}
+        self._inputs: dict[tuple[int, ...], Held | LinearMap] = {}
         self._settled = False
         for name, reason in capture.reasons.items():
             self.problem.layer_notes.setdefault(name, reason)
@@ -195,10 +196,11 @@ class Recorded:
         pairs = zip(needed, gradients, strict=True)
         return {i: g.reshape(g.shape[0], *self._uses[i].output_shape) for i, g in pairs if g is not None}
 
-    def _held(self, indices: tuple[int, ...], rows: int) -> Held:
+    def _held(self, indices: tuple[int, ...], rows: int) -> Held | LinearMap:
         """The inputs of some uses, made once for all chunks of columns."""
         if indices not in self._inputs:
-            self._inputs[indices] = join_inputs([self._uses[i] for i in indices], rows, self.problem.dtype)
+            first, *others = (self._uses[i] for i in indices)
+            self._inputs[indices] = first.joined(others, rows, self.problem.dtype)
         return self._inputs[indices]
 
     def _explicit(self, cotangents: Tensor) -> list[LayerRecord]:

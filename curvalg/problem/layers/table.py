@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvalg.problem.layers.dense import WeightForm
+from curvalg.problem.layers.convolution import Convolution
+from curvalg.problem.layers.maps import WeightForm
 from curvalg.problem.layers.patches import grouped, padded, spread_out, windows
 from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, EmbeddingUse, Use
 
@@ -91,8 +92,9 @@ def convolution(call: Call) -> Use:
         before = after = _spatial(0 if padding == "valid" else padding, axes)
     groups = call.values.get("groups", 1)
     form = WeightForm(call.values["weight"].shape, groups)
+    options = Convolution(tuple(stride), tuple(before), tuple(dilation), (0,) * axes) if before == after else None
     return DenseUse(
-        call, form, lambda x: grouped(windows(padded(x, before, after), kernel, stride, dilation), groups), 1
+        call, form, lambda x: grouped(windows(padded(x, before, after), kernel, stride, dilation), groups), 1, options
     )
 
 
@@ -116,7 +118,7 @@ def transposed_convolution(call: Call) -> Use:
         patches = windows(padded(spread_out(x, stride), before, after), kernel, [1] * axes, dilation)
         return grouped(patches.flip(list(range(-axes, 0))), groups)
 
-    return DenseUse(call, form, unfold, 1)
+    return DenseUse(call, form, unfold, 1, Convolution(*map(tuple, (stride, padding, dilation, extra))))
 
 
 # -- embeddings -----------------------------------------------------------------------------------------------------------

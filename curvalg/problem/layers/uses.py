@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvalg.problem.layers.dense import WeightForm
-from curvalg.problem.layers.record import Kind
+from curvalg.problem.layers.convolution import Convolution, ConvolutionMap
+from curvalg.problem.layers.maps import LinearMap, MatrixMap, WeightForm
+from curvalg.problem.layers.record import Held, Kind
 
 
 class Declined(Exception):
@@ -94,6 +95,10 @@ class Use(ABC):
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         """h as the record of this kind takes it."""
 
+    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> Held | LinearMap:
+        """h of this use and of others of the same parameters, their positions one after the other."""
+        return Held(joined([use.inputs(rows, dtype) for use in (self, *others)], -2))
+
     @abstractmethod
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         """δ as the record of this kind takes it, from the gradient with respect to the output (K, *output.shape)."""
@@ -111,16 +116,25 @@ class DenseUse(Use):
         form: of the weight; of the bias alone its groups count.
         unfold: source -> (N, ..., groups, in) for a source with N rows.
         channels: the axis of the output that holds the outputs of the map.
+        options: of a convolution that torch can do as it stands.
     """
 
     kind = "dense"
 
-    def __init__(self, call: Call, form: WeightForm, unfold: Callable[[Tensor], Tensor], channels: int) -> None:
+    def __init__(
+        self,
+        call: Call,
+        form: WeightForm,
+        unfold: Callable[[Tensor], Tensor],
+        channels: int,
+        options: Convolution | None = None,
+    ) -> None:
         roles = call.roles("weight", "bias")
         super().__init__(call, roles, call.values["input"] if "weight" in roles else None)
         self._form = form
         self._unfold = unfold
         self._channels = channels
+        self._options = options
 
     @property
     def form(self) -> WeightForm:
@@ -131,6 +145,15 @@ class DenseUse(Use):
         check_rows(source.shape, rows)
         patches = self._unfold(source.to(dtype))
         return patches.reshape(rows, -1, *patches.shape[-2:]).permute(2, 0, 1, 3).contiguous()
+
+    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> LinearMap:
+        if others or self._options is None:
+            held = super().joined(others, rows, dtype)
+            assert isinstance(held, Held)
+            return MatrixMap(self._form, held)
+        check_rows(self.source.shape, rows)
+        image = Held(ConvolutionMap.laid_out(self.source.to(dtype)))
+        return ConvolutionMap(self._form, self._options, image, rows, self._unfold)
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         check_rows(gradient.shape[1:], rows)
@@ -199,11 +222,19 @@ class EmbeddingUse(Use):
         check_rows(indices.shape, rows)
         return indices.reshape(rows, -1).long()
 
+    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> Held:
+        return Held(joined([use.inputs(rows, dtype) for use in (self, *others)], -1))
+
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         check_rows(gradient.shape[1:], rows)
         if self._padding is not None:
             gradient = gradient * (self.source != self._padding)[..., None]
         return gradient.reshape(gradient.shape[0], rows, -1, gradient.shape[-1]).contiguous()
+
+
+def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Tensors one after the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
 def check_rows(shape: torch.Size, rows: int) -> None:
