@@ -10,6 +10,7 @@ from dense import Case, Dense
 from zoo import make
 
 from curvalg import Problem
+from curvalg.lowering.ways import Ways
 
 
 @functools.cache
@@ -61,3 +62,22 @@ def counted_model(problem_of):
         return problem_of(case, **options), lambda: count[0]
 
     return build
+
+
+@pytest.fixture
+def take_way(monkeypatch):
+    """way -> from now on it is taken wherever it is possible, whatever is faster."""
+    choose = Ways.choose
+
+    def take(way: str) -> None:
+        def chosen(self: Ways, problem: Problem, ways, x: torch.Tensor) -> str:
+            chosen, wide = choose(self, problem, ways, x), x.shape[1] > 1
+            if self._names[wide] in problem.recalled:
+                return chosen
+            self._chosen[wide] = way if way in ways and way not in self.declined else "ordinary"
+            problem.choices[self._names[wide]] = self._chosen[wide]
+            return self._chosen[wide]
+
+        monkeypatch.setattr(Ways, "choose", chosen)
+
+    return take

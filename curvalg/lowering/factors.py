@@ -13,10 +13,15 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.term import Term
 from curvalg.problem import Batch, Layout, Problem, Snapshot, trees
 from curvalg.problem.layers import LayerRecord, Recorded, record_layers
+from curvalg.problem.layers.record import bytes_of
 from curvalg.problem.problem import DEFAULT_BUDGET
 
 Groups = tuple[tuple[str, ...], ...]
 """Disjoint groups of parameter names."""
+
+
+SMALL = 2**24
+"""Bytes of V up to which it may be multiplied out: beyond, reading it takes as long as the layers do."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Factor:
         self._owner: list[Tensor] = []
         self._active: list[Tensor] = []
         self._gram: Tensor | None = None
+        self._matrix: Tensor | None = None
         self.refused: int | None = None  # the budget that did not suffice
 
     # -- what the columns are -------------------------------------------------------------------------------------------
@@ -126,8 +132,29 @@ class Factor:
     # -- passes over the data ---------------------------------------------------------------------------------------------
 
     def drop(self) -> None:
-        """Release inputs and deltas (not the Gram matrix)."""
+        """Release inputs and deltas and V (not the Gram matrix)."""
         self.chunks, self.nbytes, self.complete = [], 0, False
+        self._matrix = None
+
+    def drop_matrix(self) -> None:
+        """Release V alone."""
+        if self._matrix is not None:
+            self.nbytes -= bytes_of(self._matrix)
+            self._matrix = None
+
+    def matrix(self, problem: Problem, snapshot: Snapshot) -> Tensor | None:
+        """Vᵀ (M, D), made once and kept; None where it is large or beyond the budget."""
+        self.prepare(problem, snapshot)
+        if self._matrix is None and self.complete:
+            nbytes = self.size * problem.size * self.dtype.itemsize
+            if nbytes <= SMALL and problem.budget.reserve(self, nbytes):
+                self._matrix = torch.zeros(self.size, problem.size, dtype=self.dtype, device=self.device)
+                for chunk in self.chunks:
+                    rows = self._matrix[chunk.start : chunk.stop]
+                    for record in chunk.records:
+                        for name, gradients in record.explicit().items():
+                            rows[:, problem.layout.slices[name]] = gradients.reshape(rows.shape[0], -1)
+        return self._matrix
 
     def prepare(self, problem: Problem, snapshot: Snapshot) -> None:
         """Count the columns; keep inputs and deltas if they fit."""

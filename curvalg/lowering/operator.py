@@ -19,13 +19,11 @@ from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.finite import require_finite
 from curvalg.lowering.form import Form, Matrix
 from curvalg.lowering.forms import find
-from curvalg.lowering.linearization import linearization
 from curvalg.lowering.outputs import output_sizes
-from curvalg.lowering.plan import InversePlan, Plan, SumPlan, SweepPlan
+from curvalg.lowering.plan import InversePlan, Plan, SumPlan
 from curvalg.lowering.planner import plan
 from curvalg.lowering.resolve import resolve
 from curvalg.lowering.structures import Dense
-from curvalg.lowering.sweep import Sweep
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
@@ -131,8 +129,7 @@ class CurvatureOperator(TorchOperator):
         self.problem.check(self.snapshot)
         with self.problem.differentiating():
             self._bind()
-            for problem, sweep in _sweeps(self._plan):
-                linearization(problem, self.snapshot, sweep).prepare(problem, self.snapshot)
+            self._plan.prepare(self.snapshot)
         return self
 
     def _bind(self) -> None:
@@ -377,9 +374,3 @@ def _preconditioned(expr: Expr, by: Expr) -> Expr:
     if isinstance(expr, Inverse) and expr.preconditioner is None:
         return inverse(expr.expr, **{**expr.options, "preconditioner": by})
     return expr
-
-
-def _sweeps(node: Plan) -> list[tuple[Problem, Sweep]]:
-    """All sweeps of a plan, with the problem each runs on."""
-    own = [(node.problem, node.sweep)] if isinstance(node, SweepPlan) else []
-    return own + [pair for part in node.inner for pair in _sweeps(part)]

@@ -55,6 +55,11 @@ class Plan(ABC):
         """Plans inside this one."""
         return ()
 
+    def prepare(self, snapshot: Snapshot) -> None:
+        """Make the passes over the data that the first product would make."""
+        for part in self.inner:
+            part.prepare(snapshot)
+
 
 def as_float(coefficient: Fraction) -> float:
     """A coefficient as a float.
@@ -81,6 +86,9 @@ class SweepPlan(Plan):
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         return linearization(self.problem, snapshot, self.sweep).product(self.problem, snapshot, x.T.contiguous()).T
+
+    def prepare(self, snapshot: Snapshot) -> None:
+        linearization(self.problem, snapshot, self.sweep).prepare(self.problem, snapshot)
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         kept = linearization(self.problem, snapshot, self.sweep)

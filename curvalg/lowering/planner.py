@@ -13,7 +13,7 @@ from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.bind import Planner, unbound
-from curvalg.lowering.factored import FactoredBlocksPlan
+from curvalg.lowering.factored import MOST_COLUMNS, FactoredPlan
 from curvalg.lowering.form import Matrix, affine
 from curvalg.lowering.forms import find
 from curvalg.lowering.parts import Computed
@@ -129,7 +129,7 @@ def _validate(term: NamedExpr, problem: Problem) -> None:
 @plan.register
 def _(expr: Term, problem: Problem, given: Given = None) -> Plan:
     _validate(expr, problem)
-    return SweepPlan(problem, Sweep(((1.0, expr),)), expr)
+    return _swept(problem, Sweep(((1.0, expr),)), expr)
 
 
 @plan.register
@@ -195,6 +195,8 @@ def _(expr: alg.Sum, problem: Problem, given: Given = None) -> Plan:
     parts: list[tuple[float, Plan]] = []
     for child, coefficient in _by_last_factor(expr.coefficients).items():
         part = plan(child, problem, given)
+        if isinstance(part, FactoredPlan) and isinstance(part.otherwise, SweepPlan):
+            part = part.otherwise  # alone it has ways of its own, but fused it costs next to nothing
         if isinstance(part, SweepPlan):  # a restricted term runs on a problem of its own
             entries = [(as_float(coefficient) * c, term) for c, term in part.sweep.entries]
             sweeps.setdefault(part.problem, []).extend(entries)
@@ -211,8 +213,37 @@ def _sweep(
     problem: Problem, entries: Sequence[tuple[float, Term]], summands: Sequence[tuple[Expr, Fraction]]
 ) -> tuple[float, Plan]:
     if len(entries) == 1:  # a number in front of the pass, so that another one shares the recordings
-        return entries[0][0], SweepPlan(problem, Sweep(((1.0, entries[0][1]),)), summands[0][0])
-    return 1.0, SweepPlan(problem, Sweep(tuple(entries)), alg.add(summands))
+        return entries[0][0], _swept(problem, Sweep(((1.0, entries[0][1]),)), summands[0][0])
+    return 1.0, _swept(problem, Sweep(tuple(entries)), alg.add(summands))
+
+
+PATIENCE = 16
+"""Columns after which a whole matrix is tried in factored form: recording and comparing it takes about as long."""
+
+
+def _swept(problem: Problem, sweep: Sweep, expr: Expr) -> Plan:
+    """A sweep, with the other ways that terms of few output directions have."""
+    ordinary = SweepPlan(problem, sweep, expr)
+    if not _has_factor(sweep.entries, problem) or not _may_be_factored(problem):
+        return ordinary
+    return FactoredPlan(problem, _in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
+
+
+def _may_be_factored(problem: Problem) -> bool:
+    return problem.budget.limit > 0 and problem.data.ordered and not problem.model.batch_statistics
+
+
+def _has_factor(entries: Sequence[tuple[float, Expr]], problem: Problem) -> bool:
+    """Whether all terms have columns V with V Vᵀ = A."""
+    return all(
+        isinstance(part, Term) and type(part).factor is not Term.factor and part.facts(problem.facts).psd is True
+        for _, part in entries
+    )
+
+
+def _in_order(entries: Sequence[tuple[float, Expr]]) -> list[tuple[float, Term]]:
+    """One order of the terms, so that sums written in any order share what is kept."""
+    return sorted([(c, part) for c, part in entries if isinstance(part, Term)], key=lambda entry: repr(entry[1]))
 
 
 def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
@@ -274,20 +305,14 @@ def _(expr: alg.BlockDiagonal, problem: Problem, given: Given = None) -> Plan:
     return _with_factored(blocks, factored, plans, problem)
 
 
-MOST_COLUMNS = 64
-"""The most columns of a factor, for each row of the data, that a factored product is taken with."""
-
-
 def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:
     """Which blocks are of one sum of terms with few output directions, so that their products can be taken together."""
-    if problem.budget.limit == 0 or not problem.data.ordered or problem.model.batch_statistics:
+    if not _may_be_factored(problem):
         return []
     sums: dict[frozenset[tuple[float, Expr]], list[int]] = {}
     for number, block in enumerate(blocks):
         parts, _ = affine(block.expr)
-        terms = [part for _, part in parts if isinstance(part, Term) and type(part).factor is not Term.factor]
-        known = all(term.facts(problem.facts).psd for term in terms)
-        if parts and len(terms) == len(parts) and known and not block.joint:
+        if parts and _has_factor(parts, problem) and not block.joint:
             sums.setdefault(frozenset(parts), []).append(number)
     if not sums:
         return []
@@ -304,10 +329,9 @@ def _with_factored(
     chosen = [name for name in names if any(name in group for group in groups)]
     on = problem if len(chosen) == len(names) else problem.restricted(chosen)
     parts = [affine(blocks[i].expr) for i in factored]
-    # One order of the terms, so that sums written in any order share what is kept.
-    entries = sorted([(c, term) for c, term in parts[0][0] if isinstance(term, Term)], key=lambda entry: repr(entry[1]))
+    entries = _in_order(parts[0][0])
     alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
-    joint = FactoredBlocksPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone))
+    joint = FactoredPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone), patience=0)
     if len(factored) == len(blocks):
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from curvalg import Identity, block_diagonal, registry
-from curvalg.lowering.factored import FactoredBlocksPlan
 
 SUMS = {
     "ggn": (lambda b: b("ggn"), lambda d: d.ggn),
@@ -45,9 +44,8 @@ def mask(dense, by):
 @pytest.mark.parametrize("by", ["module", "parameter"])
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_equal_the_masked_matrix(case, name, by, problem_of, dense_of, vectors, monkeypatch):
-    # Whichever is faster is taken; here the numbers of the factored way are wanted.
-    monkeypatch.setattr(FactoredBlocksPlan, "_slower", lambda self, snapshot: False)
+def test_blocks_equal_the_masked_matrix(case, name, by, problem_of, dense_of, vectors, take_way):
+    take_way("factored")  # whichever is faster is taken; here the numbers of this one are wanted
     dense, problem = dense_of(case), problem_of(case)
     make, reference = SUMS[name]
     A, V = reference(dense) * mask(dense, by), vectors(dense.D)
@@ -63,7 +61,8 @@ def test_blocks_equal_the_masked_matrix(case, name, by, problem_of, dense_of, ve
     assert (shifted @ V - A @ V - 0.5 * V).norm() <= 1e-10 * V.norm()
 
 
-def test_groups_and_parts(problem_of, dense_of, vectors):
+def test_groups_and_parts(problem_of, dense_of, vectors, take_way):
+    take_way("factored")
     dense, problem, V = dense_of("mlp"), problem_of("mlp"), vectors(dense_of("mlp").D)
     groups = [["0.weight", "2.bias"], ["0.bias"]]
     op = block_diagonal(registry.build("ggn"), by=groups).lower(problem)
@@ -83,8 +82,8 @@ def test_explain_tells_which_way_and_at_what_cost(problem_of):
 
 
 @pytest.mark.parametrize("slower", [False, True])
-def test_the_faster_way_is_taken_and_told(slower, problem_of, dense_of, vectors, monkeypatch):
-    monkeypatch.setattr(FactoredBlocksPlan, "_slower", lambda self, snapshot: slower)
+def test_the_faster_way_is_taken_and_told(slower, problem_of, dense_of, vectors, take_way):
+    take_way("ordinary" if slower else "factored")
     dense, problem = dense_of("cnn"), problem_of("cnn")
     op = block_diagonal(registry.build("covariance"), by="module").lower(problem)
     V = vectors(dense.D)
@@ -93,7 +92,7 @@ def test_the_faster_way_is_taken_and_told(slower, problem_of, dense_of, vectors,
         assert torch.allclose(op @ V, A @ V, atol=1e-12)
     report = op.explain()
     assert ("one after the other; about" in report) == slower
-    assert "measured: factored" in report
+    assert "measured, several columns: ordinary" in report
 
 
 def test_a_budget_that_does_not_suffice(problem_of, dense_of, vectors):

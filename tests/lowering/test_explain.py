@@ -109,14 +109,15 @@ def test_square_roots_and_matrices_yet_to_be_made(problem_of):
 
 
 @pytest.mark.parametrize("by", ["module", "parameter"])
-def test_factored_blocks_with_what_they_keep(by, problem_of):
+def test_factored_blocks_with_what_they_keep(by, problem_of, take_way):
+    take_way("factored")
     problem = problem_of("mlp")
     op = block_diagonal(registry.build("ggn"), by=by).lower(problem)
     count = {"module": 2, "parameter": 4}[by]
     before = plan_of(op).splitlines()
     assert before[:2] == [
         f"{count} diagonal blocks of ggn, factored",
-        "  two matrix products a layer for all blocks together",
+        "  two matrix products a layer, for all blocks together",
     ]
     op @ torch.ones(problem.size).double()
     assert "kept: " in plan_of(op) and "MiB" in plan_of(op)

@@ -256,8 +256,9 @@ def test_an_operation_without_forward_ad_takes_the_double_backward(cache, proble
 @pytest.mark.parametrize(
     "model", ["mlp", "cnn", "lstm", "attention_softmax", "inplace_activation", "batchnorm_training"]
 )
-def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, dense_of):
+def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, dense_of, take_way):
     """After many products a linearised program may be tried; on some models its second call is silently wrong."""
+    take_way("ordinary")
     dense, problem = dense_of(model), problem_of(model)
     op = registry.build("ggn").lower(problem)
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from torch import nn
 
 from curvalg import CheckpointError, Identity, Problem, block_diagonal, inverse, registry
 from curvalg.estimate import checkpoint as checkpoints
+from curvalg.lowering.factored import FactoredPlan
 
 GGN = registry.build("ggn")
 CASES = {
@@ -31,6 +32,7 @@ def _no_clock(monkeypatch):
     """Every run chooses the same routes; that choices are recalled has tests of its own."""
     monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: run() is None)
     monkeypatch.setattr("curvalg.lowering.linearization.AMORTISED", 10**9)
+    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", 10**9)
 
 
 def right_sides(p):
@@ -136,3 +138,29 @@ def test_progress(capsys, tmp_path, monkeypatch):
     CASES["cg"].lower(p).solve(right_sides(p), progress=True, checkpoint=tmp_path / "run.safetensors")
     shown = capsys.readouterr().err
     assert "solve with cg" in shown and "iteration" in shown and "residual" in shown
+
+
+@pytest.mark.parametrize("at", [2, 5, 11])
+def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, monkeypatch, take_way):
+    """Before another way is tried, at the product that tries it, and after it."""
+    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", 14)
+    take_way("factored")
+    p, left = problem(), [0]
+    b, path, apply = right_sides(p)[:, [0, 3]], tmp_path / "run.safetensors", FactoredPlan.apply
+
+    def counted(plan, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return apply(plan, *args)
+
+    monkeypatch.setattr(FactoredPlan, "apply", counted)
+    p = problem()
+    whole = CASES["cg"].lower(p).solve(b)
+    left[0] = at
+    assert CASES["cg"].lower(problem()).solve(b, checkpoint=path).partial
+    take_way("ordinary")  # what was chosen is recalled; what was not is chosen now, as it would be by another clock
+    if at < 10:
+        take_way("factored")
+    resumed = CASES["cg"].lower(problem()).solve(b, checkpoint=path)
+    assert torch.equal(resumed.x, whole.x) and torch.equal(resumed.history, whole.history)

@@ -1,0 +1,96 @@
+"""Which of several ways to the same product is taken: measured once, remembered, and told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ProblemError
+from curvalg.lowering.timing import race
+from curvalg.problem import Problem
+
+Way = Callable[[Tensor], Tensor]
+"""x (n, K) -> the product."""
+
+
+class Impossible(Exception):
+    """A way cannot be taken; the message says why."""
+
+
+class Ways:
+    """The choice between ways of one matrix at one snapshot; for single columns and for several it may differ.
+
+    Args:
+        problem: keeps what was chosen, for runs that go on later.
+        subject: what the products are of.
+        patience: columns that are multiplied in the first way before the others are tried, which costs as much.
+    """
+
+    def __init__(self, problem: Problem, subject: str, patience: int) -> None:
+        self._names = {wide: problem.choice("way", f"{subject}, {width}") for wide, width in _WIDTHS.items()}
+        self._counted = problem.choice("columns multiplied", subject)
+        self.columns = int(problem.recalled.get(self._counted, 0))
+        self._patience = patience
+        self._chosen: dict[bool, str] = {}
+        self.notes: dict[bool, str] = {}
+        """What was measured, for single columns and for several."""
+        self.declined: dict[str, str] = {}
+        """Why a way cannot be taken."""
+
+    def chosen(self, wide: bool) -> str | None:
+        """The way that is taken for one column (False) or several (True); None before it was measured."""
+        return self._chosen.get(wide)
+
+    def forget(self) -> None:
+        """Measure again: what made a way impossible has changed."""
+        self._chosen.clear()
+        self.declined.clear()
+
+    def count(self, problem: Problem, columns: int) -> None:
+        """Note that so many more columns are multiplied."""
+        self.columns += columns
+        problem.choices[self._counted] = self.columns
+
+    def due(self, problem: Problem, wide: bool) -> bool:
+        """Whether a product is to be measured, or its way known from an earlier run."""
+        return self.columns > self._patience or self._names[wide] in problem.recalled
+
+    def choose(self, problem: Problem, ways: Mapping[str, Way], x: Tensor) -> str:
+        """Measure all ways on these columns and remember the fastest.
+
+        The first way is the reference: one whose product differs from it is not taken.
+        """
+        wide = x.shape[1] > 1
+        name, first = self._names[wide], next(iter(ways))
+        known: str | None = problem.recalled.get(name)
+        if known is not None and known in ways:
+            self._chosen[wide] = known
+            self.notes[wide] = f"{_WIDTHS[wide]}: {known}, as chosen before"
+        else:
+            others = [way for way in ways if way != first and self._possible(way, ways, x)]
+            possible = [first, *others]
+            seconds = dict(zip(possible, race(*(partial(ways[way], x) for way in possible)), strict=True))
+            self._chosen[wide] = min(possible, key=lambda way: seconds[way])
+            shown = ", ".join(f"{way} {1e3 * s / x.shape[1]:.2g} ms" for way, s in seconds.items())
+            self.notes[wide] = f"{_WIDTHS[wide]}: {shown} a column"
+        problem.choices[name] = self._chosen[wide]
+        return self._chosen[wide]
+
+    def _possible(self, name: str, ways: Mapping[str, Way], x: Tensor) -> bool:
+        """Whether a way can be taken and agrees with the first."""
+        try:
+            got = ways[name](x)
+        except (Impossible, ProblemError) as error:
+            self.declined[name] = str(error)
+            return False
+        expected = next(iter(ways.values()))(x)
+        if bool((got - expected).norm() <= torch.finfo(x.dtype).eps ** 0.5 * expected.norm()):
+            return True
+        self.declined[name] = "its product differs from the ordinary one"
+        return False
+
+
+_WIDTHS = {False: "one column", True: "several columns"}

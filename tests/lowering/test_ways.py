@@ -1,0 +1,168 @@
+"""Whole matrices of few output directions: by recorded graphs, from layer inputs and deltas, or from V multiplied out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_exactness import close
+from zoo import ZOO
+
+from curvalg import Identity, registry
+from curvalg.lowering import factored, timing, ways
+from curvalg.lowering.linearization import Linearization
+from curvalg.lowering.planner import PATIENCE
+
+WAYS = ["ordinary", "factored", "multiplied out"]
+SUMS = {
+    "ggn": (lambda b: b("ggn"), lambda d: d.ggn),
+    "covariance": (lambda b: b("covariance"), lambda d: d.covariance),
+    "centred": (lambda b: b("centered_covariance"), lambda d: d.centered_covariance),
+    "signed sum": (
+        lambda b: 2 * b("ggn") - b("centered_covariance") / 3 + b("covariance") + 0.5 * Identity,
+        lambda d: 2 * d.ggn - d.centered_covariance / 3 + d.covariance + 0.5 * torch.eye(d.D).double(),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model", ZOO)
+def test_every_way_gives_the_dense_matrix(model, way, problem_of, dense_of, vectors, take_way):
+    take_way(way)
+    dense, problem = dense_of(model), problem_of(model)
+    V = vectors(dense.D, 5)
+    for make, reference in SUMS.values():
+        op = make(registry.build).lower(problem)
+        for _ in range(2):
+            close(op @ V, reference(dense) @ V)
+            close(op @ V[:, 0], reference(dense) @ V[:, 0])
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_the_way_is_told_and_what_it_keeps(way, problem_of, vectors, take_way):
+    take_way(way)
+    op = registry.build("covariance").lower(problem_of("mlp"))
+    op @ vectors(op.shape[1])[:, 0]
+    report = op.explain()
+    assert f"covariance, {way}" in report
+    assert "measured, one column: ordinary" in report
+    assert "recorded" not in report
+    op @ vectors(op.shape[1])
+    assert "measured, several columns: ordinary" in op.explain()
+
+
+def test_the_first_columns_take_the_ordinary_way(problem_of, vectors, monkeypatch, take_way):
+    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", PATIENCE)
+    take_way("factored")
+    op = registry.build("ggn").lower(problem_of("mlp"))
+    v = vectors(op.shape[1])[:, 0]
+    for _ in range(PATIENCE):
+        op @ v
+    assert "factored" not in op.explain()
+    op @ v
+    assert "ggn, factored" in op.explain()
+
+
+def test_no_model_call_once_chosen(counted_model, vectors, take_way):
+    for way in WAYS[1:]:
+        take_way(way)
+        problem, calls = counted_model("cnn")
+        op = registry.build("covariance").lower(problem)
+        v = vectors(problem.size)[:, 0]
+        op @ v
+        before = calls()
+        op @ v
+        op @ vectors(problem.size)
+        assert way == "multiplied out" or calls() > before  # the first product with several columns measures again
+        before = calls()
+        op @ vectors(problem.size)
+        assert calls() == before
+
+
+def test_a_way_that_differs_is_not_taken(problem_of, dense_of, vectors, monkeypatch, take_way):
+    take_way("factored")
+    right = factored.FactoredPlan._factored
+    monkeypatch.setattr(
+        factored.FactoredPlan, "_factored", lambda self, snapshot, x: right(self, snapshot, x) * (1 + 1e-6)
+    )
+    dense = dense_of("mlp")
+    op = registry.build("ggn").lower(problem_of("mlp"))
+    V = vectors(dense.D)
+    close(op @ V, dense.ggn @ V)
+    close(op @ V, dense.ggn @ V)
+    assert "not factored: its product differs from the ordinary one" in op.explain()
+
+
+def test_a_budget_that_does_not_suffice_is_told_and_may_grow(problem_of, dense_of, vectors, take_way):
+    take_way("factored")
+    dense, problem = dense_of("cnn"), problem_of("cnn", cache=2000)
+    op = registry.build("covariance").lower(problem)
+    V = vectors(dense.D)
+    for _ in range(2):
+        close(op @ V, dense.covariance @ V)
+        assert problem.budget.used <= 2000
+    assert "not factored: layer inputs and deltas do not fit the budget" in op.explain()
+    problem.cache = 2**24
+    close(op @ V, dense.covariance @ V)
+    assert "covariance, factored" in op.explain()
+    problem.cache = 2000
+    close(op @ V, dense.covariance @ V)
+    assert problem.budget.used <= 2000
+
+
+def test_nothing_of_the_loser_is_kept(problem_of, vectors, take_way):
+    for way in WAYS:
+        take_way(way)
+        problem = problem_of("mlp")
+        op = registry.build("covariance").lower(problem)
+        for width in (1, 3):
+            op @ vectors(problem.size, width)
+        kept = problem.kept(op.snapshot)
+        recordings = [value for value in kept.values() if isinstance(value, Linearization)]
+        factor = kept[("factor", (registry.build("covariance"),))]
+        assert any(r.batches for r in recordings) == (way == "ordinary")
+        assert factor.complete == (way != "ordinary")
+        assert (factor._matrix is not None) == (way == "multiplied out")
+        held = sum(r.nbytes for r in recordings) + factor.nbytes
+        assert held == problem.budget.used
+
+
+def test_many_output_directions_are_told(problem_of, vectors, monkeypatch):
+    monkeypatch.setattr(factored, "MOST_COLUMNS", 1)
+    op = registry.build("ggn").lower(problem_of("mlp"))
+    op @ vectors(op.shape[1])
+    assert "output directions for each row of the data, more than 1" in op.explain()
+
+
+def test_a_resumed_run_takes_what_was_chosen(problem_of, vectors, monkeypatch):
+    first = problem_of("mlp")
+    op = registry.build("ggn").lower(first)
+    expected = op @ vectors(first.size)
+    for way in WAYS:
+        again = problem_of("mlp")
+        again.recalled = {name: way if name.startswith("way") else choice for name, choice in first.choices.items()}
+        assert any(name.startswith("way") for name in again.recalled)
+        monkeypatch.setattr(ways, "race", lambda *runs: pytest.fail("measured again"))
+        op = registry.build("ggn").lower(again)
+        close(op @ vectors(first.size), expected)
+        assert f"several columns: {way}, as chosen before" in op.explain()
+
+
+def test_long_runs_are_raced_once(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    calls = []
+    assert timing.race(lambda: calls.append(1), lambda: calls.append(2)) == [1.0, 1.0]
+    assert calls == [1, 2]
+
+
+def test_short_runs_are_raced_in_turn(monkeypatch):
+    clock = iter([i / 1000 for i in range(100)])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls = []
+    timing.race(lambda: calls.append(1), lambda: calls.append(2))
+    assert calls == [1, 2] * 4
