@@ -19,6 +19,7 @@ from torch import Tensor
 from curvalg.errors import ExpressionError, ProblemError
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout
+from curvalg.problem.memory import free_memory
 
 
 class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no types
@@ -206,12 +207,3 @@ def _require_same(a: Space, b: Space, what: str) -> None:
 
 def _describe(space: Space) -> str:
     return f"{space.size} outputs" if space.layout is None else repr(space.layout)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

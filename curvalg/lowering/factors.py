@@ -14,7 +14,7 @@ from curvalg.expr.term import Term
 from curvalg.problem import Batch, Layout, Problem, Snapshot, trees
 from curvalg.problem.layers import LayerRecord, Recorded, record_layers
 from curvalg.problem.layers.record import bytes_of
-from curvalg.problem.problem import DEFAULT_BUDGET
+from curvalg.problem.problem import WORKSPACE
 
 Groups = tuple[tuple[str, ...], ...]
 """Disjoint groups of parameter names."""
@@ -311,7 +311,7 @@ class Factor:
 
 def _half(problem: Problem) -> int:
     """Bytes of inputs and deltas that may be held while a Gram matrix is made, for each of its two sides."""
-    return (problem.budget.limit or DEFAULT_BUDGET) // 2
+    return (problem.budget.limit or WORKSPACE) // 2
 
 
 def _slices(recorded: Recorded, columns: Tensor, limit: int) -> Iterator[tuple[int, list[LayerRecord]]]:

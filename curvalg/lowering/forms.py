@@ -44,7 +44,7 @@ from curvalg.lowering.structures import (
 )
 from curvalg.lowering.submatrices import block_places, block_problem
 from curvalg.problem import Snapshot
-from curvalg.problem.problem import DEFAULT_BUDGET
+from curvalg.problem.problem import WORKSPACE
 from curvalg.rewrite import simplify
 
 DENSE_LIMIT = 4096
@@ -239,7 +239,7 @@ def _dual(matrix: Matrix) -> Offer:
     columns = sum(problem.factor_columns(term) for _, term in entries) * problem.totals.rows
     if columns >= matrix.size:
         return f"M = {columns} columns are not fewer than D = {matrix.size}"
-    need, limit = 8 * columns**2, problem.budget.limit or DEFAULT_BUDGET
+    need, limit = 8 * columns**2, problem.budget.limit or WORKSPACE
     if need > limit:
         return f"the Gram matrix of M = {columns} columns needs {_bytes(need)} of a budget of {_bytes(limit)}"
     cost = (
@@ -266,7 +266,7 @@ def _kernel(matrix: Matrix) -> Offer:
         return "the matrix is not J J.T and the identity"
     if problem.model.batch_statistics:
         return "samples influence each other through batch statistics"
-    n, limit = matrix.size, problem.budget.limit or DEFAULT_BUDGET
+    n, limit = matrix.size, problem.budget.limit or WORKSPACE
     if (need := 8 * n**2) > limit:
         return f"J J.T of M = {n} outputs needs {_bytes(need)} of a budget of {_bytes(limit)}"
 

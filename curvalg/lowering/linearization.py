@@ -18,12 +18,16 @@ from curvalg.lowering.columns import chunked, mapped
 from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
-from curvalg.lowering.timing import fastest
+from curvalg.lowering.timing import LONG, fastest
 from curvalg.problem import Evaluation, Problem, Snapshot, trees
 
 Recording: TypeAlias = SinglePass | Staged
 MOST_COLUMNS = 64
 """The most columns in one batched backward pass."""
+WIDTHS = (2, 4, 16, MOST_COLUMNS)
+"""Columns in one batched backward pass that are tried, and the widths of operands from which each is."""
+WORSE = 1.2
+"""How many times the cost of a column alone says that batching does not pay."""
 COLUMN_MEMORY = 2**30
 """Bytes that the intermediates of a batched backward pass may take, by estimate."""
 AMORTISED = 32
@@ -49,7 +53,7 @@ class Linearization:
         self.asked: int | None = None
         if problem.columns != "auto":
             self.asked = 1 if problem.columns == "loop" else problem.columns
-        self.chunk = self.asked
+        self._chunks: dict[int, int] = {}
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
         self._named = {topic: problem.choice(topic, sweep) for topic in ("products", "tangents", "program", "columns")}
@@ -89,9 +93,9 @@ class Linearization:
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
             self._forget(problem)
-            if rows.shape[0] == 1 or self.chunk == 1:
+            if rows.shape[0] == 1 or self.asked == 1:
                 raise
-            self.chunk = self.asked = 1
+            self.asked = 1
             result = self._product(problem, snapshot, rows)
             self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return result
@@ -298,49 +302,57 @@ class Linearization:
         self.notes["tangents"] = f"tangents by {self.route}, verified and faster"
 
     def _columns(self, problem: Problem, recorded: Recording, rows: Tensor) -> int:
-        """Columns in one backward pass: as asked for, or measured on the first batch that meets several."""
-        if rows.shape[0] == 1 or self.chunk is not None:
-            return 1 if self.chunk is None else self.chunk
-        most = max(1, min(MOST_COLUMNS, COLUMN_MEMORY // max(1, graph_bytes(recorded))))
-        few = rows[: min(rows.shape[0], most, 8)]
-        if isinstance(recorded, Transient) or few.shape[0] == 1:
+        """Columns in one backward pass: as asked for, or measured on the first batch that meets so many."""
+        if self.asked is not None:
+            return self.asked
+        if rows.shape[0] == 1 or isinstance(recorded, Transient):
             return 1
-        choice = self._named["columns"]
-        if choice in problem.recalled:
-            self.chunk = int(problem.recalled[choice])
-            self.notes["columns"] = f"columns in batches of {self.chunk}, as chosen before"
-        else:
-            keep, recorded.keep = recorded.keep, True
-            try:
-                self.chunk = self._measure_columns(recorded, few, most)
-            finally:
-                recorded.keep = keep
-        problem.choices[choice] = self.chunk
-        return self.chunk
+        width = max(w for w in WIDTHS if w <= rows.shape[0])
+        if width not in self._chunks:
+            choice = f"{self._named['columns']}, from {width}"
+            if choice in problem.recalled:
+                self._chunks[width] = int(problem.recalled[choice])
+                self.notes[f"columns {width}"] = (
+                    f"from {width} columns on {self._chunks[width]} at a time, as chosen before"
+                )
+            else:
+                keep, recorded.keep = recorded.keep, True
+                try:
+                    self._chunks[width] = self._measure_columns(recorded, rows, width)
+                finally:
+                    recorded.keep = keep
+            problem.choices[choice] = self._chunks[width]
+        return self._chunks[width]
 
-    def _measure_columns(self, recorded: Recording, rows: Tensor, most: int) -> int:
+    def _measure_columns(self, recorded: Recording, rows: Tensor, width: int) -> int:
+        """The number of columns at a time that costs least a column: one, a width, or a quarter of it."""
+
         def run(part: Tensor, chunk: int) -> Tensor:
             if isinstance(recorded, SinglePass):
                 return recorded.multiply(part, chunk)
             tangent = recorded.tangent(part, chunk)
             return recorded.finish(part, tangent, chunk)
 
-        try:
-            batched, single = run(rows, rows.shape[0]), run(rows[:1], 1)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
+        def told(reason: str) -> int:
+            self.notes[f"columns {width}"] = f"from {width} columns on one after the other: {reason}"
             return 1
+
+        try:
+            batched, single = run(rows[:2], 2), run(rows[:1], 1)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            return told(str(error).strip().splitlines()[0])
         tolerance = torch.finfo(rows.dtype).eps ** 0.75 * single.norm()
         if not bool((batched[:1] - single).norm() <= tolerance):
-            self.notes["columns"] = "columns one after the other: a batched product differs from a single one"
-            return 1
-        many = fastest(lambda: run(rows, rows.shape[0])) / rows.shape[0]
-        one = fastest(lambda: run(rows[:1], 1))
-        chosen = most if many < one else 1
-        self.notes["columns"] = (
-            f"columns {'in batches of ' + str(most) if chosen > 1 else 'one after the other'} "
-            f"({1e3 * many:.2g} ms a column batched, {1e3 * one:.2g} ms alone, on one batch)"
-        )
+            return told("a batched product differs from a single one")
+        most = COLUMN_MEMORY // max(1, graph_bytes(recorded))
+        seconds: dict[int, float] = {}
+        for chunk in (1, *(w for w in (width // 4, width) if 1 < w <= most)):
+            seconds[chunk] = fastest(lambda c=chunk: run(rows[:c], c)) / chunk  # type: ignore[misc]
+            if chunk * seconds[chunk] > LONG and seconds[chunk] > WORSE * seconds[1]:
+                break  # it is work, not calls, that takes the time: wider ones are no better, and long to measure
+        chosen = min(seconds, key=lambda chunk: seconds[chunk])
+        shown = ", ".join(f"{chunk}: {1e3 * t:.2g} ms" for chunk, t in seconds.items())
+        self.notes[f"columns {width}"] = f"from {width} columns on {chosen} at a time ({shown} a column, on one batch)"
         return chosen
 
 

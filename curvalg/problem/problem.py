@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
@@ -22,12 +23,13 @@ from curvalg.expr.term import Term
 from curvalg.problem import parameters as params_
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch, Samples
-from curvalg.problem.budget import Budget
+from curvalg.problem.budget import FRACTION, Budget
 from curvalg.problem.data import Data, Sample
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.losses import CallableLoss, Loss, LossPoint, infer_reduction, resolve_loss
 from curvalg.problem.losses.additive import check_additive, check_additive_pair
 from curvalg.problem.losses.base import Reduction
+from curvalg.problem.memory import free_memory
 from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
 from curvalg.problem.parameters import Layout
 from curvalg.problem.randomness import DrawGuard, Randomness
@@ -53,8 +55,8 @@ class Totals:
     loss: Loss | None
 
 
-DEFAULT_BUDGET = 2 * 2**30
-"""Bytes that recordings may take with ``cache="auto"``."""
+WORKSPACE = 2 * 2**30
+"""Bytes that a matrix of few directions may take where nothing is to be kept between products."""
 
 
 class Problem:
@@ -72,7 +74,8 @@ class Problem:
         samples: whether one sample is a row of a batch ("item") or an element of the loss ("position", as a token);
             decides gradient covariances.
         randomness: "refuse" random layers in training mode, or "frozen": replay the same draws in every product.
-        cache: bytes that recordings kept between products may take, or "auto" (2 GiB); 0 records anew in every product.
+        cache: bytes that recordings kept between products may take; 0 records anew in every product; "auto": a quarter of
+            what is free on the device when the problem is made, and nothing that would not fit into what is free then.
             Statistics and explicit matrices are kept in any case.
         columns: how products with several columns are taken: "loop" (one after the other), a number (so many in one
             batched backward pass), or "auto" (whichever is faster, measured once).
@@ -169,11 +172,12 @@ class Problem:
         if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, Integral) or cache < 0):
             raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
         self._cache = cache
-        limit = DEFAULT_BUDGET if cache == "auto" else int(cache)
+        free = partial(free_memory, self.device) if cache == "auto" else None
+        limit = int(cache) if free is None else int(FRACTION * free())
         if "_budget" in self.__dict__:
-            self._budget.resize(limit)
+            self._budget.resize(limit, free)
         else:
-            self._budget = Budget(limit)
+            self._budget = Budget(limit, free)
 
     @property
     def columns(self) -> Literal["auto", "loop"] | int:

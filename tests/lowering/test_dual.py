@@ -112,7 +112,7 @@ def test_solves_and_spectra(world, name):
 @pytest.mark.parametrize("budget", [0, 400, 3000, 20000])
 def test_any_budget_gives_the_same_numbers(budget, problem_of, dense_of, vectors, monkeypatch):
     """Gram matrices group by group; products through the model where inputs and deltas are not kept."""
-    monkeypatch.setattr(factors, "DEFAULT_BUDGET", 600)
+    monkeypatch.setattr(factors, "WORKSPACE", 600)
     dense = dense_of("cnn")
     problem = problem_of("cnn", cache=max(budget, 0))
     expr = registry.build("covariance") + registry.build("centered_covariance") / 2

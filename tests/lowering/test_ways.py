@@ -11,6 +11,7 @@ from curvalg import Identity, registry
 from curvalg.lowering import factored, timing, ways
 from curvalg.lowering.linearization import Linearization
 from curvalg.lowering.planner import PATIENCE
+from curvalg.lowering.recorded import SinglePass
 
 WAYS = ["ordinary", "factored", "multiplied out"]
 SUMS = {
@@ -166,3 +167,53 @@ def test_short_runs_are_raced_in_turn(monkeypatch):
     calls = []
     timing.race(lambda: calls.append(1), lambda: calls.append(2))
     assert calls == [1, 2] * 4
+
+
+class Clock:
+    """A clock by which one backward pass takes as long as a table says for its number of columns."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.widths = []
+
+        def fastest(run):
+            before = len(self.widths)
+            run()
+            return seconds[self.widths[before]]
+
+        original = SinglePass.multiply
+
+        def multiply(recorded, rows, chunk):
+            self.widths.append(rows.shape[0])
+            return original(recorded, rows, chunk)
+
+        monkeypatch.setattr(SinglePass, "multiply", multiply)
+        monkeypatch.setattr("curvalg.lowering.linearization.fastest", fastest)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "columns", "chosen"),
+    [
+        ({1: 0.001, 4: 0.002, 16: 0.004}, 16, 16),
+        ({1: 0.001, 4: 0.002, 16: 0.04}, 16, 4),
+        ({1: 0.001, 4: 0.02, 16: 0.004}, 16, 16),  # a small batch may lose where a large one wins
+        ({1: 1.0, 4: 8.0}, 16, 1),  # where it is work, wider ones are not measured
+        ({1: 0.001, 2: 0.001}, 3, 2),
+        ({1: 0.001, 4: 0.001}, 5, 4),
+        ({1: 0.001, 16: 0.001, 64: 0.01}, 70, 16),
+    ],
+)
+def test_the_number_of_columns_at_a_time_is_the_fastest(seconds, columns, chosen, problem_of, vectors, monkeypatch):
+    op = registry.build("hessian").lower(problem_of("mlp"))
+    expected = registry.build("hessian").lower(problem_of("mlp", columns="loop")) @ vectors(op.shape[1], columns)
+    op @ vectors(op.shape[1], 1)
+    Clock(monkeypatch, seconds)
+    close(op @ vectors(op.shape[1], columns), expected)
+    assert f"columns on {chosen} at a time" in op.explain()
+
+
+def test_columns_are_measured_anew_for_wider_operands(problem_of, vectors):
+    op = registry.build("hessian").lower(problem_of("mlp"))
+    for columns in (2, 3, 16, 20):
+        op @ vectors(op.shape[1], columns)
+    report = op.explain()
+    assert "from 2 columns on" in report and "from 16 columns on" in report and report.count(" at a time") == 2

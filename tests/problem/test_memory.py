@@ -1,0 +1,75 @@
+"""What may be kept with cache="auto": a quarter of what is free, and nothing that would not fit then."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import psutil
+import pytest
+import torch
+
+from curvalg import registry
+from curvalg.problem.memory import free_memory
+
+CPU = torch.device("cpu")
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path):
+    machine = free_memory(CPU, tmp_path)  # no such files
+    assert machine == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("300\n")
+    assert free_memory(CPU, tmp_path) == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory(CPU, tmp_path) == 700
+    (tmp_path / "memory.max").write_text("100\n")
+    assert free_memory(CPU, tmp_path) == 0
+
+
+def test_an_older_container(tmp_path):
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000")
+    assert free_memory(CPU, tmp_path) == 4000
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets what is free from now on."""
+    left = [8000]
+    monkeypatch.setattr("curvalg.problem.problem.free_memory", lambda device: left[0])
+
+    def now(number: int) -> None:
+        left[0] = number
+
+    return now
+
+
+def test_a_quarter_of_what_is_free_is_the_limit(free, problem_of):
+    problem = problem_of("mlp")
+    assert problem.budget.limit == 2000
+    free(4000)
+    assert problem.budget.limit == 2000  # as it was when the problem was made
+    problem.cache = "auto"
+    assert problem.budget.limit == 1000
+    for copied in (copy.copy(problem), pickle.loads(pickle.dumps(problem))):
+        assert copied.budget.limit == 1000
+
+
+def test_what_would_not_fit_now_is_not_kept(free, problem_of, dense_of, vectors):
+    free(2**34)
+    dense, problem = dense_of("mlp"), problem_of("mlp", columns="loop")
+    V = vectors(dense.D)
+    free(100)
+    for name in ("hessian", "covariance"):
+        op = registry.build(name).lower(problem)
+        for _ in range(40):  # past the products after which other ways are tried
+            assert torch.allclose(op @ V, dense.matrix(name) @ V, atol=1e-12)
+    assert problem.budget.used == 0
+    assert "of a budget of" in op.explain() or "do not fit" in op.explain()
+    free(2**34)
+    problem.cache = 2**20  # the user's own number is taken at its word
+    free(0)
+    registry.build("hessian").lower(problem) @ V
+    assert problem.budget.used > 0
