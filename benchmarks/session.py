@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -91,8 +92,9 @@ def run(
     with quiet(), fair_attention():
         present, missing = available(peers)
         session = Session(present, effort, device)
-        settings: dict[str, Any] = {"cases": list(cases), "models": models, **dataclasses.asdict(effort)}
-        settings["minutes"] = None if effort.minutes == float("inf") else effort.minutes  # JSON has no infinity
+        limits = {**dataclasses.asdict(effort), "models": models or effort.models, "cases": cases}
+        limits["minutes"] = None if effort.minutes == float("inf") else effort.minutes  # JSON has no infinity
+        settings: dict[str, Any] = json.loads(json.dumps(limits))
         results = Results(describe(present, device), settings, missing)
         for task in tasks(cases, models, effort):
             if time.monotonic() - begin > 60 * effort.minutes:

@@ -48,8 +48,8 @@ def stopwatch(device: str) -> Callable[[Run], tuple[float, Tensor]]:
 
 
 def _settle(entrant: Entrant, watch: Callable[[Run], tuple[float, Tensor]], seconds: float) -> float:
-    """Run it until it has settled or the time is over; what a run takes then."""
-    spent: list[float] = []
+    """Run it at least once, until it has settled or the time is over; what a run takes then."""
+    spent = [watch(entrant.run)[0]]
     while len(spent) < entrant.settles - 1 and sum(spent) < seconds:
         spent.append(watch(entrant.run)[0])
     return statistics.median(spent)
