@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -50,8 +51,10 @@ def measure(
         return
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"{device} is not here: torch sees no GPU", param_hint="--device")
     effort = EFFORTS["quick" if quick else "full" if full else "default"]
-    given = {"rounds": rounds, "minutes": minutes}
+    given: dict[str, Any] = {"rounds": rounds, "minutes": minutes}
     effort = dataclasses.replace(effort, **{name: value for name, value in given.items() if value is not None})
     console = Console(stderr=True)
     results = session.run(

@@ -43,7 +43,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        after: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return after
 
 
 class Transformer(nn.Module):
@@ -59,7 +60,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits.transpose(1, 2)
 
 
 class Residual(nn.Module):

@@ -73,8 +73,12 @@ def columns(records: Sequence[Record]) -> Figure:
                     (r.task.columns, ratio / r.task.columns) for r in mine if (ratio := r.ratio(label)) is not None
                 )
                 if points:
-                    ax.plot(*zip(*points), style, color=color, label=f"{label}, {question}", ms=4)
+                    ks, heights = zip(*points)
+                    ax.plot(ks, heights, style, color=color, label=f"{label}, {question}", ms=4)
         ax.set(title=model, xlabel="columns", ylabel="gradients a column", xscale="log", yscale="log")
+        counts = sorted({r.task.columns for r in records})
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
     return _with_legend(figure, axes)
 
 
@@ -103,7 +107,7 @@ def _bars(ax: Axes, groups: dict[str, dict[str, float | None]], labels: Sequence
         heights = [groups[group].get(label) for group in groups]
         known = [(at + i * width, height) for at, height in enumerate(heights) if height is not None]
         if known:
-            ax.bar(*zip(*known), width, color=color, label=label)
+            ax.bar([at for at, _ in known], [height for _, height in known], width, color=color, label=label)
     ax.set_xticks([at + 0.4 - width / 2 for at in range(len(groups))], list(groups), fontsize=8)
 
 

@@ -147,6 +147,13 @@ def test_unknown_names_are_refused_with_those_that_are_known(option):
     assert "known are" in done.output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    done = CliRunner().invoke(app, ["--device", "cuda"])
+    assert done.exit_code == 2
+    assert "no GPU" in done.output
+
+
 def test_tables_and_pictures_come_from_the_file_alone(measured, tmp_path):
     file, page = tmp_path / "run.json", tmp_path / "page.md"
     measured.save(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -89,7 +90,7 @@ class PeersCase(TimedCase):
             if peer.only and task.case not in peer.only:
                 continue
             session.warm_up(peer, task.question)
-            run = _attempt(lambda peer=peer: peer.prepare(task.question, workload), peer.name, record)
+            run = _attempt(partial(peer.prepare, task.question, workload), peer.name, record)
             if run is not None:
                 difference = peer.difference(task.question, task.model)
                 found[peer.name] = Entrant(run, peer.settled(task.columns), difference)
@@ -106,7 +107,7 @@ class WaysCase(TimedCase):
     def entrants(self, task: Task, workload: Workload, session: Session, record: Record) -> dict[str, Entrant]:
         found = {}
         for label, way in self.ways(task).items():
-            run = _attempt(lambda way=way: way(workload), label, record)
+            run = _attempt(partial(way, workload), label, record)
             if run is not None:
                 found[label] = Entrant(run, Curvalg().settled(task.columns))
         return found

@@ -30,7 +30,7 @@ class BackPACK(Peer):
         def run() -> Tensor:
             with backpack(DiagGGNExact()):
                 loss(model(X), y).backward()
-            diagonal = torch.cat([p.diag_ggn_exact.reshape(-1) for p in model.parameters()])  # type: ignore[attr-defined]
+            diagonal = torch.cat([p.diag_ggn_exact.reshape(-1) for p in model.parameters()])
             model.zero_grad()
             return diagonal
 

@@ -81,8 +81,10 @@ class Peer:
         return None if method is None else method(self, workload, question)
 
     def difference(self, question: str, model: str) -> str | None:
-        """How its matrix differs by definition, if it does."""
-        return next((known.says for known in self.differs if known.about(question, model)), None)
+        """How its matrix differs by definition, if it does; a sum differs where one of its terms does."""
+        questions = TERMS if question == "sum" else (question,)
+        found = (known.says for known in self.differs for q in questions if known.about(q, model))
+        return next(found, None)
 
     @answers("sum")
     def sum_of_terms(self, workload: Workload, question: str) -> Run | None:

@@ -75,7 +75,9 @@ class Curvalg(Peer):
 
         def run() -> Tensor:
             damping = workload.sizes.damping * (1 + 1e-3 * next(steps))
-            return inverse(ggn + damping * Identity, rtol=workload.sizes.rtol).lower(problem) @ workload.vectors
+            op = inverse(ggn + damping * Identity, rtol=workload.sizes.rtol).lower(problem)
+            solution: Tensor = op @ workload.vectors
+            return solution
 
         return run
 

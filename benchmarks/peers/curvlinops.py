@@ -75,7 +75,8 @@ class Curvlinops(Peer):
                 kfac = self.operator(KFACLinearOperator, workload, fisher_type="type-2", separate_weight_and_bias=False)
                 inverse = KFACInverseLinearOperator(kfac, damping=sizes.damping, use_exact_damping=True)
                 options["preconditioner"] = inverse.__matmul__
-            return CGInverseLinearOperator(damped, **options) @ workload.vectors
+            solution: Tensor = CGInverseLinearOperator(damped, **options) @ workload.vectors
+            return solution
 
         return run
 

@@ -68,7 +68,8 @@ class HessianEigenthings(Peer):
                 which="LA",
                 seed=0,
             )
-            return found.eigenvalues
+            values: Tensor = found.eigenvalues
+            return values
 
         return run
 
@@ -80,7 +81,8 @@ class HessianEigenthings(Peer):
         def run() -> Tensor:
             op = self.operator("hessian", workload)
             found = spectral_density(op, num_runs=sizes.probes, lanczos_steps=sizes.steps, seed=0)
-            return (found.raw_weights * found.raw_eigenvalues.nan_to_num() ** 2).sum(1).mean()
+            moment: Tensor = (found.raw_weights * found.raw_eigenvalues.nan_to_num() ** 2).sum(1).mean()
+            return moment
 
         return run
 
@@ -98,7 +100,7 @@ class HessianEigenthings(Peer):
     @staticmethod
     def _loss_of_sample(loss: nn.Module) -> Any:
         # Their own helper strips the batch axis, which makes classes of a sequence look like a batch.
-        def of(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Tensor:
+        def of(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Any:
             return loss(model(sample[0][None]), sample[1][None])
 
         return of
