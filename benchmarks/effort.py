@@ -53,7 +53,7 @@ class Effort:
     splits: tuple[int, ...] = (1, 8)
     columns_splits: tuple[int, ...] = (1,)
     rounds: int = 101
-    seconds: float = 2.5
+    seconds: float = 2.0
     patience: float = 3.0
     minutes: float = 15.0
     memory: tuple[str, ...] = ("hessian", "ggn", "covariance")
@@ -67,8 +67,9 @@ EFFORTS = {
         columns_splits=(1, 8), choices=(PRODUCTS, PRODUCTS), seconds=20.0, patience=120.0, minutes=float("inf")
     ),
     "quick": Effort(
-        models=("small MLP", "MLP"),
+        models=("small MLP",),
         columns=(16,),
+        splits=(1,),
         rounds=5,
         seconds=0.3,
         patience=0.5,
