@@ -73,7 +73,7 @@ EFFORTS = {
         rounds=5,
         seconds=0.3,
         patience=0.5,
-        minutes=0.7,
+        minutes=0.75,
         memory=("hessian",),
         choices=(("hessian",), ("hessian",)),
         sizes=Sizes(eigenvalues=2, tol=1e-2, probes=2, steps=10, products=12, rank=10, rtol=1e-3),

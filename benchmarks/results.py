@@ -100,13 +100,15 @@ class Results:
                     yield record.task, label, check
 
     def failures(self) -> list[str]:
-        """curvalg being wrong, or nobody knowing who is; a peer that is wrong, or defines something else, is a finding."""
+        """curvalg failing or being wrong, or nobody knowing who is; a peer that is wrong or differs is a finding."""
         peers = {name for name, distribution in self.environment["contestants"].items() if distribution != "curvalg"}
-        return [
+        wrong = [
             f"{task}: {check.note}"
             for task, label, check in self.notes()
             if check.verdict == "disagrees" or (check.verdict == "wrong" and label not in peers)
         ]
+        failed = [f"{r.task}: {r.skipped['curvalg']}" for r in self.records if "curvalg" in r.skipped]
+        return wrong + failed
 
     def save(self, path: Path) -> None:
         """As JSON."""

@@ -87,6 +87,9 @@ def run(
         effort: rounds and limits.
         device: "cpu" or "cuda".
         report: called after each task.
+
+    Returns:
+        What was measured; up to an interruption, if there was one.
     """
     begin = time.monotonic()
     with quiet(), fair_attention():
@@ -100,7 +103,12 @@ def run(
             if time.monotonic() - begin > 60 * effort.minutes:
                 record = Record(task, skipped={"all": f"not begun within {effort.minutes:g} minutes"})
             else:
-                record = CASES[task.case].measure(task, session)
+                try:
+                    record = CASES[task.case].measure(task, session)
+                except KeyboardInterrupt:  # what is known so far is worth having
+                    break
+                except Exception as error:  # out of memory in a later round, say: one task is lost, not the run
+                    record = Record(task, skipped={"all": f"{type(error).__name__}: {error}"})
             results.records.append(record)
             report(record)
     return results

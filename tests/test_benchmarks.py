@@ -240,6 +240,22 @@ def test_curvalg_being_wrong_is_a_failure(measured):
     assert measured.failures() == [f"{measured.records[0].task}: curvalg is off"]
     measured.records[0].checks = {"other": Check(0.5, "disagrees", "other is away")}
     assert len(measured.failures()) == 1
+    measured.records[0].checks = {}
+    measured.records[0].skipped = {"other": "RuntimeError: theirs"}
+    assert not measured.failures()
+    measured.records[0].skipped = {"curvalg": "RuntimeError: ours"}
+    assert len(measured.failures()) == 1
+
+
+@pytest.mark.parametrize(("error", "records"), [(MemoryError, 8), (KeyboardInterrupt, 0)])
+def test_a_task_that_breaks_is_not_the_end_of_the_run(error, records, monkeypatch):
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr("benchmarks.cases.base.race", broken)
+    results = session.run(["products"], ["tiny"], ["curvalg"], TINY)
+    assert len(results.records) == records
+    assert all("MemoryError" in record.skipped["all"] for record in results.records)
 
 
 def test_the_referee_sees_who_is_wrong():

@@ -13,5 +13,5 @@ from benchmarks.cases.solves import Solves
 from benchmarks.cases.spectra import Spectra
 
 CASES: dict[str, Case] = {
-    case.name: case for case in (Products(), Matrices(), Solves(), Spectra(), Memory(), Blocks(), Columns(), Choices())
+    case.name: case for case in (Products(), Matrices(), Solves(), Spectra(), Blocks(), Memory(), Columns(), Choices())
 }
