@@ -4,14 +4,19 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python -m
 # Two workers on two cores; each test computes on one thread, so that they do not fight over cores.
 TESTS ?= -n 2
+# What `make benchmark` is asked for; `make benchmark BENCHMARK=--quick` shows that it runs.
+BENCHMARK ?= --json benchmarks/results/local.json --plots benchmarks/results/local
 
-.PHONY: demo test lint types doctest contracts check clean
+.PHONY: demo test benchmark lint types doctest contracts check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/curvalg eigs "ggn + 1e-3 * identity" --problem digits --k 10 --plot demo.png
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS)
+
+benchmark: $(VENV)/.benchmark
+	$(RUN) benchmarks $(BENCHMARK)
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .
@@ -37,6 +42,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/.benchmark: $(VENV)/.demo
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	touch $@
 
 clean:

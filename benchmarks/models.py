@@ -1,12 +1,32 @@
-"""The models and data that the benchmarks run on."""
+"""The models and data that the benchmarks run on; plain torch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Case = tuple[nn.Module, tuple[Tensor, Tensor]]
+Built = tuple[nn.Module, tuple[Tensor, Tensor]]
+Group = Literal["default", "memory", "large", "test"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table of models.
+
+    Args:
+        says: what a table calls it.
+        make: a model and its data, drawn from torch's global generator; the loss is the mean cross-entropy.
+        group: "default" ones are in every run, "large" ones are for GPUs or patient people and run when named.
+    """
+
+    says: str
+    make: Callable[[], Built]
+    group: Group = "default"
 
 
 class Block(nn.Module):
@@ -23,36 +43,57 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(B, T, D))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        after: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return after
 
 
 class Transformer(nn.Module):
-    """A small language model with a learned positional table; classes on axis 1."""
+    """A language model with a learned positional table; classes on axis 1."""
 
-    def __init__(self, vocabulary: int = 2000, width: int = 128, layers: int = 3, length: int = 64) -> None:
+    def __init__(
+        self, vocabulary: int = 2000, width: int = 128, layers: int = 3, length: int = 64, heads: int = 4
+    ) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(length, width))
-        self.blocks = nn.Sequential(*[Block(width, 4) for _ in range(layers)])
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits.transpose(1, 2)
 
 
-def small_mlp() -> Case:
+class Residual(nn.Module):
+    """Two 3x3 convolutions with batch-norm around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        project = [nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Sequential(*([] if same else project))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+def small_mlp() -> Built:
     """20-32-32-3 on 64 rows: what Python costs."""
     net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
     return net, (torch.randn(64, 20), torch.randint(0, 3, (64,)))
 
 
-def mlp() -> Case:
+def mlp() -> Built:
     """784-512-512-10 on 512 rows."""
     net = nn.Sequential(nn.Linear(784, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10))
     return net, (torch.randn(512, 784), torch.randint(0, 10, (512,)))
 
 
-def cnn() -> Case:
+def cnn() -> Built:
     """Three 3x3 convolutions, 3-32-64-64, on 128 images of 32 x 32."""
 
     def stage(inputs: int, outputs: int) -> list[nn.Module]:
@@ -62,9 +103,43 @@ def cnn() -> Case:
     return net, (torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,)))
 
 
-def gpt() -> Case:
-    """Three layers of width 128, vocabulary 2000, on 8 sequences of 64 tokens."""
-    return Transformer(), (torch.randint(0, 2000, (8, 64)), torch.randint(0, 2000, (8, 64)))
+def gpt(sequences: int = 8) -> Built:
+    """Three layers of width 128, vocabulary 2000, on sequences of 64 tokens."""
+    return Transformer(), (torch.randint(0, 2000, (sequences, 64)), torch.randint(0, 2000, (sequences, 64)))
 
 
-MODELS = {"small MLP": small_mlp, "MLP": mlp, "CNN": cnn, "GPT": gpt}
+def gpt2() -> Built:
+    """GPT-2's size: twelve layers of width 768, vocabulary 50257 (input and output tables apart), 8 sequences of 256."""
+    vocabulary, shape = 50257, (8, 256)
+    net = Transformer(vocabulary, width=768, layers=12, length=1024, heads=12)
+    return net, (torch.randint(0, vocabulary, shape), torch.randint(0, vocabulary, shape))
+
+
+def resnet() -> Built:
+    """ResNet-18's size: 11.7M parameters on 32 images of 224 x 224; batch-norm by its running statistics."""
+    widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+    widths += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+    stem = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000)]
+    body = [Residual(*width) for width in widths]
+    net = nn.Sequential(*stem, nn.MaxPool2d(3, stride=2, padding=1), *body, *head).eval()
+    return net, (torch.randn(32, 3, 224, 224), torch.randint(0, 1000, (32,)))
+
+
+def tiny() -> Built:
+    """4-5-3 on 16 rows: for the tests of the suite itself."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return net, (torch.randn(16, 4), torch.randint(0, 3, (16,)))
+
+
+MODELS = {
+    "small MLP": Model("MLP 20-32-32-3, 64 rows", small_mlp),
+    "MLP": Model("MLP 784-512-512-10, 512 rows", mlp),
+    "CNN": Model("CNN 3-32-64-64, 128 images", cnn),
+    "GPT": Model("GPT, 3 layers, 8 × 64 tokens", gpt),
+    "GPT 64": Model("GPT, 3 layers, 64 × 64 tokens", lambda: gpt(64), "memory"),
+    "GPT-2": Model("GPT-2-sized, 8 × 256 tokens", gpt2, "large"),
+    "ResNet": Model("ResNet-18-sized, 32 images", resnet, "large"),
+    "tiny": Model("MLP 4-5-3, 16 rows", tiny, "test"),
+}
+DEFAULT = tuple(name for name, model in MODELS.items() if model.group == "default")

@@ -1,0 +1,126 @@
+"""Pictures of results, drawn from their JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.questions import PRODUCTS
+from benchmarks.results import Record, Results
+from benchmarks.table import contestants
+
+if TYPE_CHECKING:  # matplotlib is an optional extra
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = ("#0b3c5d", "#5b8fb9", "#c8553d", "#e0a458", "#8a8f98", "#6a994e", "#b39bc8")
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """All pictures that the results have data for, as PNG files.
+
+    Args:
+        results: of a run.
+        folder: made if it is not there.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures(results):
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    """Name and picture: products, columns, memory."""
+    single = [r for r in results.of("products") if r.task.batches == 1 and r.values]
+    if single:
+        yield "products", products(single)
+    several = [r for r in results.of("columns") if r.task.batches == 1 and r.values]
+    if several:
+        yield "columns", columns(single + several)
+    peaks = [r for r in results.of("memory") if r.values]
+    if peaks:
+        yield "memory", memory(peaks)
+
+
+def products(records: Sequence[Record]) -> Figure:
+    """Ratios to a gradient: a panel for each model, a group for each matrix, a bar for each library."""
+    models, labels = _models(records), contestants(records)
+    figure, axes = _panels(len(models))
+    for ax, model in zip(axes, models):
+        found = {r.task.question: r for r in records if r.task.model == model}
+        groups = {q: {label: found[q].ratio(label) for label in labels} for q in PRODUCTS if q in found}
+        _bars(ax, groups, labels)
+        ax.axhline(1, color=INK[4], lw=0.8, ls=":")
+        ax.set(title=model, ylabel="gradients", yscale="log")
+    return _with_legend(figure, axes)
+
+
+def columns(records: Sequence[Record]) -> Figure:
+    """Gradients a column against K, for the Hessian (lines) and the GGN (dashes)."""
+    models, labels = _models(records), contestants(records)
+    figure, axes = _panels(len(models))
+    for ax, model in zip(axes, models):
+        for label, color in zip(labels, _colors(labels)):
+            for question, style in (("hessian", "o-"), ("ggn", "s--")):
+                mine = [r for r in records if (r.task.model, r.task.question) == (model, question)]
+                points = sorted(
+                    (r.task.columns, ratio / r.task.columns) for r in mine if (ratio := r.ratio(label)) is not None
+                )
+                if points:
+                    ks, heights = zip(*points)
+                    ax.plot(ks, heights, style, color=color, label=f"{label}, {question}", ms=4)
+        ax.set(title=model, xlabel="columns", ylabel="gradients a column", xscale="log", yscale="log")
+        counts = sorted({r.task.columns for r in records})
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
+    return _with_legend(figure, axes)
+
+
+def memory(records: Sequence[Record]) -> Figure:
+    """Peaks in multiples of that of a gradient."""
+    models, labels = _models(records), contestants(records)
+    figure, axes = _panels(len(models))
+    for ax, model in zip(axes, models):
+        found = {r.task.question: r for r in records if r.task.model == model}
+        _bars(ax, {q: {label: r.ratio(label) for label in labels} for q, r in found.items()}, labels)
+        ax.axhline(1, color=INK[4], lw=0.8, ls=":")
+        ax.set(title=model, ylabel="peak memory, gradients")
+    return _with_legend(figure, axes)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(3.2 * count + 2.6, 3.4), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _bars(ax: Axes, groups: dict[str, dict[str, float | None]], labels: Sequence[str]) -> None:
+    width = 0.8 / max(len(labels), 1)
+    for i, (label, color) in enumerate(zip(labels, _colors(labels))):
+        heights = [groups[group].get(label) for group in groups]
+        known = [(at + i * width, height) for at, height in enumerate(heights) if height is not None]
+        if known:
+            ax.bar([at for at, _ in known], [height for _, height in known], width, color=color, label=label)
+    ax.set_xticks([at + 0.4 - width / 2 for at in range(len(groups))], list(groups), fontsize=8)
+
+
+def _with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
+    shown = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    if shown:
+        figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _colors(labels: Sequence[str]) -> list[str]:
+    return [INK[i % len(INK)] for i in range(len(labels))]
+
+
+def _models(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record.task.model for record in records))
