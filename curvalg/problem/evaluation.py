@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -282,7 +282,7 @@ def backward(
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not live:
         return [None] * len(inputs)
-    try:
+    with _explained():
         return list(
             torch.autograd.grad(
                 [o for o, _ in live],
@@ -294,6 +294,28 @@ def backward(
                 is_grads_batched=batched,
             )
         )
+
+
+def backward_from(
+    edge: GradientEdge, inputs: Sequence[Tensor], cotangent: Tensor, *, retain_graph: bool
+) -> list[Tensor | None]:
+    """cotangentᵀ ∂/∂inputs of the tensor whose gradient arrives at an edge.
+
+    Raises:
+        ProblemError: autograd fails for a known reason that has a cure.
+    """
+    with _explained():
+        return list(torch.autograd.grad(edge, tuple(inputs), cotangent, retain_graph=retain_graph, allow_unused=True))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raises:
+    StaleError: a tensor that a graph needs was changed in place.
+    ProblemError: autograd fails for another known reason that has a cure.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise StaleError(
