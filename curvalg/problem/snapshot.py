@@ -84,7 +84,7 @@ class _Watched:
 
     def intact(self) -> bool:
         """Whether the live tensor has the bits; on small networks every call here is one of a product's."""
-        live = self.owner.get(self.key)
+        live = self.owner[self.key] if self.key in self.owner else None  # those of scripted modules have no get
         if live is None:
             return False
         # The memory is looked at each time; as long as it is the same memory, through the same view.
