@@ -20,7 +20,7 @@ from curvalg.lowering.form import Matrix, Product
 from curvalg.lowering.parts import Computed, compute
 from curvalg.lowering.resolve import resolve
 from curvalg.lowering.submatrices import block_problem, is_local, submatrix
-from curvalg.problem import Problem, Snapshot, trees
+from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers import record_layers
 from curvalg.rewrite import simplify
 
@@ -110,14 +110,14 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
 
 
 def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: Any) -> dict[MatrixTerm, Any]:
-    sums: dict[MatrixTerm, Any] = dict.fromkeys(terms)
+    sums = {term: problem.sum() for term in terms}
     layers = any(term.uses_layers for term in terms)
     for evaluation in _pass(problem, snapshot) if terms else ():
         recorded = record_layers(evaluation) if layers else None
         batch = evaluation.evaluate() if recorded is None else recorded.batch
         for term in terms:
-            sums[term] = trees.add(sums[term], method(term, batch))
-    return sums
+            sums[term].add(method(term, batch))
+    return {term: total.value for term, total in sums.items()}
 
 
 def _pass(problem: Problem, snapshot: Snapshot) -> Iterator[Any]:

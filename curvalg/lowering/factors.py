@@ -15,6 +15,7 @@ from curvalg.problem import Batch, Layout, Problem, Snapshot, trees
 from curvalg.problem.layers import LayerRecord, Recorded, record_layers
 from curvalg.problem.layers.record import bytes_of
 from curvalg.problem.problem import WORKSPACE
+from curvalg.problem.sums import BatchSum
 
 Groups = tuple[tuple[str, ...], ...]
 """Disjoint groups of parameter names."""
@@ -74,6 +75,7 @@ class Factor:
     def __init__(self, problem: Problem, terms: tuple[Term, ...]) -> None:
         self.terms = terms
         self.device, self.dtype = problem.device, problem.dtype
+        self._sum_dtype = problem.accumulate
         self.nbytes = 0
         self.chunks: list[Chunk] = []
         self.complete = False
@@ -238,7 +240,7 @@ class Factor:
     def pull_groups(self, layout: Layout, groups: Groups, y: Tensor) -> Tensor:
         """V_g Y_g for each group, together (D, P), from kept inputs and deltas; Y (groups, M, P)."""
         columns = y.shape[2]
-        found: dict[str, Tensor] = {}
+        found = {name: BatchSum(self._sum_dtype) for name in layout.names}
         for chunk in self.chunks:
             weights = y[:, chunk.start : chunk.stop].mT.reshape(len(groups), columns, chunk.columns, chunk.rows)
             for record, owner in chunk.split(groups):
@@ -248,20 +250,23 @@ class Factor:
                 else:
                     values = record.combine_each({name: weights[group] for name, group in owner.items()})
                 for name, value in values.items():
-                    found[name] = found[name].add_(value) if name in found else value
-        missing = {name: y.new_zeros(columns, *layout.shapes[name]) for name in layout.names if name not in found}
-        return torch.cat([(found | missing)[name].reshape(columns, -1) for name in layout.names], 1).T
+                    found[name].add(value)
+        parts = [
+            y.new_zeros(columns, size) if (value := found[name].value) is None else value.reshape(columns, -1)
+            for name, size in zip(layout.names, layout.sizes, strict=True)
+        ]
+        return torch.cat(parts, 1).T
 
     def _pull_through(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
-        total, at = torch.zeros(problem.size, dtype=y.dtype, device=y.device), 0
+        total, at = problem.sum(), 0
         for evaluation in problem.evaluations(snapshot, order_matters=True):
             batch = evaluation.evaluate()
             columns = self.cotangents(batch)
             count = math.prod(columns.shape[:2])
             weights = y[at : at + count].reshape(*columns.shape[:2], *[1] * (columns.ndim - 2))
-            total += batch.vjp((weights.to(columns.dtype) * columns).sum(0))
+            total.add(batch.vjp((weights.to(columns.dtype) * columns).sum(0)))
             at += count
-        return total
+        return total.value  # type: ignore[no-any-return]
 
     def gram(self, problem: Problem, snapshot: Snapshot) -> Tensor:
         """Vᵀ V (M, M), computed once and kept.
@@ -296,7 +301,8 @@ class Factor:
         """The diagonal of Σ_t c_t V_t V_tᵀ (D,), of terms that are not centred; c may have any sign."""
         self.prepare(problem, snapshot)
         layout = problem.layout
-        total = torch.zeros(layout.size, dtype=self.dtype, device=self.device)
+        dtype = self._sum_dtype or self.dtype
+        total = torch.zeros(layout.size, dtype=dtype, device=self.device)
         for evaluation in problem.evaluations(snapshot, order_matters=True):
             recorded = record_layers(evaluation)
             for term in self.terms:
@@ -306,7 +312,7 @@ class Factor:
                     for record in records:
                         for name, value in record.squares().items():
                             total[layout.slices[name]] += weights[term] * value.reshape(-1)
-        return total
+        return total.to(self.dtype)
 
 
 def _half(problem: Problem) -> int:

@@ -19,7 +19,7 @@ from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
 from curvalg.lowering.timing import LONG, fastest
-from curvalg.problem import Evaluation, Problem, Snapshot, trees
+from curvalg.problem import Evaluation, Problem, Snapshot
 
 Recording: TypeAlias = SinglePass | Staged
 MOST_COLUMNS = 64
@@ -111,16 +111,15 @@ class Linearization:
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         sweep = self.sweep
         if self._single_pass:
-            result: Tensor | None = None
+            result = problem.sum()
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, SinglePass)
-                part = single.multiply(rows, self._columns(problem, single, rows))
-                result = part if result is None else result.add_(part)
-                del single, part  # a fresh graph is released before the next batch is recorded
-            assert result is not None, "data without a batch are refused before"
-            return result
-        total = torch.zeros_like(rows)
+                result.add(single.multiply(rows, self._columns(problem, single, rows)))
+                del single  # a fresh graph is released before the next batch is recorded
+            return result.value  # type: ignore[no-any-return]
+        total = problem.sum()
         prepared = prepare(sweep.dataset_terms, problem, snapshot)
+        reduced = {term: problem.sum() for term in sweep.reduces}
         totals: dict[DatasetTerm, Any] = {}
         for term in sweep.projects:
             totals[term] = self._project(term, rows, prepared)
@@ -129,18 +128,18 @@ class Linearization:
             for recorded in self._staged(problem, snapshot, rows.shape[0], again=True):
                 tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(problem, recorded, rows))
                 for term in sweep.reduces:
-                    stats = self._reduce(term, recorded, tangent, prepared)
-                    totals[term] = trees.add(totals.get(term), stats)
+                    reduced[term].add(self._reduce(term, recorded, tangent, prepared))
                 del recorded
+            totals |= {term: stats.value for term, stats in reduced.items()}
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(problem, recorded, rows)
             known = tangents.pop(recorded.index, None)
             pushed = recorded.tangent(rows, chunk) if known is None else known
             rates = self._rates(recorded, pushed, prepared, totals)
             del known, pushed  # released before the last stage, which is the peak
-            total += recorded.finish(rows, rates, chunk)
+            total.add(recorded.finish(rows, rates, chunk))
             del recorded
-        return total
+        return total.value  # type: ignore[no-any-return]
 
     def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         return chunked(lambda part: mapped(lambda v: term.project(v, prepared[term]), part), self._width(), rows)
@@ -278,7 +277,7 @@ class Linearization:
             assert isinstance(old, Staged)
             reason = None
             try:
-                new = Linearized(evaluation, True)
+                new = Linearized(evaluation, True, problem.compiler)
                 reason = decline_linearized(new, old, rows)
                 if reason is None and not replaced and not recalled:
                     before = fastest(lambda o=old: o.tangent(rows, 1))  # type: ignore[misc]
@@ -299,7 +298,8 @@ class Linearization:
         problem.choices[choice] = True
         self.batches = replaced
         self.route = Linearized.ROUTE
-        self.notes["tangents"] = f"tangents by {self.route}, verified and faster"
+        compiled = "" if problem.compiler is None else f", compiled by {problem.compiler}"
+        self.notes["tangents"] = f"tangents by {self.route}{compiled}, verified and faster"
 
     def _columns(self, problem: Problem, recorded: Recording, rows: Tensor) -> int:
         """Columns in one backward pass: as asked for, or measured on the first batch that meets so many."""

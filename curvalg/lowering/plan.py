@@ -212,11 +212,11 @@ class OutputPlan(Plan):
             return torch.cat([e.push(x)[1].reshape(-1).to(x.dtype) for e in self._evaluations(snapshot)])
         parts = zip(self._evaluations(snapshot), x.split(output_sizes(self.problem, snapshot)), strict=True)
         if self.kind == "jacobian.T":
-            total = torch.zeros(self.problem.size, dtype=self.problem.dtype, device=self.problem.device)
+            total = self.problem.sum()
             for evaluation, u in parts:
                 z, params, _ = evaluation.record()
-                total += evaluation.gather(backward([z], params, [u.reshape(z.shape)]))
-            return total
+                total.add(evaluation.gather(backward([z], params, [u.reshape(z.shape)])))
+            return total.value  # type: ignore[no-any-return]
         products = []
         for evaluation, t in parts:
             batch = evaluation.evaluate()

@@ -88,12 +88,12 @@ def prepare(terms: Sequence[DatasetTerm], problem: Problem, snapshot: Snapshot) 
     kept = problem.kept(snapshot)
     missing = [t for t in dict.fromkeys(terms) if ("prepared", t) not in kept and defines(t, "prepare")]
     if missing:
-        sums: Prepared = dict.fromkeys(missing)
+        sums = {term: problem.sum() for term in missing}
         for evaluation in problem.evaluations(snapshot):
             batch = evaluation.evaluate()
             for term in missing:
-                sums[term] = trees.add(sums[term], term.prepare(batch))
-        kept.update({("prepared", term): stats for term, stats in sums.items()})
+                sums[term].add(term.prepare(batch))
+        kept.update({("prepared", term): total.value for term, total in sums.items()})
     return {term: kept.get(("prepared", term)) for term in terms}
 
 

@@ -60,7 +60,7 @@ class Linearized(Pushed):
 
     ROUTE = "a linearised program"
 
-    def __init__(self, evaluation: Evaluation, keep: bool) -> None:
+    def __init__(self, evaluation: Evaluation, keep: bool, compiler: str | None = None) -> None:
         layout = evaluation.problem.layout
         values = evaluation.values()
         with warnings.catch_warnings():
@@ -73,6 +73,13 @@ class Linearized(Pushed):
             return result
 
         super().__init__(evaluation, push, keep)
+        self.compiled = None if compiler is None else torch.compile(push, backend=compiler, dynamic=False)
+
+    def tangent(self, rows: Tensor, chunk: int) -> Tensor:
+        if self.compiled is None or rows.shape[0] > 1:  # several columns are batched, which is another program
+            return super().tangent(rows, chunk)
+        result: Tensor = self.compiled(rows[0])[None]
+        return result
 
     def graphs(self) -> Iterable[Tensor]:
         return [self.z, *self.constants]

@@ -60,7 +60,7 @@ class Evaluation:
         problem = self.problem
 
         def call() -> Any:
-            with recording(problem.device, problem.model):
+            with recording(problem.device, problem.model), problem.casting():
                 return problem.model(tensors, self.snapshot.state, batch)
 
         try:

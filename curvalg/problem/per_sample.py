@@ -138,6 +138,8 @@ def _by_backpack(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gra
     model = problem.model
     if not isinstance(model, ModuleModel) or problem.draws.mode == "frozen":
         raise _Declined("needs a module without random layers")
+    if problem.autocast is not None:
+        raise _Declined("the model is cast to another dtype")
     _check_structure(model)
     twin, names = _private_copy(evaluation, model)
     calls = _count_calls(twin)

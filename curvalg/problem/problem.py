@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -32,8 +32,10 @@ from curvalg.problem.losses.base import Reduction
 from curvalg.problem.memory import free_memory
 from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
 from curvalg.problem.parameters import Layout
+from curvalg.problem.precision import accumulating, casting, compiler
 from curvalg.problem.randomness import DrawGuard, Randomness
 from curvalg.problem.snapshot import Slot, Snapshot
+from curvalg.problem.sums import BatchSum
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,17 @@ class Problem:
             Statistics and explicit matrices are kept in any case.
         columns: how products with several columns are taken: "loop" (one after the other), a number (so many in one
             batched backward pass), or "auto" (whichever is faster, measured once).
+        accumulate: dtype that sums over batches are kept in, as torch.float64; None: that of the products. Results are
+            rounded to the dtype of the products in either case.
+        autocast: dtype that the model runs in where torch's autocast chooses to, torch.bfloat16 or torch.float16; None: in
+            its own. Outputs, loss and products are in float32 then.
+        compile: compile the linear programs that tangents J v may be taken by (True, or the name of a backend of
+            ``torch.compile``). Compiling takes long; a program is used where it agrees with the recorded graph and is faster.
         progress: show a progress bar for passes over the data.
+
+    Matrix products and convolutions are those that torch is set to: where TF32 is allowed on a GPU
+    (``torch.backends.cuda.matmul.allow_tf32``, ``torch.backends.cudnn.allow_tf32``) float32 products carry about three digits,
+    for curvature as for gradients. Nothing is changed here; switch it off for more.
 
     Raises:
         ProblemError: a model, selection, data set or option that cannot be used.
@@ -109,6 +121,9 @@ class Problem:
         randomness: Randomness = "refuse",
         cache: Literal["auto"] | int = "auto",
         columns: Literal["auto", "loop"] | int = "auto",
+        accumulate: torch.dtype | None = None,
+        autocast: torch.dtype | None = None,
+        compile: bool | str = False,
         progress: bool = False,
     ) -> None:
         self.model = make_model(model, params, forward)
@@ -125,6 +140,9 @@ class Problem:
             )
         self.samples: Samples = samples
         self.columns = columns
+        self.accumulate = accumulating(accumulate, self.dtype, self.device)
+        self.autocast = casting(autocast, self.device)
+        self.compiler = compiler(compile)
         self.cache = cache
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
@@ -304,6 +322,13 @@ class Problem:
         """Where products may be taken; see :func:`curvalg.problem.model.differentiable`."""
         return differentiable(self.device)
 
+    def casting(self) -> AbstractContextManager[Any]:
+        """Where the model is called: under autocast if that was asked for."""
+        if self.autocast is None:
+            return nullcontext()
+        # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+
     def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:
         """One pass over the data at a snapshot."""
         order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
@@ -388,12 +413,16 @@ class Problem:
         """∇L(θ), shape (D,)."""
         self._need_loss()
         snapshot = self.snapshot()
-        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        total = self.sum()
         with self.differentiating():
             for evaluation in self.evaluations(snapshot):
                 batch = evaluation.evaluate()
-                total += batch.vjp(batch.loss_gradient)
-        return total
+                total.add(batch.vjp(batch.loss_gradient))
+        return total.value  # type: ignore[no-any-return]
+
+    def sum(self) -> BatchSum:
+        """An empty sum over batches."""
+        return BatchSum(self.accumulate)
 
     def _need_loss(self) -> Loss:
         self.totals  # noqa: B018  the reduction of a callable is known only then

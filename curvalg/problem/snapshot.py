@@ -84,7 +84,9 @@ class _Watched:
 
     def intact(self) -> bool:
         """Whether the live tensor has the bits; on small networks every call here is one of a product's."""
-        live = self.owner[self.key] if self.key in self.owner else None  # those of scripted modules have no get
+        if self.key not in self.owner:  # the dicts of scripted modules have no get
+            return False
+        live = self.owner[self.key]
         if live is None:
             return False
         # The memory is looked at each time; as long as it is the same memory, through the same view.

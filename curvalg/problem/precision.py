@@ -1,0 +1,58 @@
+"""What precision is asked for, and whether it can be had."""
+
+from __future__ import annotations
+
+import torch
+
+from curvalg.errors import ProblemError
+
+
+def accumulating(dtype: torch.dtype | None, own: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype of sums over batches.
+
+    Args:
+        dtype: asked for.
+        own: of the products.
+        device: of the problem.
+
+    Raises:
+        ProblemError: it is narrower than the products, or the device does not have it.
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or torch.promote_types(dtype, own) != dtype:
+        raise ProblemError(
+            f"accumulate is a dtype at least as wide as that of the products, {own}, or None; got {dtype!r}"
+        )
+    if dtype == torch.float64 and device.type == "mps":
+        raise ProblemError("this device has no float64; leave accumulate out, or move the model to the CPU")
+    return dtype
+
+
+def compiler(compile: bool | str) -> str | None:
+    """The backend of ``torch.compile``, or None where nothing is compiled.
+
+    Raises:
+        ProblemError: no such backend.
+    """
+    if isinstance(compile, bool):
+        return "inductor" if compile else None
+    known = torch.compiler.list_backends(exclude_tags=())
+    if compile not in known:
+        raise ProblemError(
+            f"compile is True, False or a backend of torch.compile, one of {sorted(known)}; got {compile!r}"
+        )
+    return compile
+
+
+def casting(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The dtype that the model is cast to.
+
+    Raises:
+        ProblemError: autocast has no such dtype on the device.
+    """
+    if dtype is None or dtype in (torch.bfloat16, torch.float16):
+        return dtype
+    raise ProblemError(
+        f"autocast is torch.bfloat16, torch.float16 or None, got {dtype!r}; on {device} it casts to no other"
+    )
