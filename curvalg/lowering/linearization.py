@@ -15,13 +15,14 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.columns import chunked, mapped
+from curvalg.lowering.headed import Headed, record_headed
 from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
 from curvalg.lowering.timing import fastest
 from curvalg.problem import Evaluation, Problem, Snapshot, trees
 
-Recording: TypeAlias = SinglePass | Staged
+Recording: TypeAlias = SinglePass | Staged | Headed
 MOST_COLUMNS = 64
 """The most columns in one batched backward pass."""
 COLUMN_MEMORY = 2**30
@@ -107,8 +108,8 @@ class Linearization:
         sweep, total = self.sweep, torch.zeros_like(rows)
         if sweep.curved and not sweep.dataset_terms:
             for single in self.recordings(problem, snapshot, rows.shape[0]):
-                assert isinstance(single, SinglePass)
-                total += single.multiply(rows, self._columns(problem, single, rows))
+                assert isinstance(single, (SinglePass, Headed))
+                single.add_product(total, rows, self._columns(problem, single, rows))
                 del single  # a fresh graph is released before the next batch is recorded
             return total
         prepared = prepare(sweep.dataset_terms, problem, snapshot)
@@ -118,6 +119,7 @@ class Linearization:
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
             for recorded in self._staged(problem, snapshot, rows.shape[0], again=True):
+                assert isinstance(recorded, Staged)
                 tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(problem, recorded, rows))
                 for term in sweep.reduces:
                     stats = self._reduce(term, recorded, tangent, prepared)
@@ -125,6 +127,10 @@ class Linearization:
                 del recorded
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(problem, recorded, rows)
+            if isinstance(recorded, Headed):
+                recorded.add_product(total, rows, chunk)
+                del recorded
+                continue
             known = tangents.pop(recorded.index, None)
             pushed = recorded.tangent(rows, chunk) if known is None else known
             rates = self._rates(recorded, pushed, prepared, totals)
@@ -164,10 +170,10 @@ class Linearization:
         """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
         return self.asked or MOST_COLUMNS
 
-    def _staged(self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool) -> Iterator[Staged]:
+    def _staged(self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool) -> Iterator[Staged | Headed]:
         """The recordings of a sweep that is not a single pass."""
         for recorded in self.recordings(problem, snapshot, columns, again=again):
-            assert isinstance(recorded, Staged)
+            assert isinstance(recorded, (Staged, Headed))
             yield recorded
             del recorded  # not held while the next is recorded
 
@@ -202,6 +208,8 @@ class Linearization:
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping
+        if (headed := record_headed(evaluation, sweep, keep, self.notes)) is not None:
+            return headed
         if sweep.curved and not sweep.dataset_terms:
             return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
         if sweep.curved:
@@ -253,7 +261,7 @@ class Linearization:
 
     def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         """After many products: tangents by a linearised program, if it is verified and faster."""
-        if self.sweep.curved or not self.complete:
+        if self.sweep.curved or not self.complete or any(isinstance(r, Headed) for r in self.batches.values()):
             return
         self._tried = True
         choice = self._named["program"]
@@ -315,8 +323,9 @@ class Linearization:
 
     def _measure_columns(self, recorded: Recording, rows: Tensor, most: int) -> int:
         def run(part: Tensor, chunk: int) -> Tensor:
-            if isinstance(recorded, SinglePass):
-                return recorded.multiply(part, chunk)
+            if isinstance(recorded, (SinglePass, Headed)):
+                recorded.add_product(result := torch.zeros_like(part), part, chunk)
+                return result
             tangent = recorded.tangent(part, chunk)
             return recorded.finish(part, tangent, chunk)
 

@@ -117,6 +117,10 @@ class SinglePass(Recorded):
     def graphs(self) -> Iterable[Tensor]:
         return [g for g in self.gradients if g is not None]
 
+    def add_product(self, total: Tensor, rows: Tensor, chunk: int) -> None:
+        """Add the product with vectors (K, D) to vectors (K, D), in place."""
+        total += self.multiply(rows, chunk)
+
     def multiply(self, rows: Tensor, chunk: int) -> Tensor:
         """The product with vectors (K, D), shape (K, D)."""
         several = rows.shape[0] > chunk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError, StaleErro
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
+from curvalg.problem.find_head import record_head
 from curvalg.problem.layers import record_layers
 from curvalg.problem.model import called_wrongly, explain_failure, recording
-from curvalg.problem.outputs import OutputForm
+from curvalg.problem.outputs import OutputForm, require_finite_output
 from curvalg.problem.per_sample import per_sample_gradients
 from curvalg.problem.snapshot import Snapshot
 
@@ -52,11 +52,16 @@ class Evaluation:
         """
         problem = self.problem
         with problem.guarding_inputs((sample or self.sample).batch) as batch:
-            raw = self._call(tensors, batch)
+            raw = self.call(tensors, batch)
         form = OutputForm(raw)
         return form.join(raw), form
 
-    def _call(self, tensors: Sequence[Tensor], batch: Any) -> Any:
+    def call(self, tensors: Sequence[Tensor], batch: Any) -> Any:
+        """What the model returns for the given tensors, on the batch as it may be given to the model.
+
+        Raises:
+            ProblemError: the model cannot be called on the batch, or draws random numbers.
+        """
         problem = self.problem
 
         def call() -> Any:
@@ -134,12 +139,7 @@ class Evaluation:
         """
         problem, totals = self.problem, self.problem.totals
         z, again, sample = z.detach(), self.again(), self.sample
-        # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
-        if not math.isfinite(z.sum().item()) and not bool(torch.isfinite(z).all()):
-            raise ProblemError(
-                f"the model's output on batch {self.sample.index} has NaN or infinite entries; check parameters and data "
-                "(half precision overflows at 65504)"
-            )
+        require_finite_output(z, sample.index)
         return Batch(
             z,
             form,
@@ -182,6 +182,27 @@ class Evaluation:
         """What terms see, by one model call without a graph."""
         with torch.no_grad():
             return self.batch(*self._recordable(self.values()))
+
+    def value(self) -> float:
+        """The loss of the batch, undivided."""
+        with torch.no_grad():
+            if (found := record_head(self, graph=False)) is not None:
+                return sum(float(batch.value()) for _, batch in found[0].batches())
+            z, form = self.run(self.values())
+            return float(self.problem.loss_point(form.split(z), self.sample).value())
+
+    def add_gradient(self, total: Tensor) -> None:
+        """Add ∇L of the batch to a vector (D,) in place."""
+        if (found := record_head(self)) is None:
+            batch = self.evaluate()
+            total += batch.vjp(batch.loss_gradient)
+            return
+        head, leaves = found
+        cotangent = head.pull(lambda batch: batch.loss_gradient, total)
+        if head.hidden.requires_grad:
+            self.problem.layout.add_(
+                total[None], [g if g is None else g[None] for g in backward([head.hidden], leaves, [cotangent])]
+            )
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """Jᵀu, shape (D,), by one model call and one backward."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -55,6 +56,8 @@ class Totals:
 
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes that recordings may take with ``cache="auto"``."""
+DEFAULT_OUTPUT_MEMORY = 64 * 2**20
+"""Bytes that outputs may take with ``output_memory="auto"``."""
 
 
 class Problem:
@@ -76,6 +79,9 @@ class Problem:
             Statistics and explicit matrices are kept in any case.
         columns: how products with several columns are taken: "loop" (one after the other), a number (so many in one
             batched backward pass), or "auto" (whichever is faster, measured once).
+        output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB).
+            Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
+            a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
         progress: show a progress bar for passes over the data.
 
     Raises:
@@ -106,6 +112,7 @@ class Problem:
         randomness: Randomness = "refuse",
         cache: Literal["auto"] | int = "auto",
         columns: Literal["auto", "loop"] | int = "auto",
+        output_memory: Literal["auto"] | float = "auto",
         progress: bool = False,
     ) -> None:
         self.model = make_model(model, params, forward)
@@ -123,6 +130,7 @@ class Problem:
         self.samples: Samples = samples
         self.columns = columns
         self.cache = cache
+        self.output_memory = _output_memory(output_memory)
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
         self._totals: Totals | None = None
@@ -134,6 +142,10 @@ class Problem:
         self.twice_differentiable = False
         self._strict_order = False
         self._writes_inputs: bool | None = None
+        # Of large outputs: whether the model ends in a linear layer and why not; weights of layers known not to be the last.
+        self.ends_in_head: bool | None = None
+        self.no_head: str | None = None
+        self.inner_layers: set[str] = set()
         self.per_sample_route: str | None = None
         self.per_sample_notes: list[str] = []
         # Of the layers: parameter -> why its gradients are multiplied out; parameters that share a record; parameter -> rows
@@ -200,6 +212,11 @@ class Problem:
     def size(self) -> int:
         """Number of chosen parameters, D."""
         return self.layout.size
+
+    @functools.cached_property
+    def most_classes(self) -> int:
+        """The most rows of a matrix among the model's tensors: no linear layer has more outputs."""
+        return max((owner[key].shape[0] for _, owner, key in self.slots() if owner[key].ndim == 2), default=0)
 
     @property
     def num_samples(self) -> int:
@@ -374,10 +391,9 @@ class Problem:
         """L(θ), the loss of the whole data set."""
         self._need_loss()
         total, snapshot = 0.0, self.snapshot()
-        with self.differentiating(), torch.no_grad():
+        with self.differentiating():
             for evaluation in self.evaluations(snapshot):
-                z, form = evaluation.run(evaluation.values())
-                total += float(self.loss_point(form.split(z), evaluation.sample).value())
+                total += evaluation.value()
         return total / self.totals.denominator
 
     def gradient(self) -> Tensor:
@@ -387,8 +403,7 @@ class Problem:
         total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         with self.differentiating():
             for evaluation in self.evaluations(snapshot):
-                batch = evaluation.evaluate()
-                total += batch.vjp(batch.loss_gradient)
+                evaluation.add_gradient(total)
         return total
 
     def _need_loss(self) -> Loss:
@@ -437,6 +452,14 @@ class Problem:
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
+
+
+def _output_memory(value: Literal["auto"] | float) -> float:
+    if value == "auto":
+        return DEFAULT_OUTPUT_MEMORY
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+        raise ProblemError(f"output_memory is 'auto' or a number of bytes ≥ 0, got {value!r}")
+    return float(value)
 
 
 ParameterDict = Mapping[str, Tensor]
