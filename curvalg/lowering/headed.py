@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvalg.lowering.columns import chunked, grad_columns
 from curvalg.lowering.recorded import Recorded
@@ -34,17 +35,21 @@ class Headed(Recorded):
         self.sweep, self.head, self.leaves = sweep, head, leaves
         self.again = evaluation.again()
         self.trunk = head.hidden.requires_grad
+        reached = _leaves_of(head.hidden)
+        self.names = {name for name, leaf in zip(self.layout.names, leaves, strict=True) if id(leaf) in reached}
         self.gamma: Tensor | None = None
-        self.gradients: list[Tensor | None] = []
+        # Edges in place of G, whose numbers nobody needs: it is as large as a vector (D,).
+        self.edges: list[GradientEdge | None] = []
         if self.trunk and sweep.curved:
             self._differentiate(evaluation, head.pull(sweep.cotangent))
 
     def _differentiate(self, evaluation: Evaluation, gamma: Tensor) -> None:
         self.gamma = gamma.requires_grad_()
-        self.gradients = evaluation.differentiate(self.head.hidden, self.leaves, self.gamma)
+        gradients = evaluation.differentiate(self.head.hidden, self.leaves, self.gamma)
+        self.edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradients]
 
-    def graphs(self) -> Iterable[Tensor]:
-        return [self.head.hidden, *(g for g in self.gradients if g is not None)]
+    def graphs(self) -> Iterable[Tensor | GradientEdge]:
+        return [self.head.hidden, *(edge for edge in self.edges if edge is not None)]
 
     def add_product(self, total: Tensor, rows: Tensor, chunk: int) -> None:
         """Add the product with vectors (K, D) to vectors (K, D), in place: with a large vocabulary each is large itself."""
@@ -61,7 +66,7 @@ class Headed(Recorded):
         evaluation = self.again()
         if self.gamma is None and evaluation.problem.no_forward_ad is None:
             try:
-                return torch.stack([push_hidden(evaluation, row) for row in rows])
+                return torch.stack([push_hidden(evaluation, row, self.names) for row in rows])
             except (NotImplementedError, RuntimeError) as error:
                 evaluation.problem.no_forward_ad = str(error).strip().splitlines()[0]
         if self.gamma is None:
@@ -70,7 +75,7 @@ class Headed(Recorded):
         assert gamma is not None
 
         def push(part: Tensor) -> Tensor:
-            (t,) = grad_columns(self.gradients, [gamma], self.directions(part), retain=True)
+            (t,) = grad_columns(self.edges, [gamma], self.directions(part), retain=True)
             return gamma.new_zeros(part.shape[0], *gamma.shape) if t is None else t
 
         return chunked(push, chunk, rows)
@@ -79,11 +84,25 @@ class Headed(Recorded):
         retain, curved = self.keep or rows.shape[0] > chunk, self.sweep.curved
         for start in range(0, rows.shape[0], chunk):
             part = slice(start, start + chunk)
-            outputs: list[Tensor | None] = [self.head.hidden]
+            outputs: list[Tensor | GradientEdge | None] = [self.head.hidden]
             cotangents = [rates[part]]
             if curved:
-                outputs, cotangents = [*self.gradients, *outputs], [*self.directions(rows[part]), *cotangents]
+                outputs, cotangents = [*self.edges, *outputs], [*self.directions(rows[part]), *cotangents]
             self.layout.add_(total[part], grad_columns(outputs, self.leaves, cotangents, retain=retain))
+
+
+def _leaves_of(t: Tensor) -> set[int]:
+    """Ids of the tensors that the graph of a tensor ends in."""
+    todo, seen, found = [t.grad_fn], set(), set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
 def record_headed(evaluation: Evaluation, sweep: Sweep, keep: bool, notes: dict[str, str]) -> Headed | None:

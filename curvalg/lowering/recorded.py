@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvalg.lowering.columns import chunked, grad_columns, mapped
 from curvalg.problem import Batch, Evaluation, Layout
@@ -75,8 +76,8 @@ class Recorded(ABC):
         return torch.cat(flat if self.uniform else [t.to(dtype) for t in flat], 1)
 
     @abstractmethod
-    def graphs(self) -> Iterable[Tensor]:
-        """Tensors whose graphs are kept."""
+    def graphs(self) -> Iterable[Tensor | GradientEdge]:
+        """Tensors whose graphs are kept, or edges where the tensors themselves are not."""
 
 
 class Staged(Recorded):
@@ -226,7 +227,7 @@ def graph_bytes(recorded: Recorded) -> int:
 
     for root in roots:
         count(root)
-    todo = [root.grad_fn for root in roots]
+    todo = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

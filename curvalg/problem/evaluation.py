@@ -285,7 +285,7 @@ def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
 
 
 def backward(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | GradientEdge | None],
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
     cotangents: Sequence[Tensor],
     *,
@@ -293,22 +293,23 @@ def backward(
     retain_graph: bool | None = None,
     batched: bool = False,
 ) -> list[Tensor | None]:
-    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero.
+    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero, edges stand for tensors that are gone.
 
     With ``batched`` all cotangents have a leading axis, and so do the results.
 
     Raises:
         ProblemError: autograd fails for a known reason that has a cure.
     """
-    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    given = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
+    live = [(o, c) for o, c in given if isinstance(o, GradientEdge) or o.requires_grad]
     if not live:
         return [None] * len(inputs)
     try:
         return list(
             torch.autograd.grad(
-                [o for o, _ in live],
+                [o for o, _ in live],  # type: ignore[arg-type]
                 tuple(inputs),  # type: ignore[arg-type]
-                [c.to(o.dtype) for o, c in live],
+                [c if isinstance(o, GradientEdge) else c.to(o.dtype) for o, c in live],
                 create_graph=create_graph,
                 retain_graph=retain_graph,
                 allow_unused=True,

@@ -7,7 +7,7 @@ of a problem is tried without derivatives; what it tells about the model is reme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,8 +49,13 @@ def record_head(evaluation: Evaluation, *, graph: bool = True) -> tuple[Head, li
     return found, leaves
 
 
-def push_hidden(evaluation: Evaluation, vector: Tensor) -> Tensor:
+def push_hidden(evaluation: Evaluation, vector: Tensor, names: Collection[str]) -> Tensor:
     """ḣ = J v of the input h of the last layer, of its shape; one model call by forward AD, without the layer.
+
+    Args:
+        evaluation: the batch.
+        vector: v (D,).
+        names: parameters that h depends on. A dual tensor copies its tangent, and the last layer's is the largest.
 
     Raises:
         NotImplementedError: an operation of the model has no forward AD.
@@ -58,7 +63,8 @@ def push_hidden(evaluation: Evaluation, vector: Tensor) -> Tensor:
     """
     tangents = evaluation.problem.layout.tangents(vector)
     with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(p, t) for p, t in zip(evaluation.values(), tangents, strict=True)]
+        given = zip(evaluation.problem.layout.names, evaluation.values(), tangents, strict=True)
+        duals = [forward_ad.make_dual(p, t) if name in names else p for name, p, t in given]
         found = _call(evaluation, duals)
         if isinstance(found, str):
             raise RuntimeError(found)

@@ -417,17 +417,12 @@ def test_no_graph_outlives_the_last_reference(expr):
     op = build(expr).lower(problem)
     op @ vectors(problem)
     kept = next(iter(problem._kept.values()))
-    refs = [
-        weakref.ref(t)
-        for value in kept.values()
-        if hasattr(value, "batches")
-        for r in value.batches.values()
-        for t in r.graphs()
-    ]
+    recordings = [r for value in kept.values() if hasattr(value, "batches") for r in value.batches.values()]
+    refs = [weakref.ref(t) for r in recordings for t in (r.head.hidden, r.gamma) if t is not None]
     assert refs and all(r() is not None for r in refs)
     gc.disable()  # reference counting alone must do
     try:
-        del op, kept, problem
+        del op, kept, problem, recordings
         assert all(r() is None for r in refs)
     finally:
         gc.enable()
