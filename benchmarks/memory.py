@@ -1,6 +1,7 @@
-"""Peak memory of fresh products, net of a process that only imports, as multiples of one gradient evaluation.
+"""Peak memory of fresh products, as multiples of one gradient evaluation.
 
-Each figure is taken in a process of its own::
+Each figure is taken in a process of its own, and net of what the same takes on a toy model (libraries and what they load at
+first use)::
 
     python benchmarks/memory.py
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from models import Transformer
 from torch import Tensor, nn
 
-CASES = ("2000 classes", "50000 classes, tied", "50000 classes, untied")
+TOY, CASES = "toy", ("2000 classes", "50000 classes, tied", "50000 classes, untied")
 PRODUCTS = ("ggn", "hessian", "covariance", "centered_covariance")
 CHUNKED = ("ggn", "hessian", "problem.gradient()", "problem.value()")
 
@@ -28,6 +29,8 @@ CHUNKED = ("ggn", "hessian", "problem.gradient()", "problem.value()")
 def make(case: str) -> tuple[Transformer, tuple[Tensor, Tensor]]:
     """Model and data of a case."""
     torch.manual_seed(0)
+    if case == TOY:
+        return Transformer(50, 16, 1, 8), (torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8)))
     if case == CASES[0]:
         return Transformer(), (torch.randint(0, 2000, (64, 64)), torch.randint(0, 2000, (64, 64)))
     model = Transformer(vocabulary=50_000, length=256)
@@ -50,18 +53,15 @@ def measure(case: str, what: str) -> int:
     """Peak resident memory of this process in bytes after one evaluation of ``what``."""
     from curvalg import Problem, registry
 
-    if what != "import":
-        model, data = make(case)
-        if what == "gradient" and case == CASES[0]:
-            torch.autograd.grad(F.cross_entropy(model(data[0]), data[1]), list(model.parameters()))
-        elif what == "gradient":
-            chunked_gradient(model, *data)
-        elif what.startswith("problem."):
-            problem = Problem(model, nn.CrossEntropyLoss(), data, cache=0)
-            _ = problem.gradient() if "gradient" in what else problem.value()
-        else:
-            problem = Problem(model, nn.CrossEntropyLoss(), data, cache=0)
-            registry.build(what).lower(problem) @ torch.randn(problem.size)
+    model, data = make(case)
+    if what == "gradient":
+        torch.autograd.grad(F.cross_entropy(model(data[0]), data[1]), list(model.parameters()))
+    elif what == "chunked gradient":
+        chunked_gradient(model, *data)
+    else:
+        problem = Problem(model, nn.CrossEntropyLoss(), data, cache=0)
+        actions = {"problem.gradient()": problem.gradient, "problem.value()": problem.value}
+        actions.get(what, lambda: registry.build(what).lower(problem) @ torch.randn(problem.size))()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -71,15 +71,20 @@ def main() -> None:
         print(json.dumps(measure(*sys.argv[1:])))
         return
     for case in CASES:
-        peaks = {}
-        for what in ("import", "gradient", *(PRODUCTS if case == CASES[0] else CHUNKED)):
-            run = subprocess.run([sys.executable, __file__, case, what], capture_output=True, text=True, check=True)
-            peaks[what] = json.loads(run.stdout)
-        base = peaks.pop("import")
+        first, *others = ("gradient", *PRODUCTS) if case == CASES[0] else ("chunked gradient", *CHUNKED)
         print(case)
-        for what, peak in peaks.items():
-            net = peak - base
-            print(f"  {what:20} {net / 2**20:8.0f} MiB  {net / (peaks['gradient'] - base):5.2f} gradients")
+        unit = net(case, first)
+        for what, peak in {first: unit, **{what: net(case, what) for what in others}}.items():
+            print(f"  {what:20} {peak / 2**20:8.0f} MiB  {peak / unit:5.2f} gradients")
+
+
+def net(case: str, what: str) -> int:
+    """Peak of a case, in bytes, beyond that of the toy."""
+    peaks = []
+    for model in (case, TOY):
+        run = subprocess.run([sys.executable, __file__, model, what], capture_output=True, text=True, check=True)
+        peaks.append(int(json.loads(run.stdout)))
+    return peaks[0] - peaks[1]
 
 
 if __name__ == "__main__":
