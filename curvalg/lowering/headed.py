@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvalg.lowering.columns import chunked, grad_columns
-from curvalg.lowering.recorded import Recorded
+from curvalg.lowering.recorded import Recorded, TwoStage
 from curvalg.lowering.sweep import Sweep
+from curvalg.lowering.tangents import ForwardAD
 from curvalg.problem import Evaluation, Head, has_large_outputs, push_hidden, record_head
 
 
@@ -47,6 +48,11 @@ class Headed(Recorded):
         self.gamma = gamma.requires_grad_()
         gradients = evaluation.differentiate(self.head.hidden, self.leaves, self.gamma)
         self.edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradients]
+
+    @property
+    def route(self) -> str:
+        """How tangents of the trunk are taken."""
+        return ForwardAD.ROUTE if self.gamma is None else TwoStage.ROUTE
 
     def graphs(self) -> Iterable[Tensor | GradientEdge]:
         return [self.head.hidden, *(edge for edge in self.edges if edge is not None)]

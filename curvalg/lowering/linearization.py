@@ -129,6 +129,7 @@ class Linearization:
             chunk = self._columns(problem, recorded, rows)
             if isinstance(recorded, Headed):
                 recorded.add_product(total, rows, chunk)
+                self.route = recorded.route
                 del recorded
                 continue
             known = tangents.pop(recorded.index, None)

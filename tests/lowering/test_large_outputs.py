@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvalg import Problem, StaleError, registry
+from curvalg import Problem, StaleError, registry, restrict
 from curvalg.losses import CrossEntropy, KLDivWithLogits
 
 V, B, T, D = 11, 3, 5, 4
@@ -106,8 +106,8 @@ def memory(cut):
     return TWO if 8 * V * cut(tokens(B, T)).numel() > TWO else 0
 
 
-def vectors(problem, columns=1):
-    drawn = torch.randn(problem.size, columns, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+def vectors(problem, columns=1, size=None):
+    drawn = torch.randn(size or problem.size, columns, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     return (drawn[:, 0] if columns == 1 else drawn).to(problem.dtype)
 
 
@@ -121,7 +121,7 @@ def chunked(op):
 
 def compare(expr, chunks, whole, columns=1):
     op, reference = expr.lower(chunks), expr.lower(whole)
-    v = vectors(chunks, columns)
+    v = vectors(chunks, columns, op.shape[1])
     expected = reference @ v
     for _ in range(2):
         agree(op @ v, expected)
@@ -224,6 +224,11 @@ def test_heads_of_every_kind(options, params, cache):
     for name in ("ggn", "sum"):
         compare(POSITIONWISE[name], chunks, whole, 2)
     agree(chunks.gradient(), whole.gradient())
+
+
+@pytest.mark.parametrize("part", ["head.*", "mix.*", "*weight"])
+def test_restrictions(part):
+    compare(restrict(build("hessian") + build("ggn"), part), *pair(Language(), LAST, data()), 2)
 
 
 @pytest.mark.parametrize("memory", [0, 6 * 8 * V, TWO, 8 * V * B * T - 1])
@@ -371,6 +376,22 @@ def test_a_model_without_forward_ad():
         chunks, whole = pair(Net(), LAST, data(), cache=cache)
         compare(build("ggn"), chunks, whole, 2)
         assert chunks.no_forward_ad is not None
+    assert "recorded: tangent by two backward passes" in build("ggn").lower(chunks).explain()
+
+
+def test_explain_says_how_tangents_are_taken():
+    chunks, _ = pair(Language(), LAST, data())
+    op = build("ggn").lower(chunks)
+    op @ vectors(chunks)
+    assert "recorded: tangent by forward AD" in op.explain()
+    assert "outputs of 11 classes in chunks of 2 positions through the last linear layer (head.weight)" in op.explain()
+
+
+def test_many_products_are_not_tried_by_another_route():
+    chunks, whole = pair(Language(), LAST, data(), columns="loop")
+    op, v = build("ggn").lower(chunks), vectors(chunks, 40)
+    for _ in range(2):
+        agree(op @ v, build("ggn").lower(whole) @ v)
 
 
 @pytest.mark.parametrize("after", [None, lambda z: z.float(), lambda z: z.double()], ids=["", "float", "double"])
