@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvalg.errors import ProblemError
 from curvalg.lowering.columns import chunked, grad_columns
 from curvalg.lowering.recorded import Recorded, TwoStage
 from curvalg.lowering.sweep import Sweep
@@ -43,6 +44,18 @@ class Headed(Recorded):
         self.edges: list[GradientEdge | None] = []
         if self.trunk and sweep.curved:
             self._differentiate(evaluation, head.pull(sweep.cotangent))
+        elif not keep:
+            # Forward AD needs much memory of its own: no graph is held meanwhile, another call makes it again.
+            head.hidden, self.leaves = head.hidden.detach(), []
+
+    def _record_again(self) -> None:
+        if self.leaves:
+            return
+        found = record_head(self.again())
+        if found is None:
+            raise ProblemError("the model returned the outputs of a linear layer in one call and not in the next")
+        head, self.leaves = found
+        self.head.hidden = head.hidden
 
     def _differentiate(self, evaluation: Evaluation, gamma: Tensor) -> None:
         self.gamma = gamma.requires_grad_()
@@ -65,6 +78,7 @@ class Headed(Recorded):
         rates = self.head.product(rows, tangents, cotangent, sweep.rate_of, total)
         del tangents
         if self.trunk:
+            self._record_again()
             self._add_trunk(total, rows, rates, chunk)
 
     def _tangents(self, rows: Tensor, chunk: int) -> Tensor:
@@ -76,6 +90,7 @@ class Headed(Recorded):
             except (NotImplementedError, RuntimeError) as error:
                 evaluation.problem.no_forward_ad = str(error).strip().splitlines()[0]
         if self.gamma is None:
+            self._record_again()
             self._differentiate(evaluation, torch.zeros_like(self.head.hidden))
         gamma = self.gamma
         assert gamma is not None
