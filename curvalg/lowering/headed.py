@@ -48,10 +48,10 @@ class Headed(Recorded):
             # Forward AD needs much memory of its own: no graph is held meanwhile, another call makes it again.
             head.hidden, self.leaves = head.hidden.detach(), []
 
-    def _record_again(self) -> None:
+    def _record_again(self, *, once: bool) -> None:
         if self.leaves:
             return
-        found = record_head(self.again())
+        found = record_head(self.again(), once=once)
         if found is None:
             raise ProblemError("the model returned the outputs of a linear layer in one call and not in the next")
         head, self.leaves = found
@@ -78,7 +78,7 @@ class Headed(Recorded):
         rates = self.head.product(rows, tangents, cotangent, sweep.rate_of, total)
         del tangents
         if self.trunk:
-            self._record_again()
+            self._record_again(once=rows.shape[0] == 1)
             self._add_trunk(total, rows, rates, chunk)
 
     def _tangents(self, rows: Tensor, chunk: int) -> Tensor:
@@ -90,7 +90,7 @@ class Headed(Recorded):
             except (NotImplementedError, RuntimeError) as error:
                 evaluation.problem.no_forward_ad = str(error).strip().splitlines()[0]
         if self.gamma is None:
-            self._record_again()
+            self._record_again(once=False)
             self._differentiate(evaluation, torch.zeros_like(self.head.hidden))
         gamma = self.gamma
         assert gamma is not None
@@ -139,7 +139,7 @@ def record_headed(evaluation: Evaluation, sweep: Sweep, keep: bool, notes: dict[
         return None
     head = None
     if (reason := sweep.needs_whole(evaluation.problem.samples, 1)) is None:
-        found = record_head(evaluation)
+        found = record_head(evaluation, once=not keep and not sweep.curved)
         if found is None:
             reason = evaluation.problem.no_head
         else:

@@ -56,8 +56,13 @@ class Evaluation:
         form = OutputForm(raw)
         return form.join(raw), form
 
-    def call(self, tensors: Sequence[Tensor], batch: Any) -> Any:
+    def call(self, tensors: Sequence[Tensor], batch: Any, *, once: bool = False) -> Any:
         """What the model returns for the given tensors, on the batch as it may be given to the model.
+
+        Args:
+            tensors: in place of the chosen parameters.
+            batch: the batch.
+            once: whether one backward is all that follows.
 
         Raises:
             ProblemError: the model cannot be called on the batch, or draws random numbers.
@@ -65,7 +70,7 @@ class Evaluation:
         problem = self.problem
 
         def call() -> Any:
-            with recording(problem.device, problem.model):
+            with recording(problem.device, problem.model, once=once):
                 return problem.model(tensors, self.snapshot.state, batch)
 
         try:
@@ -186,14 +191,14 @@ class Evaluation:
     def value(self) -> float:
         """The loss of the batch, undivided."""
         with torch.no_grad():
-            if (found := record_head(self, graph=False)) is not None:
+            if (found := record_head(self, graph=False, once=True)) is not None:
                 return sum(float(batch.value()) for _, batch in found[0].batches())
             z, form = self.run(self.values())
             return float(self.problem.loss_point(form.split(z), self.sample).value())
 
     def add_gradient(self, total: Tensor) -> None:
         """Add ∇L of the batch to a vector (D,) in place."""
-        if (found := record_head(self)) is None:
+        if (found := record_head(self, once=True)) is None:
             batch = self.evaluate()
             total += batch.vjp(batch.loss_gradient)
             return

@@ -31,17 +31,22 @@ def has_large_outputs(evaluation: Evaluation) -> bool:
     return target.numel() * classes * max(4, problem.dtype.itemsize) > problem.output_memory
 
 
-def record_head(evaluation: Evaluation, *, graph: bool = True) -> tuple[Head, list[Tensor]] | None:
+def record_head(evaluation: Evaluation, *, graph: bool = True, once: bool = False) -> tuple[Head, list[Tensor]] | None:
     """The last layer, its input with a graph from the leaves, by one model call; None where outputs are to be made.
 
     ``problem.no_head`` then says why, unless they are small.
+
+    Args:
+        evaluation: the batch.
+        graph: whether there is to be a graph at all.
+        once: whether one backward through it is all that follows.
     """
     if not has_large_outputs(evaluation) or not _tried(evaluation):
         return None
     leaves = [p.requires_grad_(graph) for p in evaluation.values()]
     try:
         with torch.set_grad_enabled(graph):
-            found = _call(evaluation, leaves)
+            found = _call(evaluation, leaves, once=once)
     except Exception:  # whatever is wrong with the model on these data, the ordinary call tells it better
         return None
     if isinstance(found, str):
@@ -93,14 +98,14 @@ def _tried(evaluation: Evaluation) -> bool:
     return problem.ends_in_head
 
 
-def _call(evaluation: Evaluation, tensors: Sequence[Tensor]) -> Head | str:
+def _call(evaluation: Evaluation, tensors: Sequence[Tensor], *, once: bool = False) -> Head | str:
     """The last layer with these tensors for the chosen parameters, or why there is none."""
     problem, state = evaluation.problem, evaluation.snapshot.state
     weights = {id(t): name for name, t in state.items()}
     weights |= {id(t): name for t, name in zip(tensors, problem.layout.names, strict=True)}
     deferring = Deferring(weights, problem.output_memory, problem.inner_layers)
     with deferring, problem.guarding_inputs(evaluation.sample.batch) as batch:
-        raw = evaluation.call(tensors, batch)
+        raw = evaluation.call(tensors, batch, once=once)
     problem.inner_layers |= deferring.used.keys()
     if deferring.used:
         layer, function = list(deferring.used.items())[-1]
