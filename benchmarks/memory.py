@@ -5,8 +5,9 @@ first use)::
 
     python benchmarks/memory.py
 
-The cases with a vocabulary of 50,000 (4 x 256 tokens, width 128) are compared with a gradient in plain torch that takes the
-loss in chunks of as many positions.
+The cases with a vocabulary of 50,000 (width 128; 4 x 256 tokens and 3 layers, or 32 x 256 and 6) are compared with a gradient
+in plain torch that takes the loss in chunks of as many positions. In the small ones vectors of the parameters' size are most
+of it: a product holds the model, its private copy, the vector and the result, a gradient the model and the result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from models import Transformer
 from torch import Tensor, nn
 
-TOY, CASES = "toy", ("2000 classes", "50000 classes, tied", "50000 classes, untied")
+TOY, CASES = "toy", ("2000 classes", "50000 classes, tied", "50000 classes, untied", "50000 classes, tied, 32 x 256")
 PRODUCTS = ("ggn", "hessian", "covariance", "centered_covariance")
 CHUNKED = ("ggn", "hessian", "problem.gradient()", "problem.value()")
 
@@ -33,10 +34,11 @@ def make(case: str) -> tuple[Transformer, tuple[Tensor, Tensor]]:
         return Transformer(50, 16, 1, 8), (torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8)))
     if case == CASES[0]:
         return Transformer(), (torch.randint(0, 2000, (64, 64)), torch.randint(0, 2000, (64, 64)))
-    model = Transformer(vocabulary=50_000, length=256)
-    if case == CASES[1]:
+    rows, layers = (32, 6) if case == CASES[3] else (4, 3)
+    model = Transformer(vocabulary=50_000, length=256, layers=layers)
+    if "untied" not in case:
         model.head.weight = model.embed.weight
-    return model, (torch.randint(0, 50_000, (4, 256)), torch.randint(0, 50_000, (4, 256)))
+    return model, (torch.randint(0, 50_000, (rows, 256)), torch.randint(0, 50_000, (rows, 256)))
 
 
 def chunked_gradient(model: Transformer, tokens: Tensor, targets: Tensor, positions: int = 55) -> None:

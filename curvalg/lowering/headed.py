@@ -30,9 +30,13 @@ class Headed(Recorded):
         head: the last layer of the model on the batch.
         leaves: the tensors that h depends on.
         keep: whether graphs survive a product.
+        once: whether it is for a single column of a sweep without curved terms. Forward AD needs much memory of its own: no
+            graph is held meanwhile, and another call makes it again.
     """
 
-    def __init__(self, evaluation: Evaluation, sweep: Sweep, head: Head, leaves: list[Tensor], keep: bool) -> None:
+    def __init__(
+        self, evaluation: Evaluation, sweep: Sweep, head: Head, leaves: list[Tensor], keep: bool, once: bool
+    ) -> None:
         super().__init__(evaluation, keep)
         self.sweep, self.head, self.leaves = sweep, head, leaves
         self.again = evaluation.again()
@@ -44,11 +48,11 @@ class Headed(Recorded):
         self.edges: list[GradientEdge | None] = []
         if self.trunk and sweep.curved:
             self._differentiate(evaluation, head.pull(sweep.cotangent))
-        elif not keep:
-            # Forward AD needs much memory of its own: no graph is held meanwhile, another call makes it again.
+        elif once:
             head.hidden, self.leaves = head.hidden.detach(), []
 
     def _record_again(self, *, once: bool) -> None:
+        """The graph of h, where it was given up; ``once`` if one backward is all that follows."""
         if self.leaves:
             return
         found = record_head(self.again(), once=once)
@@ -78,7 +82,7 @@ class Headed(Recorded):
         rates = self.head.product(rows, tangents, cotangent, sweep.rate_of, total)
         del tangents
         if self.trunk:
-            self._record_again(once=rows.shape[0] == 1)
+            self._record_again(once=True)
             self._add_trunk(total, rows, rates, chunk)
 
     def _tangents(self, rows: Tensor, chunk: int) -> Tensor:
@@ -126,20 +130,23 @@ def _leaves_of(t: Tensor) -> set[int]:
     return found
 
 
-def record_headed(evaluation: Evaluation, sweep: Sweep, keep: bool, notes: dict[str, str]) -> Headed | None:
+def record_headed(
+    evaluation: Evaluation, sweep: Sweep, keep: bool, columns: int, notes: dict[str, str]
+) -> Headed | None:
     """The batch recorded up to its last layer, or None where outputs are small or must be there as a whole.
 
     Args:
         evaluation: the batch.
         sweep: the terms.
         keep: whether the recording is to be kept.
+        columns: of the product it is for.
         notes: where to say what was done about large outputs, under "outputs".
     """
     if not has_large_outputs(evaluation):
         return None
-    head = None
+    head, once = None, not keep and not sweep.curved and columns == 1
     if (reason := sweep.needs_whole(evaluation.problem.samples, 1)) is None:
-        found = record_head(evaluation, once=not keep and not sweep.curved)
+        found = record_head(evaluation, once=once)
         if found is None:
             reason = evaluation.problem.no_head
         else:
@@ -151,4 +158,4 @@ def record_headed(evaluation: Evaluation, sweep: Sweep, keep: bool, notes: dict[
         return None
     how = f"chunks of {head.chunk} position{'s' if head.chunk > 1 else ''}"
     notes["outputs"] = f"outputs of {head.classes} classes in {how} through the last linear layer ({head.name})"
-    return Headed(evaluation, sweep, head, leaves, keep)
+    return Headed(evaluation, sweep, head, leaves, keep, once)

@@ -209,7 +209,7 @@ class Linearization:
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping
-        if (headed := record_headed(evaluation, sweep, keep, self.notes)) is not None:
+        if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
             return headed
         if sweep.curved and not sweep.dataset_terms:
             return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)

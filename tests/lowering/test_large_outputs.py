@@ -394,6 +394,21 @@ def test_many_products_are_not_tried_by_another_route():
         agree(op @ v, build("ggn").lower(whole) @ v)
 
 
+@pytest.mark.parametrize("cache", [0, 2**30], ids=["fresh", "kept"])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("name", ["ggn", "sum"])
+def test_attention(name, columns, cache):
+    class Attention(Language):
+        def forward(self, tokens):
+            h = self.embed(tokens)
+            q, k, v = (f(self.mix(h)).unsqueeze(1) for f in (torch.sin, torch.cos, torch.tanh))
+            return self.head(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1))
+
+    chunks, whole = pair(Attention(), LAST, data(), cache=cache)
+    compare(POSITIONWISE[name], chunks, whole, columns)
+    agree(chunks.gradient(), whole.gradient())
+
+
 @pytest.mark.parametrize("after", [None, lambda z: z.float(), lambda z: z.double()], ids=["", "float", "double"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(dtype, after):
