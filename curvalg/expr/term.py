@@ -15,10 +15,12 @@ fields are the options::
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
+
+ActsOn = Literal["positions", "samples", "batch"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +90,15 @@ class Term(NamedExpr):
         Runs inside a batched backward pass: no ``.item()``, no ``.numpy()``, no random numbers of its own.
         """
         return None
+
+    acts_on: ClassVar[ActsOn] = "batch"
+    """What u and u̇ at a position (an element of the loss, such as a token) come from.
+
+    "positions": the output, target and tangent of that position alone, as of ``batch.loss_hvp``; "samples": those of its
+    sample, as of ``batch.dot``; "batch": more than that. Where it is the position alone (also "samples", where a sample is a
+    position), outputs of vocabulary size are taken in chunks: the methods then see a batch of some positions, each a row, which
+    offers all but ``vjp``, ``per_sample_gradients`` and ``layers``.
+    """
 
     centred: ClassVar[bool] = False
     """Whether the mean of the columns that :meth:`factor` gives is to be taken from each (N of them): V (I − 11ᵀ/N) Vᵀ."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from curvalg.errors import ExpressionError, LossError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Space
-from curvalg.expr.term import DatasetTerm, NamedExpr, Term
+from curvalg.expr.term import ActsOn, DatasetTerm, NamedExpr, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ class Hessian(Term):
     """Hessian of the loss, ∇²L(θ) (D × D). Pearlmutter, Neural Computation 1994."""
 
     symbol: ClassVar[str] = "H"
+    acts_on: ClassVar[ActsOn] = "positions"
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return SYMMETRIC
@@ -49,6 +50,7 @@ class GGN(Term):
     """Generalised Gauss-Newton matrix, Σₙ Jₙᵀ Bₙ Jₙ (D × D). Schraudolph, Neural Computation 2002."""
 
     symbol: ClassVar[str] = "G"
+    acts_on: ClassVar[ActsOn] = "positions"
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return _psd_if_convex(loss)
@@ -68,6 +70,7 @@ class Residual(Term):
     """Hessian minus GGN, Σₙ Σᵢ (rₙ)ᵢ ∇²(zₙ)ᵢ (D × D): the curvature of the model itself."""
 
     symbol: ClassVar[str] = "R"
+    acts_on: ClassVar[ActsOn] = "positions"
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return SYMMETRIC
@@ -100,6 +103,7 @@ class MonteCarloGGN(Term):
     name: ClassVar[str] = "ggn_mc"
     numbered: ClassVar[bool] = True
     symbol: ClassVar[str] = r"\hat{G}"
+    acts_on: ClassVar[ActsOn] = "samples"
 
     def __post_init__(self) -> None:
         _check_samples(self, self.samples, self.seed)
@@ -130,6 +134,7 @@ class Fisher(Term):
     """
 
     symbol: ClassVar[str] = "F"
+    acts_on: ClassVar[ActsOn] = "positions"
 
     def validate(self, loss: LossFacts | None) -> None:
         super().validate(loss)
@@ -161,6 +166,7 @@ class MonteCarloFisher(Term):
     name: ClassVar[str] = "fisher_mc"
     numbered: ClassVar[bool] = True
     symbol: ClassVar[str] = r"\hat{F}"
+    acts_on: ClassVar[ActsOn] = "samples"
 
     def __post_init__(self) -> None:
         _check_samples(self, self.samples, self.seed)
@@ -184,6 +190,7 @@ class Covariance(Term):
     """Uncentred gradient covariance (empirical Fisher), s Σₙ ∇cₙ ∇cₙᵀ (D × D). Kunstner et al., arXiv 1905.12558."""
 
     symbol: ClassVar[str] = "U"
+    acts_on: ClassVar[ActsOn] = "samples"
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return PSD

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import optree
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvalg.problem.trees import NAMESPACE
 
@@ -50,7 +51,11 @@ def chunked(function: Callable[..., T], chunk: int, *trees: Any) -> T:
 
 
 def grad_columns(
-    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, retain: bool
+    outputs: Sequence[Tensor | GradientEdge | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    retain: bool,
 ) -> list[Tensor | None]:
     """Σ cotangentᵀ ∂outputs/∂inputs for cotangents with a leading column axis; one backward pass for all columns."""
     from curvalg.problem.evaluation import backward

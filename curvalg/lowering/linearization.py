@@ -15,13 +15,14 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.columns import chunked, mapped
+from curvalg.lowering.headed import Headed, record_headed
 from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
 from curvalg.lowering.timing import LONG, fastest
 from curvalg.problem import Evaluation, Problem, Snapshot
 
-Recording: TypeAlias = SinglePass | Staged
+Recording: TypeAlias = SinglePass | Staged | Headed
 MOST_COLUMNS = 64
 """The most columns in one batched backward pass."""
 WIDTHS = (2, 4, 16, MOST_COLUMNS)
@@ -113,7 +114,7 @@ class Linearization:
         if self._single_pass:
             result = problem.sum()
             for single in self.recordings(problem, snapshot, rows.shape[0]):
-                assert isinstance(single, SinglePass)
+                assert isinstance(single, (SinglePass, Headed))
                 result.add(single.multiply(rows, self._columns(problem, single, rows)))
                 del single  # a fresh graph is released before the next batch is recorded
             return result.value  # type: ignore[no-any-return]
@@ -126,6 +127,7 @@ class Linearization:
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
             for recorded in self._staged(problem, snapshot, rows.shape[0], again=True):
+                assert isinstance(recorded, Staged)
                 tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(problem, recorded, rows))
                 for term in sweep.reduces:
                     reduced[term].add(self._reduce(term, recorded, tangent, prepared))
@@ -133,6 +135,11 @@ class Linearization:
             totals |= {term: stats.value for term, stats in reduced.items()}
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(problem, recorded, rows)
+            if isinstance(recorded, Headed):
+                total.add(recorded.multiply(rows, chunk))
+                self.route = recorded.route
+                del recorded
+                continue
             known = tangents.pop(recorded.index, None)
             pushed = recorded.tangent(rows, chunk) if known is None else known
             rates = self._rates(recorded, pushed, prepared, totals)
@@ -172,10 +179,10 @@ class Linearization:
         """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
         return self.asked or MOST_COLUMNS
 
-    def _staged(self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool) -> Iterator[Staged]:
+    def _staged(self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool) -> Iterator[Staged | Headed]:
         """The recordings of a sweep that is not a single pass."""
         for recorded in self.recordings(problem, snapshot, columns, again=again):
-            assert isinstance(recorded, Staged)
+            assert isinstance(recorded, (Staged, Headed))
             yield recorded
             del recorded  # not held while the next is recorded
 
@@ -210,6 +217,8 @@ class Linearization:
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping
+        if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
+            return headed
         if self._single_pass:
             return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
         if sweep.curved:
@@ -261,7 +270,7 @@ class Linearization:
 
     def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         """After many products: tangents by a linearised program, if it is verified and faster."""
-        if self.sweep.curved or not self.complete:
+        if self.sweep.curved or not self.complete or any(isinstance(r, Headed) for r in self.batches.values()):
             return
         self._tried = True
         choice = self._named["program"]
@@ -328,7 +337,7 @@ class Linearization:
         """The number of columns at a time that costs least a column: one, a width, or a quarter of it."""
 
         def run(part: Tensor, chunk: int) -> Tensor:
-            if isinstance(recorded, SinglePass):
+            if isinstance(recorded, (SinglePass, Headed)):
                 return recorded.multiply(part, chunk)
             tangent = recorded.tangent(part, chunk)
             return recorded.finish(part, tangent, chunk)

@@ -75,8 +75,8 @@ class Recorded(ABC):
         return torch.cat(flat if self.layout.uniform else [t.to(dtype) for t in flat], 1)
 
     @abstractmethod
-    def graphs(self) -> Iterable[Tensor]:
-        """Tensors whose graphs are kept."""
+    def graphs(self) -> Iterable[Tensor | GradientEdge]:
+        """Tensors whose graphs are kept, or edges where the tensors themselves are not."""
 
 
 class Staged(Recorded):
@@ -239,7 +239,7 @@ def graph_bytes(recorded: Recorded) -> int:
 
     for root in roots:
         count(root)
-    todo = [root.grad_fn for root in roots]
+    todo = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

@@ -13,7 +13,7 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.recorded import Rate
 from curvalg.lowering.transposed import TransposedDatasetTerm, TransposedTerm
-from curvalg.problem import Batch, Problem, Snapshot, trees
+from curvalg.problem import Batch, Problem, Samples, Snapshot, trees
 
 Prepared = dict[DatasetTerm, Any]
 Totals = dict[DatasetTerm, Any]
@@ -56,6 +56,20 @@ class Sweep:
     def reduces(self) -> list[DatasetTerm]:
         """Terms that need a pass of their own before the cotangents are known."""
         return [term for term in self.dataset_terms if defines(term, "reduce")]
+
+    def needs_whole(self, samples: Samples, positions_per_row: int) -> str | None:
+        """Why a term needs more than one position of the outputs at a time, or None.
+
+        Args:
+            samples: what a sample is.
+            positions_per_row: how many positions a row of the batch has.
+        """
+        for _, term in self.entries:
+            if term.acts_on == "batch":
+                return f"{term.label} does not say that it acts on every position by itself"
+            if term.acts_on == "samples" and samples == "item" and positions_per_row > 1:
+                return f"{term.label} acts on rows of {positions_per_row} positions (samples='position' makes each a sample)"
+        return None
 
     def cotangent(self, batch: Batch) -> Tensor:
         """Σ cᵢ uᵢ, of the output's shape."""

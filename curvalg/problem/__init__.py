@@ -1,10 +1,24 @@
 """Problems: models, losses, data and parameters that expressions are lowered on."""
 
-from curvalg.problem.batch import Batch
+from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.find_head import has_large_outputs, push_hidden, record_head
+from curvalg.problem.head import Head
 from curvalg.problem.layers import LayerRecord
 from curvalg.problem.parameters import Layout
 from curvalg.problem.problem import Problem
 from curvalg.problem.snapshot import Snapshot
 
-__all__ = ["Batch", "Evaluation", "LayerRecord", "Layout", "Problem", "Snapshot"]
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "Head",
+    "LayerRecord",
+    "Layout",
+    "Problem",
+    "Samples",
+    "Snapshot",
+    "has_large_outputs",
+    "push_hidden",
+    "record_head",
+]

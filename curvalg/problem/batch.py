@@ -89,6 +89,10 @@ class Batch:
         if self._loss is not None:
             _ = self._point
 
+    def value(self) -> Tensor:
+        """The loss of the batch, a scalar that is not yet divided by the denominator."""
+        return self._point.value()
+
     @property
     def class_axis(self) -> int | None:
         """The axis of the output that holds classes; None for elementwise losses."""
@@ -215,11 +219,15 @@ class Batch:
         self._number()
         key = (samples, seed, fisher)
         if key not in self._draws:
-            point, z = self._point, self.output
-            uniform = uniforms(seed, samples, self._start, point.noise_shape, z.dtype, z.device)
-            draws = point.pseudo_gradients(uniform, fisher=fisher)
+            point = self._point
+            draws = point.pseudo_gradients(self.uniform(samples, seed), fisher=fisher)
             self._draws[key] = draws * math.sqrt(self._share / samples)
         return self._draws[key]
+
+    def uniform(self, samples: int, seed: int) -> Tensor:
+        """The uniform numbers that draws are made of, (samples, *noise shape of the loss); see :mod:`curvalg.problem.noise`."""
+        z = self.output
+        return uniforms(seed, samples, self._start, self._point.noise_shape, z.dtype, z.device)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner product per sample, broadcastable to the output."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,10 @@ from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError, StaleErro
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
+from curvalg.problem.find_head import record_head
 from curvalg.problem.layers import record_layers
 from curvalg.problem.model import called_wrongly, explain_failure, recording
-from curvalg.problem.outputs import OutputForm
+from curvalg.problem.outputs import OutputForm, require_finite_output
 from curvalg.problem.per_sample import per_sample_gradients
 from curvalg.problem.snapshot import Snapshot
 
@@ -52,15 +52,25 @@ class Evaluation:
         """
         problem = self.problem
         with problem.guarding_inputs((sample or self.sample).batch) as batch:
-            raw = self._call(tensors, batch)
+            raw = self.call(tensors, batch)
         form = OutputForm(raw)
         return form.join(raw), form
 
-    def _call(self, tensors: Sequence[Tensor], batch: Any) -> Any:
+    def call(self, tensors: Sequence[Tensor], batch: Any, *, once: bool = False) -> Any:
+        """What the model returns for the given tensors, on the batch as it may be given to the model.
+
+        Args:
+            tensors: in place of the chosen parameters.
+            batch: the batch.
+            once: whether one backward is all that follows.
+
+        Raises:
+            ProblemError: the model cannot be called on the batch, or draws random numbers.
+        """
         problem = self.problem
 
         def call() -> Any:
-            with recording(problem.device, problem.model), problem.casting():
+            with recording(problem.device, problem.model, once=once), problem.casting():
                 return problem.model(tensors, self.snapshot.state, batch)
 
         try:
@@ -134,12 +144,7 @@ class Evaluation:
         """
         problem, totals = self.problem, self.problem.totals
         z, again, sample = z.detach(), self.again(), self.sample
-        # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
-        if not math.isfinite(z.sum().item()) and not bool(torch.isfinite(z).all()):
-            raise ProblemError(
-                f"the model's output on batch {self.sample.index} has NaN or infinite entries; check parameters and data "
-                "(half precision overflows at 65504)"
-            )
+        require_finite_output(z, sample.index)
         return Batch(
             z,
             form,
@@ -182,6 +187,28 @@ class Evaluation:
         """What terms see, by one model call without a graph."""
         with torch.no_grad():
             return self.batch(*self._recordable(self.values()))
+
+    def value(self) -> float:
+        """The loss of the batch, undivided."""
+        with torch.no_grad():
+            if (found := record_head(self, graph=False, once=True)) is not None:
+                return sum(float(batch.value()) for _, batch in found[0].batches())
+            z, form = self.run(self.values())
+            return float(self.problem.loss_point(form.split(z), self.sample).value())
+
+    def gradient(self) -> Tensor:
+        """∇L of the batch, shape (D,)."""
+        if (found := record_head(self, once=True)) is None:
+            batch = self.evaluate()
+            return batch.vjp(batch.loss_gradient)
+        head, leaves = found
+        total = torch.zeros(self.problem.size, dtype=self.problem.dtype, device=self.problem.device)
+        cotangent = head.pull(lambda batch: batch.loss_gradient, total)
+        if head.hidden.requires_grad:
+            self.problem.layout.add_(
+                total[None], [g if g is None else g[None] for g in backward([head.hidden], leaves, [cotangent])]
+            )
+        return total
 
     def pull(self, cotangent: Tensor) -> Tensor:
         """Jᵀu, shape (D,), by one model call and one backward."""
@@ -264,7 +291,7 @@ def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
 
 
 def backward(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | GradientEdge | None],
     inputs: Sequence[Tensor] | Sequence[GradientEdge],
     cotangents: Sequence[Tensor],
     *,
@@ -272,22 +299,23 @@ def backward(
     retain_graph: bool | None = None,
     batched: bool = False,
 ) -> list[Tensor | None]:
-    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero.
+    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero, edges stand for tensors that are gone.
 
     With ``batched`` all cotangents have a leading axis, and so do the results.
 
     Raises:
         ProblemError: autograd fails for a known reason that has a cure.
     """
-    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    given = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
+    live = [(o, c) for o, c in given if isinstance(o, GradientEdge) or o.requires_grad]
     if not live:
         return [None] * len(inputs)
     with _explained():
         return list(
             torch.autograd.grad(
-                [o for o, _ in live],
+                [o for o, _ in live],  # type: ignore[arg-type]
                 tuple(inputs),  # type: ignore[arg-type]
-                [c.to(o.dtype) for o, c in live],
+                [c if isinstance(o, GradientEdge) else c.to(o.dtype) for o, c in live],
                 create_graph=create_graph,
                 retain_graph=retain_graph,
                 allow_unused=True,

@@ -27,16 +27,22 @@ _SWITCHES = threading.RLock()
 
 
 @contextmanager
-def recording(device: torch.device, model: Model) -> Iterator[None]:
+def recording(device: torch.device, model: Model, *, once: bool = False) -> Iterator[None]:
     """Where the model (and a loss that is the user's code) is called: only kernels that can be differentiated twice.
 
     Fused attention has neither a double backward nor forward AD, the encoder fast path and cuDNN's recurrent layers
     neither; compiled code has no double backward; the one of torch's weight norm is wrong. A reentrant checkpoint whose
     inputs need no gradient only warns and then drops its parameters: that warning becomes an error.
+
+    Args:
+        device: where the model computes.
+        model: the model.
+        once: whether one backward is all that follows; fused attention, which holds no positions × positions, may be used then.
     """
     with _SWITCHES, ExitStack() as stack, warnings.catch_warnings():
         warnings.filterwarnings("error", message=_REENTRANT)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not once:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -58,3 +59,15 @@ class OutputForm:
 
 def _widen(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def require_finite_output(z: Tensor, index: int) -> None:
+    """Raises:
+    ProblemError: outputs of the batch of this number with NaN or infinite entries.
+    """
+    # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
+    if not math.isfinite(z.sum().item()) and not bool(torch.isfinite(z).all()):
+        raise ProblemError(
+            f"the model's output on batch {index} has NaN or infinite entries; check parameters and data (half precision "
+            "overflows at 65504)"
+        )

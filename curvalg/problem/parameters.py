@@ -126,6 +126,12 @@ class Layout:
         ]
         return torch.cat(flat if self.uniform else [t.to(self.dtype) for t in flat])
 
+    def add_(self, total: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients (K, *shape) of the parameters (None: zero) to vectors (K, D), in place and without another vector."""
+        for g, place in zip(gradients, self.slices.values(), strict=True):
+            if g is not None:
+                total[:, place] += g.reshape(len(total), -1)
+
     def __repr__(self) -> str:
         return f"Layout({self.size} parameters in {len(self.shapes)} tensors, {self.dtype})"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -59,6 +59,8 @@ class Totals:
 
 WORKSPACE = 2 * 2**30
 """Bytes that a matrix of few directions may take where nothing is to be kept between products."""
+DEFAULT_OUTPUT_MEMORY = 64 * 2**20
+"""Bytes that outputs may take with ``output_memory="auto"``."""
 
 
 class Problem:
@@ -87,6 +89,9 @@ class Problem:
             its own. Outputs, loss and products are in float32 then.
         compile: compile the linear programs that tangents J v may be taken by (True, or the name of a backend of
             ``torch.compile``). Compiling takes long; a program is used where it agrees with the recorded graph and is faster.
+        output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB).
+            Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
+            a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
         progress: show a progress bar for passes over the data.
 
     Matrix products and convolutions are those that torch is set to: where TF32 is allowed on a GPU
@@ -124,6 +129,7 @@ class Problem:
         accumulate: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
         compile: bool | str = False,
+        output_memory: Literal["auto"] | float = "auto",
         progress: bool = False,
     ) -> None:
         self.model = make_model(model, params, forward)
@@ -144,6 +150,7 @@ class Problem:
         self.autocast = casting(autocast, self.device)
         self.compiler = compiler(compile)
         self.cache = cache
+        self.output_memory = _output_memory(output_memory)
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
         self._totals: Totals | None = None
@@ -155,6 +162,10 @@ class Problem:
         self.twice_differentiable = False
         self._strict_order = False
         self._writes_inputs: bool | None = None
+        # Of large outputs: whether the model ends in a linear layer and why not; weights of layers known not to be the last.
+        self.ends_in_head: bool | None = None
+        self.no_head: str | None = None
+        self.inner_layers: set[str] = set()
         self.per_sample_route: str | None = None
         self.per_sample_notes: list[str] = []
         # Of the layers: parameter -> why its gradients are multiplied out; parameters that share a record; parameter -> rows
@@ -190,7 +201,7 @@ class Problem:
         if cache != "auto" and (isinstance(cache, bool) or not isinstance(cache, Integral) or cache < 0):
             raise ProblemError(f"cache is 'auto' or a number of bytes ≥ 0, got {cache!r}")
         self._cache = cache
-        free = partial(free_memory, self.device) if cache == "auto" else None
+        free = functools.partial(free_memory, self.device) if cache == "auto" else None
         limit = int(cache) if free is None else int(FRACTION * free())
         if "_budget" in self.__dict__:
             self._budget.resize(limit, free)
@@ -222,6 +233,11 @@ class Problem:
     def size(self) -> int:
         """Number of chosen parameters, D."""
         return self.layout.size
+
+    @functools.cached_property
+    def most_classes(self) -> int:
+        """The most rows of a matrix among the model's tensors: no linear layer has more outputs."""
+        return max((owner[key].shape[0] for _, owner, key in self.slots() if owner[key].ndim == 2), default=0)
 
     @property
     def num_samples(self) -> int:
@@ -403,10 +419,9 @@ class Problem:
         """L(θ), the loss of the whole data set."""
         self._need_loss()
         total, snapshot = 0.0, self.snapshot()
-        with self.differentiating(), torch.no_grad():
+        with self.differentiating():
             for evaluation in self.evaluations(snapshot):
-                z, form = evaluation.run(evaluation.values())
-                total += float(self.loss_point(form.split(z), evaluation.sample).value())
+                total += evaluation.value()
         return total / self.totals.denominator
 
     def gradient(self) -> Tensor:
@@ -416,8 +431,7 @@ class Problem:
         total = self.sum()
         with self.differentiating():
             for evaluation in self.evaluations(snapshot):
-                batch = evaluation.evaluate()
-                total.add(batch.vjp(batch.loss_gradient))
+                total.add(evaluation.gradient())
         return total.value  # type: ignore[no-any-return]
 
     def sum(self) -> BatchSum:
@@ -470,6 +484,14 @@ class Problem:
 def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
+
+
+def _output_memory(value: Literal["auto"] | float) -> float:
+    if value == "auto":
+        return DEFAULT_OUTPUT_MEMORY
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+        raise ProblemError(f"output_memory is 'auto' or a number of bytes ≥ 0, got {value!r}")
+    return float(value)
 
 
 ParameterDict = Mapping[str, Tensor]

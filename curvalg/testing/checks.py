@@ -40,6 +40,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "model_calls": execution.model_calls,
         "columns": execution.columns,
         "kept": execution.kept,
+        "chunks": execution.chunks,
         "restriction": structure.restriction,
         "blocks": structure.blocks,
         "factor": structure.factor,

@@ -14,7 +14,7 @@ from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.columns import mapped
 from curvalg.problem import Batch, trees
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
-from curvalg.testing.subject import Case, on_problems
+from curvalg.testing.subject import COLUMNS, Case, on_problems
 from curvalg.testing.variants import batches, counted, variant
 
 
@@ -150,3 +150,21 @@ def kept(case: Case) -> None:
                 "prepare(), and random numbers come from batch.pseudo_gradients",
                 scale=scale,
             )
+
+
+@on_problems
+def chunks(case: Case) -> None:
+    """A term that declares what it acts on gives the same where outputs are taken one position after the other."""
+    if not isinstance(case.term, Term) or case.term.acts_on == "batch":
+        raise NotApplicable("the term does not say that it acts on positions or samples")
+    twin = variant(case.problem, cache=0, columns=COLUMNS, output_memory=0)
+    matrix = case.term.lower(twin).to_dense()
+    if not twin.ends_in_head:
+        raise NotApplicable("the model's outputs are not those of a linear layer, or the loss is not one of classes")
+    require_close(
+        matrix,
+        case.matrix,
+        what="the product to be the same position by position as on the whole outputs",
+        cure=f"acts_on = {case.term.acts_on!r} is a promise: 'positions' where u and u̇ come from loss_hvp, loss_gradient and "
+        "such alone; 'samples' with batch.dot; else leave it out",
+    )

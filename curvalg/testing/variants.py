@@ -16,7 +16,9 @@ from curvalg.problem.evaluation import backward
 from curvalg.testing.outcome import NotApplicable
 
 
-def variant(problem: Problem, *, cache: int | None = None, columns: Any = None) -> Problem:
+def variant(
+    problem: Problem, *, cache: int | None = None, columns: Any = None, output_memory: float | None = None
+) -> Problem:
     """A twin that keeps nothing of what the problem has computed; model and data are shared."""
     _ = problem.totals  # a callable's reduction is told only once
     twin = copy.copy(problem)
@@ -24,6 +26,8 @@ def variant(problem: Problem, *, cache: int | None = None, columns: Any = None) 
         twin.cache = cache
     if columns is not None:
         twin.columns = columns
+    if output_memory is not None:
+        twin.output_memory = output_memory
     return twin
 
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from curvalg import ConvergenceError, ExpressionError, Identity, Problem, inverse, registry
 from curvalg.estimate import eigsh, trace
+from curvalg.losses import CrossEntropy
 
 build = registry.build
 
@@ -134,3 +137,27 @@ def test_inverses_have_adjoints_and_operators_survive_pickling():
     op, b = inverse(build("ggn") + 0.1 * Identity).lower(p), torch.ones(p.size).double()
     assert torch.allclose(op.adjoint() @ b, op @ b)
     assert torch.allclose(pickle.loads(pickle.dumps(op)) @ b, op @ b)
+
+
+def test_a_vocabulary_of_50k_is_taken_in_chunks_and_nothing_of_that_size_is_kept():
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            found = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+            self.elements = max([self.elements, *(t.numel() for t in found)])
+            return result
+
+    vocabulary, shape = 50_000, (4, 256)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(vocabulary, 4), nn.LayerNorm(4), nn.Linear(4, vocabulary, bias=False))
+    net[2].weight = net[0].weight
+    batch = (torch.randint(vocabulary, shape), torch.randint(vocabulary, shape))
+    p = Problem(net, CrossEntropy(class_axis=-1), batch)
+    op = build("ggn").lower(p)
+    with Largest() as seen:
+        op @ torch.randn(p.size)
+    assert seen.elements <= p.output_memory / 4 / 4 < vocabulary * batch[1].numel() / 10
+    assert "outputs of 50000 classes in chunks of 55 positions through the last linear layer" in op.explain()
+    assert p.budget.used < 2**20

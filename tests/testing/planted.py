@@ -255,6 +255,29 @@ class Remembers(Term):
 
 
 @dataclass(frozen=True)
+class RowsForPositions(Term):
+    """Adds up the positions of a row, and says that it acts on each by itself."""
+
+    acts_on = "positions"
+
+    def facts(self, loss=None):
+        return Facts(psd=True)
+
+    def cotangent_dot(self, batch, tangent):
+        return batch.loss_gradient * batch.dot(batch.loss_gradient, tangent)
+
+
+@dataclass(frozen=True)
+class PullsBack(Term):
+    """Needs the parameters, and says that it acts on positions."""
+
+    acts_on = "positions"
+
+    def cotangent(self, batch):
+        return batch.loss_gradient * batch.vjp(batch.loss_gradient).square().sum()
+
+
+@dataclass(frozen=True)
 class PerParameter(DatasetTerm):
     """Divides by the number of parameters it sees."""
 
@@ -385,6 +408,8 @@ PLANTED = [
     ("columns", Branches(), r"under torch\.func\.vmap.*\.item\(\)"),
     ("columns", BranchesInReduce(), r"reduce to run under torch\.func\.vmap"),
     ("kept", Remembers(), "Keep no state"),
+    ("chunks", RowsForPositions(), "position by position.*'samples' with batch.dot"),
+    ("chunks", PullsBack(), "must not declare acts_on"),
     ("restriction", PerParameter(), "sees only the chosen parameters"),
     ("blocks", PerParameter(), "block_diagonal"),
     ("factor", WrongFactor(), "square root"),

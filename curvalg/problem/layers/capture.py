@@ -55,7 +55,7 @@ class Capture(TorchFunctionMode):
     def _use(self, func: Any, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Use]:
         rule = TABLE.get(func)
         if rule is None or not isinstance(output, Tensor) or len(args) > len(rule.arguments):
-            raise Declined(f"it is used in {_label(func)}")
+            raise Declined(f"it is used in {label(func)}")
         values = dict(zip(rule.arguments, args, strict=False)) | kwargs
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in _tensors(values)):
             raise Declined("it is used inside a transformation of torch.func")
@@ -92,7 +92,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
-def _label(func: Any) -> str:
+def label(func: Any) -> str:
     """A function as a reader knows it; getters of attributes (x.T) are called __get__."""
     if getattr(func, "__name__", "") == "__get__":
         return f"the attribute {getattr(func.__self__, '__name__', '')}"
