@@ -19,6 +19,7 @@ from curvalg.problem.head import Head, why_not_a_head
 from curvalg.problem.losses.softmax import SoftmaxLoss
 
 if TYPE_CHECKING:
+    from curvalg.expr.term import Term
     from curvalg.problem.evaluation import Evaluation
 
 
@@ -29,6 +30,15 @@ def has_large_outputs(evaluation: Evaluation) -> bool:
         return False
     classes = 1 if target.is_floating_point() else problem.most_classes
     return target.numel() * classes * max(4, problem.dtype.itemsize) > problem.output_memory
+
+
+def is_made_in_chunks(evaluation: Evaluation, term: Term) -> bool:
+    """Whether a product with the term needs no whole output of the batch."""
+    sample = evaluation.sample
+    if term.acts_on == "batch" or not has_large_outputs(evaluation) or not _tried(evaluation):
+        return False
+    several = isinstance(sample.target, Tensor) and sample.target.ndim > 1 and not sample.target.is_floating_point()
+    return term.acts_on == "positions" or evaluation.problem.samples == "position" or not several
 
 
 def record_head(evaluation: Evaluation, *, graph: bool = True, once: bool = False) -> tuple[Head, list[Tensor]] | None:

@@ -26,6 +26,7 @@ from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.budget import FRACTION, Budget
 from curvalg.problem.data import Data, Sample
 from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.find_head import is_made_in_chunks
 from curvalg.problem.losses import CallableLoss, Loss, LossPoint, infer_reduction, resolve_loss
 from curvalg.problem.losses.additive import check_additive, check_additive_pair
 from curvalg.problem.losses.base import Reduction
@@ -370,11 +371,18 @@ class Problem:
             yield (evaluation.evaluate() for evaluation in self.evaluations(snapshot, order_matters=True))
 
     def factor_columns(self, term: Term) -> int:
-        """How many columns a row has in the factor of a term, told from the first batch by one model call."""
+        """How many columns a row has in the factor of a term, told from the first batch by one model call.
+
+        Where outputs are made in chunks there is no factor of a batch; the number is then that of all outputs.
+        """
         if term not in self._factor_columns:
             with self.differentiating():
                 first = next(iter(self.evaluations(self.snapshot())))
-                self._factor_columns[term] = term.factor_columns(first.evaluate())
+                if is_made_in_chunks(first, term):
+                    outputs = self.most_classes * sum(t.numel() for t in trees.tensors(first.sample.target))
+                    self._factor_columns[term] = outputs // first.sample.rows
+                else:
+                    self._factor_columns[term] = term.factor_columns(first.evaluate())
         return self._factor_columns[term]
 
     def number_samples(self) -> None:

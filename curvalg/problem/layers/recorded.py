@@ -60,6 +60,10 @@ class Recorded:
         """Parameters that some function of the table takes."""
         return {name for use in self._uses for name in use.roles.values()}
 
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        """Of the outputs of all functions that take a parameter."""
+        return {use.output_dtype for use in self._uses if name in use.roles.values()}
+
     def head(self, rows: int) -> Recorded | None:
         """The recording of the first rows alone; None where they are not a small part, or cannot be computed alone.
 

@@ -66,6 +66,7 @@ class Use(ABC):
         self.roles = dict(roles)
         self.edge = call.edge
         self.output_shape = call.output.shape
+        self.output_dtype = call.output.dtype
         self._source = None if source is None else source.detach()
         self._version = 0 if source is None else source._version
 

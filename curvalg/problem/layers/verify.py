@@ -6,7 +6,7 @@ A rule's formula is trusted for a parameter after one comparison, of a few rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,7 +149,7 @@ def misplaced(
         other = pulled.get(i)
         got = torch.zeros_like(expected) if other is None else other[0].reshape(rows, -1)
         size = expected.norm(dim=1) + 1e-2 * expected.norm() / rows**0.5
-        if bool(((got - expected).norm(dim=1) > _rounding(delta, z) * size).any()):
+        if bool(((got - expected).norm(dim=1) > _rounding({delta.dtype}, z) * size).any()):
             found.append(i)
     return found
 
@@ -158,11 +158,12 @@ def _tolerance(recorded: Recorded, name: str, explicit: bool) -> float:
     """Round-off of the two computations; what is wrong is wrong by far more."""
     if explicit:  # rounded as the model rounds, in the dtypes that it casts to
         return 5e-2
-    return _rounding(recorded.leaves[name], recorded.z)
+    # Under autocast a layer rounds to less than its parameters have.
+    return _rounding({recorded.leaves[name].dtype, *recorded.dtypes(name)}, recorded.z)
 
 
-def _rounding(left: Tensor, z: Tensor) -> float:
-    eps = max(torch.finfo(t.dtype).eps for t in (left, z))
+def _rounding(dtypes: Set[torch.dtype], z: Tensor) -> float:
+    eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, z.dtype))
     if z.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
         eps = max(eps, 1e-5)
     return min(1e3 * eps, 5e-2)

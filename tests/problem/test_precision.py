@@ -1,0 +1,158 @@
+"""Sums over batches in another dtype, models under autocast, compiled programs: options that are checked and told."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from curvalg import Problem, ProblemError, block_diagonal, registry
+from curvalg.lowering.linearization import AMORTISED
+from curvalg.problem.sums import BatchSum
+
+TERMS = ["ggn", "hessian", "covariance", "centered_covariance", "ggn_class", "kfac", "ggn_diagonal", "jacobian"]
+CE = nn.CrossEntropyLoss()
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def data(rows=2000, each=1):
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(rows, 6, generator=generator), torch.randint(3, (rows,), generator=generator)
+    return list(zip(X.split(each), y.split(each), strict=True))
+
+
+def products(term, **options):
+    problem = Problem(net(), CE, data(300, 1), **options)
+    op = registry.build(term).lower(problem)
+    return op @ torch.randn(op.shape[1], 2, generator=torch.Generator().manual_seed(1))
+
+
+def exact(term):
+    problem = Problem(net().double(), CE, [(X.double(), y) for X, y in data(300, 100)])
+    op = registry.build(term).lower(problem)
+    return op @ torch.randn(op.shape[1], 2, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("cache", [0, 2**30])
+@pytest.mark.parametrize("term", TERMS)
+def test_float64_sums_give_float32_results(term, cache):
+    got = products(term, accumulate=torch.float64, cache=cache)
+    assert got.dtype == torch.float32
+    expected = exact(term)
+    assert (got - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_float64_sums_are_nearer():
+    """Many batches of one row, most of which cancel: the rounding of every addition counts."""
+    X, y = torch.randn(1, 6).expand(4000, 6), torch.tensor([0, 1] * 2000)
+    batches = [(1e3 * X[i : i + 1], y[i : i + 1]) for i in range(4000)]
+    errors = {}
+    whole = Problem(net().double(), CE, (1e3 * X.double(), y)).gradient()
+    for accumulate in (None, torch.float64):
+        got = Problem(net(), CE, batches, accumulate=accumulate).gradient()
+        errors[accumulate] = float((got - whole).norm() / whole.norm())
+    assert errors[torch.float64] < 0.2 * errors[None]
+
+
+def test_sums_own_what_they_write_into():
+    first, second = torch.ones(3), torch.ones(3)
+    total = BatchSum(None)
+    for part in (first, second, second):
+        total.add(part)
+    assert torch.equal(total.value, 3 * torch.ones(3))
+    assert torch.equal(first, torch.ones(3)) and torch.equal(second, torch.ones(3))
+    statistics = {"mean": torch.ones(2), "counts": (torch.ones(1, dtype=torch.long),)}
+    kept = copy.deepcopy(statistics)
+    total = BatchSum(torch.float64)
+    for _ in range(3):
+        total.add(statistics)
+        total.add(None)
+    assert total.value["mean"].dtype == torch.float32 and total.value["counts"][0].dtype == torch.long
+    assert torch.equal(total.value["mean"], torch.full((2,), 3.0)) and int(total.value["counts"][0]) == 3
+    assert torch.equal(statistics["mean"], kept["mean"])
+    assert BatchSum(torch.float64).value is None
+
+
+@pytest.mark.parametrize("wrong", [torch.float16, torch.int64, "float64", 64])
+def test_narrower_sums_are_refused(wrong):
+    with pytest.raises(ProblemError, match="accumulate is a dtype at least as wide"):
+        Problem(net(), CE, data(4, 4), accumulate=wrong)
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_products_are_float32_and_close(term, dtype):
+    got, expected = products(term, autocast=dtype), exact(term)
+    assert got.dtype == torch.float32
+    error = float((got - expected).norm() / expected.norm())
+    assert 1e-6 < error < {torch.bfloat16: 5e-2, torch.float16: 6e-3}[dtype]
+
+
+@pytest.mark.parametrize("term", ["ggn", "hessian", "covariance"])
+def test_autocast_is_that_of_the_model_itself(term):
+    """The same as a model that casts in its forward."""
+
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x)
+
+    v = torch.ones(Problem(net(), CE, data(40, 20)).size)
+    expected = registry.build(term).lower(Problem(Casting(), CE, data(40, 20))) @ v
+    op = registry.build(term).lower(Problem(net(), CE, data(40, 20), autocast=torch.bfloat16))
+    for _ in range(40):
+        assert (op @ v - expected).norm() <= 2e-2 * expected.norm()
+    assert torch.equal(op @ v, op @ v)
+    blocks = block_diagonal(registry.build("ggn"), by="module")
+    cast = blocks.lower(Problem(net(), CE, data(40, 20), autocast=torch.bfloat16)) @ v
+    whole = blocks.lower(Problem(net(), CE, data(40, 20))) @ v
+    assert 1e-6 < float((cast - whole).norm() / whole.norm()) < 5e-2
+
+
+def test_a_dtype_that_autocast_has_not_is_refused():
+    with pytest.raises(ProblemError, match=r"autocast is torch\.bfloat16"):
+        Problem(net(), CE, data(4, 4), autocast=torch.float64)
+
+
+def test_a_compiled_program_is_checked_and_told(take_way, monkeypatch):
+    take_way("ordinary")
+    clock = iter([])
+    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: run() is not None and next(clock))
+    v = torch.randn(Problem(net(), CE, data(40, 20)).size)
+    problem = Problem(net(), CE, data(40, 20), compile="aot_eager")
+    op = registry.build("ggn").lower(problem)
+    clock = iter([1.0, 2.0, 2.0, 1.0] + 20 * [1.0])  # two backward passes; then the program is faster
+    first = op @ v
+    for _ in range(AMORTISED + 4):
+        assert (op @ v - first).norm() <= 1e-5 * first.norm()
+    assert "a linearised program, compiled by aot_eager, verified and faster" in op.explain()
+    many = op @ torch.stack([v, 2 * v, -v], 1)
+    assert (many - torch.stack([first, 2 * first, -first], 1)).norm() <= 1e-5 * many.norm()
+
+
+def test_a_compiled_program_that_is_wrong_is_not_used(take_way, monkeypatch):
+    take_way("ordinary")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda push, **options: lambda v: 1.001 * real(push, **options)(v))
+    problem = Problem(net(), CE, data(40, 20), compile="eager")
+    op = registry.build("ggn").lower(problem)
+    v = torch.randn(problem.size)
+    first = op @ v
+    for _ in range(AMORTISED + 4):
+        assert (op @ v - first).norm() <= 1e-5 * first.norm()
+    assert "no linearised program: call 1 differs from the recorded graph" in op.explain()
+
+
+def test_an_unknown_compiler_is_refused():
+    with pytest.raises(ProblemError, match=r"a backend of torch\.compile"):
+        Problem(net(), CE, data(4, 4), compile="gcc")
