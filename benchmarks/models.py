@@ -58,9 +58,14 @@ class Transformer(nn.Module):
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """What the last layer is applied to, (rows, tokens, width)."""
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        hidden: Tensor = self.norm(self.blocks(x))
+        return hidden
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.trunk(tokens))
         return logits.transpose(1, 2)
 
 
@@ -108,6 +113,13 @@ def gpt(sequences: int = 8) -> Built:
     return Transformer(), (torch.randint(0, 2000, (sequences, 64)), torch.randint(0, 2000, (sequences, 64)))
 
 
+def vocabulary() -> Built:
+    """Three layers of width 128, a vocabulary of 50000 whose table is shared by both ends, 4 sequences of 256 tokens."""
+    net = Transformer(50_000, length=256)
+    net.head.weight = net.embed.weight
+    return net, (torch.randint(0, 50_000, (4, 256)), torch.randint(0, 50_000, (4, 256)))
+
+
 def gpt2() -> Built:
     """GPT-2's size: twelve layers of width 768, vocabulary 50257 (input and output tables apart), 8 sequences of 256."""
     vocabulary, shape = 50257, (8, 256)
@@ -132,14 +144,21 @@ def tiny() -> Built:
     return net, (torch.randn(16, 4), torch.randint(0, 3, (16,)))
 
 
+def tiny_language() -> Built:
+    """One layer of width 16, vocabulary 50, 2 sequences of 8 tokens."""
+    return Transformer(50, 16, 1, 8), (torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8)))
+
+
 MODELS = {
     "small MLP": Model("MLP 20-32-32-3, 64 rows", small_mlp),
     "MLP": Model("MLP 784-512-512-10, 512 rows", mlp),
     "CNN": Model("CNN 3-32-64-64, 128 images", cnn),
     "GPT": Model("GPT, 3 layers, 8 × 64 tokens", gpt),
     "GPT 64": Model("GPT, 3 layers, 64 × 64 tokens", lambda: gpt(64), "memory"),
+    "vocabulary": Model("language model, vocabulary 50k, 4 × 256 tokens", vocabulary, "memory"),
     "GPT-2": Model("GPT-2-sized, 8 × 256 tokens", gpt2, "large"),
     "ResNet": Model("ResNet-18-sized, 32 images", resnet, "large"),
     "tiny": Model("MLP 4-5-3, 16 rows", tiny, "test"),
+    "tiny LM": Model("language model, vocabulary 50, 2 × 8 tokens", tiny_language, "test"),
 }
 DEFAULT = tuple(name for name, model in MODELS.items() if model.group == "default")

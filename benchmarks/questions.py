@@ -25,8 +25,12 @@ TERMS = ("hessian", "ggn", "covariance")
 
 PRODUCTS = (*TERMS, "sum")
 
+CHUNK = 55
+"""Positions of a language model that curvalg takes at a time by itself, of a vocabulary of 50000."""
+
 QUESTIONS = {
     "gradient": Question("one gradient of the loss over all data: the unit of the products"),
+    "chunked gradient": Question(f"the same of a language model, the loss taken {CHUNK} positions at a time"),
     "hessian": Question("a product with the Hessian"),
     "ggn": Question("a product with the GGN"),
     "covariance": Question("a product with the uncentred covariance of the gradients of single samples"),

@@ -22,11 +22,15 @@ def ways_of(columns: int) -> dict[str, dict[str, Any]]:
     An option that the installed version does not know is skipped with its own message, so that a new way is one row here
     whatever version is measured.
     """
-    one: dict[str, dict[str, Any]] = {CHOSEN: {}, "kept": {"columns": "loop"}, "fresh": {"columns": "loop", "cache": 0}}
+    factored: dict[str, dict[str, Any]] = {CHOSEN: {}, "factored": {"factored": True}}
+    recorded = {
+        "kept": {"columns": "loop", "factored": False},
+        "fresh": {"columns": "loop", "factored": False, "cache": 0},
+    }
     if columns == 1:
-        return one
-    many: dict[str, dict[str, Any]] = {CHOSEN: {}}
-    for label, options in list(one.items())[1:]:
+        return factored | recorded
+    many = dict(factored)
+    for label, options in recorded.items():
         many[f"{label}, loop"] = options
         for chunk in dict.fromkeys((max(2, columns // 4), columns)):
             many[f"{label}, chunks of {chunk}"] = {**options, "columns": chunk}

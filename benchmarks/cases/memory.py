@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from benchmarks.session import Session
 
 
+UNITS = {"vocabulary": "chunked gradient"}
+"""Models whose unit is not an ordinary gradient: its outputs alone would be most of the memory."""
+
+
 class Memory(Case):
     """Of a first product, recording included."""
 
     name = "memory"
     says = "peak memory of a first product in a fresh process, net of libraries, model and data"
-    models = ("GPT 64",)
+    models = ("GPT 64", "vocabulary")
     always = ("GPT 64",)
 
     def tasks(self, models: Sequence[str], effort: Effort) -> Iterator[Task]:
@@ -35,7 +39,8 @@ class Memory(Case):
     def measure(self, task: Task, session: Session) -> Record:
         record = Record(task, unit="byte")
         able = [peer for peer in session.peers if task.question in peer.methods()]
-        asked = {"gradient": ("torch_by_hand", "gradient")}
+        unit = UNITS.get(task.model, "gradient")
+        asked = {"gradient": ("torch_by_hand", unit)}
         asked |= {peer.name: (peer.__module__.rpartition(".")[2], task.question) for peer in able}
         # Nothing is timed, so that processes may run side by side; on one GPU they would share its memory.
         workers = 1 if session.device.startswith("cuda") else min(4, os.cpu_count() or 1)

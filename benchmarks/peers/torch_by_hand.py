@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.models import Transformer
 from benchmarks.peers.base import Peer, Run, answers, looped
+from benchmarks.questions import CHUNK
 from benchmarks.workload import Workload
 
 
@@ -25,6 +28,29 @@ class TorchByHand(Peer):
 
         def run() -> Tensor:
             return sum(_flat(torch.autograd.grad(share, workload.parameters)) for share in _shares(workload))  # type: ignore[return-value]
+
+        return run
+
+    @answers("chunked gradient")
+    def chunked_gradient(self, workload: Workload, question: str) -> Run | None:
+        """As one trains a language model whose outputs would not fit: the last layer a few positions at a time."""
+        model = workload.model  # no twin, which would count as memory
+        workload.closing.callback(model.zero_grad, set_to_none=True)
+        if not isinstance(model, Transformer):
+            return None
+
+        def run() -> Tensor:
+            model.zero_grad()
+            for tokens, targets in workload.data:
+                h = model.trunk(tokens)
+                leaf = h.detach().flatten(0, 1).requires_grad_()
+                for part, labels in zip(leaf.split(CHUNK), targets.flatten().split(CHUNK), strict=True):
+                    loss = F.cross_entropy(model.head(part), labels, reduction="sum")
+                    (loss / (workload.rows * targets.shape[1])).backward()
+                assert leaf.grad is not None
+                h.backward(leaf.grad.reshape(h.shape))
+            assert model.head.weight.grad is not None
+            return model.head.weight.grad
 
         return run
 
