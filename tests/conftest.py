@@ -70,8 +70,8 @@ def take_way(monkeypatch):
     choose = Ways.choose
 
     def take(way: str) -> None:
-        def chosen(self: Ways, problem: Problem, ways, x: torch.Tensor) -> str:
-            chosen, wide = choose(self, problem, ways, x), x.shape[1] > 1
+        def chosen(self: Ways, problem: Problem, ways, x: torch.Tensor, *, insist: bool = False) -> str:
+            chosen, wide = choose(self, problem, ways, x, insist=insist), x.shape[1] > 1
             if self._names[wide] in problem.recalled:
                 return chosen
             self._chosen[wide] = way if way in ways and way not in self.declined else "ordinary"

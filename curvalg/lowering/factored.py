@@ -43,7 +43,7 @@ class FactoredPlan(Plan):
         patience: int,
     ) -> None:
         self.problem, self.entries, self.groups, self.shifts = problem, tuple(entries), groups, tuple(shifts)
-        self.otherwise, self.patience = otherwise, patience
+        self.otherwise, self.patience = otherwise, 0 if problem.factored is True else patience
 
     @property
     def inner(self) -> tuple[Plan, ...]:
@@ -82,7 +82,7 @@ class FactoredPlan(Plan):
         if way is None:
             if not ways.due(problem, wide):
                 return self.otherwise.apply(snapshot, x)
-            way = ways.choose(problem, self._ways(snapshot), x[:, :MEASURED])
+            way = ways.choose(problem, self._ways(snapshot), x[:, :MEASURED], insist=problem.factored is True)
             self._release(snapshot, ways)
         try:
             return self._ways(snapshot)[way](x)

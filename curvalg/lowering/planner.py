@@ -230,7 +230,12 @@ def _swept(problem: Problem, sweep: Sweep, expr: Expr) -> Plan:
 
 
 def _may_be_factored(problem: Problem) -> bool:
-    return problem.budget.limit > 0 and problem.data.ordered and not problem.model.batch_statistics
+    return (
+        bool(problem.factored)
+        and problem.budget.limit > 0
+        and problem.data.ordered
+        and not problem.model.batch_statistics
+    )
 
 
 def _has_factor(entries: Sequence[tuple[float, Expr]], problem: Problem) -> bool:

@@ -58,10 +58,16 @@ class Ways:
         """Whether a product is to be measured, or its way known from an earlier run."""
         return self.columns > self._patience or self._names[wide] in problem.recalled
 
-    def choose(self, problem: Problem, ways: Mapping[str, Way], x: Tensor) -> str:
+    def choose(self, problem: Problem, ways: Mapping[str, Way], x: Tensor, *, insist: bool = False) -> str:
         """Measure all ways on these columns and remember the fastest.
 
         The first way is the reference: one whose product differs from it is not taken.
+
+        Args:
+            problem: keeps what was chosen.
+            ways: by name.
+            x: columns (n, K).
+            insist: take the first way only if no other can be taken.
         """
         wide = x.shape[1] > 1
         name, first = self._names[wide], next(iter(ways))
@@ -71,7 +77,7 @@ class Ways:
             self.notes[wide] = f"{_WIDTHS[wide]}: {known}, as chosen before"
         else:
             others = [way for way in ways if way != first and self._possible(way, ways, x)]
-            possible = [first, *others]
+            possible = others if insist and others else [first, *others]
             seconds = dict(zip(possible, race(*(partial(ways[way], x) for way in possible)), strict=True))
             self._chosen[wide] = min(possible, key=lambda way: seconds[way])
             shown = ", ".join(f"{way} {1e3 * s / x.shape[1]:.2g} ms" for way, s in seconds.items())

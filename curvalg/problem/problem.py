@@ -84,6 +84,9 @@ class Problem:
             Statistics and explicit matrices are kept in any case.
         columns: how products with several columns are taken: "loop" (one after the other), a number (so many in one
             batched backward pass), or "auto" (whichever is faster, measured once).
+        factored: whether products of matrices with few output directions are taken from layer inputs and deltas, or from
+            columns multiplied out: "auto" (after some products, if that is faster, measured once), True (from the first on,
+            where they can), or False. What is chosen by the clock changes the last bits.
         accumulate: dtype that sums over batches are kept in, as torch.float64; None: that of the products. Results are
             rounded to the dtype of the products in either case.
         autocast: dtype that the model runs in where torch's autocast chooses to, torch.bfloat16 or torch.float16; None: in
@@ -127,6 +130,7 @@ class Problem:
         randomness: Randomness = "refuse",
         cache: Literal["auto"] | int = "auto",
         columns: Literal["auto", "loop"] | int = "auto",
+        factored: Literal["auto"] | bool = "auto",
         accumulate: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
         compile: bool | str = False,
@@ -147,6 +151,8 @@ class Problem:
             )
         self.samples: Samples = samples
         self.columns = columns
+        _one_of("factored", factored, ("auto", True, False))
+        self.factored = factored
         self.accumulate = accumulating(accumulate, self.dtype, self.device)
         self.autocast = casting(autocast, self.device)
         self.compiler = compiler(compile)
@@ -489,7 +495,7 @@ class Problem:
         )
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
 

@@ -491,7 +491,12 @@ def test_nothing_of_the_size_of_the_outputs_is_ever_made(name, cache, tied):
     problem = Problem(net, LAST, batch, cache=cache, output_memory=2**20)
     op = POSITIONWISE[name].lower(problem)
     v = torch.randn(problem.size)
-    for run in (lambda: op @ v, problem.value, problem.gradient, *20 * [lambda: op @ v]):  # past the ways that are tried
+    for run in (
+        lambda: op @ v,
+        problem.value,
+        problem.gradient,
+        *20 * [lambda: op @ v],
+    ):  # past the ways that are tried
         with Largest() as seen:
             run()
         assert seen.elements <= max(2**20 / 6 / 4, problem.size)

@@ -7,7 +7,7 @@ import torch
 from test_exactness import close
 from zoo import ZOO
 
-from curvalg import Identity, registry
+from curvalg import Identity, ProblemError, registry
 from curvalg.lowering import factored, timing, ways
 from curvalg.lowering.linearization import Linearization
 from curvalg.lowering.planner import PATIENCE
@@ -217,3 +217,27 @@ def test_columns_are_measured_anew_for_wider_operands(problem_of, vectors):
         op @ vectors(op.shape[1], columns)
     report = op.explain()
     assert "from 2 columns on" in report and "from 16 columns on" in report and report.count(" at a time") == 2
+
+
+def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatch):
+    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", PATIENCE)
+    monkeypatch.setattr(
+        ways, "race", lambda *runs: list(range(len(runs)))
+    )  # the ordinary way, wherever it may be taken
+    dense = dense_of("mlp")
+    v, A = vectors(dense.D)[:, 0], dense.ggn
+    for asked, told in ((True, "ggn, factored"), (False, "sweep: ggn"), ("auto", "sweep: ggn")):
+        op = registry.build("ggn").lower(problem_of("mlp", factored=asked))
+        close(op @ v, A @ v)
+        assert told in op.explain()
+        for _ in range(PATIENCE + 1):
+            op @ v
+        assert told in op.explain()
+        assert ("measured" in op.explain()) == (asked is not False)
+    hessian = registry.build("hessian").lower(problem_of("mlp", factored=True))
+    close(hessian @ v, dense.hessian @ v)
+    many = registry.build("ggn").lower(problem_of("mlp", factored=True, cache=1))
+    close(many @ v, A @ v)
+    assert "do not fit the budget" in many.explain()
+    with pytest.raises(ProblemError, match="factored is one of"):
+        problem_of("mlp", factored="yes")
