@@ -199,6 +199,8 @@ class Factor:
             at += math.prod(sizes[-1])
         self._sizes = sizes
         self.complete = keeping
+        if keeping:
+            self.refused = None
 
     # -- products ---------------------------------------------------------------------------------------------------------
 
