@@ -159,20 +159,18 @@ def test_a_resumed_run_takes_what_was_chosen(problem_of, vectors, monkeypatch):
         assert f"several columns: {way}, as chosen before" in op.explain()
 
 
-def test_long_runs_are_raced_once(monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    calls = []
-    assert timing.race(lambda: calls.append(1), lambda: calls.append(2)) == [1.0, 1.0]
-    assert calls == [1, 2]
+@pytest.mark.parametrize(("seconds", "order"), [(1.0, [1, 1, 2, 2]), (0.001, 2 * [1, 1, 1, 2, 2, 2])])
+def test_runs_are_raced_in_turns_that_begin_untimed(seconds, order, monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
+    def run(number):
+        again = bool(calls) and calls[-1] == number
+        calls.append(number)
+        now[0] += number * seconds + (0.0 if again else 10 * seconds)  # the first of a turn makes something again
 
-def test_short_runs_are_raced_in_turn(monkeypatch):
-    clock = iter([i / 1000 for i in range(100)])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    calls = []
-    timing.race(lambda: calls.append(1), lambda: calls.append(2))
-    assert calls == [1, 2] * 4
+    assert timing.race(lambda: run(1), lambda: run(2)) == pytest.approx([seconds, 2 * seconds])
+    assert calls == order
 
 
 class Clock:
