@@ -38,6 +38,8 @@ def _of_problem(op: CurvatureOperator) -> Options:
         "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.shapes.items()],
         "values of parameters and buffers": digest(*(op.snapshot.state[name] for name in names)),
         "precision": str(problem.dtype),
+        "precision of sums over batches": str(problem.accumulate),
+        "precision that the model is cast to": str(problem.autocast),
         "loss": str(problem.loss.name) if problem.loss is not None else None,
         "number of samples": problem.num_samples,
         "rows of the data": problem.totals.rows,

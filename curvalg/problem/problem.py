@@ -152,7 +152,7 @@ class Problem:
         self.samples: Samples = samples
         self.columns = columns
         _one_of("factored", factored, ("auto", True, False))
-        self.factored = factored
+        self.factored: Literal["auto"] | bool = "auto" if factored == "auto" else bool(factored)
         self.accumulate = accumulating(accumulate, self.dtype, self.device)
         self.autocast = casting(autocast, self.device)
         self.compiler = compiler(compile)

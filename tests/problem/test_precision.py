@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from curvalg import Problem, ProblemError, block_diagonal, registry
+from curvalg import CheckpointError, Problem, ProblemError, block_diagonal, registry
+from curvalg.estimate import eigsh
+from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.linearization import AMORTISED
 from curvalg.problem.sums import BatchSum
 
@@ -156,3 +159,19 @@ def test_a_compiled_program_that_is_wrong_is_not_used(take_way, monkeypatch):
 def test_an_unknown_compiler_is_refused():
     with pytest.raises(ProblemError, match=r"a backend of torch\.compile"):
         Problem(net(), CE, data(4, 4), compile="gcc")
+
+
+@pytest.mark.parametrize("options", [{"autocast": torch.bfloat16}, {"accumulate": torch.float64}])
+def test_a_run_is_not_resumed_in_another_precision(options, tmp_path, monkeypatch):
+    path, apply, calls = tmp_path / "run.safetensors", CurvatureOperator._apply, itertools.count()
+
+    def interrupted(self, x):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return apply(self, x)
+
+    monkeypatch.setattr(CurvatureOperator, "_apply", interrupted)
+    expr = registry.build("hessian")
+    assert eigsh(expr.lower(Problem(net(), CE, data(40, 20))), 2, tol=1e-2, checkpoint=path).partial
+    with pytest.raises(CheckpointError, match="precision"):
+        eigsh(expr.lower(Problem(net(), CE, data(40, 20), **options)), 2, tol=1e-2, checkpoint=path)
