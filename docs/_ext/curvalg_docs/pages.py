@@ -43,7 +43,8 @@ def run(page: Path, folder: Path) -> dict[str, Any]:
     with torch.random.fork_rng(), _inside(folder):
         torch.manual_seed(0)
         for block in blocks(page):
-            exec(compile(block, str(page), "exec"), namespace)
+            # Not under this module's own `from __future__ import annotations`.
+            exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
         plt.close("all")
     return namespace
 

@@ -1,0 +1,195 @@
+"""Their call and ours give the same matrix, as docs/howto/migration.md and docs/conventions.md say."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvalg import Identity, Problem, diagonal_part, inverse, registry
+from curvalg.estimate import eigsh, gradient_norms
+
+LOSS = nn.CrossEntropyLoss()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(9, 4).double(), torch.randint(0, 3, (9,))
+
+
+@pytest.fixture
+def uneven(data):
+    X, y = data
+    return [(X[:6], y[:6]), (X[6:], y[6:])]
+
+
+@pytest.fixture
+def problem(model, uneven) -> Problem:
+    return Problem(model, LOSS, uneven)
+
+
+def dense(problem: Problem, name: str, **options: object) -> torch.Tensor:
+    return registry.build(name, **options).lower(problem).to_dense()
+
+
+def columns(op, size: int) -> torch.Tensor:
+    return torch.stack([op @ e for e in torch.eye(size, dtype=torch.float64)], 1)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("HessianLinearOperator", "hessian"),
+        ("GGNLinearOperator", "ggn"),
+        ("EFLinearOperator", "covariance"),
+        ("JacobianLinearOperator", "jacobian"),
+    ],
+)
+def test_curvlinops_products(theirs, ours, model, uneven, problem):
+    curvlinops = pytest.importorskip("curvlinops")
+    given = () if ours == "jacobian" else (LOSS,)
+    op = getattr(curvlinops, theirs)(model, *given, list(model.parameters()), uneven)
+    torch.testing.assert_close(op @ torch.eye(problem.size).double(), dense(problem, ours))
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(
+    ("operator", "fisher", "name", "options"),
+    [
+        ("KFACLinearOperator", "TYPE2", "kfac", {}),
+        ("KFACLinearOperator", "EMPIRICAL", "kfac", {"fisher": "empirical"}),
+        ("EKFACLinearOperator", "TYPE2", "ekfac", {}),
+        ("EKFACLinearOperator", "EMPIRICAL", "ekfac", {"fisher": "empirical"}),
+        ("KFACLinearOperator", "FORWARD_ONLY", "foof", {}),
+    ],
+)
+def test_curvlinops_kronecker(operator, fisher, name, options, joint, model, uneven, problem):
+    curvlinops = pytest.importorskip("curvlinops")
+    op = getattr(curvlinops, operator)(
+        model,
+        LOSS,
+        list(model.parameters()),
+        uneven,
+        fisher_type=getattr(curvlinops.FisherType, fisher),
+        separate_weight_and_bias=not joint,
+    )
+    ours = dense(problem, name, joint=joint, **options)
+    torch.testing.assert_close(op @ torch.eye(problem.size).double(), ours, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_curvlinops_inverse_of_kfac(exact, model, uneven, problem):
+    curvlinops = pytest.importorskip("curvlinops")
+    fisher = curvlinops.FisherType.TYPE2
+    kfac = curvlinops.KFACLinearOperator(
+        model, LOSS, list(model.parameters()), uneven, fisher_type=fisher, separate_weight_and_bias=False
+    )
+    theirs = curvlinops.KFACInverseLinearOperator(
+        kfac, damping=0.1, use_exact_damping=exact, use_heuristic_damping=not exact
+    )
+    build = registry.build
+    ours = inverse(build("kfac") + 0.1 * Identity) if exact else inverse(build("kfac", factored_damping=0.1))
+    torch.testing.assert_close(
+        theirs @ torch.eye(problem.size).double(), ours.lower(problem).to_dense(), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_pyhessian(model, uneven, problem):
+    pyhessian = pytest.importorskip("pyhessian")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        h = pyhessian.hessian(copy.deepcopy(model), LOSS, dataloader=uneven, cuda=False)
+        v = torch.randn(problem.size, dtype=torch.float64)
+        _, product = h.dataloader_hv_product(list(problem.layout.unflatten(v).values()))
+        (largest,), _ = h.eigenvalues(top_n=1, maxIter=2000, tol=1e-10)
+        with pytest.raises(RuntimeError, match="removed"):
+            h.density(iter=3)
+    op = registry.build("hessian").lower(problem)
+    torch.testing.assert_close(torch.cat([p.reshape(-1) for p in product]), op @ v)
+    assert largest == pytest.approx(float(eigsh(op, 1).eigenvalues[0]), rel=1e-3)
+
+
+def test_hessian_eigenthings_averages_batches(model, uneven, problem):
+    theirs = pytest.importorskip("hessian_eigenthings")
+    f = nn.functional.cross_entropy
+    operators = {
+        "hessian": theirs.HessianOperator(model, uneven, theirs.supervised_loss(f)),
+        "ggn": theirs.GGNOperator(model, uneven, theirs.supervised_forward, theirs.supervised_loss_of_output(f)),
+        "covariance": theirs.EmpiricalFisherOperator(model, uneven, theirs.supervised_per_sample_loss(f)),
+    }
+    for name, op in operators.items():
+        got = columns(op, problem.size)
+        mean = sum(dense(Problem(model, LOSS, batch), name) for batch in uneven) / 2
+        torch.testing.assert_close(got, mean)
+        assert (got - dense(problem, name)).norm() > 0.1 * got.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_backpack(model, data):
+    backpack = pytest.importorskip("backpack")
+    from backpack import extensions
+
+    net, loss = backpack.extend(copy.deepcopy(model)), backpack.extend(nn.CrossEntropyLoss())
+    wanted = [
+        getattr(extensions, name)()
+        for name in ("DiagGGNExact", "DiagHessian", "SumGradSquared", "Variance", "BatchL2Grad")
+    ]
+    with backpack.backpack(*wanted):
+        loss(net(data[0]), data[1]).backward()
+
+    def flat(name: str) -> torch.Tensor:
+        return torch.cat([getattr(p, name).reshape(-1) for p in net.parameters()])
+
+    problem, n = Problem(model, LOSS, data), 9
+    torch.testing.assert_close(flat("diag_ggn_exact"), dense(problem, "ggn_diagonal").diagonal())
+    exact = diagonal_part(registry.build("hessian")).lower(problem).to_dense().diagonal()
+    torch.testing.assert_close(flat("diag_h"), exact)
+    torch.testing.assert_close(n * flat("sum_grad_squared"), dense(problem, "covariance_diagonal").diagonal())
+    centred = dense(problem, "centered_covariance_diagonal").diagonal()
+    torch.testing.assert_close(n**2 * flat("variance"), centred)
+    squares = sum(p.batch_l2 for p in net.parameters())
+    torch.testing.assert_close(squares.sqrt(), gradient_norms(problem).to(squares.dtype))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nngeometry(model, data):
+    pytest.importorskip("nngeometry")
+    from nngeometry.gram import GramMatrix
+    from nngeometry.hessian import Hessian
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatDense, PMatDiag, PMatEKFAC, PMatKFAC
+
+    net, X, y = copy.deepcopy(model).float(), data[0].float(), data[1]  # its Fisher makes float32 constants
+    loader = DataLoader(TensorDataset(X, y), batch_size=6)
+    problem = Problem(net, LOSS, [(X[:6], y[:6]), (X[6:], y[6:])])
+
+    def fim(representation: type) -> object:
+        return FIM(model=net, loader=loader, representation=representation)
+
+    def same(theirs: torch.Tensor, ours: torch.Tensor) -> None:
+        torch.testing.assert_close(theirs.detach(), ours, rtol=1e-4, atol=1e-5)
+
+    same(fim(PMatDense).to_torch(), dense(problem, "fisher"))
+    same(fim(PMatDiag).get_diag(), dense(problem, "ggn_diagonal").diagonal())
+    same(fim(PMatKFAC).to_torch(), dense(problem, "kfac"))
+    ekfac = fim(PMatEKFAC)
+    ekfac.update_diag(loader)
+    same(ekfac.to_torch(), dense(problem, "ekfac"))
+    gram = GramMatrix(model=net, loader=loader, function=lambda *d: net(d[0])).to_torch()
+    same(gram.permute(1, 0, 3, 2).reshape(27, 27), dense(problem, "ntk"))
+    f = nn.functional.cross_entropy
+    summed = Hessian(net, loader, PMatDense, function=lambda z, t: f(z, t, reduction="sum")).to_torch()
+    same(summed, 9 * dense(problem, "hessian"))
+    averaged = Hessian(net, loader, PMatDense, function=f).to_torch()
+    same(averaged, sum(dense(Problem(net, LOSS, b), "hessian") for b in problem.data.source))
