@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib
@@ -39,7 +41,9 @@ def run(page: Path, folder: Path) -> dict[str, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    namespace: dict[str, Any] = {"__name__": f"page_{page.stem}"}
+    module = ModuleType(f"page_{page.stem.replace('-', '_')}")  # a real one: classes of a page are pickled by its name
+    namespace = vars(module)
+    sys.modules[module.__name__] = module
     with torch.random.fork_rng(), _inside(folder):
         torch.manual_seed(0)
         for block in blocks(page):
