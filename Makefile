@@ -7,7 +7,7 @@ TESTS ?= -n 2
 # What `make benchmark` is asked for; `make benchmark BENCHMARK=--quick` shows that it runs.
 BENCHMARK ?= --json benchmarks/results/local.json --plots benchmarks/results/local
 
-.PHONY: demo test benchmark lint types doctest contracts check clean
+.PHONY: demo test benchmark docs lint types doctest contracts check clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/curvalg eigs "ggn + 1e-3 * identity" --problem digits --k 10 --plot demo.png
@@ -17,6 +17,12 @@ test: $(VENV)/.test
 
 benchmark: $(VENV)/.benchmark
 	$(RUN) benchmarks $(BENCHMARK)
+
+# Warnings are errors. CURVALG_DOCS_INTERSPHINX=1 links to the documentation of torch, SciPy and NumPy, which takes a network.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(RUN) sphinx -b html -n -W --keep-going -q docs docs/_build/html
+	$(VENV)/bin/python docs/checks/figures.py docs/_build/html
+	$(VENV)/bin/python docs/checks/links.py docs/_build/html
 
 lint: $(VENV)/.test
 	$(RUN) ruff check .
@@ -48,5 +54,9 @@ $(VENV)/.benchmark: $(VENV)/.demo
 	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.demo
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/_generated docs/gallery

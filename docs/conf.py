@@ -45,10 +45,16 @@ if os.environ.get("CURVALG_DOCS_INTERSPHINX"):
     }
 # Foreign names, type variables, and the private aliases that annotations spell out.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|np|scipy|collections|typing|types|os|pathlib|optional|nn|matplotlib|abc|_pytest|pytest|enum|inspect|contextlib)(\..*)?"),
+    (
+        "py:.*",
+        r"(torch|numpy|np|scipy|collections|typing|types|os|pathlib|optional|nn|matplotlib|abc|_pytest|pytest|enum|inspect|contextlib)(\..*)?",
+    ),
     ("py:.*", r"(None|True|False|str|int|float|bool|dict|list|tuple|set|frozenset|type|object|complex|property|bytes)"),
     ("py:.*", r"(Exception|TypeError|ValueError|LookupError|RuntimeError|AssertionError|UserWarning|ABC)"),
-    ("py:.*", r"(Tensor|Any|Callable|Iterator|Iterable|Mapping|Sequence|Collection|Literal|ClassVar|Generic|LinearOperator)"),
+    (
+        "py:.*",
+        r"(Tensor|Any|Callable|Iterator|Iterable|Mapping|Sequence|Collection|Literal|ClassVar|Generic|LinearOperator)",
+    ),
     ("py:.*", r".*\b(F|OutputT|Stats)"),
 ]
 

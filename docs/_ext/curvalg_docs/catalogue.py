@@ -77,7 +77,14 @@ def _tri(value: bool | None) -> str:
 
 
 def _facts(name: str) -> list[str]:
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * - for", "     - symmetric", "     - positive semi-definite"]
+    lines = [
+        ".. list-table::",
+        "   :header-rows: 1",
+        "",
+        "   * - for",
+        "     - symmetric",
+        "     - positive semi-definite",
+    ]
     expr = registry.build(name)
     for label, loss in LOSSES:
         facts: Facts = expr.facts(loss)
@@ -159,16 +166,17 @@ def _plan(name: str) -> list[str]:
 
 def index() -> str:
     """The table of all terms."""
-    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 22 54 24", ""]
+    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 26 60 14", ""]
     lines += ["   * - name", "     - matrix", "     - picture"]
     for name in names():
         summary = registry.spec(name).summary
         lines += [
             f"   * - :ref:`{name} <catalogue-{name}>`",
             f"     - {summary}",
-            f"     - .. image:: {name}.png",
-            f"          :alt: {name}",
+            f"     - .. image:: {name}-small.png",
+            f"          :alt: Entries of {name}",
             f"          :target: {name}.html",
+            "          :width: 90px",
         ]
     return "\n".join([*lines, "", ".. toctree::", "   :hidden:", "", *(f"   {name}" for name in names()), ""])
 
@@ -195,5 +203,7 @@ def write_pages(folder: Path) -> None:
     problem = small_problem()
     for name in names():
         write(folder / f"{name}.rst", page(name))
-        pictures.draw(registry.build(name).lower(problem), folder / f"{name}.png")
+        op = registry.build(name).lower(problem)
+        pictures.draw(op, folder / f"{name}.png")
+        pictures.draw_small(op, folder / f"{name}-small.png")
     write(folder / "index.rst", INTRODUCTION + index())

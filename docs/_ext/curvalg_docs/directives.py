@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import pydoc
+import re
 from typing import TYPE_CHECKING
 
 from docutils import nodes
 from docutils.statemachine import StringList
-from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 from curvalg_docs import plain
@@ -29,11 +30,17 @@ class DocstringDirective(SphinxDirective):
         if found is None:
             raise self.error(f"there is no {name}")
         text = plain.lines((inspect.getdoc(found) or "").splitlines())
-        lines = GoogleDocstring(text, self.config, what="function", name=name).lines()
+        # Outside of a signature, a list of options reads better than fields.
+        config = Config(napoleon_use_param=False, napoleon_use_rtype=False)
+        lines = [
+            re.sub(r"^:raises (\w+):", r"**Raises** :py:exc:`~curvalg.errors.\1`:", line)
+            for line in GoogleDocstring(text, config, what="function", name=name).lines()
+        ]
         parent = nodes.section()
         parent.document = self.state.document
         self.state.nested_parse(StringList(lines, source=name), self.content_offset, parent)
-        return parent.children
+        found_nodes: list[nodes.Node] = parent.children
+        return found_nodes
 
 
 def setup(app: Sphinx) -> None:

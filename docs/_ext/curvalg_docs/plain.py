@@ -14,6 +14,7 @@ _PARTS = re.compile(r"(``.*?``|:[a-z:]+:`[^`]*`|\*\*\w+\*\*|\\.)", re.DOTALL)
 
 def escape(line: str) -> str:
     """A line of prose in which ``*`` and ``|`` stand for themselves."""
+    line = re.sub(r"(?<=: )(\w)\.$", r"\1\\.", line)  # "size: n." is no list that is numbered from n
     parts = _PARTS.split(line)
     return "".join(part if n % 2 else re.sub(r"([*|])", r"\\\1", part) for n, part in enumerate(parts))
 
