@@ -143,8 +143,8 @@ def page(name: str) -> str:
         *_facts(name),
         "",
         *_heading("Cost", "-"),
-        f"Model calls per batch, counted on the small problem: {found.first:.3g} for the first product (with what is tried once and kept), {found.further:.3g} "
-        f"for each further one, {found.without:.3g} for a product with ``cache=0``.",
+        f"Model calls per batch, counted on the small problem: {found.first:.3g} for the first product (with what is tried "
+        f"once and kept), {found.further:.3g} for each further one, {found.without:.3g} for a product with ``cache=0``.",
         "",
         "What a product of it is planned as:",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +27,11 @@ def draw(op: CurvatureOperator, path: Path) -> None:
         figure = Figure(figsize=(7.2, 3.1), layout="constrained")
         heat, spectrum = figure.subplots(1, 2, width_ratios=(1.25, 1))
         image = heat.imshow(matrix.numpy(), cmap="RdBu_r", norm=_norm(matrix), interpolation="nearest", aspect="auto")
-        bar = figure.colorbar(image, ax=heat, fraction=0.05, pad=0.02)
+        decade = 10.0 ** math.floor(math.log10(float(matrix.abs().max())))
+        ticks = [-decade, -decade / 10, -decade / 100, 0, decade / 100, decade / 10, decade]
+        bar = figure.colorbar(image, ax=heat, fraction=0.05, pad=0.02, ticks=ticks)
+        bar.ax.set_yticklabels([f"{tick:.0e}".replace("e-0", "e-") if tick else "0" for tick in ticks])
+        bar.ax.minorticks_off()
         bar.ax.tick_params(labelsize=7)
         for axis, space in ((heat.yaxis, op.expr.codomain), (heat.xaxis, op.expr.domain)):
             edges, names = _groups(op.problem.layout, space)
