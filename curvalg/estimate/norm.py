@@ -41,8 +41,8 @@ def norm(
     """A norm of an operator, which may be rectangular, with its standard error.
 
     - "fro": ‖A‖_F = √tr AᵀA. Exact where structure gives the eigenvalues for no more than ``products`` products, or by unit
-      vectors where there are no more columns. Else by "xnystrace" of AᵀA, each product of which is two here, or "hutchinson",
-      the mean of ‖Aω‖², which is "auto" where the operator has no transpose.
+      vectors where there are no more columns. Else by "xnystrace" of AᵀA (Epperly, Tropp and Webber, 2024), each product of
+      which is two here, or "hutchinson", the mean of ‖Aω‖², which is "auto" where the operator has no transpose.
     - "spectral", or 2: the largest singular value, by :func:`~curvalg.estimate.eigsh` or :func:`~curvalg.estimate.svds`.
     - "nuclear": the trace, of operators that are proved positive semi-definite; the sum of singular values of others is out of
       reach of products alone.

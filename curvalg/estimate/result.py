@@ -41,8 +41,8 @@ class Estimate(Result):
     """A number, or one number for each parameter.
 
     Args:
-        value: the estimate.
-        error: one standard error; 0.0 where the value is exact.
+        value: the estimate, a float or a tensor of shape (D,).
+        error: one standard error, of the same shape; 0.0 where the value is exact.
     """
 
     value: float | Tensor

@@ -15,6 +15,11 @@ class Facts:
 
     ``positive_definite`` implies ``psd`` implies ``symmetric``; what is implied is filled in.
 
+    Args:
+        symmetric: A = Aᵀ.
+        psd: symmetric, and xᵀAx ≥ 0 for all x.
+        positive_definite: symmetric, and xᵀAx > 0 for all x ≠ 0.
+
     >>> Facts(positive_definite=True)
     Facts(symmetric=True, psd=True, positive_definite=True)
     >>> Facts(symmetric=False)

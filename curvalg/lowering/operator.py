@@ -47,6 +47,7 @@ class CurvatureOperator(TorchOperator):
     Attributes:
         expr: the expression as written.
         problem: the problem.
+        preconditioner: for iterative inverses that name none.
         shape: (rows, columns).
         dtype: NumPy dtype of products with arrays of the same dtype.
 

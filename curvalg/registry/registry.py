@@ -75,6 +75,9 @@ class Registry:
     def spec(self, name: str) -> TermSpec:
         """What is known of a term; imports its plugin.
 
+        Args:
+            name: a short name, or ``distribution/name``.
+
         Raises:
             RegistryError: an unknown or ambiguous name, or a plugin that cannot be imported.
 
@@ -85,6 +88,9 @@ class Registry:
 
     def describe(self, name: str) -> str:
         """A term's options, summary and origin, a few lines to read.
+
+        Args:
+            name: a short name, or ``distribution/name``.
 
         Raises:
             RegistryError: an unknown or ambiguous name, or a plugin that cannot be imported.

@@ -43,6 +43,9 @@ def ggn_cross(stored: bool = False) -> Expr:
 
     Args:
         stored: keep the class means and make an explicit low-rank matrix of them.
+
+    Raises:
+        LossError: when lowered on another loss.
     """
     return StoredCross(stored=True) if stored else GGNCross()
 
@@ -56,6 +59,10 @@ def ggn_within(own: Own = "within", stored: bool = False) -> Expr:
         own: where the spread of the gradients of a sample's own class, k = y_i, counts: "within" sums over all k; "same"
             over k ≠ y_i, and ``ggn_same(own="same")`` holds the rest.
         stored: keep the class means (C² · D numbers) instead of a second pass over the data in every product.
+
+    Raises:
+        ExpressionError: an unknown choice of ``own``.
+        LossError: when lowered on another loss.
     """
     _check(own)
     return StoredWithin(own, stored=True) if stored else GGNWithin(own)

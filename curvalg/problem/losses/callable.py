@@ -207,6 +207,10 @@ class NLL(CallableLoss):
     Made by ``resolve_loss``; a callable but for numerators and denominators, which follow class weights and ignored
     labels as those of CrossEntropy do. Constructing it warns that the generalised Gauss-Newton matrix is zero.
 
+    Args:
+        weight: ω of each class, shape (C,), or None for ones.
+        ignore_index: the label of targets that do not count.
+
     Reference: :class:`torch.nn.NLLLoss`.
     """
 
