@@ -65,8 +65,8 @@ def svds(
     """The k largest singular values of an operator, such as ``jacobian``, with their vectors.
 
     By :func:`eigsh` (Golub and Underwood, 1977) of AᵀA or A Aᵀ, whichever is smaller: ‖AᵀA v − s² v‖ ≤ tol · s_max², so that a
-    singular value s has an error of at most tol · s_max² / s, and those below the root of the rounding unit times s_max (3e-4 s_max in float32, 1.5e-8
-    s_max in float64) are noise.
+    singular value s has an error of at most tol · s_max² / s, and those below the root of the rounding unit times s_max (3e-4
+    s_max in float32, 1.5e-8 s_max in float64) are noise.
 
     Args:
         op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator`` or a matrix, of shape (m, n).

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,25 @@ from curvalg import Identity, Problem, diagonal_part, inverse, registry
 from curvalg.estimate import eigsh, gradient_norms
 
 LOSS = nn.CrossEntropyLoss()
+
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = {
+    "curvlinops-for-pytorch": "curvlinops",
+    "hessian-eigenthings": "hessian-eigenthings",
+    "PyHessian": "PyHessian",
+    "nngeometry": "nngeometry",
+    "backpack-for-pytorch": "BackPACK",
+}
+
+
+@pytest.mark.parametrize("package", VERSIONS)
+@pytest.mark.parametrize("page", ["README.md", "docs/howto/migration.md", "docs/conventions.md"])
+def test_versions_named_are_those_that_are_compared(package, page):
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    named = re.findall(rf"(?:{package}|{VERSIONS[package]}) (\d[\w.]*\w)", (ROOT / page).read_text(encoding="utf-8"))
+    assert named
+    assert set(named) == {pins[package]}
 
 
 @pytest.fixture
@@ -103,6 +124,23 @@ def test_curvlinops_inverse_of_kfac(exact, model, uneven, problem):
     torch.testing.assert_close(
         theirs @ torch.eye(problem.size).double(), ours.lower(problem).to_dense(), rtol=1e-8, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("options", [{"weight": torch.tensor([1.0, 2.0, 4.0]).double()}, {"ignore_index": 1}])
+def test_curvlinops_kfac_leaves_weights_out(options):
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(4, 3)).double()
+    X, y = torch.randn(1, 4).double().repeat(3, 1), torch.tensor([0, 1, 2])  # equal inputs: KFAC is exact
+    loss = nn.CrossEntropyLoss(reduction="sum", **options)
+    problem = Problem(layer, loss, (X, y))
+    fisher = curvlinops.FisherType.TYPE2
+    theirs = curvlinops.KFACLinearOperator(
+        layer, loss, list(layer.parameters()), [(X, y)], fisher_type=fisher, separate_weight_and_bias=False
+    )
+    ggn = dense(problem, "ggn")
+    torch.testing.assert_close(dense(problem, "kfac"), ggn)
+    assert (theirs @ torch.eye(problem.size).double() - ggn).norm() > 0.4 * ggn.norm()
 
 
 def test_pyhessian(model, uneven, problem):

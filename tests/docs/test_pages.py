@@ -27,6 +27,12 @@ def test_what_is_shown_is_checked(page):
     assert not code or "assert " in code
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_code_fits_the_page(page):
+    wide = [line for block in pages.blocks(page) for line in block.splitlines() if len(line) > 98]
+    assert not wide
+
+
 def test_a_block_that_fails_is_found_on_its_line(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n```python\nx = 1\nassert x == 2\n```\n", encoding="utf-8")
