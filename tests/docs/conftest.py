@@ -1,18 +1,13 @@
-"""The documentation's own code, as tests import it."""
+"""Fixtures of the tests of the documentation."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-for folder in (ROOT / "docs" / "_ext", ROOT / "docs" / "checks"):
-    sys.path.insert(0, str(folder))
 
 
 @pytest.fixture
 def docs() -> Path:
     """The folder of the documentation."""
-    return ROOT / "docs"
+    return Path(__file__).parents[2] / "docs"

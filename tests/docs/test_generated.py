@@ -189,3 +189,33 @@ def test_prose_of_docstrings_is_no_markup(line, escaped):
 def test_examples_of_docstrings_stay_as_they_are():
     text = ["The |x|.", "", ">>> 2 * 3", "6 * 1", "", "And * again."]
     assert plain.lines(text) == ["The \\|x\\|.", "", ">>> 2 * 3", "6 * 1", "", "And \\* again."]
+
+
+@pytest.mark.parametrize(
+    ("tex", "beside"),
+    [(r"\bar g_{ck}", True), (r"\bar{g}_{ck}", True), (r"\dot z", False), (r"\bar\delta_n", True)],
+)
+def test_formulas_become_mathml_with_subscripts_beside_accents(tex, beside):
+    pytest.importorskip("docutils")
+    from curvalg_docs import mathml
+
+    found = mathml.convert(tex)
+    assert found.startswith("<math")
+    assert "<mover" in found
+    assert ("<msub" in found) == beside
+    assert "munder" not in found
+
+
+def test_formulas_that_are_not_known_raise():
+    pytest.importorskip("docutils")
+    from curvalg_docs import mathml
+
+    with pytest.raises(ValueError, match="nosuchmacro"):
+        mathml.convert(r"\nosuchmacro{x}")
+
+
+def test_blocks_of_formulas_are_displayed():
+    pytest.importorskip("docutils")
+    from curvalg_docs import mathml
+
+    assert 'display="block"' in mathml.convert("a = b", block=True)

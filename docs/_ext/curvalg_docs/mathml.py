@@ -17,14 +17,14 @@ MACROS = {r"\operatorname*": r"\operatorname", r"\lVert": r"\|", r"\rVert": r"\|
 
 
 _ACCENT = re.compile(r"\\(bar|hat|tilde|dot|ddot)\s*(?:\{([^{}]*)\}|(\\?[A-Za-z]+?)(?![A-Za-z])|([A-Za-z]))")
-"""An accent and its letter: closed in braces, or the converter puts a subscript under the accent instead of beside it."""
+"""An accent and its letter: in a group with something empty, or the converter puts a subscript under instead of beside it."""
 
 
 def convert(tex: str, *, block: bool = False) -> str:
     """A formula as MathML; a formula that the converter does not know raises."""
     for macro, known in MACROS.items():
         tex = tex.replace(macro, known)
-    tex = _ACCENT.sub(lambda m: rf"{{\{m[1]}{{{m[2] or m[3] or m[4]}}}}}", tex)
+    tex = _ACCENT.sub(lambda m: rf"{{\{m[1]}{{{m[2] or m[3] or m[4]}}}{{}}}}", tex)
     if block and r"\\" in tex and r"\begin" not in tex:
         tex = rf"\begin{{{pick_math_environment(tex)}}}{tex}\end{{{pick_math_environment(tex)}}}"
     return str(tex2mathml(tex, as_block=block))
