@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvalg import Identity, Problem, diagonal_part, inverse, registry
+from curvalg import Identity, Problem, block_diagonal, diagonal_part, inverse, registry
 from curvalg.estimate import eigsh, gradient_norms
 
 LOSS = nn.CrossEntropyLoss()
@@ -109,6 +109,42 @@ def test_curvlinops_kronecker(operator, fisher, name, options, joint, model, une
     torch.testing.assert_close(op @ torch.eye(problem.size).double(), ours, rtol=1e-8, atol=1e-10)
 
 
+def test_curvlinops_transposed_jacobian(model, uneven, problem):
+    curvlinops = pytest.importorskip("curvlinops")
+    op = curvlinops.TransposedJacobianLinearOperator(model, list(model.parameters()), uneven)
+    torch.testing.assert_close(op @ torch.eye(27).double(), registry.build("jacobian").T.lower(problem).to_dense())
+
+
+class Pooled(nn.Module):
+    """A weight that is shared by positions, whose mean is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).mean(1)
+
+
+def test_curvlinops_reduce():
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    net, X, y = Pooled().double(), torch.randn(7, 5, 4).double(), torch.randint(0, 3, (7,))
+    problem = Problem(net, LOSS, (X, y))
+    theirs = curvlinops.KFACLinearOperator(
+        net,
+        LOSS,
+        list(net.parameters()),
+        [(X, y)],
+        fisher_type=curvlinops.FisherType.TYPE2,
+        kfac_approx=curvlinops.KFACType.REDUCE,
+        separate_weight_and_bias=False,
+    )
+    torch.testing.assert_close(
+        theirs @ torch.eye(problem.size).double(), dense(problem, "kfac", approximation="reduce")
+    )
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_curvlinops_inverse_of_kfac(exact, model, uneven, problem):
     curvlinops = pytest.importorskip("curvlinops")
@@ -201,12 +237,39 @@ def test_backpack(model, data):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_backpack_blocks_and_gradients(model, data):
+    backpack = pytest.importorskip("backpack")
+    from backpack import extensions
+
+    net, loss = backpack.extend(copy.deepcopy(model)), backpack.extend(nn.CrossEntropyLoss())
+    with backpack.backpack(extensions.KFLR(), extensions.BatchGrad(), extensions.GGNMP(), extensions.HMP()):
+        loss(net(data[0]), data[1]).backward()
+    problem = Problem(model, LOSS, data)
+    kfac = dense(problem, "kfac", joint=False)
+    with problem.batches() as batches:
+        gradients = next(iter(batches)).per_sample_gradients()
+    for products, matrix in (("ggnmp", "ggn"), ("hmp", "hessian")):
+        blocks = block_diagonal(registry.build(matrix)).lower(problem)
+        v = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+        ours = blocks @ v
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(getattr(p, products)(v[name][None])[0], ours[name])
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad_batch, gradients[name])
+        block = kfac[problem.layout.slices[name], problem.layout.slices[name]]
+        theirs = p.kflr[0] if len(p.kflr) == 1 else torch.kron(p.kflr[0].contiguous(), p.kflr[1].contiguous())
+        torch.testing.assert_close(theirs, block)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_nngeometry(model, data):
     pytest.importorskip("nngeometry")
     from nngeometry.gram import GramMatrix
     from nngeometry.hessian import Hessian
+    from nngeometry.layercollection import LayerCollection
     from nngeometry.metrics import FIM
-    from nngeometry.object import PMatDense, PMatDiag, PMatEKFAC, PMatKFAC
+    from nngeometry.object import PMatBlockDiag, PMatDense, PMatDiag, PMatEKFAC, PMatImplicit, PMatKFAC, PMatLowRank
+    from nngeometry.object.vector import random_pvector
 
     net, X, y = copy.deepcopy(model).float(), data[0].float(), data[1]  # its Fisher makes float32 constants
     loader = DataLoader(TensorDataset(X, y), batch_size=6)
@@ -224,6 +287,14 @@ def test_nngeometry(model, data):
     ekfac = fim(PMatEKFAC)
     ekfac.update_diag(loader)
     same(ekfac.to_torch(), dense(problem, "ekfac"))
+    same(fim(PMatBlockDiag).to_torch(), block_diagonal(registry.build("fisher"), by="module").lower(problem).to_dense())
+    low_rank = torch.linalg.eigvalsh(fim(PMatLowRank).to_torch().detach())[-18:]
+    same(low_rank, registry.build("fisher").lower(problem).exact("eigh").eigenvalues[-18:].float())
+    v = random_pvector(LayerCollection.from_model(net), dtype=torch.float32)
+    ours = registry.build("fisher").lower(problem)
+    same(fim(PMatImplicit).mv(v).to_torch(), ours @ v.to_torch().detach())
+    damped = inverse(registry.build("fisher") + 0.1 * Identity).lower(problem)
+    same(fim(PMatDense).solve(v, regul=0.1).to_torch(), damped @ v.to_torch().detach())
     gram = GramMatrix(model=net, loader=loader, function=lambda *d: net(d[0])).to_torch()
     same(gram.permute(1, 0, 3, 2).reshape(27, 27), dense(problem, "ntk"))
     f = nn.functional.cross_entropy

@@ -60,7 +60,8 @@ def _entry(module: str, name: str, value: object) -> list[str]:
     if inspect.isclass(value) and issubclass(value, Warning | Exception):
         return [f".. autoexception:: {module}.{name}", "   :show-inheritance:", ""]
     if inspect.isclass(value):
-        return [f".. autoclass:: {module}.{name}", "   :members:", "   :show-inheritance:", ""]
+        bases = [] if value.__bases__ == (object,) else ["   :show-inheritance:"]
+        return [f".. autoclass:: {module}.{name}", "   :members:", *bases, ""]
     if callable(value) and (inspect.isroutine(value)):
         return [f".. autofunction:: {module}.{name}", ""]
     return [f".. autodata:: {module}.{name}", "   :no-value:", ""]
