@@ -154,7 +154,7 @@ assert ranges["two largest eigenvalues"] > 20 * ranges["two random directions"]
 
 axis_names = {
     "two largest eigenvalues": (f"a, λ = {values['first']:.2f}", f"b, λ = {values['second']:.2f}"),
-    "largest and smallest eigenvalue": (f"a, λ = {values['first']:.2f}", f"b, λ = {values['lowest']:.3f}"),
+    "largest and smallest eigenvalue": (f"a, λ = {values['first']:.2f}", f"b, λ = −{-values['lowest']:.3f}"),
     "two random directions": ("a", "b"),
 }
 figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.5), layout="constrained")

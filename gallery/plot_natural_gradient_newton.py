@@ -243,11 +243,11 @@ left.set_title("From the start: natural gradient leads, Newton wins", loc="left"
 for name, values in local.items():
     dashed = "--" if "c =" in name else "-"
     right.plot(values, "o" + dashed, color=colours[name.split(",")[0]], markersize=4, label=name)
-right.set(yscale="log", ylim=(1e-10, 30), xlabel="steps", ylabel="distance to the minimiser")
+right.set(yscale="log", ylim=(1e-11, 30), xlabel="steps", ylabel="distance to the minimiser")
 right.set_title("Near the minimiser", loc="left", color="#0b3c5d", fontsize=11)
 for axes in (left, right):
     axes.grid(color="#e3e5e8")
     axes.spines[["top", "right"]].set_visible(False)
 left.legend(frameon=False, loc="lower left")
-right.legend(frameon=False, loc="lower right")
+right.legend(frameon=False, loc="center right")
 plt.show()
