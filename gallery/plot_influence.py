@@ -74,8 +74,9 @@ def asked(model):
 # %%
 # One solve
 # ---------
-# Two problems with one model: the training data make the Hessian, the asking images a gradient. ``influence`` multiplies the
-# solution with the gradient of every training sample, in one pass and without making these gradients.
+# Two problems with one model: the training data make the Hessian, the asking images a gradient.
+# :func:`~curvalg.estimate.influence` multiplies the solution with the gradient of every training sample, in one pass and
+# without making these gradients.
 
 problem = Problem(model, loss, (X[train], given))
 question = Problem(model, loss, (X[asking], y[asking]))
@@ -142,8 +143,8 @@ assert 0.5 < hoped / gain < 1.5
 assert tested[1] < 0.9 * tested[0]
 
 # %%
-# Left: the sixteen answers against the truth. Right: how many mislabelled images are found, in the order of inspection. Below:
-# the twelve images that the influence finds most harmful, with the label they were given.
+# Left: the sixteen answers against the truth. Right: how many mislabelled images are found, in the order of inspection.
+# Below: the twelve images that the influence finds most harmful, with the label they were given.
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#9aa3ad"
 figure = plt.figure(figsize=(9.5, 6.6), layout="constrained")

@@ -57,8 +57,8 @@ N = problem.num_samples
 # recorded for later.
 #
 # With noise of variance :math:`\sigma^2` the negative log likelihood is the sum of squares over :math:`2 \sigma^2` and a
-# constant. So is its curvature, which is a line of algebra. ``restrict`` makes the matrix of the last layer out of that of
-# the network; in the last layer the outputs are linear, and the GGN is the Hessian.
+# constant. So is its curvature, which is a line of algebra. :func:`~curvalg.restrict` makes the matrix of the last layer out
+# of that of the network; in the last layer the outputs are linear, and the GGN is the Hessian.
 
 ggn = restrict(registry.build("ggn"), "2.*")
 D = ggn.lower(problem).shape[0]
@@ -119,8 +119,8 @@ for prior, noise in ((0.01, 0.3), (1.0, 0.5), (30.0, 1.0)):
 # Choosing prior and noise
 # ------------------------
 # Where the evidence is largest, :math:`\delta \lVert \hat w \rVert^2 = \gamma` and :math:`\sigma^2 = \lVert y - \Phi \hat w
-# \rVert^2 / (N - \gamma)`, with the number of weights that the data determine, :math:`\gamma = \operatorname{tr} G (G + \delta
-# I)^{-1}`, which is ``effective_dimension``. Repeating these two lines finds the place.
+# \rVert^2 / (N - \gamma)`, with the number of weights that the data determine, :math:`\gamma = \operatorname{tr} G (G +
+# \delta I)^{-1}`, which is :func:`~curvalg.estimate.effective_dimension`. Repeating these two lines finds the place.
 
 prior, noise = 1.0, 1.0
 for _ in range(30):

@@ -51,8 +51,8 @@ print(problem, f"loss {problem.value():.3f}")
 # %%
 # Restrictions
 # ------------
-# ``restrict`` takes names or glob patterns, and gives the sub-matrix of the rows and columns that belong to them. Its
-# vectors have the layout of these parameters alone; a dict of tensors goes in, a dict of tensors comes out.
+# :func:`~curvalg.restrict` takes names or glob patterns, and gives the sub-matrix of the rows and columns that belong to
+# them. Its vectors have the layout of these parameters alone; a dict of tensors goes in, a dict of tensors comes out.
 
 ggn, hessian = registry.build("ggn"), registry.build("hessian")
 print(restrict(ggn, "conv1.*"), restrict(ggn, "*.bias"), restrict(ggn, ["last.weight", "hidden.weight"]), sep="\n")
@@ -114,9 +114,9 @@ np.testing.assert_allclose(largest["hessian"][-1], largest["ggn"][-1], rtol=1e-4
 # %%
 # All blocks at once
 # ------------------
-# ``block_diagonal`` keeps the blocks and drops what is between them: by module, by parameter (weights and biases apart), or by
-# groups of names of your own. Its largest eigenvalue is that of the largest block, and its inverse is made of the inverses of
-# the blocks.
+# :func:`~curvalg.block_diagonal` keeps the blocks and drops what is between them: by module, by parameter (weights and biases
+# apart), or by groups of names of your own. Its largest eigenvalue is that of the largest block, and its inverse is made of
+# the inverses of the blocks.
 
 by_module = block_diagonal(ggn, by="module")
 top = float(eigsh(by_module.lower(problem), 1, which="LA").eigenvalues[0])
@@ -132,9 +132,9 @@ torch.testing.assert_close(alone["hidden.weight"], natural["hidden.weight"])
 # %%
 # What is between the layers
 # --------------------------
-# For a positive semi-definite matrix the Frobenius norm of the block between two layers is at most the geometric mean of those
-# of their own blocks. The ratio says how strongly they are coupled. ``layout.slices`` tells where a parameter is in a vector,
-# and so where its rows and columns are.
+# For a positive semi-definite matrix the Frobenius norm of the block between two layers is at most the geometric mean of
+# those of their own blocks. The ratio says how strongly they are coupled. ``layout.slices`` tells where a parameter is in a
+# vector, and so where its rows and columns are.
 
 dense, slices = ggn.lower(problem).to_dense(), problem.layout.slices
 at = {layer: slice(slices[f"{layer}.weight"].start, slices[f"{layer}.bias"].stop) for layer in layers}
@@ -146,8 +146,8 @@ print(f"the blocks of the layers hold {kept:.0%} of the Frobenius norm")
 
 # %%
 # Left and middle: traces and largest eigenvalues, with the number of parameters. The first convolution is the smallest layer
-# and has by far the largest eigenvalue. Right: the coupling of the layers, which is anything but weak between neighbours: this
-# is what a block-diagonal approximation leaves out.
+# and has by far the largest eigenvalue. Right: the coupling of the layers, which is anything but weak between neighbours:
+# this is what a block-diagonal approximation leaves out.
 
 blue, red = "#0b3c5d", "#c8553d"
 for name in ("ggn", "hessian"):
@@ -165,7 +165,8 @@ for axes, numbers, title in ((left, traces, "trace"), (middle, largest, "largest
     axes.spines[["top", "right"]].set_visible(False)
 middle.axhline(whole_top, color="#5b6470", linestyle=":", linewidth=1.5)
 middle.text(len(layers) - 0.6, whole_top, "whole network, GGN", ha="right", va="bottom", fontsize=8, color="#5b6470")
-left.legend(frameon=False)
+left.set_ylim(top=1.15 * max(traces["hessian"]))
+left.legend(frameon=False, ncols=2, loc="upper left")
 left.set_xlabel("layer, parameters")
 middle.set_xlabel("layer, parameters")
 right.imshow(coupling, cmap="Blues", vmin=0, vmax=1)

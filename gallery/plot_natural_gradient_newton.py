@@ -85,8 +85,8 @@ assert lowest < -0.1 * highest
 # %%
 # How well each model predicts
 # ----------------------------
-# Along a step :math:`p`, :math:`f(w + t p) = f(w) + t \, \nabla f^\top p + \tfrac{1}{2} t^2 p^\top (A + \lambda I) p` up to an
-# error. With the Hessian the error is of third order in :math:`t`, and halving :math:`t` divides it by eight. With the
+# Along a step :math:`p`, :math:`f(w + t p) = f(w) + t \, \nabla f^\top p + \tfrac{1}{2} t^2 p^\top (A + \lambda I) p` up to
+# an error. With the Hessian the error is of third order in :math:`t`, and halving :math:`t` divides it by eight. With the
 # Gauss-Newton matrix the residual :math:`H - G` is missing, and what is left is of second order: a division by four.
 
 
@@ -214,7 +214,7 @@ DAMPING = 0.03
 local = {
     "natural gradient, no damping": distances(ggn, 0, near, 6),
     f"natural gradient, c = {DAMPING}": distances(ggn, DAMPING, near, 12),
-    "Newton, no damping": distances(curvatures["Newton"], 0, near, 3),
+    "Newton, no damping": distances(curvatures["Newton"], 0, near, 2),
 }
 undamped, damped, newton = local.values()
 print(f"eigenvalues without damping from {rates(0).min():.2f} to {rates(0).max():.3f}")

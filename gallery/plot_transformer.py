@@ -10,8 +10,8 @@ Python, and the model is trained in a few seconds.
 # %%
 # Text and model
 # --------------
-# The first two thirds of the Zen of Python, in sequences of sixteen characters, each of which has to predict the next one. The
-# transformer has two layers, of PyTorch's own kind.
+# The first two thirds of the Zen of Python, in sequences of sixteen characters, each of which has to predict the next one.
+# The transformer has two layers, of PyTorch's own kind.
 
 import codecs
 import contextlib
@@ -70,9 +70,9 @@ for _ in range(40):
 # %%
 # A problem with sequences
 # ------------------------
-# The outputs have the shape (sequences, positions, characters); ``CrossEntropy(class_axis=-1)`` says where the classes are. The
-# mean is over all characters. ``samples`` says what one sample is: a row of the batch, here a sequence, or a position, here a
-# character.
+# The outputs have the shape (sequences, positions, characters); ``CrossEntropy(class_axis=-1)`` says where the classes are.
+# The mean is over all characters. ``samples`` says what one sample is: a row of the batch, here a sequence, or a position,
+# here a character.
 
 model = model.double().eval()
 problem = Problem(model, CrossEntropy(class_axis=-1), (X, y), samples="position")
@@ -100,8 +100,8 @@ for name, values in spectra.items():
     print(f"covariance {name}: {len(values)} eigenvalues above rounding, trace {sums[name]:.1f}")
 
 # %%
-# Its rank is at most the number of samples. The trace by sequence cannot be larger than that by character (Cauchy-Schwarz), and
-# would be the same if all characters of a sequence pulled the same way. If their gradients were uncorrelated it would be
+# Its rank is at most the number of samples. The trace by sequence cannot be larger than that by character (Cauchy-Schwarz),
+# and would be the same if all characters of a sequence pulled the same way. If their gradients were uncorrelated it would be
 # smaller by a factor of :math:`T`, and that is about what is found: given what the model knows, the next character is news.
 
 assert len(spectra["by sequence"]) <= by_sequence.num_samples
@@ -113,8 +113,8 @@ assert 0.5 < sums["by character"] / sums["by sequence"] / T < 2
 # %%
 # Hessian and GGN
 # ---------------
-# The large eigenvalues of the Hessian follow those of the GGN. What the GGN cannot show is the negative curvature at the other
-# end, which is present but weak.
+# The large eigenvalues of the Hessian follow those of the GGN. What the GGN cannot show is the negative curvature at the
+# other end, which is present but weak.
 
 hessian, ggn = terms["hessian"].lower(problem), terms["ggn"].lower(problem)
 ends = {"hessian": hessian, "ggn": ggn}
@@ -133,8 +133,8 @@ assert near_zero > 0.9
 # %%
 # Where the curvature is
 # ----------------------
-# ``diagonal`` estimates the diagonal of a matrix by products alone. Its sums over groups of parameters are the traces of their
-# blocks; for a block that is small enough to be exact the two agree.
+# :func:`~curvalg.estimate.diagonal` estimates the diagonal of a matrix by products alone. Its sums over groups of parameters
+# are the traces of their blocks; for a block that is small enough to be exact the two agree.
 
 parts = {
     "embeddings": ("token.", "place"),
@@ -173,10 +173,10 @@ assert abs(traces["ggn"]["norms"] / norms - 1) < 0.1
 assert abs(sum(traces["ggn"].values()) / whole.value - 1) < 0.1
 
 # %%
-# The first attention layer holds the most, a third of the trace in an eighth of the parameters; for each of its parameters the
-# norms hold as much. The feed-forward layers, half of the parameters, hold less than their share, and each part of the second
-# layer less than the same part of the first. Hessian and GGN hardly differ in this. In the weights of the head they are the
-# same, since the outputs are linear in them.
+# The first attention layer holds the most, a third of the trace in an eighth of the parameters; for each of its parameters
+# the norms hold as much. The feed-forward layers, half of the parameters, hold less than their share, and each part of the
+# second layer less than the same part of the first. Hessian and GGN hardly differ in this. In the weights of the head they
+# are the same, since the outputs are linear in them.
 
 share = {part: traces["ggn"][part] / whole.value for part in parts}
 assert max(share, key=share.get) == "attention 1"
@@ -193,8 +193,8 @@ w[at] = v[at]
 torch.testing.assert_close((hessian @ w)[at], (ggn @ w)[at])
 
 # %%
-# Left: the density of the Hessian's eigenvalues with the outliers. Middle: the covariance's eigenvalues by either meaning of a
-# sample; by sequence they end with the last of the sequences. Right: the traces, and as dots the share of the parameters.
+# Left: the density of the Hessian's eigenvalues with the outliers. Middle: the covariance's eigenvalues by either meaning of
+# a sample; by sequence they end with the last of the sequences. Right: the traces, and as dots the share of the parameters.
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#9aa3ad"
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.9), layout="constrained", width_ratios=(1, 1, 1.25))

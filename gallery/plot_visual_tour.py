@@ -206,7 +206,8 @@ plt.show()
 # %%
 # One matrix at a time
 # --------------------
-# ``heat_map`` draws a single operator with the names of the parameters, here one that has no name of its own.
+# :func:`~curvalg.estimate.heat_map` draws a single operator with the names of the parameters, here one that has no name of
+# its own.
 
 figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
 mixed = registry.build("hessian") - registry.build("centered_covariance") + 0.01 * Identity
