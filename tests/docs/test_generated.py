@@ -136,7 +136,7 @@ def test_the_diagram_is_drawn_and_does_not_change(tmp_path):
 
 
 def test_benchmarks_say_how_to_get_results_where_there_are_none(tmp_path):
-    assert benchmarks.tables(tmp_path) == benchmarks.MISSING
+    assert benchmarks.tables(tmp_path, tmp_path / "pictures") == benchmarks.MISSING
 
 
 def test_benchmarks_show_every_file_of_results(tmp_path, monkeypatch):
@@ -147,13 +147,20 @@ def test_benchmarks_show_every_file_of_results(tmp_path, monkeypatch):
 
     def run(command, **options):
         asked.append(command)
+        if command[3] == "plot":
+            folder = Path(command[-1])
+            folder.mkdir(parents=True)
+            (folder / "products.png").touch()
         return SimpleNamespace(returncode=0, stdout="| a |\n|---|\n", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
-    shown = benchmarks.tables(tmp_path)
+    shown = benchmarks.tables(tmp_path, tmp_path / "_generated" / "benchmarks")
     assert "## cpu" in shown
     assert "## gpu" in shown
-    assert [command[:4] for command in asked] == [[sys.executable, "-m", "benchmarks", "table"]] * 2
+    commands = [[sys.executable, "-m", "benchmarks", command] for command in ("plot", "table")]
+    assert [command[:4] for command in asked] == commands * 2
+    assert "](_generated/benchmarks/gpu/products.png)" in shown
+    assert "memory.png" not in shown  # nothing of it was measured
 
 
 def test_results_that_cannot_be_read_fail_the_build(tmp_path, monkeypatch):
@@ -161,7 +168,7 @@ def test_results_that_cannot_be_read_fail_the_build(tmp_path, monkeypatch):
     (tmp_path / "results" / "cpu.json").write_text("{", encoding="utf-8")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="no"))
     with pytest.raises(RuntimeError, match=r"cpu\.json"):
-        benchmarks.tables(tmp_path)
+        benchmarks.tables(tmp_path, tmp_path / "pictures")
 
 
 def test_every_example_of_the_gallery_is_staged_and_nothing_else(tmp_path, docs):

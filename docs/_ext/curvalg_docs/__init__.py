@@ -21,7 +21,7 @@ def generate(docs: Path) -> None:
     include = docs / "_generated" / "include"
     write(include / "laws.md", laws.law_book())
     write(include / "strategies.md", strategies.strategy_table())
-    write(include / "benchmarks.md", benchmarks.tables(docs.parent / "benchmarks"))
+    write(include / "benchmarks.md", benchmarks.tables(docs.parent / "benchmarks", docs / "_generated" / "benchmarks"))
     diagram.draw(docs / "_generated" / "concepts.svg")
     catalogue.write_pages(docs / "_generated" / "catalogue")
     api.write_pages(docs / "_generated" / "api")

@@ -1,4 +1,4 @@
-"""The tables of benchmark results, where there are results."""
+"""The tables and pictures of benchmark results, where there are results."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ def results(folder: Path) -> list[Path]:
     return sorted((folder / "results").glob("*.json"))
 
 
-def tables(folder: Path) -> str:
-    """Every table of every file of results, as Markdown; how to get some where there are none.
+CAPTIONS = {
+    "products": "Products with one vector, in multiples of one gradient",
+    "columns": "Products with several vectors, in multiples of one gradient a column",
+    "memory": "Peak memory of a first product, in multiples of that of a gradient",
+}
+
+
+def tables(folder: Path, pictures: Path) -> str:
+    """Every picture and table of every file of results, as Markdown; how to get some where there are none.
 
     Args:
         folder: the folder ``benchmarks`` of the checkout.
+        pictures: where pictures are drawn, in a folder for each file; the page refers to them from two folders above.
 
     Raises:
         RuntimeError: the suite cannot read a file of results.
@@ -29,18 +37,34 @@ def tables(folder: Path) -> str:
     found = results(folder)
     if not found:
         return MISSING
-    return "\n\n".join(f"## {path.stem}\n\n{_table(path, folder)}" for path in found)
+    parts = [
+        f"## {path.stem}\n\n{_pictures(path, folder, pictures / path.stem)}\n\n{_table(path, folder)}" for path in found
+    ]
+    return "\n\n".join(parts)
 
 
-def _table(path: Path, folder: Path) -> str:
+def _suite(folder: Path, command: str, path: Path, *options: str) -> str:
+    """What the suite prints when it is asked about a file of results."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "table", str(path), "--all"],
+        [sys.executable, "-m", "benchmarks", command, str(path), *options],
         cwd=folder.parent,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"python -m benchmarks table {path.name} failed:\n{done.stderr}")
+        raise RuntimeError(f"python -m benchmarks {command} {path.name} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def _pictures(path: Path, folder: Path, to: Path) -> str:
+    _suite(folder, "plot", path, "--to", str(to))
+    place = "/".join(to.parts[-3:])
+    drawn = [(name, caption) for name, caption in CAPTIONS.items() if (to / f"{name}.png").exists()]
+    return "\n\n".join(f"![{caption}]({place}/{name}.png)\n\n*{caption}.*" for name, caption in drawn)
+
+
+def _table(path: Path, folder: Path) -> str:
+    printed = _suite(folder, "table", path, "--all")
     # The suite's own headings become those below this file's.
-    return "\n".join(f"#{line}" if line.startswith("##") else line for line in done.stdout.splitlines())
+    return "\n".join(f"#{line}" if line.startswith("##") else line for line in printed.splitlines())
