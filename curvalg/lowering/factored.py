@@ -77,7 +77,7 @@ class FactoredPlan(Plan):
         problem, ways, wide = self.problem, self.ways(snapshot), x.shape[1] > 1
         ways.count(problem, x.shape[1])
         if ways.declined and self.factor(snapshot).refused not in (None, problem.budget.limit):
-            ways.forget()
+            ways.forget(problem)
         way = ways.chosen(wide)
         if way is None:
             if not ways.due(problem, wide):

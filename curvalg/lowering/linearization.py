@@ -251,8 +251,8 @@ class Linearization:
     def _measure_route(self, evaluation: Evaluation) -> None:
         """J v by two backward passes through the recorded graph, or by forward AD with a forward pass of its own."""
         problem, choice = evaluation.problem, self._named["tangents"]
-        if choice in problem.recalled:
-            self.route = problem.choices[choice] = problem.recalled[choice]
+        if (known := problem.known(choice)) is not None:
+            self.route = problem.choices[choice] = known
             self.notes["tangents"] = f"tangents by {self.route}, as chosen before"
             return
         rows = torch.ones(
@@ -274,8 +274,8 @@ class Linearization:
             return
         self._tried = True
         choice = self._named["program"]
-        recalled = problem.recalled.get(choice)
-        if recalled is False:
+        known = problem.known(choice)
+        if known is False:
             self.notes["program"] = "no linearised program, as chosen before"
             problem.choices[choice] = False
             return
@@ -288,7 +288,7 @@ class Linearization:
             try:
                 new = Linearized(evaluation, True, problem.compiler)
                 reason = decline_linearized(new, old, rows)
-                if reason is None and not replaced and not recalled:
+                if reason is None and not replaced and not known:
                     before = fastest(lambda o=old: o.tangent(rows, 1))  # type: ignore[misc]
                     after = fastest(lambda n=new: n.tangent(rows, 1))  # type: ignore[misc]
                     reason = (
@@ -319,8 +319,8 @@ class Linearization:
         width = max(w for w in WIDTHS if w <= rows.shape[0])
         if width not in self._chunks:
             choice = f"{self._named['columns']}, from {width}"
-            if choice in problem.recalled:
-                self._chunks[width] = int(problem.recalled[choice])
+            if (known := problem.known(choice)) is not None:
+                self._chunks[width] = int(known)
                 self.notes[f"columns {width}"] = (
                     f"from {width} columns on {self._chunks[width]} at a time, as chosen before"
                 )

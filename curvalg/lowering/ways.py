@@ -44,8 +44,10 @@ class Ways:
         """The way that is taken for one column (False) or several (True); None before it was measured."""
         return self._chosen.get(wide)
 
-    def forget(self) -> None:
+    def forget(self, problem: Problem) -> None:
         """Measure again: what made a way impossible has changed."""
+        for name in self._names.values():
+            problem.choices.pop(name, None)
         self._chosen.clear()
         self.declined.clear()
 
@@ -71,7 +73,7 @@ class Ways:
         """
         wide = x.shape[1] > 1
         name, first = self._names[wide], next(iter(ways))
-        known: str | None = problem.recalled.get(name)
+        known: str | None = problem.known(name)
         if known is not None and known in ways:
             self._chosen[wide] = known
             self.notes[wide] = f"{_WIDTHS[wide]}: {known}, as chosen before"

@@ -481,6 +481,10 @@ class Problem:
             self._restrictions[key] = twin
         return self._restrictions[key]
 
+    def known(self, choice: str) -> Any:
+        """What was chosen in an earlier run, or at an earlier state of the model; None if nothing was."""
+        return self.recalled.get(choice, self.choices.get(choice))
+
     def choice(self, topic: str, subject: object) -> str:
         """The name of a choice about something on these parameters."""
         names = hashlib.sha256("\n".join(self.layout.names).encode()).hexdigest()[:12]

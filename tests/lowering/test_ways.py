@@ -245,3 +245,27 @@ def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatc
     assert "do not fit the budget" in many.explain()
     with pytest.raises(ProblemError, match="factored is one of"):
         problem_of("mlp", factored="yes")
+
+
+def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, monkeypatch):
+    """A training step changes the matrix, not what is fast."""
+    monkeypatch.setattr("curvalg.lowering.linearization.AMORTISED", 4)
+    problem = problem_of("mlp")
+    ops = [registry.build(name).lower(problem) for name in ("ggn", "hessian")]
+    for op in ops:
+        for width in (1, 3, 1):
+            op @ vectors(problem.size, width)
+    with torch.no_grad():
+        next(iter(problem.model.chosen.values())).mul_(1.1)
+    fresh = problem_of("mlp", cache=0, columns="loop")
+    for p, q in zip(problem.model.chosen.values(), fresh.model.chosen.values(), strict=True):
+        q.data.copy_(p)
+    expected = [op.expr.lower(fresh) @ vectors(problem.size, 3) for op in ops]
+    monkeypatch.setattr(ways, "race", lambda *runs: pytest.fail("measured again"))
+    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: pytest.fail("measured again"))
+    for op, product in zip(ops, expected, strict=True):
+        op.refresh()
+        for _ in range(4):
+            close(op @ vectors(problem.size, 3), product)
+            close(op @ vectors(problem.size, 3)[:, 0], product[:, 0])
+    assert "as chosen before" in ops[0].explain()
