@@ -29,7 +29,7 @@ class Memory(Case):
     name = "memory"
     says = "peak memory of a first product in a fresh process, net of libraries, model and data"
     models = ("GPT 64", "vocabulary")
-    always = ("GPT 64",)
+    always = ("GPT 64", "vocabulary")
 
     def tasks(self, models: Sequence[str], effort: Effort) -> Iterator[Task]:
         for model in models:
