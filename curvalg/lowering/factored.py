@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from curvalg.expr.term import Term
@@ -14,6 +15,8 @@ from curvalg.problem import Problem, Snapshot
 
 MOST_COLUMNS = 64
 """The most columns of a factor, for each row of the data, that a factored product is taken with."""
+AT_A_TIME = 8
+"""Columns of an operand that are taken together from layers: mixed deltas of many more no longer fit the caches."""
 MEASURED = 8
 """The most columns of an operand that ways are measured on."""
 
@@ -114,8 +117,13 @@ class FactoredPlan(Plan):
         factor.prepare(self.problem, snapshot)
         if not factor.complete:
             raise Impossible("layer inputs and deltas do not fit the budget")
-        pushed = self._weigh(factor, factor.push_groups(layout, self.groups, x))
-        return self._shifted(factor.pull_groups(layout, self.groups, pushed), x)
+
+        def product(part: Tensor) -> Tensor:
+            pushed = self._weigh(factor, factor.push_groups(layout, self.groups, part))
+            return self._shifted(factor.pull_groups(layout, self.groups, pushed), part)
+
+        parts = [product(part) for part in x.split(AT_A_TIME, 1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _require_few(self) -> None:
         if (columns := sum(map(self.problem.factor_columns, self.terms))) > MOST_COLUMNS:
