@@ -155,6 +155,8 @@ class FactoredPlan(Plan):
         factor = self.factor(snapshot)
         if len(self.groups) > 1:
             raise Impossible("it is for the whole matrix, not for blocks")
+        if self.problem.accumulate is not None:  # one kernel sums over all batches
+            raise Impossible(f"sums over batches are asked for in {self.problem.accumulate}")
         self._require_few()
         matrix = factor.matrix(self.problem, snapshot)
         if matrix is None:

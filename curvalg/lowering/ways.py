@@ -63,7 +63,8 @@ class Ways:
     def choose(self, problem: Problem, ways: Mapping[str, Way], x: Tensor, *, insist: bool = False) -> str:
         """Measure all ways on these columns and remember the fastest.
 
-        The first way is the reference: one whose product differs from it is not taken.
+        The first way is the reference: one whose product differs from it is not taken. What was chosen in an earlier run, or
+        at an earlier state of the model, is not measured again, but compared.
 
         Args:
             problem: keeps what was chosen.
@@ -74,7 +75,7 @@ class Ways:
         wide = x.shape[1] > 1
         name, first = self._names[wide], next(iter(ways))
         known: str | None = problem.known(name)
-        if known is not None and known in ways:
+        if known is not None and known in ways and (known == first or self._possible(known, ways, x)):
             self._chosen[wide] = known
             self.notes[wide] = f"{_WIDTHS[wide]}: {known}, as chosen before"
         else:

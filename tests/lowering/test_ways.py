@@ -269,3 +269,20 @@ def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, m
             close(op @ vectors(problem.size, 3), product)
             close(op @ vectors(problem.size, 3)[:, 0], product[:, 0])
     assert "as chosen before" in ops[0].explain()
+
+
+def test_a_way_that_was_chosen_before_is_compared_at_another_state_too(
+    problem_of, dense_of, vectors, monkeypatch, take_way
+):
+    take_way("factored")
+    dense, problem = dense_of("mlp"), problem_of("mlp")
+    op = registry.build("ggn").lower(problem)
+    V = vectors(dense.D)
+    close(op @ V, dense.ggn @ V)
+    right = factored.FactoredPlan._factored
+    monkeypatch.setattr(
+        factored.FactoredPlan, "_factored", lambda self, snapshot, x: right(self, snapshot, x) * (1 + 1e-6)
+    )
+    op.close()  # what is kept is made again, as at another state
+    close(op @ V, dense.ggn @ V)
+    assert "not factored: its product differs from the ordinary one" in op.explain()

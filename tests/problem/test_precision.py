@@ -51,6 +51,20 @@ def test_float64_sums_give_float32_results(term, cache):
     assert (got - expected).norm() <= 2e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("term", ["ggn", "covariance"])
+def test_no_way_of_a_product_forgets_the_dtype_of_sums(term, take_way):
+    """Thousands of batches that nearly cancel; V multiplied out would be summed by one kernel, in its own dtype."""
+    X, y = torch.randn(1, 6).expand(2000, 6), torch.tensor([0, 1] * 1000)
+    batches = [(X[i : i + 1], y[i : i + 1]) for i in range(2000)]
+    v = torch.randn(Problem(net(), CE, batches).size)
+    whole = registry.build(term).lower(Problem(net().double(), CE, (X.double(), y), cache=0)) @ v.double()
+    op = registry.build(term).lower(Problem(net(), CE, batches, accumulate=torch.float64, factored=True))
+    got = op @ v
+    assert "factored" in op.explain()
+    assert "not multiplied out: sums over batches are asked for in torch.float64" in op.explain()
+    assert (got - whole).norm() <= 1e-6 * whole.norm()
+
+
 def test_float64_sums_are_nearer():
     """Many batches of one row, most of which cancel: the rounding of every addition counts."""
     X, y = torch.randn(1, 6).expand(4000, 6), torch.tensor([0, 1] * 2000)
