@@ -204,7 +204,6 @@ def test_examples_of_docstrings_stay_as_they_are():
     [(r"\bar g_{ck}", True), (r"\bar{g}_{ck}", True), (r"\dot z", False), (r"\bar\delta_n", True)],
 )
 def test_formulas_become_mathml_with_subscripts_beside_accents(tex, beside):
-    pytest.importorskip("docutils")
     from curvalg_docs import mathml
 
     found = mathml.convert(tex)
@@ -215,7 +214,6 @@ def test_formulas_become_mathml_with_subscripts_beside_accents(tex, beside):
 
 
 def test_formulas_that_are_not_known_raise():
-    pytest.importorskip("docutils")
     from curvalg_docs import mathml
 
     with pytest.raises(ValueError, match="nosuchmacro"):
@@ -223,7 +221,6 @@ def test_formulas_that_are_not_known_raise():
 
 
 def test_blocks_of_formulas_are_displayed():
-    pytest.importorskip("docutils")
     from curvalg_docs import mathml
 
     assert 'display="block"' in mathml.convert("a = b", block=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -78,7 +79,7 @@ def columns(op, size: int) -> torch.Tensor:
     ],
 )
 def test_curvlinops_products(theirs, ours, model, uneven, problem):
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = importlib.import_module("curvlinops")
     given = () if ours == "jacobian" else (LOSS,)
     op = getattr(curvlinops, theirs)(model, *given, list(model.parameters()), uneven)
     torch.testing.assert_close(op @ torch.eye(problem.size).double(), dense(problem, ours))
@@ -96,7 +97,7 @@ def test_curvlinops_products(theirs, ours, model, uneven, problem):
     ],
 )
 def test_curvlinops_kronecker(operator, fisher, name, options, joint, model, uneven, problem):
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = importlib.import_module("curvlinops")
     op = getattr(curvlinops, operator)(
         model,
         LOSS,
@@ -110,7 +111,7 @@ def test_curvlinops_kronecker(operator, fisher, name, options, joint, model, une
 
 
 def test_curvlinops_transposed_jacobian(model, uneven, problem):
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = importlib.import_module("curvlinops")
     op = curvlinops.TransposedJacobianLinearOperator(model, list(model.parameters()), uneven)
     torch.testing.assert_close(op @ torch.eye(27).double(), registry.build("jacobian").T.lower(problem).to_dense())
 
@@ -127,7 +128,7 @@ class Pooled(nn.Module):
 
 
 def test_curvlinops_reduce():
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = importlib.import_module("curvlinops")
     torch.manual_seed(0)
     net, X, y = Pooled().double(), torch.randn(7, 5, 4).double(), torch.randint(0, 3, (7,))
     problem = Problem(net, LOSS, (X, y))
@@ -147,7 +148,7 @@ def test_curvlinops_reduce():
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_curvlinops_inverse_of_kfac(exact, model, uneven, problem):
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = importlib.import_module("curvlinops")
     fisher = curvlinops.FisherType.TYPE2
     kfac = curvlinops.KFACLinearOperator(
         model, LOSS, list(model.parameters()), uneven, fisher_type=fisher, separate_weight_and_bias=False
@@ -164,7 +165,7 @@ def test_curvlinops_inverse_of_kfac(exact, model, uneven, problem):
 
 @pytest.mark.parametrize("options", [{"weight": torch.tensor([1.0, 2.0, 4.0]).double()}, {"ignore_index": 1}])
 def test_curvlinops_kfac_leaves_weights_out(options):
-    curvlinops = pytest.importorskip("curvlinops")
+    curvlinops = importlib.import_module("curvlinops")
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4, 3)).double()
     X, y = torch.randn(1, 4).double().repeat(3, 1), torch.tensor([0, 1, 2])  # equal inputs: KFAC is exact
@@ -180,7 +181,7 @@ def test_curvlinops_kfac_leaves_weights_out(options):
 
 
 def test_pyhessian(model, uneven, problem):
-    pyhessian = pytest.importorskip("pyhessian")
+    pyhessian = importlib.import_module("pyhessian")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         h = pyhessian.hessian(copy.deepcopy(model), LOSS, dataloader=uneven, cuda=False)
@@ -195,7 +196,7 @@ def test_pyhessian(model, uneven, problem):
 
 
 def test_hessian_eigenthings_averages_batches(model, uneven, problem):
-    theirs = pytest.importorskip("hessian_eigenthings")
+    theirs = importlib.import_module("hessian_eigenthings")
     f = nn.functional.cross_entropy
     operators = {
         "hessian": theirs.HessianOperator(model, uneven, theirs.supervised_loss(f)),
@@ -211,7 +212,7 @@ def test_hessian_eigenthings_averages_batches(model, uneven, problem):
 
 @pytest.mark.filterwarnings("ignore")
 def test_backpack(model, data):
-    backpack = pytest.importorskip("backpack")
+    backpack = importlib.import_module("backpack")
     from backpack import extensions
 
     net, loss = backpack.extend(copy.deepcopy(model)), backpack.extend(nn.CrossEntropyLoss())
@@ -238,7 +239,7 @@ def test_backpack(model, data):
 
 @pytest.mark.filterwarnings("ignore")
 def test_backpack_blocks_and_gradients(model, data):
-    backpack = pytest.importorskip("backpack")
+    backpack = importlib.import_module("backpack")
     from backpack import extensions
 
     net, loss = backpack.extend(copy.deepcopy(model)), backpack.extend(nn.CrossEntropyLoss())
@@ -263,7 +264,7 @@ def test_backpack_blocks_and_gradients(model, data):
 
 @pytest.mark.filterwarnings("ignore")
 def test_nngeometry(model, data):
-    pytest.importorskip("nngeometry")
+    importlib.import_module("nngeometry")
     from nngeometry.gram import GramMatrix
     from nngeometry.hessian import Hessian
     from nngeometry.layercollection import LayerCollection
