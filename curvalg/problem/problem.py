@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,9 +25,7 @@ from curvalg.problem.budget import FRACTION, Budget
 from curvalg.problem.data import Data, Sample
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.find_head import is_made_in_chunks
-from curvalg.problem.losses import CallableLoss, Loss, LossPoint, infer_reduction, resolve_loss
-from curvalg.problem.losses.additive import check_additive, check_additive_pair
-from curvalg.problem.losses.base import Reduction
+from curvalg.problem.losses import CallableLoss, Loss, LossPoint, resolve_loss
 from curvalg.problem.memory import free_memory
 from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
 from curvalg.problem.parameters import Layout
@@ -37,26 +33,7 @@ from curvalg.problem.precision import accumulating, casting, compiler
 from curvalg.problem.randomness import DrawGuard, Randomness
 from curvalg.problem.snapshot import Slot, Snapshot
 from curvalg.problem.sums import BatchSum
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one pass over the data counts, before anything else is computed.
-
-    Args:
-        rows: number of rows, M of the data.
-        count: N, the samples whose share is not identically zero.
-        scale: s, N for a mean loss, 1 for a sum.
-        denominator: what the loss of the whole data set divides by.
-        loss: the loss with its reduction known.
-    """
-
-    rows: int
-    count: int
-    scale: float
-    denominator: float
-    loss: Loss | None
-
+from curvalg.problem.totals import Totals, count
 
 WORKSPACE = 2 * 2**30
 """Bytes that a matrix of few directions may take where nothing is to be kept between products."""
@@ -261,50 +238,9 @@ class Problem:
         """Counts and denominators of the whole data set; the first use reads the data once, without the model (with it
         where the loss is a callable, which is tried on every batch)."""
         if self._totals is None:
-            self._totals = self._count()
+            self._totals = count(self)
             self.loss = self._totals.loss
         return self._totals
-
-    def _count(self) -> Totals:
-        loss, rows, count, denominator = self.loss, 0, 0, 0.0
-        before: list[Any] = []
-        for sample in tqdm(self.data.read(self.device), "counting", disable=not self.progress):
-            if type(loss) is CallableLoss:  # subclasses know their denominators
-                loss = self._judge(loss, sample, before)
-            rows += sample.rows
-            if loss is None:
-                count += sample.rows
-                continue
-            used = loss.weights(sample.target) != 0
-            per_row = used.reshape(used.shape[0], -1).any(1) if self.samples == "item" else used
-            count += int(per_row.sum())
-            denominator += float(loss.denominator(sample.target))
-        mean = loss is not None and loss.reduction == "mean"
-        if mean and not denominator:
-            raise ProblemError("every target is ignored or has weight 0, so the mean loss has nothing to divide by")
-        return Totals(rows, count, float(count) if mean else 1.0, denominator if mean else 1.0, loss)
-
-    def _judge(self, loss: CallableLoss, sample: Sample, before: list[Any]) -> CallableLoss:
-        """A callable with its reduction known, after trying whether it adds up within this batch and with the one before.
-
-        Raises:
-            LossError: it does not, so that no denominator would be right.
-        """
-        evaluation = Evaluation(self, self.snapshot(), sample)
-        with self.differentiating(), torch.no_grad(), recording(self.device, self.model):
-            z, form = evaluation.run(evaluation.values())
-            now = [form.split(z), sample.target]
-
-            def judge() -> Reduction:
-                reduction = cast("Reduction | None", loss.reduction) or infer_reduction(loss.fn, *now)
-                check_additive(loss.fn, reduction, *now)
-                if before:
-                    check_additive_pair(loss.fn, reduction, *before, *now)
-                return reduction
-
-            reduction = self.draws.run(judge, sample.index)
-        before[:] = now
-        return dataclasses.replace(loss, reduction=reduction)
 
     # -- state ----------------------------------------------------------------------------------------------------------
 

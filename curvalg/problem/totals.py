@@ -1,0 +1,89 @@
+"""What one pass over the data counts, before anything else is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm.auto import tqdm
+
+from curvalg.errors import ProblemError
+from curvalg.problem.data import Sample
+from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.losses import CallableLoss, Loss, infer_reduction
+from curvalg.problem.losses.additive import check_additive, check_additive_pair
+from curvalg.problem.losses.base import Reduction
+from curvalg.problem.model import recording
+
+if TYPE_CHECKING:
+    from curvalg.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts and denominators of a whole data set.
+
+    Args:
+        rows: number of rows, M of the data.
+        count: N, the samples whose share is not identically zero.
+        scale: s, N for a mean loss, 1 for a sum.
+        denominator: what the loss of the whole data set divides by.
+        loss: the loss with its reduction known.
+    """
+
+    rows: int
+    count: int
+    scale: float
+    denominator: float
+    loss: Loss | None
+
+
+def count(problem: Problem) -> Totals:
+    """One pass over the data, without the model; with it where the loss is a callable, which is tried on every batch.
+
+    Raises:
+        ProblemError: every target is ignored.
+        LossError: a callable does not add up over samples.
+    """
+    loss, rows, samples, denominator = problem.loss, 0, 0, 0.0
+    before: list[Any] = []
+    for sample in tqdm(problem.data.read(problem.device), "counting", disable=not problem.progress):
+        if type(loss) is CallableLoss:  # subclasses know their denominators
+            loss = _judge(problem, loss, sample, before)
+        rows += sample.rows
+        if loss is None:
+            samples += sample.rows
+            continue
+        used = loss.weights(sample.target) != 0
+        per_row = used.reshape(used.shape[0], -1).any(1) if problem.samples == "item" else used
+        samples += int(per_row.sum())
+        denominator += float(loss.denominator(sample.target))
+    mean = loss is not None and loss.reduction == "mean"
+    if mean and not denominator:
+        raise ProblemError("every target is ignored or has weight 0, so the mean loss has nothing to divide by")
+    return Totals(rows, samples, float(samples) if mean else 1.0, denominator if mean else 1.0, loss)
+
+
+def _judge(problem: Problem, loss: CallableLoss, sample: Sample, before: list[Any]) -> CallableLoss:
+    """A callable with its reduction known, after trying whether it adds up within this batch and with the one before.
+
+    Raises:
+        LossError: it does not, so that no denominator would be right.
+    """
+    evaluation = Evaluation(problem, problem.snapshot(), sample)
+    with problem.differentiating(), torch.no_grad(), recording(problem.device, problem.model):
+        z, form = evaluation.run(evaluation.values())
+        now = [form.split(z), sample.target]
+
+        def judge() -> Reduction:
+            reduction = cast("Reduction | None", loss.reduction) or infer_reduction(loss.fn, *now)
+            check_additive(loss.fn, reduction, *now)
+            if before:
+                check_additive_pair(loss.fn, reduction, *before, *now)
+            return reduction
+
+        reduction = problem.draws.run(judge, sample.index)
+    before[:] = now
+    return dataclasses.replace(loss, reduction=reduction)
