@@ -16,11 +16,15 @@ from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.columns import chunked, mapped
 from curvalg.lowering.headed import Headed, record_headed
-from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph_bytes
+from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
 from curvalg.lowering.timing import LONG, fastest
 from curvalg.problem import Evaluation, Problem, Snapshot
+from curvalg.problem.data import OrderError
+from curvalg.problem.evaluation import FORWARD_AD
+from curvalg.problem.oaths import must_swear, swear_curvature, swear_symmetric
+from curvalg.problem.reverse import twice_backward
 
 Recording: TypeAlias = SinglePass | Staged | Headed
 MOST_COLUMNS = 64
@@ -60,6 +64,7 @@ class Linearization:
         self._named = {topic: problem.choice(topic, sweep) for topic in ("products", "tangents", "program", "columns")}
         self.products = int(problem.recalled.get(self._named["products"], 0))
         self._measured = self._tried = False
+        self._composite = problem.model.composite
         self._single_pass = sweep.curved and not sweep.dataset_terms
 
     def drop(self) -> None:
@@ -87,6 +92,14 @@ class Linearization:
                 self.prepare(problem, snapshot)
             self._try_linearized(problem, snapshot, rows[:1])
         try:
+            return self._product(problem, snapshot, rows)
+        except OrderError:
+            if not self.batches or self.complete:
+                raise
+            # What is kept of some batches is of no use where the next pass gives others.
+            self.drop()
+            self.keeping = False
+            self.notes["budget"] = "no batch kept: the loader gives the samples in another order each time"
             return self._product(problem, snapshot, rows)
         except CurvalgError:
             self._forget(problem)
@@ -216,6 +229,24 @@ class Linearization:
         self.complete = self.keeping
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
+        recorded = self._recorded(evaluation, columns)
+        if self.sweep.curved and not isinstance(recorded, Headed):
+            swear_curvature(evaluation)
+            if evaluation.problem.model.composite and not self._composite:  # it was recorded with wrong derivatives
+                self._composite = True
+                recorded = self._recorded(evaluation, columns)
+            if isinstance(recorded, SinglePass) and self.sweep.symmetric(evaluation.problem.facts):
+                self._swear_symmetric(evaluation, recorded)
+        return recorded
+
+    def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
+        keep, recorded.keep = recorded.keep, True
+        try:
+            swear_symmetric(lambda rows: recorded.multiply(rows, 1), evaluation, self.sweep)
+        finally:
+            recorded.keep = keep
+
+    def _recorded(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping
         if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
             return headed
@@ -227,7 +258,7 @@ class Linearization:
             return Transient(evaluation)
         if not self._measured:
             self._measured = True
-            self._measure_route(evaluation)
+            return self._measure_route(evaluation)
         if self.route == ForwardAD.ROUTE:
             return ForwardAD(evaluation, keep)
         return TwoStage(evaluation, None, keep)
@@ -248,29 +279,56 @@ class Linearization:
 
     # -- choices ----------------------------------------------------------------------------------------------------------
 
-    def _measure_route(self, evaluation: Evaluation) -> None:
-        """J v by two backward passes through the recorded graph, or by forward AD with a forward pass of its own."""
-        problem, choice = evaluation.problem, self._named["tangents"]
-        if (known := problem.known(choice)) is not None:
-            self.route = problem.choices[choice] = known
-            self.notes["tangents"] = f"tangents by {self.route}, as chosen before"
-            return
-        rows = torch.ones(
-            1, evaluation.problem.layout.size, dtype=evaluation.problem.dtype, device=evaluation.problem.device
-        )
-        seconds: dict[str, float] = {}
-        for make in (lambda: TwoStage(evaluation, None, True), lambda: ForwardAD(evaluation, True)):
-            recorded = make()
-            seconds[recorded.ROUTE] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
-        if evaluation.problem.no_forward_ad is None and seconds[ForwardAD.ROUTE] < 0.9 * seconds[TwoStage.ROUTE]:
-            self.route = ForwardAD.ROUTE
-        problem.choices[choice] = self.route
+    def _measure_route(self, evaluation: Evaluation) -> Recording:
+        """J v by two backward passes through the recorded graph, by forward AD with a forward pass of its own, or by rows."""
+        problem, choice, keep = evaluation.problem, self._named["tangents"], self.keeping
+        known = problem.known(choice)
+        found = graph(evaluation)
+        z, leaves, _ = found
+        twice = twice_backward(evaluation, z, leaves) is not None
+        forward = problem.no_forward_ad is None and not (twice and known == TwoStage.ROUTE)
+        if forward and must_swear(evaluation, FORWARD_AD):
+            problem.no_forward_ad = evaluation.wrong_forward_ad(z, leaves, retain=True)
+            forward = problem.no_forward_ad is None
+        possible: dict[str, Staged] = {}
+        if forward:
+            possible[ForwardAD.ROUTE] = ForwardAD(evaluation, keep, found)
+        if twice or not possible:
+            two = TwoStage(evaluation, None, keep, found)
+            possible[two.route.NAME] = two
+        self.route = self._choose_route(problem, possible, choice)
+        return possible[self.route]
+
+    def _choose_route(self, problem: Problem, possible: dict[str, Staged], choice: str) -> str:
+        if (known := problem.known(choice)) in possible:
+            problem.choices[choice] = known
+            self.notes["tangents"] = f"tangents by {known}, as chosen before"
+            return str(known)
+        rows = torch.ones(1, problem.layout.size, dtype=problem.dtype, device=problem.device)
+        seconds = {}
+        if len(possible) > 1:
+            for name, recorded in possible.items():
+                if keep := recorded.keep:
+                    seconds[name] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
+                else:
+                    recorded.keep = True
+                    seconds[name] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
+                    recorded.keep = keep
+        route = TwoStage.ROUTE if TwoStage.ROUTE in possible else next(iter(possible))
+        if seconds and seconds[ForwardAD.ROUTE] < 0.9 * seconds[route]:
+            route = ForwardAD.ROUTE
+        problem.choices[choice] = route
         shown = ", ".join(f"{name} {1e3 * t:.2g} ms" for name, t in seconds.items())
-        self.notes["tangents"] = f"tangents by {self.route} ({shown} on one batch)"
+        reasons = {"forward AD": problem.no_forward_ad, "two backward passes": problem.no_double_backward}
+        without = "; ".join(f"not by {name}: {reason}" for name, reason in reasons.items() if reason is not None)
+        self.notes["tangents"] = f"tangents by {route} ({f'{shown} on one batch' if shown else without})"
+        return route
 
     def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         """After many products: tangents by a linearised program, if it is verified and faster."""
-        if self.sweep.curved or not self.complete or any(isinstance(r, Headed) for r in self.batches.values()):
+        if self.sweep.curved or not self.complete or not problem.data.ordered:
+            return
+        if any(isinstance(r, Headed) for r in self.batches.values()):
             return
         self._tried = True
         choice = self._named["program"]
@@ -280,6 +338,23 @@ class Linearization:
             problem.choices[choice] = False
             return
         problem.choices[choice] = False
+        try:
+            replaced = self._linearized(problem, snapshot, rows, measured=bool(known))
+        except OrderError:
+            replaced = "the loader gives the samples in another order each time"
+        if isinstance(replaced, str):
+            self.notes["program"] = f"no linearised program: {replaced}"
+            return
+        problem.choices[choice] = True
+        self.batches = replaced
+        self.route = Linearized.ROUTE
+        compiled = "" if problem.compiler is None else f", compiled by {problem.compiler}"
+        self.notes["tangents"] = f"tangents by {self.route}{compiled}, verified and faster"
+
+    def _linearized(
+        self, problem: Problem, snapshot: Snapshot, rows: Tensor, *, measured: bool
+    ) -> dict[int, Recording] | str:
+        """All batches as linearised programs, or why not."""
         replaced: dict[int, Recording] = {}
         for evaluation in problem.evaluations(snapshot, order_matters=True):
             old = self.batches[evaluation.sample.index]
@@ -288,7 +363,7 @@ class Linearization:
             try:
                 new = Linearized(evaluation, True, problem.compiler)
                 reason = decline_linearized(new, old, rows)
-                if reason is None and not replaced and not known:
+                if reason is None and not replaced and not measured:
                     before = fastest(lambda o=old: o.tangent(rows, 1))  # type: ignore[misc]
                     after = fastest(lambda n=new: n.tangent(rows, 1))  # type: ignore[misc]
                     reason = (
@@ -301,14 +376,9 @@ class Linearization:
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             if reason is not None:
-                self.notes["program"] = f"no linearised program: {reason}"
-                return
+                return reason
             replaced[evaluation.sample.index] = new
-        problem.choices[choice] = True
-        self.batches = replaced
-        self.route = Linearized.ROUTE
-        compiled = "" if problem.compiler is None else f", compiled by {problem.compiler}"
-        self.notes["tangents"] = f"tangents by {self.route}{compiled}, verified and faster"
+        return replaced
 
     def _columns(self, problem: Problem, recorded: Recording, rows: Tensor) -> int:
         """Columns in one backward pass: as asked for, or measured on the first batch that meets so many."""

@@ -73,9 +73,10 @@ class CurvatureOperator(TorchOperator):
         self.expr = expr
         self.problem = problem
         self.preconditioner = preconditioner
-        _ = problem.totals  # counts the data once, so that facts and denominators are known
-        self.snapshot: Snapshot = problem.snapshot()
-        self._lower()
+        with problem.lock:
+            self.snapshot: Snapshot = problem.snapshot()
+            _ = problem.totals  # counts the data once, so that facts and denominators are known
+            self._lower()
         super().__init__(self._codomain, self._domain)
 
     def _lower(self) -> None:
@@ -144,9 +145,14 @@ class CurvatureOperator(TorchOperator):
         self._bound = True
 
     def refresh(self) -> CurvatureOperator:
-        """Take the model as it is now; returns the operator itself."""
-        self.snapshot = self.problem.snapshot()
-        self._lower()
+        """Take model, loss and data as they are now (see :meth:`curvalg.Problem.refresh`); returns the operator itself."""
+        problem = self.problem
+        with problem.lock:
+            if self.snapshot is problem.snapshot():  # nothing that is watched has changed, so it is something else
+                problem.refresh()
+            self.snapshot = problem.snapshot()
+            _ = problem.totals
+            self._lower()
         return self
 
     def close(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from curvalg.errors import ProblemError
 from curvalg.problem import Problem, Snapshot
 
@@ -20,7 +18,7 @@ def output_sizes(problem: Problem, snapshot: Snapshot) -> list[int]:
         )
     kept = problem.kept(snapshot)
     if "output sizes" not in kept:
-        with problem.differentiating(), torch.no_grad():
+        with problem.differentiating():
             evaluations = problem.evaluations(snapshot, order_matters=True)
-            kept["output sizes"] = [e.run(e.values())[0].numel() for e in evaluations]
+            kept["output sizes"] = [e.output()[0].numel() for e in evaluations]
     return list(kept["output sizes"])

@@ -13,6 +13,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvalg.lowering.columns import chunked, grad_columns, mapped
 from curvalg.problem import Batch, Evaluation, Layout
 from curvalg.problem.evaluation import backward, backward_from
+from curvalg.problem.graph import nodes
+from curvalg.problem.reverse import Rows, TwiceBackward, reverse_tangents
 
 Rate = Callable[[Tensor], Tensor]
 """ż -> u̇, both of the output's shape."""
@@ -77,6 +79,16 @@ class Recorded(ABC):
     @abstractmethod
     def graphs(self) -> Iterable[Tensor | GradientEdge]:
         """Tensors whose graphs are kept, or edges where the tensors themselves are not."""
+
+
+Graph = tuple[Tensor, list[Tensor], Batch]
+"""z with its graph, the leaves that it depends on, and what terms see."""
+
+
+def graph(evaluation: Evaluation) -> Graph:
+    """Of one model call."""
+    z, leaves, form = evaluation.record()
+    return z, leaves, evaluation.batch(z, form)
 
 
 class Staged(Recorded):
@@ -155,28 +167,38 @@ class TwoStage(Staged):
         evaluation: the batch.
         cotangent: batch -> u, or None where u ≡ 0 and only tangents are taken from G.
         keep: whether the graph survives a product.
+        like: the graph, where it is there already.
     """
 
-    ROUTE = "two backward passes"
+    ROUTE = TwiceBackward.NAME
 
-    def __init__(self, evaluation: Evaluation, cotangent: Callable[[Batch], Tensor] | None, keep: bool) -> None:
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        cotangent: Callable[[Batch], Tensor] | None,
+        keep: bool,
+        like: Graph | None = None,
+    ) -> None:
         super().__init__(evaluation, keep)
-        self.z, self.leaves, form = evaluation.record()
-        self.batch = evaluation.batch(self.z, form)
+        self.z, self.leaves, self.batch = like or graph(evaluation)
         self.curved = cotangent is not None
-        u = torch.zeros_like(self.batch.output) if cotangent is None else cotangent(self.batch).detach()
-        self.u = u.requires_grad_()
-        self.gradients = evaluation.differentiate(self.z, self.leaves, self.u)
+        self.route: TwiceBackward | Rows
+        if cotangent is None:
+            self.route = reverse_tangents(evaluation, self.z, self.leaves)
+        else:
+            self.route = TwiceBackward(evaluation, self.z, self.leaves, cotangent(self.batch).detach())
+        self.gradients = self.route.gradients
 
     def graphs(self) -> Iterable[Tensor]:
-        return [self.z, *(g for g in self.gradients if g is not None)]
+        return [self.z, *(g for g in self.gradients if g is not None), *self.route.held()]
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
         """J v for vectors (K, D), shape (K, *output.shape)."""
 
         def push(part: Tensor) -> Tensor:
-            (t,) = grad_columns(self.gradients, [self.u], self.directions(part), retain=True)
-            return self.u.new_zeros(part.shape[0], *self.u.shape) if t is None else t
+            if part.shape[0] == 1:
+                return self.route.push([v[0] for v in self.directions(part)])[None]
+            return self.route.push(self.directions(part), batched=True)
 
         return chunked(push, chunk, rows)
 
@@ -201,12 +223,14 @@ class Pushed(Staged):
         evaluation: the batch.
         push: a vector (D,) -> J v.
         keep: whether the graph survives a product.
+        like: the graph, where it is there already.
     """
 
-    def __init__(self, evaluation: Evaluation, push: Callable[[Tensor], Tensor], keep: bool) -> None:
+    def __init__(
+        self, evaluation: Evaluation, push: Callable[[Tensor], Tensor], keep: bool, like: Graph | None = None
+    ) -> None:
         super().__init__(evaluation, keep)
-        self.z, self.leaves, form = evaluation.record()
-        self.batch = evaluation.batch(self.z, form)
+        self.z, self.leaves, self.batch = like or graph(evaluation)
         self.push = push
 
     def graphs(self) -> Iterable[Tensor]:
@@ -229,7 +253,6 @@ class Pushed(Staged):
 def graph_bytes(recorded: Recorded) -> int:
     """Memory that the graphs of a recorded batch hold, as far as autograd's nodes tell: distinct storages, each once."""
     roots = list(recorded.graphs())
-    seen: set[Any] = set()
     storages: dict[int, int] = {}
 
     def count(value: object) -> None:
@@ -239,12 +262,7 @@ def graph_bytes(recorded: Recorded) -> int:
 
     for root in roots:
         count(root)
-    todo = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(roots):
         for name in dir(node):
             if name.startswith("_saved_"):
                 try:
@@ -253,5 +271,4 @@ def graph_bytes(recorded: Recorded) -> int:
                     continue
                 for item in value if isinstance(value, (tuple, list)) else (value,):
                     count(item)
-        todo.extend(parent for parent, _ in node.next_functions)
     return sum(storages.values())

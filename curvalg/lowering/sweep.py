@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ExpressionError
+from curvalg.expr.facts import LossFacts
 from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.recorded import Rate
 from curvalg.lowering.transposed import TransposedDatasetTerm, TransposedTerm
@@ -41,6 +42,10 @@ class Sweep:
     def curved(self) -> bool:
         """Whether a term has a u, so that second derivatives of the model are needed."""
         return any(defines(term, "cotangent") for _, term in self.entries)
+
+    def symmetric(self, loss: LossFacts | None) -> bool:
+        """Whether all terms are, as far as is known."""
+        return all(term.facts(loss).symmetric is True for _, term in self.entries)
 
     @property
     def dataset_terms(self) -> list[DatasetTerm]:

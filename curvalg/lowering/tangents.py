@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from curvalg.lowering.recorded import Pushed, Staged
+from curvalg.lowering.recorded import Graph, Pushed, Staged
 from curvalg.problem import Batch, Evaluation
 
 
@@ -46,9 +46,9 @@ class ForwardAD(Pushed):
 
     ROUTE = "forward AD"
 
-    def __init__(self, evaluation: Evaluation, keep: bool) -> None:
+    def __init__(self, evaluation: Evaluation, keep: bool, like: Graph | None = None) -> None:
         again = evaluation.again()
-        super().__init__(evaluation, lambda v: again().push(v)[1], keep)
+        super().__init__(evaluation, lambda v: again().push(v)[1], keep, like)
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
         # Forward AD is not batched over columns: a model call each.

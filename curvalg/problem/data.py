@@ -19,6 +19,10 @@ TARGET_KEYS = ("target", "targets", "label", "labels", "y")
 """Keys that name the target in a batch that is a mapping."""
 
 
+class OrderError(ProblemError):
+    """The samples came in another order than in the pass before."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One batch as read: what the model gets, what the loss gets, and where it stands in the data set.
@@ -87,6 +91,10 @@ class Data:
         random = (data.RandomSampler, data.WeightedRandomSampler, data.SubsetRandomSampler)
         return not any(isinstance(sampler, random) for sampler in samplers)
 
+    def forget(self) -> None:
+        """What the first pass gave is no longer what later ones are compared with."""
+        self._reference = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": LoaderStream()}
 
@@ -153,7 +161,7 @@ class Data:
         if self._reference is None:
             return
         if last >= len(self._reference) or not same_order(prints[last], self._reference[last]):
-            raise ProblemError(
+            raise OrderError(
                 "the loader gives the samples in another order than in its first pass, or other samples, and this quantity "
                 "depends on the order. Pass shuffle=False, or list(loader) to fix one pass"
             )

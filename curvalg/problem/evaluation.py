@@ -19,10 +19,21 @@ from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
 from curvalg.problem.find_head import record_head
+from curvalg.problem.graph import nodes
 from curvalg.problem.layers import record_layers
 from curvalg.problem.model import called_wrongly, explain_failure, recording
+from curvalg.problem.oaths import (
+    must_swear,
+    owned,
+    random_cotangent,
+    random_directions,
+    swear_graph,
+    swear_output,
+    wrong_tangent,
+)
 from curvalg.problem.outputs import OutputForm, require_finite_output
 from curvalg.problem.per_sample import per_sample_gradients
+from curvalg.problem.reverse import reverse_tangents
 from curvalg.problem.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -44,7 +55,9 @@ class Evaluation:
         self.snapshot = snapshot
         self.sample = sample
 
-    def run(self, tensors: Sequence[Tensor], sample: Sample | None = None) -> tuple[Tensor, OutputForm]:
+    def run(
+        self, tensors: Sequence[Tensor], sample: Sample | None = None, *, once: bool = False
+    ) -> tuple[Tensor, OutputForm]:
         """z for the given tensors in place of the chosen parameters; calls the model once.
 
         Raises:
@@ -52,9 +65,37 @@ class Evaluation:
         """
         problem = self.problem
         with problem.guarding_inputs((sample or self.sample).batch) as batch:
-            raw = self.call(tensors, batch)
+            raw = self.call(tensors, batch, once=once)
         form = OutputForm(raw)
         return form.join(raw), form
+
+    def output(self) -> tuple[Tensor, OutputForm]:
+        """z without a graph, by one model call.
+
+        A model that differentiates inside its forward (forces) is called with gradients on.
+        """
+        structure = self.snapshot.structure
+        if not structure.differentiates:
+            try:
+                with torch.no_grad():
+                    z, form = self._recordable(self.values())
+                    swear_output(self, z)
+                    return z, form
+            except ProblemError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                structure.differentiates = True
+        with torch.enable_grad():
+            z, form = self._recordable(self.values())
+        swear_output(self, z.detach())
+        return z.detach(), form
+
+    def live_output(self) -> Tensor:
+        """z of the user's own module with its own parameters, without a graph, by one model call."""
+        problem, state = self.problem, self.snapshot.state
+        with torch.set_grad_enabled(self.snapshot.structure.differentiates), problem.guarding_inputs(self.sample.batch) as batch:
+            raw = self._called(lambda: problem.model.call_live(state, batch))
+        return OutputForm(raw).join(raw).detach()
 
     def call(self, tensors: Sequence[Tensor], batch: Any, *, once: bool = False) -> Any:
         """What the model returns for the given tensors, on the batch as it may be given to the model.
@@ -67,14 +108,25 @@ class Evaluation:
         Raises:
             ProblemError: the model cannot be called on the batch, or draws random numbers.
         """
-        problem = self.problem
+        problem, state = self.problem, self.snapshot.state
+        return self._called(lambda: problem.model(tensors, state, batch), once=once)
+
+    def _called(self, model: Callable[[], Any], *, once: bool = False) -> Any:
+        """What a call of the model returns, with nothing of the user's changed."""
+        problem, effects = self.problem, self.snapshot.structure.effects
 
         def call() -> Any:
             with recording(problem.device, problem.model, once=once), problem.casting():
-                return problem.model(tensors, self.snapshot.state, batch)
+                with effects.undone(problem.draws.mode):
+                    return model()
 
         try:
-            return problem.draws.run(call, self.sample.index)
+            raw = problem.draws.run(call, self.sample.index)
+            if not effects.known:
+                if effects.learn():  # a tensor that the graph needs was put back
+                    raw = problem.draws.run(call, self.sample.index)
+                effects.forgive()
+            return raw
         except UserWarning as warning:
             if (cure := explain_failure(warning)) is None:
                 raise  # the caller turns warnings into errors
@@ -87,31 +139,54 @@ class Evaluation:
                 "model(**batch) without the target; for others pass forward=lambda model, batch: ..."
             ) from error
 
-    def _recordable(self, tensors: Sequence[Tensor]) -> tuple[Tensor, OutputForm]:
+    def _recordable(self, tensors: Sequence[Tensor], *, once: bool = False) -> tuple[Tensor, OutputForm]:
         """A call outside of forward AD, whose own errors must stay apart: what fails here is the model on the data."""
         try:
-            return self.run(tensors)
+            return self.run(tensors, once=once)
         except CurvalgError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             shown = trees.describe(self.sample.batch)
             raise ProblemError(f"the model failed on batch {self.sample.index}, a {shown}: {error}") from error
 
+    def in_double(self) -> Callable[[Sequence[Tensor]], Tensor]:
+        """z in float64 for parameters in float64; every call of it calls the model once."""
+
+        def wide(t: Tensor) -> Tensor:
+            return t.double() if t.is_floating_point() else t
+
+        problem = self.problem
+        state = {name: wide(t) for name, t in self.snapshot.state.items()}
+        data = trees.tensor_map(wide, self.sample.batch)
+
+        def call(tensors: Sequence[Tensor]) -> Tensor:
+            with problem.guarding_inputs(data) as batch:
+                raw = self._called(lambda: problem.model(tensors, state, batch))
+            return OutputForm(raw).join(raw)
+
+        return call
+
     def values(self) -> list[Tensor]:
         """The chosen parameters of the snapshot, detached, in flat order."""
         return [self.snapshot.state[name].detach() for name in self.problem.model.chosen]
 
     def record(
-        self, watch: Callable[[list[Tensor]], AbstractContextManager[Any]] = lambda leaves: nullcontext()
+        self,
+        watch: Callable[[list[Tensor]], AbstractContextManager[Any]] = lambda leaves: nullcontext(),
+        *,
+        once: bool = False,
     ) -> tuple[Tensor, list[Tensor], OutputForm]:
         """z with its graph, and the leaves that it depends on.
 
         Args:
             watch: leaves -> a context around the model's call.
+            once: whether one backward is all that follows.
         """
         leaves = [p.requires_grad_() for p in self.values()]
-        with watch(leaves):
-            z, form = self._recordable(leaves)
+        with watch(leaves), owned(self):
+            z, form = self._recordable(leaves, once=once)
+        swear_graph(self, z, leaves)
+        swear_output(self, z.detach())
         if not z.requires_grad:
             _warn_constant()
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
@@ -185,22 +260,21 @@ class Evaluation:
 
     def evaluate(self) -> Batch:
         """What terms see, by one model call without a graph."""
-        with torch.no_grad():
-            return self.batch(*self._recordable(self.values()))
+        return self.batch(*self.output())
 
     def value(self) -> float:
         """The loss of the batch, undivided."""
         with torch.no_grad():
             if (found := record_head(self, graph=False, once=True)) is not None:
                 return sum(float(batch.value()) for _, batch in found[0].batches())
-            z, form = self.run(self.values())
+            z, form = self.output()
             return float(self.problem.loss_point(form.split(z), self.sample).value())
 
     def gradient(self) -> Tensor:
         """∇L of the batch, shape (D,)."""
         if (found := record_head(self, once=True)) is None:
-            batch = self.evaluate()
-            return batch.vjp(batch.loss_gradient)
+            z, leaves, form = self.record(once=True)
+            return self.gather(backward([z], leaves, [self.batch(z, form).loss_gradient]))
         head, leaves = found
         total = torch.zeros(self.problem.size, dtype=self.problem.dtype, device=self.problem.device)
         cotangent = head.pull(lambda batch: batch.loss_gradient, total)
@@ -227,18 +301,45 @@ class Evaluation:
 
         Where an operation of the model lacks forward AD, by two backward passes through one recorded call instead.
         """
-        tangents = self.problem.layout.tangents(vector)
-        if self.problem.no_forward_ad is None:
+        problem = self.problem
+        tangents = problem.layout.tangents(vector)
+        if problem.no_forward_ad is None:
             try:
-                return self._push_forward(tangents)
+                pushed = self._push_forward(tangents)
+                problem.no_forward_ad = self._wrong_forward_ad()
             except CurvalgError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                failure = error
-            result = self._push_twice_backward(tangents, failure)
-            self.problem.no_forward_ad = str(failure).strip().splitlines()[0]
-            return result
-        return self._push_twice_backward(tangents, None)
+                problem.no_forward_ad = str(error).strip().splitlines()[0]
+            if problem.no_forward_ad is None:
+                return pushed
+        z, leaves, form = self.record()
+        return self.batch(z, form), reverse_tangents(self, z, leaves).push(tangents)
+
+    def _wrong_forward_ad(self) -> str | None:
+        """Why forward AD must not be used at this state; it is compared with a gradient once."""
+        if not must_swear(self, FORWARD_AD):
+            return None
+        z, leaves, _ = self.record(once=True)
+        return self.wrong_forward_ad(z, leaves, retain=False)
+
+    def wrong_forward_ad(self, z: Tensor, leaves: Sequence[Tensor], *, retain: bool) -> str | None:
+        """Why forward AD must not be used, by the graph of z: ⟨u, J v⟩ differs from ⟨Jᵀu, v⟩, or it has no J v.
+
+        Args:
+            z: the output with its graph.
+            leaves: the tensors that it depends on.
+            retain: whether the graph is needed afterwards.
+        """
+        v, u = random_directions(self), random_cotangent(z.detach())
+        try:
+            tangent = self._push_forward(v)[1]
+        except CurvalgError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            return str(error).strip().splitlines()[0]
+        gradients = backward([z], leaves, [u], retain_graph=retain)
+        return wrong_tangent(self, z, u, tangent, gradients, v)
 
     def _push_forward(self, tangents: list[Tensor]) -> tuple[Batch, Tensor]:
         with forward_ad.dual_level():
@@ -251,17 +352,8 @@ class Evaluation:
                 tangent = torch.zeros_like(z)
             return self.batch(z, form), tangent.detach()
 
-    def _push_twice_backward(self, tangents: list[Tensor], failure: Exception | None) -> tuple[Batch, Tensor]:
-        try:
-            z, leaves, form = self.record()
-            u = torch.zeros_like(z, requires_grad=True)
-            gradients = self.differentiate(z, leaves, u)
-            (tangent,) = backward(gradients, [u], tangents)
-        except CurvalgError:
-            raise
-        except Exception as error:
-            raise failure or error from error
-        return self.batch(z, form), torch.zeros_like(z) if tangent is None else tangent
+
+FORWARD_AD = "forward AD"
 
 
 def _warn_constant() -> None:
@@ -276,18 +368,12 @@ def _warn_constant() -> None:
 def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
     # torch.autograd.grad never runs the node that would raise, when it does not lead to the inputs: the branch is cut
     # without a word.
-    todo, seen = [g.grad_fn for g in gradients if g is not None], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes(gradients):
         if node.name() in ("torch::autograd::Error", "Error"):
             raise ProblemError(
                 "an operation of the model can be differentiated only once (once_differentiable?), but curvature needs its "
                 "second derivative; write its backward with differentiable operations"
             )
-        todo.extend(parent for parent, _ in node.next_functions)
 
 
 def backward(

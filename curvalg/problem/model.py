@@ -10,15 +10,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.overrides import TorchFunctionMode
+from torch._C._autograd import _saved_tensors_hooks_set_tracing as _set_hooks_tracing
 
 from curvalg.errors import ProblemError
 from curvalg.problem import parameters as params_
+from curvalg.problem.corrections import Corrected
 from curvalg.problem.data import call_model
 from curvalg.problem.snapshot import Slot
 
@@ -43,59 +43,19 @@ def recording(device: torch.device, model: Model, *, once: bool = False) -> Iter
         warnings.filterwarnings("error", message=_REENTRANT)
         if not once:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # Non-reentrant checkpoints recompute in the backward pass, with the live parameters in place of the exchanged ones: what
+        # they would save is saved instead.
+        stack.callback(_set_hooks_tracing, _set_hooks_tracing(True))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        if model.corrected is not False:
-            stack.enter_context(_Corrected(model))
+        if model.corrected is not False or model.composite:
+            stack.enter_context(Corrected(model))
         if model.recurrent and device.type == "cuda":
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # something may be compiled; importing dynamo only to ask is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-class _Corrected(TorchFunctionMode):
-    """Functions whose derivatives torch gets wrong, written in others. The first call of a model tells whether it has any.
-
-    Args:
-        model: the model.
-    """
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self._model, self._used = model, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        correction = _CORRECTIONS.get(func)
-        if correction is None:
-            return func(*args, **(kwargs or {}))
-        self._used = True
-        return correction(*args, **(kwargs or {}))
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        if self._model.corrected is None and exception[0] is None:
-            self._model.corrected = self._used
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v / ‖v‖: the double backward of ``torch._weight_norm`` is wrong (torch 2.13, on CPU)."""
-    axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim] if dim != -1 else None
-    scale: Tensor = g / torch.linalg.vector_norm(v, dim=axes, keepdim=axes is not None)
-    return v * scale
-
-
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """Rows of a table: the padding's is a constant in reverse mode, but has a tangent in forward mode (torch 2.13)."""
-    rows = F.embedding(input, weight, padding_idx, *args, **kwargs)
-    if padding_idx is None:
-        return rows
-    index = padding_idx % weight.shape[0]
-    return torch.where((input == index)[..., None], weight.detach()[index], rows)
-
-
-_CORRECTIONS: dict[Any, Callable[..., Tensor]] = {torch._weight_norm: _weight_norm, F.embedding: _embedding}
 
 
 def differentiable(device: torch.device) -> AbstractContextManager[Any]:
@@ -158,6 +118,8 @@ class ModuleModel:
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         self.corrected: bool | None = None
         """Whether functions with wrong derivatives are used; None before the first call."""
+        self.composite = False
+        """Whether normalisations are to be written in elementary operations; see :mod:`curvalg.problem.corrections`."""
 
     @property
     def batch_statistics(self) -> list[str]:
@@ -170,10 +132,13 @@ class ModuleModel:
             and (child.training or child.running_mean is None)
         ]
 
-    @property
-    def modules(self) -> list[nn.Module]:
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
         """All modules, each once."""
-        return list(self.module.modules())
+        return [(name or type(child).__name__, child) for name, child in self.module.named_modules()]
+
+    def functions(self) -> list[tuple[str, Any]]:
+        """Functions of the user's that the output comes from, besides the rule."""
+        return []
 
     def slots(self) -> list[Slot]:
         """Where every parameter and buffer is, one name per (module, slot)."""
@@ -187,8 +152,8 @@ class ModuleModel:
         """
         live = dict(self.module.named_parameters(remove_duplicate=False))
         for name, p in self.chosen.items():
-            if name not in live or live[name].shape != p.shape:
-                raise ProblemError(f"parameter {name!r} is gone or has another shape; make a new Problem")
+            if name not in live or not _alike(live[name], p):
+                raise ProblemError(f"parameter {name!r} is gone, or has another shape; make a new Problem")
         self.chosen = {name: live[name] for name in self.chosen}
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
@@ -210,32 +175,18 @@ class ModuleModel:
         adapter = _Adapter(self.module, self.rule or call_model)
         # tie_weights=False with one key per slot: the default leaves plain tensors behind in a module that is reached
         # under two names.
-        with _attributes_restored(self.module):
-            return functional_call(adapter, tensors, (batch,), tie_weights=False)
+        return functional_call(adapter, tensors, (batch,), tie_weights=False)
 
-
-@contextmanager
-def _attributes_restored(module: nn.Module) -> Iterator[None]:
-    """Put back what a forward leaves on its modules.
-
-    Recurrent layers keep a list of the exchanged weights (and with it the whole graph) until their next forward; others
-    store activations.
-    """
-    before = [(child.__dict__, dict(child.__dict__)) for child in module.modules()]
-    try:
-        yield
-    finally:
-        for live, saved in before:
-            for name in live.keys() - saved.keys():
-                del live[name]
-            live.update(saved)
+    def call_live(self, state: Mapping[str, Tensor], batch: Any) -> Any:
+        """The output on one batch of the user's module itself, with its own parameters; buffers are copies."""
+        buffers = {f"module.{n}": state[n].clone() for n, _, _ in params_.slots(self.module, "_buffers")}
+        return functional_call(_Adapter(self.module, self.rule or call_model), buffers, (batch,), tie_weights=False)
 
 
 class CallableModel:
     """A function ``(params, inputs) -> output`` with its parameters in a dict."""
 
     recurrent = False
-    modules: list[nn.Module] = []  # noqa: RUF012  a function has none
     batch_statistics: list[str] = []  # noqa: RUF012
 
     def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], params: Any, rule: Rule | None) -> None:
@@ -248,6 +199,15 @@ class CallableModel:
         self.own = params
         self.chosen = params_.check(params)
         self.corrected: bool | None = None
+        self.composite = False
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        """A function has none."""
+        return []
+
+    def functions(self) -> list[tuple[str, Any]]:
+        """The function itself."""
+        return [("model", self.function)]
 
     def slots(self) -> list[Slot]:
         """Where every parameter is."""
@@ -260,8 +220,8 @@ class CallableModel:
             ProblemError: a parameter is gone or has another shape.
         """
         for name, p in self.chosen.items():
-            if name not in self.own or self.own[name].shape != p.shape:
-                raise ProblemError(f"parameter {name!r} is gone or has another shape; make a new Problem")
+            if name not in self.own or not _alike(self.own[name], p):
+                raise ProblemError(f"parameter {name!r} is gone, or has another shape, dtype or device; make a new Problem")
         self.chosen = {name: self.own[name] for name in self.chosen}
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
@@ -272,8 +232,16 @@ class CallableModel:
             return self.rule(lambda inputs: self.function(tensors, inputs), batch)
         return call_model(lambda *args, **kwargs: self.function(tensors, args[0] if args else kwargs), batch)
 
+    def call_live(self, state: Mapping[str, Tensor], batch: Any) -> Any:
+        """The output on one batch, with the user's own tensors."""
+        return self(list(self.chosen.values()), self.own, batch)
+
 
 Model = ModuleModel | CallableModel
+
+
+def _alike(live: Tensor, known: Tensor) -> bool:
+    return live.shape == known.shape and live.dtype == known.dtype and live.device == known.device
 
 
 def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> Model:

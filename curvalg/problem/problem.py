@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from curvalg.errors import LossError, ProblemError
+from curvalg.errors import LossError, ProblemError, StaleError
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.term import Term
 from curvalg.problem import parameters as params_
@@ -28,13 +30,15 @@ from curvalg.problem.find_head import is_made_in_chunks
 from curvalg.problem.losses import CallableLoss, Loss, LossPoint, resolve_loss
 from curvalg.problem.memory import free_memory
 from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
+from curvalg.problem.oaths import swear_loss
 from curvalg.problem.parameters import Layout
 from curvalg.problem.precision import accumulating, casting, compiler
 from curvalg.problem.randomness import DrawGuard, Randomness
-from curvalg.problem.snapshot import Slot, Snapshot
+from curvalg.problem.snapshot import Slot, Snapshot, Structure
 from curvalg.problem.sums import BatchSum
 from curvalg.problem.totals import Totals, count
 
+T = TypeVar("T")
 WORKSPACE = 2 * 2**30
 """Bytes that a matrix of few directions may take where nothing is to be kept between products."""
 DEFAULT_OUTPUT_MEMORY = 64 * 2**20
@@ -112,14 +116,19 @@ class Problem:
         autocast: torch.dtype | None = None,
         compile: bool | str = False,
         output_memory: Literal["auto"] | float = "auto",
+        verify: bool = True,
         progress: bool = False,
     ) -> None:
         self.model = make_model(model, params, forward)
         self.layout = Layout(self.model.chosen)
         self.device: torch.device = next(iter(self.model.chosen.values())).device
         self.dtype: torch.dtype = self.layout.dtype
-        self.loss: Loss | None = None if loss is None else resolve_loss(loss, reduction)
         self.data = Data(data, target, needs_target=loss is not None)
+        self._given = (loss, reduction)
+        self._lock = threading.RLock()
+        self._refreshes = 0
+        self.verify = bool(verify)
+        self._structure = self._make_structure()
         _one_of("samples", samples, ("item", "position"))
         if samples == "position" and self.loss is not None and not self.loss.positions:
             raise LossError(
@@ -137,12 +146,24 @@ class Problem:
         self.output_memory = _output_memory(output_memory)
         self.progress = progress
         self.draws = DrawGuard(randomness, self.device)
-        self._totals: Totals | None = None
-        self._factor_columns: dict[Term, int] = {}
         self._reset()
 
     def _reset(self) -> None:
+        # What short measurements chose between ways that give the same numbers up to rounding, by what they are of; and what an
+        # earlier run chose, which is not measured again: so that a resumed run gives the same bits.
+        self.choices: dict[str, Any] = {}
+        self.recalled: dict[str, Any] = {}
+        self._snapshot: Snapshot | None = None
+        self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was found out about the model, its layers and outputs; all of it is of one structure."""
+        self._factor_columns: dict[Term, int] = {}
+        self.model.corrected, self.model.composite = None, False
+        # Why tangents J v are not taken by these routes.
         self.no_forward_ad: str | None = None
+        self.no_double_backward: str | None = None
         self.twice_differentiable = False
         self._strict_order = False
         self._writes_inputs: bool | None = None
@@ -158,21 +179,16 @@ class Problem:
         self.layer_batched: bool | None = None
         self.layer_groups: list[tuple[str, ...]] = []
         self.layer_checks: dict[str, int] = {}
-        # What short measurements chose between ways that give the same numbers up to rounding, by what they are of; and what an
-        # earlier run chose, which is not measured again: so that a resumed run gives the same bits.
-        self.choices: dict[str, Any] = {}
-        self.recalled: dict[str, Any] = {}
-        self._snapshot: Snapshot | None = None
-        self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
-        self._restrictions: dict[tuple[str, ...], Problem] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_snapshot", "_kept", "_restrictions", "_budget")
+        dropped = ("_snapshot", "_kept", "_structure", "_budget", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._reset()
         self.__dict__.update(state)
+        self._snapshot, self._kept = None, WeakKeyDictionary()
+        self._lock = threading.RLock()
+        self._structure = self._make_structure()
         self.cache = self._cache
 
     @property
@@ -224,8 +240,15 @@ class Problem:
         return max((owner[key].shape[0] for _, owner, key in self.slots() if owner[key].ndim == 2), default=0)
 
     @property
+    def loss(self) -> Loss | None:
+        """What the user's loss means; with its reduction, once the data were counted."""
+        structure = self._structure
+        return structure.loss if structure.totals is None else structure.totals.loss
+
+    @property
     def num_samples(self) -> int:
         """N, the number of samples whose share of the loss is not identically zero."""
+        self.snapshot()
         return self.totals.count
 
     @property
@@ -235,45 +258,102 @@ class Problem:
 
     @property
     def totals(self) -> Totals:
-        """Counts and denominators of the whole data set; the first use reads the data once, without the model (with it
-        where the loss is a callable, which is tried on every batch)."""
-        if self._totals is None:
-            self._totals = count(self)
-            self.loss = self._totals.loss
-        return self._totals
+        """Counts and denominators of the whole data set; the first use at a state reads the data once, without the model
+        (with it where the loss is a callable, which is tried on every batch)."""
+        with self._lock:
+            structure = self._structure
+            if structure.totals is None:
+                structure.totals = count(self)
+            return structure.totals
 
     # -- state ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while what the problem shares between operators is made or looked up; one thread at a time."""
+        return self._lock
+
+    def refresh(self) -> Problem:
+        """Take everything as it is now: parameters, buffers, flags, attributes, hooks, submodules, the loss, the data.
+
+        Operators that were lowered before raise :class:`~curvalg.StaleError` until they are refreshed. Whatever is watched
+        (see :class:`Problem`) is taken anew without this call as well; it is for what cannot be watched.
+
+        Returns:
+            The problem itself.
+
+        >>> import torch
+        >>> scale = {"of": 1.0}
+        >>> X, y = torch.randn(5, 3), torch.randn(5, 1)
+        >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), (X, y))
+        >>> problem.num_samples, problem.refresh().num_samples
+        (5, 5)
+        """
+        with self._lock:
+            self._refreshes += 1
+            self._snapshot = None
+            self._new_structure()
+        return self
+
+    def _make_structure(self) -> Structure:
+        loss, reduction = self._given
+        resolved = None if loss is None else resolve_loss(loss, reduction)
+        others = [("loss", loss), ("forward", self.model.rule), ("target", self.data.target), *self.model.functions()]
+        return Structure(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
+
+    def _new_structure(self) -> None:
+        self.data.forget()
+        self._structure = self._make_structure()
+        self._forget()
+
     def slots(self) -> list[Slot]:
-        """Where every live tensor is that the loss of the data set depends on."""
-        tensors = {} if self.loss is None else self.loss.tensors()
-        return self.model.slots() + [(f"loss.{name}", tensors, name) for name in tensors]
+        """Where every parameter and buffer of the model is."""
+        return self.model.slots()
 
     def snapshot(self) -> Snapshot:
-        """The state now; the same object as long as the live model does not change."""
-        slots, modules = self.slots(), self.model.modules
-        if self._snapshot is None or self._snapshot.changed(slots, modules):
-            self.model.update()
-            self._restrictions.clear()  # theirs are the parameters that stood there before
-            self._snapshot = Snapshot(slots, modules)
-        return self._snapshot
+        """The state now; the same object as long as nothing that is watched changes."""
+        with self._lock:
+            if self._snapshot is None or not self._snapshot.intact():
+                if not self._structure.intact():
+                    self._new_structure()
+                self.model.update()
+                self._snapshot = Snapshot(self._structure, self.slots())
+            return self._snapshot
 
     def check(self, snapshot: Snapshot) -> None:
-        """Raises:
-        StaleError: the live model differs from the snapshot.
+        """Make sure that a state is that of the live model, loss and data.
+
+        Raises:
+            StaleError: it is not.
         """
-        if not snapshot.intact():
-            snapshot.check(self.slots(), self.model.modules)
+        with self._lock:
+            if snapshot.structure.refreshes != self._refreshes:
+                raise StaleError(
+                    "the problem was refreshed after the operator was lowered; call operator.refresh() to go on at the new "
+                    "state, or lower the expression again"
+                )
+            if not snapshot.intact():
+                raise snapshot.stale(self.slots)
+            if snapshot is not self._snapshot:  # something moved and came back, and a state was taken in between
+                if snapshot.structure is not self._structure:
+                    self.data.forget()
+                    self._structure = snapshot.structure
+                    self._forget()
+                self.model.update()
+                self._snapshot = snapshot
 
     def kept(self, snapshot: Snapshot) -> dict[Any, Any]:
         """What is kept between products at a snapshot; lives as long as the snapshot or until :meth:`close`."""
-        return self._kept.setdefault(snapshot, {})
+        with self._lock:
+            return self._kept.setdefault(snapshot, {})
 
     def close(self) -> None:
         """Release everything that is kept between products."""
-        for restricted in self._restrictions.values():
-            restricted.close()
-        self._kept.clear()
+        with self._lock:
+            for snapshot in self._kept:
+                for restricted in snapshot.restrictions.values():
+                    restricted.close()
+            self._kept.clear()
 
     # -- evaluation -----------------------------------------------------------------------------------------------------
 
@@ -296,6 +376,7 @@ class Problem:
         samples = self.data.read(self.device, order_matters=order_matters)
         for sample in tqdm(samples, "batches", leave=False, disable=not self.progress):
             yield Evaluation(self, snapshot, sample)
+        snapshot.structure.has_read()
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
@@ -363,26 +444,49 @@ class Problem:
         if not isinstance(loss, CallableLoss):
             return loss.at(output, sample.target)
         with recording(self.device, self.model):
-            return self.draws.run(lambda: loss.at(output, sample.target), sample.index)
+            point = self.draws.run(lambda: loss.at(output, sample.target), sample.index)
+        swear_loss(self, point)
+        return point
 
     def value(self) -> float:
-        """L(θ), the loss of the whole data set."""
-        self._need_loss()
-        total, snapshot = 0.0, self.snapshot()
-        with self.differentiating():
-            for evaluation in self.evaluations(snapshot):
-                total += evaluation.value()
-        return total / self.totals.denominator
+        """L(θ), the loss of the whole data set.
+
+        Raises:
+            ProblemError: it is not finite.
+        """
+        with self._lock:
+            snapshot = self.snapshot()
+            self._need_loss()
+            total = 0.0
+            with self.differentiating():
+                for evaluation in self.evaluations(snapshot):
+                    total += evaluation.value()
+            return self._finite(total / self.totals.denominator, math.isfinite(total), "value")
 
     def gradient(self) -> Tensor:
-        """∇L(θ), shape (D,)."""
-        self._need_loss()
-        snapshot = self.snapshot()
-        total = self.sum()
-        with self.differentiating():
-            for evaluation in self.evaluations(snapshot):
-                total.add(evaluation.gradient())
-        return total.value  # type: ignore[no-any-return]
+        """∇L(θ), shape (D,).
+
+        Raises:
+            ProblemError: it is not finite.
+        """
+        with self._lock:
+            snapshot = self.snapshot()
+            self._need_loss()
+            total = self.sum()
+            with self.differentiating():
+                for evaluation in self.evaluations(snapshot):
+                    total.add(evaluation.gradient())
+            result: Tensor = total.value
+            return self._finite(result, bool(torch.isfinite(result).all()), "gradient")
+
+    @staticmethod
+    def _finite(result: T, finite: bool, what: str) -> T:
+        if not finite:
+            raise ProblemError(
+                f"the {what} of the loss is not finite (NaN or infinite); look for targets, weights or outputs that are not "
+                "finite"
+            )
+        return result
 
     def sum(self) -> BatchSum:
         """An empty sum over batches."""
@@ -401,21 +505,25 @@ class Problem:
             ProblemError: a pattern that matches none.
         """
         key = tuple(patterns)
-        if key not in self._restrictions:
-            names = params_.match(key, self.layout.names)
-            totals = self.totals
-            twin = copy.copy(self)
-            twin._reset()
-            twin._totals = totals
-            twin._budget = self._budget  # a copy makes one of its own
-            twin.choices, twin.recalled = self.choices, self.recalled
-            twin.model = copy.copy(self.model)
-            twin.model.chosen = {name: self.model.chosen[name] for name in names}
-            twin.layout = Layout(twin.model.chosen)
-            twin.dtype = twin.layout.dtype
-            twin._snapshot = self.snapshot()
-            self._restrictions[key] = twin
-        return self._restrictions[key]
+        with self._lock:
+            snapshot = self._snapshot or self.snapshot()
+            if key not in snapshot.restrictions:
+                snapshot.restrictions[key] = self._restricted(key, snapshot)
+            return snapshot.restrictions[key]  # type: ignore[no-any-return]
+
+    def _restricted(self, patterns: tuple[str, ...], snapshot: Snapshot) -> Problem:
+        names = params_.match(patterns, self.layout.names)
+        # All that is not of the parameters is shared: data, lock, budget, structure, choices.
+        twin = object.__new__(Problem)
+        twin.__dict__.update(self.__dict__)
+        twin.model = copy.copy(self.model)
+        twin._reset()
+        twin.choices, twin.recalled = self.choices, self.recalled
+        twin.model.chosen = {name: self.model.chosen[name] for name in names}
+        twin.layout = Layout(twin.model.chosen)
+        twin.dtype = twin.layout.dtype
+        twin._snapshot = snapshot
+        return twin
 
     def known(self, choice: str) -> Any:
         """What was chosen in an earlier run, or at an earlier state of the model; None if nothing was."""

@@ -1,116 +1,137 @@
-"""The state that an operator was lowered at, and whether the live model still has it."""
+"""The state that numbers are computed at, and whether the live model, loss and data are still at it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from curvalg.errors import StaleError
+from curvalg.problem.bits import Bits
+from curvalg.problem.side_effects import SideEffects
+from curvalg.problem.watch import Watch
+
+if TYPE_CHECKING:
+    from curvalg.problem.losses import Loss
+    from curvalg.problem.totals import Totals
 
 Slot = tuple[str, Mapping[str, Any], str]
 """A place that holds a tensor: its name, the dict that owns it, the key in that dict."""
 
 
-class Snapshot:
-    """Private copies of all parameters and buffers of model and loss, selected or not, and the training flags.
+class Structure:
+    """All of a state but the numbers in parameters and buffers: attributes, hooks, submodules, flags, the loss, the data.
+
+    What is counted on the whole data set belongs to it.
 
     Args:
-        slots: where the live tensors are.
-        modules: modules whose structure and training flags belong to the state.
+        modules: the modules of the model, by name.
+        others: (name, object) of what else the numbers depend on: the user's loss and functions.
+        source: the batches, or what gives them.
+        loss: what the user's loss means now.
+        refreshes: how often the problem was refreshed before.
     """
 
-    def __init__(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> None:
-        copies: dict[int, Tensor] = {}
-        with torch.inference_mode(False):  # copies made under the caller's inference_mode would have no derivatives
-            for _, owner, key in slots:
-                if id(owner[key]) not in copies:
-                    copies[id(owner[key])] = owner[key].detach().clone()
-        # Tied tensors stay tied: one copy for all their names.
-        self.state: dict[str, Tensor] = {name: copies[id(owner[key])] for name, owner, key in slots}
-        # Comparing happens in every product: everything that can be looked up beforehand is.
-        once = {id(owner[key]): (name, owner, key) for name, owner, key in reversed(slots)}
-        self._watched = [_Watched(owner, key, _bits(self.state[name])) for name, owner, key in once.values()]
-        self._modules = [(m, m.training, tuple(m._modules.values())) for m in modules]
-        self._ids = {name: id(owner[key]) for name, owner, key in slots}
+    def __init__(
+        self,
+        modules: Sequence[tuple[str, nn.Module]],
+        others: Sequence[tuple[str, Any]],
+        source: Any,
+        loss: Loss | None,
+        refreshes: int,
+    ) -> None:
+        own = [module for _, module in modules]
+        self.settings = Watch([(f"attribute of {name}", m) for name, m in modules], exactly=True, modules=own)
+        forwards = [(f"the forward of {name}", forward) for name, m in modules if (forward := _own_forward(m)) is not None]
+        self.functions = Watch([*others, *forwards], exactly=True, modules=own)
+        self.data = Watch([("data", getattr(source, "dataset", source))], exactly=False, inside=(Dataset,))
+        self._flags = [(m, m.training, tuple(m._modules.values())) for m in own]
+        self.loss = loss
+        self.refreshes = refreshes
+        self.totals: Totals | None = None
+        self.sworn: set[str] = set()
+        """What has been verified at this structure."""
+        self.effects = SideEffects(self.settings, self.functions, own)
+        self.differentiates = False
+        """Whether the model takes derivatives in its forward, which fails without gradients."""
+        self.notes: dict[str, str] = {}
+        """What could not be verified, and why, by topic."""
+        self.epsilon: float | None = None
+        """The largest rounding error among the dtypes that the model computes in, once a graph has told."""
+        self._read = False
 
-    def changed(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> list[str]:
-        """Names whose live tensors differ now, bit for bit; "training flags" and "modules" where those do.
+    def intact(self) -> bool:
+        """Whether all of it is as it was."""
+        for module, training, children in self._flags:
+            if module.training is not training or tuple(module._modules.values()) != children:
+                return False
+        return self.settings.intact() and self.functions.intact() and self.data.intact()
 
-        A fused optimiser step changes neither a version counter nor a pointer, so only the bits tell.
-        """
-        live = {name: owner[key] for name, owner, key in slots}
-        names = sorted(live.keys() ^ self.state.keys())
-        names += [n for n, t in live.items() if n in self.state and not _same_bits(t.detach(), _bits(self.state[n]))]
-        if [m.training for m in modules] != [training for _, training, _ in self._modules]:
+    def has_read(self) -> None:
+        """The data were read to the end: what that changed of them (a cache that a data set fills) does not count."""
+        if not self._read:
+            self._read = True
+            self.data.forgive()
+
+    def changed(self) -> list[str]:
+        """What is different now."""
+        names = [*self.settings.changed(), *self.functions.changed(), *self.data.changed()]
+        if any(module.training is not training for module, training, _ in self._flags):
             names.append("training flags")
+        if any(tuple(module._modules.values()) != children for module, _, children in self._flags):
+            names.append("submodules")
         return names
+
+
+def _own_forward(module: nn.Module) -> FunctionType | None:
+    """The forward of a class whose functions close over variables; None of all others."""
+    forward = getattr(type(module), "forward", None)
+    return forward if isinstance(forward, FunctionType) and forward.__closure__ else None
+
+
+class Snapshot:
+    """Private copies of all parameters and buffers, selected or not, at a structure.
+
+    Args:
+        structure: all else that makes up the state.
+        slots: where the live tensors are.
+    """
+
+    def __init__(self, structure: Structure, slots: Sequence[Slot]) -> None:
+        self.structure = structure
+        once = {id(owner[key]): Bits(owner[key]) for _, owner, key in reversed(slots)}
+        # Tied tensors stay tied: one copy for all their names.
+        self.state: dict[str, Tensor] = {name: once[id(owner[key])].copy for name, owner, key in slots}
+        # Comparing happens in every product: everything that can be looked up beforehand is.
+        places = {id(owner[key]): (owner, key, once[id(owner[key])]) for _, owner, key in reversed(slots)}
+        self._watched = list(places.values())
+        self.sworn: set[Any] = set()
+        """Routes that have been verified at this state."""
+        self.restrictions: dict[tuple[str, ...], Any] = {}
+        """The problem over some of its parameters, at this state."""
 
     def intact(self) -> bool:
         """Whether nothing that is watched changed; a fast form of :meth:`changed` that does not say what."""
-        for module, training, children in self._modules:
-            if module.training is not training or tuple(module._modules.values()) != children:
+        for owner, key, bits in self._watched:
+            if key not in owner or (live := owner[key]) is None or not bits.intact(live):
                 return False
-        return all(watched.intact() for watched in self._watched)
+        return self.structure.intact()
 
-    def check(self, slots: Sequence[Slot], modules: Sequence[nn.Module]) -> None:
-        """Raises:
-        StaleError: the live model differs from this snapshot.
-        """
-        names = self.changed(slots, modules)
+    def changed(self, slots: Sequence[Slot]) -> list[str]:
+        """Names of what differs now, tensors bit for bit."""
+        live = {name: owner[key] for name, owner, key in slots}
+        names = sorted(live.keys() ^ self.state.keys())
+        names += [n for n, t in live.items() if n in self.state and not Bits(t, self.state[n]).equal(t)]
+        return [*names, *self.structure.changed()]
+
+    def stale(self, slots: Callable[[], Sequence[Slot]]) -> StaleError:
+        """What to raise when it is not intact."""
+        names = self.changed(slots())
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        if names:
-            raise StaleError(
-                f"the model changed after the operator was lowered ({shown}); call operator.refresh() to go on at the new "
-                "state, or lower the expression again"
-            )
-
-
-class _Watched:
-    """A live tensor, and the bits that it must have.
-
-    Args:
-        owner: the dict that holds it.
-        key: its place there.
-        bits: what they were.
-    """
-
-    def __init__(self, owner: Mapping[str, Any], key: str, bits: Tensor) -> None:
-        self.owner, self.key, self.bits = owner, key, bits
-        self._seen: tuple[Any, ...] | None = None
-        self._view = bits
-
-    def intact(self) -> bool:
-        """Whether the live tensor has the bits; on small networks every call here is one of a product's."""
-        if self.key not in self.owner:  # the dicts of scripted modules have no get
-            return False
-        live = self.owner[self.key]
-        if live is None:
-            return False
-        # The memory is looked at each time; as long as it is the same memory, through the same view.
-        place = (id(live), live.data_ptr(), live.shape, live.stride(), live.dtype)
-        if place != self._seen:
-            if not _same_bits(live.detach(), self.bits):
-                return False
-            self._seen, self._view = place, _bits(live.detach())
-            return True
-        return torch.equal(self._view, self.bits)
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(t: Tensor) -> Tensor:
-    """The tensor as integers of the same width, so that NaN equals itself."""
-    if t.dtype.is_complex:
-        t = torch.view_as_real(t.resolve_conj())
-    return t.view(_BITS[t.element_size()]) if t.dtype.is_floating_point else t
-
-
-def _same_bits(live: Tensor, bits: Tensor) -> bool:
-    if live.device != bits.device or live.dtype.itemsize != bits.dtype.itemsize * (2 if live.dtype.is_complex else 1):
-        return False
-    live = _bits(live)
-    return live.dtype == bits.dtype and live.shape == bits.shape and torch.equal(live, bits)
+        return StaleError(
+            f"the model, loss or data changed after the operator was lowered ({shown or 'another device'}); call "
+            "operator.refresh() to go on at the new state, or lower the expression again"
+        )

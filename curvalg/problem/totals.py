@@ -73,8 +73,9 @@ def _judge(problem: Problem, loss: CallableLoss, sample: Sample, before: list[An
         LossError: it does not, so that no denominator would be right.
     """
     evaluation = Evaluation(problem, problem.snapshot(), sample)
-    with problem.differentiating(), torch.no_grad(), recording(problem.device, problem.model):
-        z, form = evaluation.run(evaluation.values())
+    with problem.differentiating():
+        z, form = evaluation.output()
+    with torch.no_grad(), recording(problem.device, problem.model):
         now = [form.split(z), sample.target]
 
         def judge() -> Reduction:

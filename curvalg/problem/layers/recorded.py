@@ -223,7 +223,8 @@ class Recorded:
         owner, _, _ = params[0].rpartition(".")
         if not isinstance(model, ModuleModel):
             return Place(params, "", None, shapes)
-        return Place(params, owner, model.module.get_submodule(owner), shapes)
+        # Scripted modules have no get_submodule.
+        return Place(params, owner, dict(model.module.named_modules())[owner], shapes)
 
 
 def record_layers(evaluation: Evaluation) -> Recorded:

@@ -1,0 +1,32 @@
+"""Walking autograd graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+
+def nodes(roots: Iterable[Tensor | GradientEdge | None]) -> Iterator[Any]:
+    """Every node of the graphs that lead to some tensors or edges, each once."""
+    todo = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots if root is not None]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(parent for parent, _ in node.next_functions)
+
+
+def coarsest_dtype(z: Tensor) -> torch.dtype:
+    """The floating dtype of the largest rounding error among all intermediate results that a graph tells of."""
+    found = {z.dtype}
+    for node in nodes([z]):
+        metadata = getattr(node, "_input_metadata", ())
+        found.update(m.dtype for m in metadata if m.dtype.is_floating_point)
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)

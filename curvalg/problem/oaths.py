@@ -1,0 +1,314 @@
+"""What is verified before it is believed: calls, graphs, tangents and second derivatives of the user's model.
+
+Torch's formulas are not all right, hooks and custom functions may alter gradients, and a model may read parameters, random
+numbers or a state in ways that an exchange of its parameters does not reach. Each check is an identity that needs no other
+route; it is made once and remembered, at a structure of the problem where it is about the model's code, and at a state where
+it depends on the numbers too. ``Problem(verify=False)`` leaves all of them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import LossError, ProblemError
+from curvalg.problem.graph import coarsest_dtype, nodes
+
+if TYPE_CHECKING:
+    from curvalg.problem.evaluation import Evaluation
+    from curvalg.problem.losses.callable import CallablePoint
+    from curvalg.problem.problem import Problem
+
+
+def must_swear(evaluation: Evaluation, route: Hashable) -> bool:
+    """Whether a route has not been verified at this state; it counts as verified from now on."""
+    problem, sworn = evaluation.problem, evaluation.snapshot.sworn
+    oath = (route, tuple(problem.layout.names))
+    if not problem.verify or oath in sworn:
+        return False
+    sworn.add(oath)
+    return True
+
+
+def rounding(evaluation: Evaluation, z: Tensor) -> float:
+    """The relative error up to which two computations of the model agree: the square root of its coarsest epsilon."""
+    structure = evaluation.snapshot.structure
+    if structure.epsilon is None or z.requires_grad:
+        dtypes = {z.dtype, *evaluation.problem.layout.dtypes.values(), coarsest_dtype(z)}
+        if (autocast := evaluation.problem.autocast) is not None:
+            dtypes.add(autocast)
+        epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
+        if z.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+            epsilon = max(epsilon, 1e-3)
+        structure.epsilon = max(epsilon, structure.epsilon or 0.0)
+    return structure.epsilon**0.5
+
+
+# -- calls --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def owned(evaluation: Evaluation) -> Iterator[None]:
+    """Around the first recorded call: the live parameters require gradients, so that a graph that reaches them shows it."""
+    problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
+    if not problem.verify or "graph" in sworn:
+        yield
+        return
+    frozen = [p for p in problem.model.chosen.values() if p.is_leaf and not p.requires_grad and not p.is_inference()]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def swear_graph(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Once a structure: the output depends on the tensors that stand for the parameters, and not on the live ones.
+
+    Raises:
+        ProblemError: a parameter is reached in a way that its exchange does not.
+    """
+    problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
+    if not problem.verify or "graph" in sworn:
+        return
+    live = {id(p): name for name, p in problem.model.chosen.items()}
+    given = {id(leaf) for leaf in leaves}
+    for node in nodes([z]):
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in live and id(variable) not in given:
+            name = live[id(variable)]
+            raise ProblemError(
+                f"the parameter {name!r} reaches the output in a way that curvalg cannot follow: through a closure, a list, a "
+                "cached tensor or a hook, not as an attribute of its module. Read it as an attribute (self.weight) in forward, "
+                "or leave it out by params="
+            )
+    sworn.add("graph")
+
+
+def swear_output(evaluation: Evaluation, z: Tensor) -> None:
+    """Once a structure: the user's own module gives the same output, and so do two calls of it.
+
+    Raises:
+        ProblemError: it does not.
+    """
+    problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
+    if not problem.verify or "output" in sworn:
+        return
+    sworn.add("output")
+    try:
+        again = evaluation.live_output()
+        different = z.shape != again.shape or not _close(z, again, rounding(evaluation, z))
+        if different:
+            raise ProblemError(
+                f"two calls of the model on batch {evaluation.sample.index} give different outputs, so that there is no one "
+                "matrix: it draws random numbers from a generator of its own (pass its numbers as data, or switch it off), "
+                "keeps a state that its forward changes (register it as a buffer), or reads its parameters otherwise than as "
+                "attributes of their modules. Problem(verify=False) leaves this check out"
+            )
+    except BaseException:
+        sworn.discard("output")
+        raise
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = torch.where(a.isfinite(), a, 0).abs().max() if a.numel() else 0.0
+    return bool(torch.allclose(a, b, rtol=0.0, atol=float(tolerance * scale), equal_nan=True))
+
+
+def swear_loss(problem: Problem, point: CallablePoint) -> None:
+    """The user's loss depends on the parameters through the output alone.
+
+    Raises:
+        ProblemError: it does not.
+    """
+    live = {id(p): name for name, p in problem.model.chosen.items()}
+    for node in nodes([point.numerator]):
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in live:
+            raise LossError(
+                f"the loss depends on the parameters ({live[id(variable)]!r}) otherwise than through the model's output, as a "
+                "penalty does; its derivatives there would be missing. Take the penalty out of the loss, and add its curvature "
+                "to the expression: for c ‖θ‖² it is + 2*c * Identity"
+            )
+
+
+# -- tangents -------------------------------------------------------------------------------------------------------------
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def random_cotangent(z: Tensor, seed: int = 1) -> Tensor:
+    """Standard normal numbers of the output's shape, the same in every call."""
+    return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=_generator(z.device, seed))
+
+
+def random_directions(evaluation: Evaluation, seed: int = 2) -> list[Tensor]:
+    """Standard normal numbers for every parameter, of its shape and dtype; the same in every call."""
+    problem = evaluation.problem
+    generator = _generator(problem.device, seed)
+    return [
+        torch.randn(shape, device=problem.device, generator=generator).to(dtype)
+        for shape, dtype in zip(problem.layout.shapes.values(), problem.layout.dtypes.values(), strict=True)
+    ]
+
+
+def wrong_tangent(
+    evaluation: Evaluation,
+    z: Tensor,
+    u: Tensor,
+    tangent: Tensor,
+    gradients: Sequence[Tensor | None],
+    directions: Sequence[Tensor],
+) -> str | None:
+    """Why tangents must not be used: ⟨u, J v⟩ differs from ⟨Jᵀu, v⟩; None where it does not.
+
+    Args:
+        evaluation: of the batch.
+        z: the output, with its graph where there is one.
+        u: a cotangent.
+        tangent: J v.
+        gradients: Jᵀu by parameter.
+        directions: v by parameter.
+    """
+    pairs = [(g, v) for g, v in zip(gradients, directions, strict=True) if g is not None]
+    left, left_scale = _dot([(u.detach(), tangent)])
+    right, right_scale = _dot(pairs)
+    error, scale = abs(left - right), left_scale + right_scale
+    if error <= rounding(evaluation, z) * scale:
+        return None
+    return f"J v disagrees with the gradient (⟨u, J v⟩ = {left:.6g}, ⟨Jᵀu, v⟩ = {right:.6g})"
+
+
+def _dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """The inner product, and the size that the sum of its random parts has."""
+    total, square = 0.0, 0.0
+    for a, b in pairs:
+        product = a.detach().double() * b.detach().double()
+        total, square = total + float(product.sum()), square + float(product.square().sum())
+    return total, square**0.5
+
+
+# -- second derivatives -----------------------------------------------------------------------------------------------------
+
+ROWS = 8
+"""Rows of a batch that second derivatives are compared on, where these can be computed alone."""
+STEP = 1e-6
+"""Of the central difference, in units of the parameters' own size."""
+DIRECTIONS = 3
+"""A difference across a kink (ReLU) is wrong by itself: so many directions are tried before the model is."""
+ALLOWED = 1e-4
+"""Relative error of a central difference in float64."""
+
+
+def swear_curvature(evaluation: Evaluation) -> None:
+    """Once a structure: second derivatives of the model are those of its gradient, by a central difference in float64.
+
+    Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h for a random cotangent u and a random w, on a
+    few rows. Where they differ, normalisations are written in elementary operations and compared again.
+
+    Raises:
+        ProblemError: they are not.
+    """
+    problem, structure = evaluation.problem, evaluation.snapshot.structure
+    if not problem.verify or "curvature" in structure.sworn or problem.autocast is not None:
+        return
+    structure.sworn.add("curvature")
+    few = evaluation
+    if evaluation.sample.rows > ROWS and not problem.model.batch_statistics and problem.draws.mode == "refuse":
+        few = type(evaluation)(problem, evaluation.snapshot, evaluation.sample.head(ROWS))
+    error = _curvature_error(few)
+    if error is not None and error > ALLOWED and not problem.model.composite:
+        problem.model.composite = True
+        error = _curvature_error(few)
+    if error is None:
+        structure.notes["second derivatives"] = "no central difference: the model does not run in float64"
+    elif error > ALLOWED:
+        structure.sworn.discard("curvature")
+        problem.model.composite = False
+        raise ProblemError(
+            "the second derivatives of the model are wrong: the derivative of its gradient by double backward differs from a "
+            f"central difference by {error:.1e}. Torch's formula for an operation is wrong, or a hook, a custom autograd "
+            "Function (a straight-through estimator, a checkpoint) gives a gradient that is not a derivative. First-order "
+            "matrices (ggn, covariance) need none; Problem(verify=False) leaves this check out"
+        )
+
+
+def _curvature_error(evaluation: Evaluation) -> float | None:
+    """The relative difference, the smallest over some directions; None where the model does not run in float64."""
+    smallest = None
+    for seed in range(DIRECTIONS):
+        try:
+            found = _difference(evaluation, seed)
+        except (ProblemError, RuntimeError, TypeError, ValueError, NotImplementedError):
+            if evaluation.problem.dtype == torch.float64:
+                raise
+            return None
+        if found is None:
+            return None
+        smallest = found if smallest is None else min(smallest, found)
+        if smallest <= ALLOWED:
+            break
+    return smallest
+
+
+def _difference(evaluation: Evaluation, seed: int) -> float | None:
+    from curvalg.problem.evaluation import backward
+
+    call = evaluation.in_double()
+    values = [value.double() for value in evaluation.values()]
+    size = [float(value.square().mean().sqrt()) if value.numel() else 0.0 for value in values]
+    w = [v.double() * (s or 1.0) for v, s in zip(random_directions(evaluation, seed), size, strict=True)]
+    leaves = [value.clone().requires_grad_() for value in values]
+    z = call(leaves)
+    if coarsest_dtype(z) != torch.float64:
+        return None
+    u = random_cotangent(z.detach(), seed)
+    gradients = evaluation.differentiate(z, leaves, u)
+    product = backward(gradients, leaves, w)
+    sides = []
+    for sign in (1, -1):
+        moved = [(value + sign * STEP * v).requires_grad_() for value, v in zip(values, w, strict=True)]
+        sides.append(backward([call(moved)], moved, [u]))
+    exact, plus, minus, gradient = (
+        torch.cat([(torch.zeros_like(p) if g is None else g.detach()).reshape(-1) for g, p in zip(part, values, strict=True)])
+        for part in (product, *sides, gradients)
+    )
+    difference = (plus - minus) / (2 * STEP)
+    noise = 1e2 * torch.finfo(torch.float64).eps / STEP * gradient.norm() / ALLOWED
+    scale = exact.norm() + difference.norm() + noise
+    return float((exact - difference).norm() / scale) if float(scale) else 0.0
+
+
+def swear_symmetric(multiply: Callable[[Tensor], Tensor], evaluation: Evaluation, what: object) -> None:
+    """Once a state: vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
+
+    Args:
+        multiply: vectors (1, D) -> products (1, D).
+        evaluation: of the batch.
+        what: the matrix, for messages.
+
+    Raises:
+        ProblemError: it is not.
+    """
+    if not must_swear(evaluation, ("symmetric", str(what))):
+        return
+    layout = evaluation.problem.layout
+    v, w = (layout.gather(random_directions(evaluation, seed), evaluation.problem.device) for seed in (4, 5))
+    av, aw = multiply(v[None])[0], multiply(w[None])[0]
+    left, left_scale = _dot([(v, aw)])
+    right, right_scale = _dot([(w, av)])
+    tolerance = (evaluation.snapshot.structure.epsilon or torch.finfo(layout.dtype).eps) ** 0.5
+    if not abs(left - right) <= tolerance * (left_scale + right_scale):
+        raise ProblemError(
+            f"the product with {what} is not symmetric (vᵀ(A w) = {left:.6g}, wᵀ(A v) = {right:.6g}), so that the second "
+            "derivatives of the model are wrong at this state: torch's formula for an operation is wrong there, or a hook or a "
+            "custom autograd Function alters gradients. First-order matrices (ggn, covariance) need none"
+        )

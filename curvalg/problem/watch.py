@@ -1,0 +1,297 @@
+"""Watching what is not a parameter: attributes of modules, hooks, closures, data in memory.
+
+A model may read a float of its own, a mask, a list of scales or the options of a loss; a list of batches may grow. All of it
+belongs to the state that numbers were computed at. Watched are containers (by their contents), tensors, arrays and the
+variables that functions close over; objects of classes are looked into where they hold plain values only, as settings do.
+Comparing happens in every product, and is made of few calls: a dict that still holds the same objects compares in C.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import functools
+import pickle
+import types
+from collections.abc import Iterable, Iterator
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from curvalg.problem.bits import Bits
+
+MOST = 200_000
+"""Places that are looked at; what lies beyond is not watched."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_INTERNAL = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
+_PLAIN = (Number, str, bytes, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, list, set, collections.deque)
+GENERATORS = (Generator, np.random.Generator, np.random.RandomState)
+
+
+class Entry:
+    """A container with what was in it.
+
+    Args:
+        name: what messages call it.
+        live: the container.
+    """
+
+    def __init__(self, name: str, live: Any) -> None:
+        self.name, self.live, self.ignored = name, live, frozenset[Any]()
+        self.copy = live.copy()
+
+    def differences(self) -> list[str]:
+        """Names of what is different now."""
+        if _equal(self.live, self.copy):
+            return []
+        if not isinstance(self.live, dict):
+            return [self.name]
+        keys = [*self.copy, *(key for key in self.live if key not in self.copy)]
+        return [f"{self.name}.{key}" for key in keys if key not in self.ignored and not self._same(key)]
+
+    def intact(self) -> bool:
+        """Whether nothing is different."""
+        return _equal(self.live, self.copy) or (bool(self.ignored) and not self.differences())
+
+    def _same(self, key: Any) -> bool:
+        if key not in self.live or key not in self.copy:
+            return False
+        return _equal([self.live[key]], [self.copy[key]])
+
+    def ignore_differences(self) -> None:
+        """What is different now does not count from now on."""
+        if isinstance(self.live, dict):
+            keys = [*self.copy, *(key for key in self.live if key not in self.copy)]
+            self.ignored |= {key for key in keys if not self._same(key)}
+
+    def restore(self) -> None:
+        """Put back what was in it."""
+        if isinstance(self.live, dict):
+            for key in [key for key in self.live if key not in self.copy]:
+                del self.live[key]
+            self.live.update(self.copy)
+        elif isinstance(self.live, list):
+            self.live[:] = self.copy
+        else:
+            self.live.clear()
+            (self.live.extend if isinstance(self.live, collections.deque) else self.live.update)(self.copy)
+
+
+class Watch:
+    """Everything reachable from some roots that is watched, as it was when the watch began.
+
+    Args:
+        roots: (name, object).
+        exactly: compare tensors by their bits, which takes a copy of each; else by identity and version, which writes past
+            autograd (``t.data``, NumPy views) escape.
+        modules: whose parameters, buffers and submodules are watched elsewhere.
+        inside: classes that are looked into although they hold more than plain values.
+    """
+
+    def __init__(
+        self,
+        roots: Iterable[tuple[str, Any]],
+        *,
+        exactly: bool,
+        modules: Iterable[nn.Module] = (),
+        inside: tuple[type, ...] = (),
+    ) -> None:
+        self.entries: list[Entry] = []
+        self.tensors: list[tuple[str, Any, Any, Tensor]] = []
+        """(name, the container that holds it, the key there, tensor)."""
+        self.generators: list[Any] = []
+        self._exactly, self._inside = exactly, inside
+        self._arrays: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._cells: list[tuple[str, types.CellType, Any]] = []
+        self._own = {id(module) for module in modules}
+        self._seen: dict[int, Any] = {}
+        todo = [(name, None, None, root) for name, root in roots]
+        while todo and len(self._seen) < MOST:
+            todo.extend(self._visit(*todo.pop()))
+        self._seen.clear()
+        self._bits = [Bits(t) for _, _, _, t in self.tensors] if exactly else []
+        self._counted = [] if exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
+        self._versions = [t._version for t in self._counted]
+
+    def _visit(self, name: str, holder: Any, key: Any, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+        if isinstance(value, _PLAIN) or isinstance(value, (type, types.ModuleType)) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and not value.is_meta:
+                self.tensors.append((name, holder, key, value))
+        elif isinstance(value, np.ndarray):
+            if self._exactly and value.dtype != object:
+                self._arrays.append((name, value, value.copy()))
+        elif isinstance(value, GENERATORS):
+            self.generators.append(value)
+        elif isinstance(value, nn.Module):
+            yield from self._module(name, value)
+        elif isinstance(value, _CONTAINERS):
+            yield from self._container(name, value)
+        elif isinstance(value, (tuple, frozenset)):
+            yield from ((f"{name}[{i}]", None, None, part) for i, part in enumerate(value))
+        elif isinstance(value, functools.partial):
+            yield from ((f"{name}.{part}", None, None, getattr(value, part)) for part in ("func", "args", "keywords"))
+        elif isinstance(value, types.MethodType):
+            yield (name, None, None, value.__func__)
+            yield (name, None, None, value.__self__)
+        elif isinstance(value, types.FunctionType):
+            yield from self._function(name, value)
+        elif _is_record(value) or isinstance(value, self._inside):
+            yield from self._container(name, vars(value))
+
+    def _container(self, name: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+        self.entries.append(Entry(name, value))
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", value, key, part) for key, part in value.items())
+        elif isinstance(value, (list, collections.deque)):
+            yield from ((f"{name}[{i}]", value, i, part) for i, part in enumerate(value))
+
+    def _module(self, name: str, module: nn.Module) -> Iterator[tuple[str, Any, Any, Any]]:
+        attributes = module.__dict__
+        self.entries.append(Entry(name, attributes))
+        for kind in _HOOKS:
+            if (hooks := attributes.get(kind)) is not None:
+                self.entries.append(Entry(f"{name}.{kind.strip('_')}", hooks))
+        inner = () if id(module) in self._own else _INTERNAL
+        for key, value in attributes.items():
+            if key in inner or (key not in _INTERNAL and key not in _BOOKKEEPING):
+                yield (f"{name}.{key}", attributes, key, value)
+
+    def _function(self, name: str, function: types.FunctionType) -> Iterator[tuple[str, Any, Any, Any]]:
+        names = function.__code__.co_freevars
+        for variable, cell in zip(names, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            self._cells.append((f"{name}, variable {variable}", cell, value))
+            yield (f"{name}, variable {variable}", None, None, value)
+        if function.__kwdefaults__:
+            yield (name, None, None, function.__kwdefaults__)
+
+    # -- comparing ------------------------------------------------------------------------------------------------------
+
+    def intact(self) -> bool:
+        """Whether nothing that is watched has changed."""
+        for entry in self.entries:
+            try:
+                if entry.live == entry.copy:
+                    continue
+            except Exception:  # comparing tensors or objects of other people
+                pass
+            if not entry.intact():
+                return False
+        if [t._version for t in self._counted] != self._versions:
+            return False
+        if self._cells and not all(_holds(cell, value) for _, cell, value in self._cells):
+            return False
+        return all(bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)) and all(
+            np.array_equal(live, copy, equal_nan=live.dtype.kind in "fc") for _, live, copy in self._arrays
+        )
+
+    def changed(self) -> list[str]:
+        """Names of what has changed."""
+        found = [name for entry in self.entries for name in entry.differences()]
+        found += [name for (name, _, _, _), written in zip(self.tensors, self.written_tensors()) if written]
+        found += [name for name, cell, value in self._cells if not _holds(cell, value)]
+        found += [n for n, a, b in self._arrays if not np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")]
+        return list(dict.fromkeys(found))
+
+    def written_tensors(self) -> list[bool]:
+        """For each tensor, whether its memory was written into."""
+        if self._exactly:
+            return [not bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)]
+        versions = dict(zip(map(id, self._counted), self._versions))
+        return [versions.get(id(t), t._version if id(t) in versions else 0) != _version(t) for _, _, _, t in self.tensors]
+
+    def forgive(self) -> None:
+        """Whatever is different now does not count from now on: it is changed by what is done here."""
+        for entry in self.entries:
+            entry.ignore_differences()
+        self.entries = [entry for entry in self.entries if entry.intact()]
+        written = self.written_tensors()
+        if any(written):
+            left = [i for i, w in enumerate(written) if not w]
+            if self._exactly:
+                self._bits = [self._bits[i] for i in left]
+            self.tensors = [self.tensors[i] for i in left]
+            self._counted = [] if self._exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
+            self._versions = [t._version for t in self._counted]
+        self._cells = [(name, cell, value) for name, cell, value in self._cells if _holds(cell, value)]
+        self._arrays = [(n, a, b) for n, a, b in self._arrays if np.array_equal(a, b)]
+
+    def ignore_written(self, dicts: Iterable[Any]) -> None:
+        """What is different now in these dicts (by key) does not count from now on."""
+        ids = {id(live) for live in dicts}
+        for entry in self.entries:
+            if id(entry.live) in ids:
+                entry.ignore_differences()
+
+    def restore_tensors(self) -> None:
+        """Put back the numbers of tensors that were written into; for watches that hold copies."""
+        for bits, (_, _, _, t) in zip(self._bits, self.tensors):
+            if not bits.intact(t):
+                with torch.no_grad():
+                    t.copy_(bits.copy)
+
+
+_BOOKKEEPING = frozenset(
+    key for key in nn.Module().__dict__ if key.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called"))
+)
+"""Attributes of every module that hold hooks: those that take part in calls are watched by themselves."""
+
+
+def _is_record(value: Any) -> bool:
+    """Whether an object holds plain values only, as settings do."""
+    if callable(value) and not dataclasses.is_dataclass(value):
+        return False
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict):
+        return False
+    kinds = (*_PLAIN, *_CONTAINERS, tuple, frozenset, Tensor, np.ndarray, *GENERATORS)
+    return all(isinstance(part, kinds) or callable(part) for part in attributes.values())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # tensors that are not the same object, or objects of other people's classes
+        return False
+
+
+def _holds(cell: types.CellType, value: Any) -> bool:
+    try:
+        now = cell.cell_contents
+    except ValueError:
+        return False
+    return now is value or _equal([now], [value])
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def read_generator(generator: Any) -> bytes:
+    """The state of a generator of torch or NumPy."""
+    if isinstance(generator, Generator):
+        return generator.get_state().numpy().tobytes()
+    state = generator.get_state() if isinstance(generator, np.random.RandomState) else generator.bit_generator.state
+    return pickle.dumps(state)
+
+
+def set_generator(generator: Any, state: bytes) -> None:
+    """Put a generator back to a state that was read from it."""
+    if isinstance(generator, Generator):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(pickle.loads(state))
+    else:
+        generator.bit_generator.state = pickle.loads(state)
