@@ -70,6 +70,10 @@ class FactoredPlan(Plan):
         return factor_of(self.problem, snapshot, self.terms)
 
     def prepare(self, snapshot: Snapshot) -> None:
+        with snapshot.lock:
+            self._prepare(snapshot)
+
+    def _prepare(self, snapshot: Snapshot) -> None:
         chosen = self.ways(snapshot).chosen(False)
         if chosen not in (None, ORDINARY):
             self.factor(snapshot).prepare(self.problem, snapshot)
@@ -77,6 +81,10 @@ class FactoredPlan(Plan):
             self.otherwise.prepare(snapshot)
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        with snapshot.lock:
+            return self._apply(snapshot, x)
+
+    def _apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         problem, ways, wide = self.problem, self.ways(snapshot), x.shape[1] > 1
         ways.count(problem, x.shape[1])
         if ways.declined and self.factor(snapshot).refused not in (None, problem.budget.limit):

@@ -97,9 +97,10 @@ class Form:
 
     def at(self, snapshot: Snapshot) -> Structure:
         """The structure at a snapshot."""
-        if snapshot not in self._made:
-            self._made[snapshot] = self._make(snapshot)
-        return self._made[snapshot]
+        with snapshot.lock:
+            if snapshot not in self._made:
+                self._made[snapshot] = self._make(snapshot)
+            return self._made[snapshot]
 
 
 Offer = Form | str

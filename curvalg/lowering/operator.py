@@ -122,7 +122,8 @@ class CurvatureOperator(TorchOperator):
         """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""
         from curvalg.lowering.explain import explain
 
-        return explain(self)
+        with self.problem.lock:
+            return explain(self)
 
     # -- life -----------------------------------------------------------------------------------------------------------
 
@@ -138,11 +139,14 @@ class CurvatureOperator(TorchOperator):
         """Make the matrices that need a pass over the data, and plan again with them."""
         if self._bound:
             return
-        bound = bind(self._resolved, self.problem, self.snapshot, plan)
-        self._simplified = self._simplify(bound)
-        self._resolved = self._resolve(self._simplified)
-        self._plan = plan(self._resolved, self.problem, self._given)
-        self._bound = True
+        with self.problem.lock:
+            if self._bound:  # by another thread, meanwhile
+                return
+            bound = bind(self._resolved, self.problem, self.snapshot, plan)
+            self._simplified = self._simplify(bound)
+            self._resolved = self._resolve(self._simplified)
+            self._plan = plan(self._resolved, self.problem, self._given)
+            self._bound = True
 
     def refresh(self) -> CurvatureOperator:
         """Take model, loss and data as they are now (see :meth:`curvalg.Problem.refresh`); returns the operator itself."""
@@ -270,11 +274,12 @@ class CurvatureOperator(TorchOperator):
         if quantity not in (known := get_args(Quantity)):
             raise ExpressionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
         self.problem.check(self.snapshot)
-        form = self._form()
-        if form is None:
-            return None
-        with self.problem.differentiating():
-            return getattr(form.at(self.snapshot), quantity)()
+        with self.problem.lock:
+            form = self._form()
+            if form is None:
+                return None
+            with self.problem.differentiating():
+                return getattr(form.at(self.snapshot), quantity)()
 
     def exact_rows(self, quantity: Quantity = "eigh") -> int | None:
         """Rows of the matrix that :meth:`exact` would build and factorise: what it costs, in products.
@@ -283,7 +288,8 @@ class CurvatureOperator(TorchOperator):
             Rows of the dense or the Gram matrix, or columns whose squares are summed; 0 where the structure is there already;
             None where there is no exact form.
         """
-        form = self._form()
+        with self.problem.lock:
+            form = self._form()
         if form is None:
             return None
         return form.diagonal_rows if quantity in ("trace", "diagonal") else form.rows
@@ -298,7 +304,7 @@ class CurvatureOperator(TorchOperator):
     def to_dense(self) -> Tensor:
         if self.expr.domain == self.expr.codomain == "outputs":
             self.problem.check(self.snapshot)
-            with self.problem.differentiating():
+            with self.problem.lock, self.problem.differentiating():
                 self._bind()
                 form, _ = find(Matrix(self._resolved, self.problem, plan), asked="kernel")
                 if form is not None and isinstance(structure := form.at(self.snapshot), Dense):

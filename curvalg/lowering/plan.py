@@ -9,6 +9,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -85,10 +86,12 @@ class SweepPlan(Plan):
     expr: Expr
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        return linearization(self.problem, snapshot, self.sweep).product(self.problem, snapshot, x.T.contiguous()).T
+        with snapshot.lock:
+            return linearization(self.problem, snapshot, self.sweep).product(self.problem, snapshot, x.T.contiguous()).T
 
     def prepare(self, snapshot: Snapshot) -> None:
-        linearization(self.problem, snapshot, self.sweep).prepare(self.problem, snapshot)
+        with snapshot.lock:
+            linearization(self.problem, snapshot, self.sweep).prepare(self.problem, snapshot)
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         kept = linearization(self.problem, snapshot, self.sweep)
@@ -205,7 +208,8 @@ class OutputPlan(Plan):
     kind: Literal["jacobian", "jacobian.T", "loss_hessian"]
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        return torch.stack([self._column(snapshot, column) for column in x.unbind(1)], 1)
+        with snapshot.lock:
+            return torch.stack([self._column(snapshot, column) for column in x.unbind(1)], 1)
 
     def _column(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         if self.kind == "jacobian":
@@ -310,7 +314,10 @@ class InversePlan(Plan):
         return (self.matrix,)
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        return self.solve(snapshot, x, None).x if self.checked else self.solver.approximate(snapshot, x)
+        if self.checked:
+            return self.solve(snapshot, x, None).x
+        with snapshot.lock:
+            return self.solver.approximate(snapshot, x)
 
     def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
         """A⁻¹ B (n, K) with a report per column; with a trail, an interrupted solve returns what it has.
@@ -318,7 +325,9 @@ class InversePlan(Plan):
         Raises:
             ConvergenceError: a column did not reach the tolerance; carries the result with the best iterates.
         """
-        self.last = result = self.solver.solve(snapshot, b, x0, trail)
+        with nullcontext() if self.solver.iterative else snapshot.lock:
+            result = self.solver.solve(snapshot, b, x0, trail)
+        self.last = result
         if not result.ok and not result.partial:
             message = (
                 f"{self.solver.name} did not solve {self.expr.expr}: {result.summary()}. Raise maxiter= or rtol=, add damping "
@@ -347,11 +356,12 @@ class RootPlan(Plan):
         self._roots: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        if snapshot not in self._roots:
-            root = self.form.at(snapshot).mapped(torch.sqrt, "sqrt")
-            assert root is not None
-            self._roots[snapshot] = root
-        return self._roots[snapshot].multiply(x)
+        with snapshot.lock:
+            if snapshot not in self._roots:
+                root = self.form.at(snapshot).mapped(torch.sqrt, "sqrt")
+                assert root is not None
+                self._roots[snapshot] = root
+            return self._roots[snapshot].multiply(x)
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         return [

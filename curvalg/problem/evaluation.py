@@ -122,10 +122,8 @@ class Evaluation:
 
         try:
             raw = problem.draws.run(call, self.sample.index)
-            if not effects.known:
-                if effects.learn():  # a tensor that the graph needs was put back
-                    raw = problem.draws.run(call, self.sample.index)
-                effects.forgive()
+            if not effects.known and effects.learn():  # a tensor that the graph needs was put back
+                raw = problem.draws.run(call, self.sample.index)
             return raw
         except UserWarning as warning:
             if (cure := explain_failure(warning)) is None:
@@ -175,18 +173,20 @@ class Evaluation:
         watch: Callable[[list[Tensor]], AbstractContextManager[Any]] = lambda leaves: nullcontext(),
         *,
         once: bool = False,
+        earlier: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], OutputForm]:
         """z with its graph, and the leaves that it depends on.
 
         Args:
             watch: leaves -> a context around the model's call.
             once: whether one backward is all that follows.
+            earlier: z of another call, where there was one.
         """
         leaves = [p.requires_grad_() for p in self.values()]
         with watch(leaves), owned(self):
             z, form = self._recordable(leaves, once=once)
         swear_graph(self, z, leaves)
-        swear_output(self, z.detach())
+        swear_output(self, z.detach(), earlier)
         if not z.requires_grad:
             _warn_constant()
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
@@ -306,7 +306,7 @@ class Evaluation:
         if problem.no_forward_ad is None:
             try:
                 pushed = self._push_forward(tangents)
-                problem.no_forward_ad = self._wrong_forward_ad()
+                problem.no_forward_ad = self._wrong_forward_ad(pushed[0].output)
             except CurvalgError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
@@ -316,11 +316,11 @@ class Evaluation:
         z, leaves, form = self.record()
         return self.batch(z, form), reverse_tangents(self, z, leaves).push(tangents)
 
-    def _wrong_forward_ad(self) -> str | None:
+    def _wrong_forward_ad(self, earlier: Tensor) -> str | None:
         """Why forward AD must not be used at this state; it is compared with a gradient once."""
         if not must_swear(self, FORWARD_AD):
             return None
-        z, leaves, _ = self.record(once=True)
+        z, leaves, _ = self.record(once=True, earlier=earlier)
         return self.wrong_forward_ad(z, leaves, retain=False)
 
     def wrong_forward_ad(self, z: Tensor, leaves: Sequence[Tensor], *, retain: bool) -> str | None:

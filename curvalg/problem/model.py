@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,10 +19,8 @@ from curvalg.errors import ProblemError
 from curvalg.problem import parameters as params_
 from curvalg.problem.corrections import Corrected
 from curvalg.problem.data import call_model
+from curvalg.problem.process import LOCK
 from curvalg.problem.snapshot import Slot
-
-# The attention kernel and the compile stance are switches of the whole process: one product at a time may hold them.
-_SWITCHES = threading.RLock()
 
 
 @contextmanager
@@ -39,7 +36,7 @@ def recording(device: torch.device, model: Model, *, once: bool = False) -> Iter
         model: the model.
         once: whether one backward is all that follows; fused attention, which holds no positions × positions, may be used then.
     """
-    with _SWITCHES, ExitStack() as stack, warnings.catch_warnings():
+    with LOCK, ExitStack() as stack, warnings.catch_warnings():
         warnings.filterwarnings("error", message=_REENTRANT)
         if not once:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))

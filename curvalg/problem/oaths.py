@@ -79,10 +79,11 @@ def swear_graph(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> 
         return
     live = {id(p): name for name, p in problem.model.chosen.items()}
     given = {id(leaf) for leaf in leaves}
-    for node in nodes([z]):
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in live and id(variable) not in given:
-            name = live[id(variable)]
+    reached = {id(v) for node in nodes([z]) if (v := getattr(node, "variable", None)) is not None}
+    if not reached & given:
+        return  # it depends on none of them, which is told elsewhere
+    for key, name in live.items():
+        if key in reached - given:
             raise ProblemError(
                 f"the parameter {name!r} reaches the output in a way that curvalg cannot follow: through a closure, a list, a "
                 "cached tensor or a hook, not as an attribute of its module. Read it as an attribute (self.weight) in forward, "
@@ -91,8 +92,13 @@ def swear_graph(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> 
     sworn.add("graph")
 
 
-def swear_output(evaluation: Evaluation, z: Tensor) -> None:
-    """Once a structure: the user's own module gives the same output, and so do two calls of it.
+def swear_output(evaluation: Evaluation, z: Tensor, earlier: Tensor | None = None) -> None:
+    """Once a structure: two calls give the same output, the second of them of the user's own module with its own parameters.
+
+    Args:
+        evaluation: of the batch.
+        z: the output.
+        earlier: that of another call, which saves the second.
 
     Raises:
         ProblemError: it does not.
@@ -102,11 +108,11 @@ def swear_output(evaluation: Evaluation, z: Tensor) -> None:
         return
     sworn.add("output")
     try:
-        again = evaluation.live_output()
+        again = evaluation.live_output() if earlier is None else earlier
         different = z.shape != again.shape or not _close(z, again, rounding(evaluation, z))
         if different:
             raise ProblemError(
-                f"two calls of the model on batch {evaluation.sample.index} give different outputs, so that there is no one "
+                f"the model's output on batch {evaluation.sample.index} is not the same in every call, so that there is no one "
                 "matrix: it draws random numbers from a generator of its own (pass its numbers as data, or switch it off), "
                 "keeps a state that its forward changes (register it as a buffer), or reads its parameters otherwise than as "
                 "attributes of their modules. Problem(verify=False) leaves this check out"

@@ -317,7 +317,7 @@ class Problem:
                 if not self._structure.intact():
                     self._new_structure()
                 self.model.update()
-                self._snapshot = Snapshot(self._structure, self.slots())
+                self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
             return self._snapshot
 
     def check(self, snapshot: Snapshot) -> None:
@@ -373,10 +373,13 @@ class Problem:
         order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
         # Which samples share a batch decides the matrix while they influence each other.
         order_matters = order_matters or bool(self.model.batch_statistics)
-        samples = self.data.read(self.device, order_matters=order_matters)
-        for sample in tqdm(samples, "batches", leave=False, disable=not self.progress):
+        for sample in tqdm(self.read(order_matters), "batches", leave=False, disable=not self.progress):
             yield Evaluation(self, snapshot, sample)
-        snapshot.structure.has_read()
+
+    def read(self, order_matters: bool = False) -> Iterator[Sample]:
+        """One pass over the data, batch by batch on the problem's device."""
+        yield from self.data.read(self.device, order_matters=order_matters)
+        self._structure.has_read()
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Generator
 
 from curvalg.errors import ProblemError
+from curvalg.problem.process import LOCK
 
 T = TypeVar("T")
 Randomness = Literal["refuse", "frozen"]
@@ -108,6 +109,10 @@ class DrawGuard:
         Raises:
             ProblemError: the call draws random numbers and the mode is "refuse".
         """
+        with LOCK:
+            return self._run(call, key)
+
+    def _run(self, call: Callable[[], T], key: int) -> T:
         frozen = self.mode == "frozen"
         generators = _device_generators(self.device)
         states = [generator.get_state() for generator in generators]
@@ -163,14 +168,15 @@ class LoaderStream:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Run one step of the loader on its own stream."""
-        user = _global_state()
-        if self._state is not None:
-            _set_global_state(self._state)
-        try:
-            yield
-        finally:
-            self._state = _global_state()
-            _set_global_state(user)
+        with LOCK:
+            user = _global_state()
+            if self._state is not None:
+                _set_global_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = _global_state()
+                _set_global_state(user)
 
 
 def own_generators(loader: Any) -> list[Generator]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from curvalg.errors import ProblemError
-from curvalg.problem.watch import Entry, Watch, read_generator, set_generator
+from curvalg.problem.watch import Watch, read_generator, set_generator
 
 
 class SideEffects:
@@ -29,7 +29,6 @@ class SideEffects:
     def __init__(self, settings: Watch, functions: Watch, modules: Sequence[nn.Module]) -> None:
         self._settings, self._functions = settings, functions
         self._dicts = [module.__dict__ for module in modules]
-        self._containers: list[tuple[str, Any]] = []
         self._tensors: list[tuple[Any, Any, Any]] = []
         self.known = False
         """Whether a call has told what it writes."""
@@ -42,7 +41,6 @@ class SideEffects:
             ProblemError: the model draws from a generator of its own, and draws are refused.
         """
         before = [(live, dict(live)) for live in self._dicts]
-        containers = [Entry(name, live) for name, live in self._containers]
         for holder, key, tensor in self._tensors:
             holder[key] = tensor.detach().clone()
         generators = [(g, read_generator(g)) for g in self._settings.generators]
@@ -60,14 +58,13 @@ class SideEffects:
                 for name in live.keys() - saved.keys():
                     del live[name]
                 live.update(saved)
-            for entry in containers:
-                entry.restore()
             for holder, key, tensor in self._tensors:
                 holder[key] = tensor
         if drawn and mode == "refuse":
             raise ProblemError(
                 f"the model draws random numbers from a generator of its own ({type(drawn[0]).__name__}), so every product "
-                "would be of another matrix. Switch that off, or pass randomness='frozen' to replay the same draws"
+                "would be of another matrix. Call model.eval() if that stops it, or pass randomness='frozen' to replay the same "
+                "draws in every product"
             )
 
     def learn(self) -> bool:
@@ -77,11 +74,6 @@ class SideEffects:
             ProblemError: it wrote into a tensor that cannot be exchanged.
         """
         self.known = True
-        own = {id(live) for live in self._dicts}
-        for entry in self._settings.entries:
-            if id(entry.live) not in own and not entry.intact():
-                self._containers.append((entry.name, entry.live))
-                entry.restore()
         written = [place for place, w in zip(self._settings.tensors, self._settings.written_tensors()) if w]
         for name, holder, _, _ in written:
             if holder is None:
@@ -91,8 +83,7 @@ class SideEffects:
                 )
         self._settings.restore_tensors()
         self._tensors += [(holder, key, tensor) for _, holder, key, tensor in written]
-        return bool(written)
-
-    def forgive(self) -> None:
-        """What the first call changed elsewhere (a counter in a closure) does not make anything stale."""
+        # What a call appends to lists or counts in closures makes nothing stale; where it changes the output, two calls differ.
+        self._settings.forgive()
         self._functions.forgive()
+        return bool(written)

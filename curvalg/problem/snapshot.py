@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -98,10 +99,13 @@ class Snapshot:
     Args:
         structure: all else that makes up the state.
         slots: where the live tensors are.
+        lock: the problem's.
     """
 
-    def __init__(self, structure: Structure, slots: Sequence[Slot]) -> None:
+    def __init__(self, structure: Structure, slots: Sequence[Slot], lock: AbstractContextManager[Any]) -> None:
         self.structure = structure
+        self.lock = lock
+        """Held while what is kept at the state is made, changed or multiplied: by one thread at a time."""
         once = {id(owner[key]): Bits(owner[key]) for _, owner, key in reversed(slots)}
         # Tied tensors stay tied: one copy for all their names.
         self.state: dict[str, Tensor] = {name: once[id(owner[key])].copy for name, owner, key in slots}

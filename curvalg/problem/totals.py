@@ -49,7 +49,7 @@ def count(problem: Problem) -> Totals:
     """
     loss, rows, samples, denominator = problem.loss, 0, 0, 0.0
     before: list[Any] = []
-    for sample in tqdm(problem.data.read(problem.device), "counting", disable=not problem.progress):
+    for sample in tqdm(problem.read(), "counting", disable=not problem.progress):
         if type(loss) is CallableLoss:  # subclasses know their denominators
             loss = _judge(problem, loss, sample, before)
         rows += sample.rows

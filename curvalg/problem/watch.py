@@ -70,18 +70,6 @@ class Entry:
             keys = [*self.copy, *(key for key in self.live if key not in self.copy)]
             self.ignored |= {key for key in keys if not self._same(key)}
 
-    def restore(self) -> None:
-        """Put back what was in it."""
-        if isinstance(self.live, dict):
-            for key in [key for key in self.live if key not in self.copy]:
-                del self.live[key]
-            self.live.update(self.copy)
-        elif isinstance(self.live, list):
-            self.live[:] = self.copy
-        else:
-            self.live.clear()
-            (self.live.extend if isinstance(self.live, collections.deque) else self.live.update)(self.copy)
-
 
 class Watch:
     """Everything reachable from some roots that is watched, as it was when the watch began.
@@ -130,7 +118,8 @@ class Watch:
             if self._exactly and value.dtype != object:
                 self._arrays.append((name, value, value.copy()))
         elif isinstance(value, GENERATORS):
-            self.generators.append(value)
+            if value is not np.random.mtrand._rand and value is not torch.default_generator:  # guarded in every call
+                self.generators.append(value)
         elif isinstance(value, nn.Module):
             yield from self._module(name, value)
         elif isinstance(value, _CONTAINERS):
@@ -157,6 +146,7 @@ class Watch:
     def _module(self, name: str, module: nn.Module) -> Iterator[tuple[str, Any, Any, Any]]:
         attributes = module.__dict__
         self.entries.append(Entry(name, attributes))
+        self.entries[-1].ignored = frozenset(("training",))  # watched as flags
         for kind in _HOOKS:
             if (hooks := attributes.get(kind)) is not None:
                 self.entries.append(Entry(f"{name}.{kind.strip('_')}", hooks))
