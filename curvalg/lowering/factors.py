@@ -106,7 +106,7 @@ class Factor:
         parts = [term.factor(batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
         for number, columns in enumerate(parts):
             assert columns is not None
-            flat = columns.reshape(columns.shape[0], columns.shape[1], -1)
+            flat = columns.reshape(columns.shape[0], columns.shape[1], math.prod(columns.shape[2:]))
             self._active.append((flat != 0).any(2).reshape(-1))
             self._owner.append(torch.full((flat.shape[0] * flat.shape[1],), number, device=self.device))
 

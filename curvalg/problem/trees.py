@@ -87,6 +87,8 @@ def add(left: Any, right: Any) -> Any:
     """Two statistics of the same structure, added leaf by leaf; None counts as nothing yet."""
     if left is None or right is None:
         return right if left is None else left
+    if type(left) is type(right) is dict:  # what a batch does not have (an expert without rows) adds nothing
+        return {key: add(left.get(key), right.get(key)) for key in [*left, *(k for k in right if k not in left)]}
     return optree.tree_map(torch.add, left, right, namespace=NAMESPACE)
 
 

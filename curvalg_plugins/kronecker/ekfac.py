@@ -61,7 +61,7 @@ class EKFAC(LayerFactors):
         columns = factors.cotangents(batch, *self.columns)
         moments: dict[tuple[str, ...], Stats] = {}
         for record in batch.layers(columns):
-            if not factors.factored(record):
+            if record.kind == "zero" or not factors.factored(record):
                 continue
             output, inputs = self._bases(self._layer(prepared, record.params))
             h, d = factors.inputs_and_deltas(record)
@@ -72,7 +72,7 @@ class EKFAC(LayerFactors):
 
     @staticmethod
     def _layer(prepared: Stats, params: tuple[str, ...]) -> Stats:
-        layer: Stats = prepared["tables" if params in prepared["tables"] else "layers"][params]
+        layer: Stats = prepared["inputs first" if params in prepared["inputs first"] else "layers"][params]
         return layer
 
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
@@ -90,10 +90,11 @@ class EKFAC(LayerFactors):
             output, inputs = self._bases(self._layer(prepared, params))
             weight, *bias = params
             matrix = Eigenbasis(Kronecker(output, inputs), moments["weight"].reshape(-1))
-            if params in prepared["tables"]:
+            first = params in prepared["inputs first"]
+            if first:
                 matrix = Eigenbasis(Kronecker(inputs, output), moments["weight"].T.reshape(-1))
             if self.joint or not bias:
-                blocks.append(Block(params, matrix, joint=bool(bias)))
+                blocks.append(Block(params, matrix, joint=bool(bias) and not first))
             else:
                 blocks += [Block((weight,), matrix), Block((bias[0],), Eigenbasis(output, moments["bias"]))]
         return block_diagonal(blocks)

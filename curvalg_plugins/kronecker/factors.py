@@ -32,13 +32,19 @@ TABLE_LIMIT = 4096
 
 
 def factored(record: LayerRecord) -> bool:
-    """Whether a layer has Kronecker factors: one weight that multiplies all inputs or patches, output channels first.
+    """Whether a layer has Kronecker factors: one weight that multiplies all inputs or patches.
 
-    The groups of a convolution each multiply inputs of their own: one input factor for all of them is no approximation.
+    A transposed convolution lies input channels first and its kernel last, which is no Kronecker product in that order. The groups of a convolution each multiply inputs of their own: one input factor for all of them is no approximation.
     """
     if record.kind == "embedding":
         return record.shapes[record.params[0]][0] <= TABLE_LIMIT
-    return record.kind == "dense" and not record.transposed and record.deltas.ndim == 4
+    plain = record.kind == "dense" and record.deltas.ndim == 4
+    return plain and (not record.transposed or len(record.shapes[record.params[0]]) == 2)
+
+
+def inputs_first(record: LayerRecord) -> bool:
+    """Whether the weight lies as (inputs, outputs): tables, and matrices that multiply from the right."""
+    return record.kind == "embedding" or record.transposed
 
 
 def inputs_and_deltas(record: LayerRecord) -> tuple[Tensor, Tensor]:
@@ -77,17 +83,22 @@ def gram(x: Tensor) -> Tensor:
     return result
 
 
-def input_factor(h: Tensor, active: Tensor | None, approximation: Approximation, bias: bool) -> tuple[Tensor, float]:
+def input_factor(
+    h: Tensor, active: Tensor | None, approximation: Approximation, bias: bool, real: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Σ h hᵀ over active rows (None: all), and the number of summands, for h (n, T, in).
 
-    With a bias of h followed by a one.
+    With a bias of h followed by a one. Positions that are not ``real`` (None: all are) hold zeros and do not count.
     """
     if active is not None:
-        h = h[active]
-    if approximation == "reduce":
+        h, real = h[active], None if real is None else real[active]
+    if real is not None and approximation == "reduce":
+        some = real.sum(1)
+        h, real = h.sum(1, keepdim=True) / some.clamp_min(1)[:, None, None], (some > 0)[:, None]
+    elif approximation == "reduce":
         h = h.mean(1, keepdim=True)
-    flat = h.reshape(-1, h.shape[-1])
-    count = flat.shape[0]
+    flat = h.flatten(0, 1)
+    count = flat.shape[0] if real is None else int(real.sum())
     if not bias:
         return gram(flat), float(count)
     width = flat.shape[1]
@@ -102,7 +113,7 @@ def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
     """Σ δ δᵀ for δ (K, n, T, out)."""
     if approximation == "reduce":
         d = d.sum(2)
-    return gram(d.reshape(-1, d.shape[-1]))
+    return gram(d.flatten(0, 2))
 
 
 def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -57,23 +57,25 @@ class LayerFactors(MatrixTerm):
 
         columns = factors.cotangents(batch, *self.columns)
         active = factors.active_rows(batch)
-        # Tables lie as (inputs, outputs), all other weights as (outputs, inputs).
         layers: dict[tuple[str, ...], Stats] = {}
-        tables: dict[tuple[str, ...], Stats] = {}
+        # Weights that lie as (inputs, outputs); all others are (outputs, inputs).
+        inputs_first: dict[tuple[str, ...], Stats] = {}
         others: Stats = {}
         for record in batch.layers(columns):
+            if record.kind == "zero":  # not used in this batch, as an expert without rows
+                continue
             if not factors.factored(record):
                 others |= self._others(record)
                 continue
             h, d = factors.inputs_and_deltas(record)
             joint = self.joint and record.bias is not None
-            a, count = factors.input_factor(h, active, self.approximation, joint)
-            (tables if record.kind == "embedding" else layers)[record.params] = {
+            a, count = factors.input_factor(h, active, self.approximation, joint, record.real)
+            (inputs_first if factors.inputs_first(record) else layers)[record.params] = {
                 "inputs": a,
                 "outputs": factors.output_factor(d, self.approximation),
                 "count": a.new_tensor(count),
             }
-        return {"layers": layers, "tables": tables, "others": others}
+        return {"layers": layers, "inputs first": inputs_first, "others": others}
 
     def _others(self, record: LayerRecord) -> Stats:
         if self.rest == "diagonal":
@@ -113,9 +115,13 @@ class LayerFactors(MatrixTerm):
         blocks = self.blocks_of_others(stats["others"])
         for params, layer in stats["layers"].items():
             blocks += self.layer_blocks(params, *change(*self.means(layer)))
-        for params, layer in stats["tables"].items():
+        for params, layer in stats["inputs first"].items():
             output, inputs = change(*self.means(layer))
-            blocks.append(Block(params, Kronecker(inputs, output)))
+            weight, *bias = params
+            if self.joint or not bias:  # [W; b] by rows is the weight, then the bias
+                blocks.append(Block(params, Kronecker(inputs, output)))
+            else:
+                blocks += [Block((weight,), Kronecker(inputs, output)), Block((bias[0],), Kronecker(output))]
         return block_diagonal(blocks)
 
     def means(self, layer: Stats) -> tuple[Tensor, Tensor]:

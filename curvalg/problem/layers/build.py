@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from curvalg.problem.layers.dense import Dense
 from curvalg.problem.layers.embedding import Embedding
 from curvalg.problem.layers.maps import LinearMap
 from curvalg.problem.layers.record import Held, LayerRecord, Place
-from curvalg.problem.layers.uses import Declined, Use, joined
+from curvalg.problem.layers.uses import Declined, DenseUse, Use, joined
 from curvalg.problem.layers.vectors import Scale, Shift
 
 
@@ -63,8 +64,26 @@ def build(
     if weight is None:
         return Shift(place, deltas(lambda use, g: use.shifts(g, rows)))
     h, d = inputs(), deltas(lambda use, g: use.deltas(g, rows))
+    place = replace(place, real=real_positions(uses, d))
     make = _MAKERS[uses[0].kind]
     return make(place, weight, bias, h, d)
+
+
+def real_positions(uses: Sequence[Use], deltas: Tensor) -> Tensor | None:
+    """Which positions (n, T) are inputs, where some only fill up rows that have fewer; None: all.
+
+    Args:
+        uses: whose positions lie one after the other.
+        deltas: of all (..., n, T, out).
+    """
+    routings = [use.routing if isinstance(use, DenseUse) else None for use in uses]
+    if all(routing is None for routing in routings):
+        return None
+    rows, positions, _ = deltas.shape[-3:]
+    plain = positions - sum(r.width for r in routings if r is not None)
+    each = plain // max(1, sum(r is None for r in routings))
+    parts = [torch.ones(rows, each, dtype=torch.bool, device=deltas.device) if r is None else r.real for r in routings]
+    return torch.cat(parts, 1)
 
 
 _MAKERS: dict[str, Callable[[Place, str, str | None, Any, Tensor], LayerRecord]] = {

@@ -24,12 +24,14 @@ class Place:
         name: qualified name of the module that owns the first of them.
         module: that module.
         shapes: of the parameters.
+        real: which positions (n, T) are inputs; None: all.
     """
 
     params: tuple[str, ...]
     name: str
     module: nn.Module | None
     shapes: Mapping[str, torch.Size]
+    real: Tensor | None = None
 
     def of(self, names: Collection[str]) -> Place:
         """The same place for some of its parameters."""
@@ -56,7 +58,9 @@ class LayerRecord(ABC):
         rows: n.
         weight: name of the parameter that multiplies inputs, of dense layers, scales and embeddings.
         bias: name of the parameter that is added, in a record with a weight.
-        transposed: whether a dense weight lies input channels first, as in transposed convolutions.
+        transposed: whether a dense weight lies inputs first, as in transposed convolutions and in h W.
+        real: which positions (n, T) are inputs of the layer, where some only fill up rows that have fewer than others (experts);
+            inputs and deltas are zero at all others. None: all are.
     """
 
     kind: ClassVar[Kind]
@@ -70,6 +74,7 @@ class LayerRecord(ABC):
         self.name = place.name
         self.module = place.module
         self.shapes = place.shapes
+        self.real = place.real
         self.columns = columns
         self.rows = rows
         self._parts_of: dict[str, LayerRecord] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from weakref import ref
@@ -16,10 +17,11 @@ from curvalg.problem.layers.joint import Joint, Zero
 from curvalg.problem.layers.maps import LinearMap
 from curvalg.problem.layers.record import Held, LayerRecord, Place
 from curvalg.problem.layers.routing import is_steady
-from curvalg.problem.layers.uses import Declined
+from curvalg.problem.layers.uses import Declined, DenseUse, Routing
 from curvalg.problem.layers.vectors import Explicit
-from curvalg.problem.layers.verify import MISPLACED, misplaced, settle
+from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, settle
 from curvalg.problem.model import ModuleModel
+from curvalg.problem.oaths import random_cotangent
 from curvalg.problem.outputs import OutputForm
 from curvalg.problem.per_sample import refuse_batch_statistics, row_gradients
 
@@ -120,6 +122,7 @@ class Recorded:
     def build(self, cotangents: Tensor) -> list[LayerRecord]:
         """Records of all parameters, grouped as the layers of this batch are."""
         gradients = self._pull(cotangents)
+        self._route(gradients)
         if strange := self._misplaced(cotangents, gradients):
             notes = self.problem.layer_notes
             names = {name for i in strange for name in self._uses[i].roles.values()}
@@ -140,6 +143,24 @@ class Recorded:
                 self.problem.layer_notes.update(dict.fromkeys(params, str(reason)))
         return self._in_order(found + self._explicit(cotangents))
 
+    def _route(self, gradients: dict[int, Tensor], strange: Sequence[int] = ()) -> list[int]:
+        """Find the row of every input of layers whose inputs are not the rows of the batch in their order; those without.
+
+        A random cotangent u gives a layer deltas δ, and the cotangent with row n times n + 1 gives (n + 1) δ in those of row n.
+        """
+        rows = self.z.shape[0]
+        uses = {i: use for i in gradients if isinstance(use := self._uses[i], DenseUse) and use.routable}
+        asked = [i for i, use in uses.items() if use.routing is None and (i in strange or not use.fits(rows))]
+        if not asked:
+            return list(strange)
+        u = random_cotangent(self.z.detach())
+        numbered = u * torch.arange(1, rows + 1, device=u.device, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+        pulled = self._pull(torch.stack([u, numbered]))
+        for i in asked:
+            if i in pulled and (owner := owners(*pulled[i], rows)) is not None:
+                uses[i].routing = Routing.of(owner, rows)
+        return [i for i in strange if i not in uses or uses[i].routing is None]
+
     @cached_property
     def _steady(self) -> bool:
         return is_steady(self.z)
@@ -153,7 +174,8 @@ class Recorded:
         checked: set[tuple[int, int]] = self.problem.kept(self.evaluation.snapshot).setdefault("rows checked", set())
         if (key := (sample.index, sample.rows)) in checked or self._steady:
             return []
-        strange = misplaced(self.z, cotangents, gradients, self._pull)
+        aligned = {i: g for i, g in gradients.items() if getattr(self._uses[i], "routing", None) is None}
+        strange = self._route(gradients, misplaced(self.z, cotangents, aligned, self._pull))
         # A row without a cotangent told nothing of its place; and loaders that shuffle give other rows next time.
         told = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
         if not strange and self.problem.data.ordered and bool(told):
@@ -177,9 +199,11 @@ class Recorded:
             except Declined as reason:
                 notes[name] = str(reason)
                 continue
-            indices = tuple(i for i in every if i in gradients)
-            # What the output does not depend on may be a part of a layer, but has no inputs to share.
-            groups.setdefault(indices or name, ([], indices))[0].append(name)
+            indices = tuple(i for i in every if i in gradients) if layout.shapes[name].numel() else ()
+            # What the output does not depend on has no inputs to share here, but may have on other batches (an expert).
+            owner, _, own = name.rpartition(".")
+            alone = owner if own in ("weight", "bias") else name
+            groups.setdefault(indices or alone, ([], indices))[0].append(name)
         return [(tuple(names), indices) for names, indices in groups.values()]
 
     def _pull(self, cotangents: Tensor) -> dict[int, Tensor]:

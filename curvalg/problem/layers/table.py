@@ -61,6 +61,27 @@ def linear(call: Call) -> Use:
     return DenseUse(call, form, lambda x: x[..., None, :], -1)
 
 
+@register("bias input weight", torch.addmm, torch.Tensor.addmm)
+def added_product(call: Call) -> Use:
+    """b + h W."""
+    if call.values.get("beta", 1) != 1 or call.values.get("alpha", 1) != 1 or call.values["bias"].ndim != 1:
+        raise Declined("it is used in addmm with factors, or with a matrix that is added")
+    return _product(call)
+
+
+@register("input weight", torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+def product(call: Call) -> Use:
+    """h W."""
+    return _product(call)
+
+
+def _product(call: Call) -> Use:
+    h, weight = call.values["input"], call.values["weight"]
+    if "input" in call.leaves or not isinstance(h, Tensor) or h.ndim < 2 or weight.ndim != 2:
+        raise Declined("it is used in a product otherwise than as a matrix on the right")
+    return DenseUse(call, WeightForm(weight.shape, transposed=True), lambda x: x[..., None, :], -1)
+
+
 # -- convolutions -------------------------------------------------------------------------------------------------------
 
 

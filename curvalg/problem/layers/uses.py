@@ -136,14 +136,38 @@ class DenseUse(Use):
         self._unfold = unfold
         self._channels = channels
         self._options = options
+        self.routing: Routing | None = None
+        """Set where the inputs are not the rows of the batch in their order."""
+
+    @property
+    def routable(self) -> bool:
+        """Whether every input of the layer could be of another row of the batch."""
+        return self._channels == -1
 
     @property
     def form(self) -> WeightForm:
         return self._form
 
+    def check(self, shape: torch.Size, rows: int) -> None:
+        """Raises:
+        Declined: a tensor of this shape does not hold the rows of the batch.
+        """
+        check_rows(shape, rows, 1 if self._channels == -1 else None)
+
+    def fits(self, rows: int) -> bool:
+        """Whether the output has the rows of the batch, or several positions of each."""
+        try:
+            self.check(self.output_shape, rows)
+        except Declined:
+            return False
+        return True
+
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         source = self.source
-        check_rows(source.shape, rows)
+        if self.routing is not None:
+            flat = self._unfold(source.to(dtype)).reshape(len(self.routing.owner), self._form.groups, -1)
+            return self.routing.place(flat.transpose(0, 1)).contiguous()
+        self.check(source.shape, rows)
         patches = self._unfold(source.to(dtype))
         return patches.reshape(rows, -1, *patches.shape[-2:]).permute(2, 0, 1, 3).contiguous()
 
@@ -152,12 +176,15 @@ class DenseUse(Use):
             held = super().joined(others, rows, dtype)
             assert isinstance(held, Held)
             return MatrixMap(self._form, held)
-        check_rows(self.source.shape, rows)
+        self.check(self.source.shape, rows)
         image = Held(ConvolutionMap.laid_out(self.source.to(dtype)))
         return ConvolutionMap(self._form, self._options, image, rows, self._unfold)
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
-        check_rows(gradient.shape[1:], rows)
+        if self.routing is not None:
+            flat = gradient.reshape(len(gradient), len(self.routing.owner), self._form.groups, -1)
+            return self.routing.place(flat).permute(3, 0, 1, 2, 4).contiguous()
+        self.check(gradient.shape[1:], rows)
         last = gradient.movedim(self._channels if self._channels < 0 else self._channels + 1, -1)
         # The rows may be cut into several along axis 0, whose parts are then positions as well.
         parts = last.reshape(last.shape[0], rows, -1, self._form.groups, last.shape[-1] // self._form.groups)
@@ -220,14 +247,14 @@ class EmbeddingUse(Use):
 
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         indices = self.source
-        check_rows(indices.shape, rows)
+        check_rows(indices.shape, rows, 0)
         return indices.reshape(rows, -1).long()
 
     def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> Held:
         return Held(joined([use.inputs(rows, dtype) for use in (self, *others)], -1))
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
-        check_rows(gradient.shape[1:], rows)
+        check_rows(gradient.shape[1:], rows, 1)
         if self._padding is not None:
             gradient = gradient * (self.source != self._padding)[..., None]
         return gradient.reshape(gradient.shape[0], rows, -1, gradient.shape[-1]).contiguous()
@@ -238,21 +265,71 @@ def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
-def check_rows(shape: torch.Size, rows: int) -> None:
-    """Raises:
-    Declined: axis 0 cannot be the rows of the batch, or several positions of each.
+def check_rows(shape: torch.Size, rows: int, own: int | None = None) -> None:
+    """Whether the leading axes hold the rows of the batch, or several positions of each.
+
+    Args:
+        shape: of a tensor.
+        rows: n.
+        own: how many of the last axes are no positions; None: all but the first.
+
+    Raises:
+        Declined: they do not.
     """
-    if not shape or shape[0] % rows:
+    leading = math.prod(shape[:1] if own is None else shape[: len(shape) - own])
+    if not shape or leading % rows:
         raise Declined(
             f"the first axis of a tensor of shape {tuple(shape)} is not made of the {rows} rows of the batch"
         )
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Which row of the batch each input of a layer belongs to, where they come in an order of their own (experts).
+
+    Args:
+        owner: the row of every input (L,).
+        slot: its number among the inputs of that row (L,).
+        rows: n.
+        width: the most inputs of a row, T.
+    """
+
+    owner: Tensor
+    slot: Tensor
+    rows: int
+    width: int
+
+    @staticmethod
+    def of(owner: Tensor, rows: int) -> Routing:
+        """By the row of every input."""
+        order = torch.argsort(owner, stable=True)
+        counts = torch.bincount(owner, minlength=rows)
+        first = counts.cumsum(0) - counts
+        slot = torch.empty_like(owner)
+        slot[order] = torch.arange(len(owner), device=owner.device) - first[owner[order]]
+        return Routing(owner, slot, rows, int(counts.max()) if len(owner) else 1)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """(K, L, ...) as (K, n, T, ...), zero where a row has fewer inputs."""
+        result = tensor.new_zeros(tensor.shape[0], self.rows, self.width, *tensor.shape[2:])
+        result[:, self.owner, self.slot] = tensor
+        return result
+
+    @property
+    def real(self) -> Tensor:
+        """Which positions (n, T) are inputs."""
+        return self.place(torch.ones(1, len(self.owner), device=self.owner.device))[0] != 0
+
+
 def by_position(tensor: Tensor, shape: torch.Size, rows: int) -> Tensor:
     """A tensor (K, N, ...) as (K, n, T, size): T are the axes along which a parameter of this shape is broadcast."""
+    aligned = (1,) * (tensor.ndim - 1 - len(shape)) + tuple(shape)
+    shared_first = next((i for i, size in enumerate(aligned) if size != 1), len(aligned))
+    # Rows may be spread over several leading axes (folded into one later on).
+    lead = next((i for i in range(1, shared_first + 1) if math.prod(tensor.shape[1 : i + 1]) % rows == 0), 1)
+    tensor, aligned = tensor.flatten(1, lead), aligned[lead - 1 :]
     full = tensor.shape[1:]
     check_rows(full, rows)
-    aligned = (1,) * (len(full) - len(shape)) + tuple(shape)
     if len(aligned) > len(full) or aligned[0] != 1:
         raise Declined("it has numbers of its own for every row of the batch")
     parts = tensor.reshape(tensor.shape[0], rows, full[0] // rows, *full[1:])

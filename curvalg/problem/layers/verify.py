@@ -154,6 +154,29 @@ def misplaced(
     return found
 
 
+def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
+    """The row of the batch that each input of a layer belongs to (L,); None where that cannot be told.
+
+    Args:
+        deltas: δ (L..., out) for a cotangent u.
+        numbered: the same for the cotangent with row n times n + 1.
+        rows: n.
+    """
+    a, b = (t.reshape(-1, t.shape[-1]).double() for t in (deltas, numbered))
+    size = a.square().sum(1)
+    known = size > 0
+    ratio = (a * b).sum(1) / size.where(known, torch.ones_like(size))
+    owner = ratio.round().long() - 1
+    error = (b - ratio.round()[:, None] * a).norm(dim=1)
+    allowed = rows * _rounding({deltas.dtype}, deltas) * size.sqrt()
+    if bool((known & ((owner < 0) | (owner >= rows) | (error > allowed))).any()) or not bool(known.any()):
+        return None
+    # An input that nothing depends on has no gradient in any row; it counts beside the input before it.
+    last = torch.where(known, torch.arange(len(owner), device=owner.device), -1).cummax(0).values
+    first = int(known.nonzero()[0])
+    return owner[last.where(last >= 0, torch.full_like(last, first))]
+
+
 def _tolerance(recorded: Recorded, name: str, explicit: bool) -> float:
     """Round-off of the two computations; what is wrong is wrong by far more."""
     if explicit:  # rounded as the model rounds, in the dtypes that it casts to

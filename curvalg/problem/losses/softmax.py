@@ -43,8 +43,8 @@ class SoftmaxPoint(LossPoint[Tensor]):
 
     @property
     def rank(self) -> int:
-        """One less than there are classes."""
-        return self.output.shape[self.axis] - 1
+        """One less than there are classes, and a column of zeros for a single one."""
+        return max(1, self.output.shape[self.axis] - 1)
 
     def factor(self) -> Tensor:
         r"""The C − 1 Cholesky columns L_j = √(p_j r_{j+1}/r_j) (e_j − Σ_{i>j} p_i/r_{j+1} e_i), r_j = Σ_{i≥j} p_i.
@@ -52,6 +52,8 @@ class SoftmaxPoint(LossPoint[Tensor]):
         The tails r are summed from the end instead of 1 − Σ_{i<j} p_i, which loses all digits when p saturates; a
         tail of zero gives the zero column.
         """
+        if self.output.shape[self.axis] == 1:
+            return torch.zeros_like(self.probabilities)[None]
         p = self.probabilities.movedim(self.axis, -1)
         tails = p.flip(-1).cumsum(-1).flip(-1)
         tail, after = tails[..., :-1], tails[..., 1:]
