@@ -71,13 +71,8 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
         Raises:
             ProblemError: it does not fit into the memory that is free.
         """
+        self._require_memory()
         rows, columns = self.shape
-        need, free = rows * columns * self._domain.dtype.itemsize, free_memory(self.device)
-        if need > free:
-            raise ProblemError(
-                f"the dense matrix of shape {self.shape} needs {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free; "
-                "use products, or restrict() to fewer parameters"
-            )
         result = torch.empty(rows, columns, dtype=self._domain.dtype, device=self.device)
         for start in range(0, columns, 64):
             width = min(64, columns - start)
@@ -85,6 +80,15 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
             unit[torch.arange(start, start + width), torch.arange(width)] = 1
             result[:, start : start + width] = self._apply(unit)
         return result
+
+    def _require_memory(self) -> None:
+        rows, columns = self.shape
+        need, free = rows * columns * self._domain.dtype.itemsize, free_memory(self.device)
+        if need > free:
+            raise ProblemError(
+                f"the dense matrix of shape {self.shape} needs {need / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free; "
+                "use products, or restrict() to fewer parameters"
+            )
 
     # -- algebra --------------------------------------------------------------------------------------------------------
 

@@ -302,13 +302,16 @@ class CurvatureOperator(TorchOperator):
             return find(Matrix(self._resolved, self.problem, plan))[0]
 
     def to_dense(self) -> Tensor:
-        if self.expr.domain == self.expr.codomain == "outputs":
-            self.problem.check(self.snapshot)
-            with self.problem.lock, self.problem.differentiating():
-                self._bind()
+        self._require_memory()
+        self.problem.check(self.snapshot)
+        with self.problem.differentiating(), self.problem.lock:
+            self._bind()
+            if self.expr.domain == self.expr.codomain == "outputs":
                 form, _ = find(Matrix(self._resolved, self.problem, plan), asked="kernel")
                 if form is not None and isinstance(structure := form.at(self.snapshot), Dense):
                     return structure.matrix.to(self.problem.dtype)
+            if (matrix := self._plan.dense(self.snapshot)) is not None:
+                return require_finite(matrix, self.expr)
         return super().to_dense()
 
     to_dense.__doc__ = TorchOperator.to_dense.__doc__

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,8 +32,9 @@ from curvalg.lowering.places import Places
 from curvalg.lowering.strategies import Solver
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.sweep import Sweep
-from curvalg.problem import Evaluation, Problem, Snapshot
-from curvalg.problem.evaluation import backward
+from curvalg.problem import Evaluation, Layout, Problem, Snapshot
+from curvalg.problem.evaluation import backward_columns
+from curvalg.problem.reverse import Rows, TwiceBackward, reverse_tangents
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
 
@@ -55,6 +56,10 @@ class Plan(ABC):
     def inner(self) -> tuple[Plan, ...]:
         """Plans inside this one."""
         return ()
+
+    def dense(self, snapshot: Snapshot) -> Tensor | None:
+        """The matrix, where there is a cheaper way than products with unit vectors."""
+        return None
 
     def prepare(self, snapshot: Snapshot) -> None:
         """Make the passes over the data that the first product would make."""
@@ -200,6 +205,15 @@ class LeafPlan(Plan):
         return [f"arrays: {self.leaf}{'.T' if self.transpose else ''}"]
 
 
+AT_A_TIME = 64
+"""Columns of an explicit Jacobian that are taken together."""
+
+
+def _pushed(route: TwiceBackward | Rows, layout: Layout, x: Tensor) -> Tensor:
+    """J X by a recorded route, (outputs, K)."""
+    return torch.stack([route.push(layout.tangents(v)).reshape(-1).to(x.dtype) for v in x.unbind(1)], 1)
+
+
 @dataclass(frozen=True)
 class OutputPlan(Plan):
     """The Jacobian, its transpose, or the loss Hessian: a side in output space, rows in the order of the data."""
@@ -209,23 +223,55 @@ class OutputPlan(Plan):
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         with snapshot.lock:
-            return torch.stack([self._column(snapshot, column) for column in x.unbind(1)], 1)
-
-    def _column(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        if self.kind == "jacobian":
-            return torch.cat([e.push(x)[1].reshape(-1).to(x.dtype) for e in self._evaluations(snapshot)])
-        parts = zip(self._evaluations(snapshot), x.split(output_sizes(self.problem, snapshot)), strict=True)
-        if self.kind == "jacobian.T":
+            if self.kind == "jacobian":
+                return torch.cat([self._push(e, x) for e in self._evaluations(snapshot)])
+            parts = zip(self._evaluations(snapshot), x.split(output_sizes(self.problem, snapshot)), strict=True)
+            if self.kind == "loss_hessian":
+                return torch.cat([self._curve(evaluation, t) for evaluation, t in parts])
             total = self.problem.sum()
             for evaluation, u in parts:
-                z, params, _ = evaluation.record()
-                total.add(evaluation.gather(backward([z], params, [u.reshape(z.shape)])))
+                total.add(self._pull(*evaluation.record()[:2], u))
             return total.value  # type: ignore[no-any-return]
-        products = []
-        for evaluation, t in parts:
-            batch = evaluation.evaluate()
-            products.append(batch.loss_hvp(t.reshape(batch.output.shape)).reshape(-1))
-        return torch.cat(products)
+
+    def dense(self, snapshot: Snapshot) -> Tensor | None:
+        """J or Jᵀ by as many backward passes as a batch has outputs, or as there are parameters, whichever are fewer."""
+        if self.kind == "loss_hessian":
+            return None
+        rows, problem = [], self.problem
+        with snapshot.lock:
+            for evaluation in self._evaluations(snapshot):
+                z, leaves, _ = evaluation.record()
+                count, size = z.numel(), problem.size
+                eye = torch.eye(min(count, size), dtype=problem.dtype, device=problem.device)
+                if count <= size:
+                    rows.append(torch.cat([self._pull(z, leaves, u) for u in eye.split(AT_A_TIME, 1)], 1).T)
+                else:
+                    route = reverse_tangents(evaluation, z, leaves)
+                    rows.append(torch.cat([_pushed(route, problem.layout, v) for v in eye.split(AT_A_TIME, 1)], 1))
+        whole = torch.cat(rows)
+        return whole.T if self.kind == "jacobian.T" else whole
+
+    def _push(self, evaluation: Evaluation, x: Tensor) -> Tensor:
+        """J X for one batch, by one model call for several columns."""
+        if x.shape[1] == 1:
+            return evaluation.push(x[:, 0])[1].reshape(-1, 1).to(x.dtype)
+        z, leaves, _ = evaluation.record()
+        return _pushed(reverse_tangents(evaluation, z, leaves), self.problem.layout, x)
+
+    def _pull(self, z: Tensor, leaves: Sequence[Tensor], u: Tensor) -> Tensor:
+        """Jᵀ U for one batch, (D, K)."""
+        found, _ = backward_columns(z, leaves, u.T.reshape(-1, *z.shape).to(z.dtype))
+        flat = [
+            u.new_zeros(u.shape[1], leaf.numel()) if g is None else g.reshape(u.shape[1], leaf.numel())
+            for g, leaf in zip(found, leaves, strict=True)
+        ]
+        return torch.cat([t.to(u.dtype) for t in flat], 1).T
+
+    def _curve(self, evaluation: Evaluation, t: Tensor) -> Tensor:
+        """B T for one batch."""
+        batch = evaluation.evaluate()
+        columns = [batch.loss_hvp(column.reshape(batch.output.shape)).reshape(-1) for column in t.unbind(1)]
+        return torch.stack(columns, 1)
 
     def _evaluations(self, snapshot: Snapshot) -> Iterator[Evaluation]:
         return self.problem.evaluations(snapshot, order_matters=True)
