@@ -16,6 +16,7 @@ from curvalg.expr import (
 )
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
+from curvalg.lowering.contract import call
 from curvalg.lowering.form import Matrix, Product
 from curvalg.lowering.parts import Computed, compute
 from curvalg.lowering.resolve import resolve
@@ -98,8 +99,8 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
     if not missing:
         return
     preparing = [t for t in missing if type(t).prepare is not MatrixTerm.prepare]
-    prepared = _sum(preparing, problem, snapshot, lambda term, batch: term.prepare(batch))
-    stats = _sum(missing, problem, snapshot, lambda term, batch: term.accumulate(batch, prepared.get(term)))
+    prepared = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
+    stats = _sum(missing, problem, snapshot, lambda term, batch: call(term, "accumulate", batch, prepared.get(term)))
     for term in missing:
         matrix = term.finish(stats[term], problem.layout, prepared.get(term))
         if not isinstance(matrix, Expr):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.term import Term
+from curvalg.lowering.contract import call
 from curvalg.problem import Batch, Layout, Problem, Snapshot, trees
 from curvalg.problem.layers import LayerRecord, Recorded, record_layers
 from curvalg.problem.layers.record import bytes_of
@@ -92,7 +93,7 @@ class Factor:
         """s of all terms, shape (columns, *output.shape)."""
         parts = []
         for term in self.terms:
-            columns = term.factor(batch)
+            columns = call(term, "factor", batch)
             if columns is None or columns.shape[1:] != batch.output.shape:
                 raise ExpressionError(
                     f"{term.label}.factor must return a tensor of shape (columns, {', '.join(map(str, batch.output.shape))}), "
@@ -103,7 +104,7 @@ class Factor:
 
     def _note(self, batch: Batch) -> None:
         """Remember which term each column is of, and which columns are not zero."""
-        parts = [term.factor(batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
+        parts = [call(term, "factor", batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
         for number, columns in enumerate(parts):
             assert columns is not None
             flat = columns.reshape(columns.shape[0], columns.shape[1], math.prod(columns.shape[2:]))

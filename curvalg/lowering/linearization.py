@@ -15,6 +15,7 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.columns import chunked, mapped
+from curvalg.lowering.contract import call
 from curvalg.lowering.headed import Headed, record_headed
 from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
@@ -162,13 +163,13 @@ class Linearization:
         return total.value  # type: ignore[no-any-return]
 
     def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
-        return chunked(lambda part: mapped(lambda v: term.project(v, prepared[term]), part), self._width(), rows)
+        return chunked(lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self._width(), rows)
 
     def _reduce(self, term: DatasetTerm, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         recorded.batch.evaluate_loss()
 
         def reduce(part: Tensor) -> Any:
-            return mapped(lambda t: term.reduce(recorded.batch, t, prepared[term]), part)
+            return mapped(lambda t: call(term, "reduce", recorded.batch, t, prepared[term]), part)
 
         return chunked(reduce, self._width(), tangent)
 

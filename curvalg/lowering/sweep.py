@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.term import DatasetTerm, Term
+from curvalg.lowering.contract import call, fitting
 from curvalg.lowering.recorded import Rate
 from curvalg.lowering.transposed import TransposedDatasetTerm, TransposedTerm
-from curvalg.problem import Batch, Problem, Samples, Snapshot, trees
+from curvalg.problem import Batch, Problem, Samples, Snapshot
 
 Prepared = dict[DatasetTerm, Any]
 Totals = dict[DatasetTerm, Any]
@@ -80,9 +80,9 @@ class Sweep:
         """Σ cᵢ uᵢ, of the output's shape."""
         total: Tensor | None = None
         for coefficient, term in self.entries:
-            u = term.cotangent(batch)
+            u = call(term, "cotangent", batch)
             if u is not None:
-                total = _accumulate(total, coefficient, _checked(term, "cotangent", u, batch.output))
+                total = _accumulate(total, coefficient, fitting(term, "cotangent", u, batch.output))
         return torch.zeros_like(batch.output) if total is None else total
 
     def rate(self, batch: Batch, tangent: Tensor, prepared: Prepared, totals: Totals) -> Tensor:
@@ -90,11 +90,11 @@ class Sweep:
         result: Tensor | None = None
         for coefficient, term in self.entries:
             if isinstance(term, DatasetTerm):
-                rate = term.cotangent_dot(batch, tangent, prepared[term], totals.get(term))
+                rate = call(term, "cotangent_dot", batch, tangent, prepared[term], totals.get(term))
             else:
-                rate = term.cotangent_dot(batch, tangent)
+                rate = call(term, "cotangent_dot", batch, tangent)
             if rate is not None:
-                result = _accumulate(result, coefficient, _checked(term, "cotangent_dot", rate, tangent))
+                result = _accumulate(result, coefficient, fitting(term, "cotangent_dot", rate, tangent))
         return torch.zeros_like(tangent) if result is None else result
 
     def rate_of(self, batch: Batch) -> Rate:
@@ -111,7 +111,7 @@ def prepare(terms: Sequence[DatasetTerm], problem: Problem, snapshot: Snapshot) 
         for evaluation in problem.evaluations(snapshot):
             batch = evaluation.evaluate()
             for term in missing:
-                sums[term].add(term.prepare(batch))
+                sums[term].add(call(term, "prepare", batch))
         kept.update({("prepared", term): total.value for term, total in sums.items()})
     return {term: kept.get(("prepared", term)) for term in terms}
 
@@ -127,13 +127,3 @@ def _accumulate(total: Tensor | None, coefficient: float, value: Tensor) -> Tens
     # Outputs of language models are the largest tensors there are: no buffer that can be done without.
     scaled = value if coefficient == 1 else coefficient * value
     return scaled if total is None else total + scaled
-
-
-def _checked(term: Term, method: str, value: Tensor, like: Tensor) -> Tensor:
-    # autograd broadcasts a wrong-shaped cotangent without a word.
-    if not isinstance(value, Tensor) or value.shape != like.shape:
-        raise ExpressionError(
-            f"{term.label}.{method} must return a tensor of the output's shape {tuple(like.shape)} or None, got "
-            f"{trees.describe(value)}"
-        )
-    return value

@@ -77,7 +77,18 @@ class Problem:
         output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB).
             Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
             a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
+        verify: check each route once before it is believed: calls against the live model, tangents against gradients, second
+            derivatives against a central difference and each other. Costs a few gradients at the first product; False leaves it
+            out.
         progress: show a progress bar for passes over the data.
+
+    A problem is at one state: parameters, buffers, flags, plain attributes, hooks and submodules of model and loss, variables
+    that their functions close over, and the tensors of data in memory. All of these are watched: where one changes,
+    operators raise :class:`~curvalg.StaleError` until they are refreshed, and the next ``value()``, ``gradient()`` or lowering
+    takes everything anew. What a forward writes itself does not count. Not watched are files behind a loader, global variables,
+    and writes into data past autograd (``t.data``, NumPy views); after such a change call :meth:`refresh`.
+
+    Several threads may lower and multiply on one problem: what is shared between them is made and multiplied by one at a time.
 
     Matrix products and convolutions are those that torch is set to: where TF32 is allowed on a GPU
     (``torch.backends.cuda.matmul.allow_tf32``, ``torch.backends.cudnn.allow_tf32``) float32 products carry about three digits,

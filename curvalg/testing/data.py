@@ -67,7 +67,7 @@ def _state(problem: Problem) -> dict[str, Any]:
         state[f"value of {name!r}"] = t.detach().clone()
         state[f"gradient of {name!r}"] = None if t.grad is None else t.grad.clone()
         state[f"requires_grad of {name!r}"] = t.requires_grad
-    for number, module in enumerate(problem.model.modules):
+    for number, (_, module) in enumerate(problem.model.named_modules()):
         kind = f"module {number} ({type(module).__name__})"
         state[f"training flag of {kind}"] = module.training
         state[f"set of attributes of {kind}"] = sorted(vars(module))

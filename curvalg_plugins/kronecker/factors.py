@@ -113,7 +113,7 @@ def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
     """Σ δ δᵀ for δ (K, n, T, out)."""
     if approximation == "reduce":
         d = d.sum(2)
-    return gram(d.flatten(0, 2))
+    return gram(d.flatten(0, -2))
 
 
 def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -403,7 +403,7 @@ PLANTED = [
     ("mutation", Draws(), "random state of torch"),
     ("dtypes", Underflows(), "range of single precision"),
     ("dtypes", CastsDown(), "cotangent_dot in the output's dtype"),
-    ("fusion", WritesTangent(), "never write into either in place"),
+    ("fusion", WritesTangent(), "writes into a tensor that it was given"),
     ("model_calls", CallsModel(), "2 model calls.*got 4"),
     ("columns", Branches(), r"under torch\.func\.vmap.*\.item\(\)"),
     ("columns", BranchesInReduce(), r"reduce to run under torch\.func\.vmap"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import torch
 from planted import AssumesLoss, Magnitude, Squares, WrongShape
 
-from curvalg import CurvalgError, ProblemError, RegistryError, registry
+from curvalg import CurvalgError, Problem, ProblemError, RegistryError, registry
 from curvalg.testing import CHECKS, ConformanceError, check_term, default_problems
 from curvalg.testing.pytest_plugin import split
 
@@ -53,9 +54,8 @@ def test_an_expected_failure_of_no_check():
 def test_problems_that_a_term_refuses_are_left_out_but_not_all():
     with pytest.raises(ConformanceError, match=r"at least one problem.*not this one.*problems="):
         check_term(Refusing(), problems=FEW)
-    without_loss = default_problems()[0]
-    without_loss.loss = None
-    without_loss.data.needs_target = False
+    model = default_problems()[0].model.module
+    without_loss = Problem(model, None, torch.ones(4, next(model.parameters()).shape[1]).double())
     check_term("hessian", problems=[without_loss, *FEW])
 
 

@@ -11,12 +11,13 @@ CLASSES = 3
 SAMPLES = 18
 
 
-def small_problem(*, batches: int = 1, cache: int | str = "auto") -> Problem:
+def small_problem(*, batches: int = 1, cache: int | str = "auto", verify: bool = True) -> Problem:
     """A network 4-5-3 with tanh after thirty steps of gradient descent on three overlapping clusters, in float64.
 
     Args:
         batches: how many batches the 18 samples come in.
         cache: as of ``Problem``.
+        verify: as of ``Problem``.
     """
     generator = torch.Generator().manual_seed(3)
     y = torch.arange(CLASSES).repeat_interleave(SAMPLES // CLASSES)
@@ -34,4 +35,5 @@ def small_problem(*, batches: int = 1, cache: int | str = "auto") -> Problem:
     optimizer.zero_grad()
     rows = SAMPLES // batches
     # A list of batches keeps its order, which Monte-Carlo draws and outputs need.
-    return Problem(model, loss, list(zip(X.split(rows), y.split(rows), strict=True)), cache=cache)  # type: ignore[arg-type]
+    data = list(zip(X.split(rows), y.split(rows), strict=True))
+    return Problem(model, loss, data, cache=cache, verify=verify)  # type: ignore[arg-type]
