@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -86,6 +87,8 @@ class Factor:
         self._gram: Tensor | None = None
         self._matrix: Tensor | None = None
         self.refused: int | None = None  # the budget that did not suffice
+        self._sharing: WeakSet[Factor] = WeakSet()
+        """Factors over some of the parameters, which share inputs and deltas."""
 
     # -- what the columns are -------------------------------------------------------------------------------------------
 
@@ -136,8 +139,23 @@ class Factor:
 
     def drop(self) -> None:
         """Release inputs and deltas and V (not the Gram matrix)."""
+        for other in self._sharing:
+            other.drop()
+        self._sharing.clear()
         self.chunks, self.nbytes, self.complete = [], 0, False
         self._matrix = None
+
+    def share(self, source: Factor, problem: Problem) -> None:
+        """Take inputs and deltas of a factor over all parameters, where it keeps them."""
+        if not source.complete:
+            return
+        names = tuple(problem.layout.names)
+        for chunk in source.chunks:
+            parts = [part for record in chunk.records if (part := record.select(names)) is not None]
+            self.chunks.append(Chunk(chunk.start, chunk.columns, chunk.rows, parts))
+        self._sizes, self._owner, self._active = source._sizes, source._owner, source._active
+        self.complete = True
+        source._sharing.add(self)
 
     def drop_matrix(self) -> None:
         """Release V alone."""
@@ -355,7 +373,13 @@ def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:
 def factor_of(problem: Problem, snapshot: Snapshot, terms: tuple[Term, ...]) -> Factor:
     """The factor of some terms, shared by all that ask for it."""
     kept = problem.kept(snapshot)
-    key = ("factor", terms)
+    key = ("factor", terms, tuple(problem.layout.names))
     if key not in kept:
         kept[key] = Factor(problem, terms)
-    return kept[key]  # type: ignore[no-any-return]
+    factor: Factor = kept[key]
+    whole = problem.whole
+    if not factor.complete and whole is not None and ("factor", terms) in whole.shared and problem.data.ordered:
+        source = factor_of(whole, snapshot, terms)
+        source.prepare(whole, snapshot)
+        factor.share(source, problem)
+    return factor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -66,10 +67,17 @@ class Linearization:
         self.products = int(problem.recalled.get(self._named["products"], 0))
         self._measured = self._tried = False
         self._composite = problem.model.composite
+        self._sharing: WeakSet[Linearization] = WeakSet()
+        """Linearisations over some of the parameters, which share these recordings."""
+        self.races = True
+        """Whether routes may be timed."""
         self._single_pass = sweep.curved and not sweep.dataset_terms
 
     def drop(self) -> None:
-        """Release all recordings; the next product makes them anew."""
+        """Release all recordings, and what others share of them; the next product makes them anew."""
+        for other in self._sharing:
+            other.drop()
+        self._sharing.clear()
         self.batches.clear()
         self.nbytes, self.complete = 0, False
 
@@ -213,6 +221,8 @@ class Linearization:
             columns: of the product they are for.
             again: whether the batches must come in the order of the pass before.
         """
+        if not self.complete:
+            self._share(problem, snapshot)
         if self.complete:
             yield from tuple(self.batches.values())
             return
@@ -228,6 +238,21 @@ class Linearization:
             yield recorded
             del recorded  # a fresh graph is released before the next is recorded
         self.complete = self.keeping
+
+    def _share(self, problem: Problem, snapshot: Snapshot) -> None:
+        """Take the recordings of the whole problem, where several blocks have the sweep in common and they are kept."""
+        whole = problem.whole
+        if whole is None or ("sweep", self.sweep.key) not in whole.shared or not self.keeping:
+            return
+        source = linearization(whole, snapshot, self.sweep)
+        source.races = source.complete
+        source.prepare(whole, snapshot)
+        shared = {i: r.over(problem) for i, r in source.batches.items()} if source.complete else {}
+        if shared and all(r is not None for r in shared.values()):
+            self.batches, self.complete, self.route = shared, True, source.route  # type: ignore[assignment]
+            self._named["columns"] = source._named["columns"]
+            self.notes["recordings"] = "recordings shared by all blocks"
+            source._sharing.add(self)
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         recorded = self._recorded(evaluation, columns)
@@ -287,7 +312,7 @@ class Linearization:
         found = graph(evaluation)
         z, leaves, _ = found
         twice = twice_backward(evaluation, z, leaves) is not None
-        forward = problem.no_forward_ad is None and not (twice and known == TwoStage.ROUTE)
+        forward = problem.no_forward_ad is None and not (twice and (known == TwoStage.ROUTE or not self.races))
         if forward and must_swear(evaluation, FORWARD_AD):
             problem.no_forward_ad = evaluation.wrong_forward_ad(z, leaves, retain=True)
             forward = problem.no_forward_ad is None

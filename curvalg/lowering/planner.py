@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import singledispatch
@@ -305,9 +306,27 @@ def _(expr: alg.BlockDiagonal, problem: Problem, given: Given = None) -> Plan:
         )
         for block in blocks
     ]
+    _share([part for _, part, _ in plans], blocks, problem)
     if len(factored) < 2:
         return BlocksPlan(tuple(plans))
     return _with_factored(blocks, factored, plans, problem)
+
+
+def _share(plans: Sequence[Plan], blocks: Sequence[alg.Block], problem: Problem) -> None:
+    """Note what several blocks have in common, so that it is recorded once for all of them."""
+    found: Counter[object] = Counter()
+    for part, block in zip(plans, blocks, strict=True):
+        todo, mine = [part], set[object]()
+        while todo:
+            node = todo.pop()
+            if isinstance(node, SweepPlan) and node.problem.whole is problem:
+                mine.add(("sweep", node.sweep.key))
+            todo.extend(node.inner)
+        entries, _ = affine(block.expr)
+        if entries and _has_factor(entries, problem):
+            mine.add(("factor", tuple(term for _, term in _in_order(entries))))
+        found.update(mine)
+    problem.shared |= {what for what, count in found.items() if count > 1}
 
 
 def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:

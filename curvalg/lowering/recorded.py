@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvalg.lowering.columns import chunked, grad_columns, mapped
-from curvalg.problem import Batch, Evaluation, Layout
+from curvalg.problem import Batch, Evaluation, Layout, Problem
 from curvalg.problem.evaluation import backward, backward_from
 from curvalg.problem.graph import nodes
 from curvalg.problem.reverse import Rows, TwiceBackward, reverse_tangents
@@ -80,6 +81,17 @@ class Recorded(ABC):
     def graphs(self) -> Iterable[Tensor | GradientEdge]:
         """Tensors whose graphs are kept, or edges where the tensors themselves are not."""
 
+    def over(self, problem: Problem) -> Recorded | None:
+        """The same recording for some of its parameters, sharing its graph; None where that cannot be had."""
+        return None
+
+    def _twin(self, problem: Problem) -> tuple[Any, list[int]]:
+        """A copy in another layout, and where its parameters are among those of this one."""
+        twin = copy.copy(self)
+        twin.layout = problem.layout
+        places = {name: i for i, name in enumerate(self.layout.names)}
+        return twin, [places[name] for name in problem.layout.names]
+
 
 Graph = tuple[Tensor, list[Tensor], Batch]
 """z with its graph, the leaves that it depends on, and what terms see."""
@@ -140,6 +152,12 @@ class SinglePass(Recorded):
     def graphs(self) -> Iterable[Tensor]:
         return [g for g in self.gradients if g is not None]
 
+    def over(self, problem: Problem) -> SinglePass:
+        twin, places = self._twin(problem)
+        twin.leaves, twin.gradients = [self.leaves[i] for i in places], [self.gradients[i] for i in places]
+        twin.whole = twin._joined() if self.whole is not None else None
+        return twin  # type: ignore[no-any-return]
+
     def multiply(self, rows: Tensor, chunk: int) -> Tensor:
         """The product with vectors (K, D), shape (K, D)."""
         if rows.shape[0] == 1:  # the usual case, where every call counts
@@ -191,6 +209,12 @@ class TwoStage(Staged):
 
     def graphs(self) -> Iterable[Tensor]:
         return [self.z, *(g for g in self.gradients if g is not None), *self.route.held()]
+
+    def over(self, problem: Problem) -> TwoStage:
+        twin, places = self._twin(problem)
+        twin.leaves, twin.route = [self.leaves[i] for i in places], self.route.over(places)
+        twin.gradients = twin.route.gradients
+        return twin  # type: ignore[no-any-return]
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
         """J v for vectors (K, D), shape (K, *output.shape)."""

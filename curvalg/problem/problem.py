@@ -138,6 +138,10 @@ class Problem:
         self._given = (loss, reduction)
         self._lock = threading.RLock()
         self._refreshes = 0
+        self.whole: Problem | None = None
+        """The problem over all parameters, where this one is over some of them."""
+        self.shared: set[Any] = set()
+        """Sweeps and factors that several blocks have in common: recorded once for all of them."""
         self.verify = bool(verify)
         self._structure = self._make_structure()
         _one_of("samples", samples, ("item", "position"))
@@ -536,7 +540,7 @@ class Problem:
         twin.model.chosen = {name: self.model.chosen[name] for name in names}
         twin.layout = Layout(twin.model.chosen)
         twin.dtype = twin.layout.dtype
-        twin._snapshot = snapshot
+        twin._snapshot, twin.whole, twin.shared = snapshot, self, set()
         return twin
 
     def known(self, choice: str) -> Any:

@@ -6,6 +6,7 @@ differentiated twice; the second takes a backward pass for every output, and ser
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,12 @@ class TwiceBackward:
         """Tensors that it keeps besides graphs."""
         return []
 
+    def over(self, places: Sequence[int]) -> TwiceBackward:
+        """The same for some of the parameters."""
+        twin = copy.copy(self)
+        twin.gradients = [self.gradients[i] for i in places]
+        return twin
+
     def push(self, directions: Sequence[Tensor], *, batched: bool = False) -> Tensor:
         """J v for one direction by parameter, or with a leading column axis."""
         from curvalg.problem.evaluation import backward
@@ -70,6 +77,12 @@ class Rows:
         """Tensors that it keeps besides graphs."""
         return [rows for rows in self.rows if rows is not None]
 
+    def over(self, places: Sequence[int]) -> Rows:
+        """The same for some of the parameters."""
+        twin = copy.copy(self)
+        twin.rows, twin.gradients = [self.rows[i] for i in places], [None] * len(places)
+        return twin
+
     def push(self, directions: Sequence[Tensor], *, batched: bool = False) -> Tensor:
         """J v for one direction by parameter, or with a leading column axis."""
         columns = directions[0].shape[0] if batched else 1
@@ -78,7 +91,8 @@ class Rows:
             if rows is not None:
                 part = v.reshape(columns, -1) @ rows.T
                 total = part if total is None else total + part
-        assert total is not None
+        if total is None:  # the output does not depend on any of them
+            total = directions[0].new_zeros(columns, self.shape.numel())
         return total.reshape(*((columns,) if batched else ()), *self.shape)
 
 
