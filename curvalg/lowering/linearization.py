@@ -7,6 +7,7 @@ Both give the same numbers, since both multiply the same recording.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
@@ -21,8 +22,8 @@ from curvalg.lowering.headed import Headed, record_headed
 from curvalg.lowering.recorded import SinglePass, Staged, TwoStage, graph, graph_bytes
 from curvalg.lowering.sweep import Sweep, prepare
 from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_linearized
-from curvalg.lowering.timing import LONG, fastest
-from curvalg.problem import Evaluation, Problem, Snapshot
+from curvalg.lowering.timing import LONG, fastest, timed
+from curvalg.problem import Batch, Evaluation, Problem, Snapshot
 from curvalg.problem.data import OrderError
 from curvalg.problem.evaluation import FORWARD_AD
 from curvalg.problem.oaths import must_swear, swear_curvature, swear_symmetric
@@ -69,6 +70,7 @@ class Linearization:
         self._composite = problem.model.composite
         self._sharing: WeakSet[Linearization] = WeakSet()
         """Linearisations over some of the parameters, which share these recordings."""
+        self._shared = False
         self.races = True
         """Whether routes may be timed."""
         self._single_pass = sweep.curved and not sweep.dataset_terms
@@ -83,7 +85,7 @@ class Linearization:
 
     def prepare(self, problem: Problem, snapshot: Snapshot) -> None:
         """Statistics and, within the budget, recordings of all batches."""
-        prepare(self.sweep.dataset_terms, problem, snapshot)
+        self._prepared(problem, snapshot)
         if self.keeping:
             problem.budget.touch(self)
             for _ in self.recordings(problem, snapshot, 1):
@@ -141,7 +143,7 @@ class Linearization:
                 del single  # a fresh graph is released before the next batch is recorded
             return result.value  # type: ignore[no-any-return]
         total = problem.sum()
-        prepared = prepare(sweep.dataset_terms, problem, snapshot)
+        prepared = self._prepared(problem, snapshot)
         reduced = {term: problem.sum() for term in sweep.reduces}
         totals: dict[DatasetTerm, Any] = {}
         for term in sweep.projects:
@@ -169,6 +171,19 @@ class Linearization:
             total.add(recorded.finish(rows, rates, chunk))
             del recorded
         return total.value  # type: ignore[no-any-return]
+
+    def _prepared(self, problem: Problem, snapshot: Snapshot) -> dict[DatasetTerm, Any]:
+        """Statistics of the terms, by the pass that records all batches if they are to be kept."""
+
+        def batches() -> Iterator[Batch]:
+            for recorded in self.recordings(problem, snapshot, 1):
+                assert isinstance(recorded, Staged)
+                yield recorded.batch
+                del recorded
+
+        whole = problem.data.ordered and not any(term.acts_on != "batch" for term in self.sweep.dataset_terms)
+        recorded = batches if self.keeping and whole else None
+        return prepare(self.sweep.dataset_terms, problem, snapshot, recorded)
 
     def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         return chunked(lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self._width(), rows)
@@ -251,7 +266,7 @@ class Linearization:
         if shared and all(r is not None for r in shared.values()):
             self.batches, self.complete, self.route = shared, True, source.route  # type: ignore[assignment]
             self._named["columns"] = source._named["columns"]
-            self.notes["recordings"] = "recordings shared by all blocks"
+            self.notes["recordings"], self._shared = "recordings shared by all blocks", True
             source._sharing.add(self)
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
@@ -284,7 +299,7 @@ class Linearization:
             return Transient(evaluation)
         if not self._measured:
             self._measured = True
-            return self._measure_route(evaluation)
+            return self._measure_route(evaluation, columns)
         if self.route == ForwardAD.ROUTE:
             return ForwardAD(evaluation, keep)
         return TwoStage(evaluation, None, keep)
@@ -305,14 +320,16 @@ class Linearization:
 
     # -- choices ----------------------------------------------------------------------------------------------------------
 
-    def _measure_route(self, evaluation: Evaluation) -> Recording:
+    def _measure_route(self, evaluation: Evaluation, columns: int) -> Recording:
         """J v by two backward passes through the recorded graph, by forward AD with a forward pass of its own, or by rows."""
         problem, choice, keep = evaluation.problem, self._named["tangents"], self.keeping
         known = problem.known(choice)
         found = graph(evaluation)
         z, leaves, _ = found
         twice = twice_backward(evaluation, z, leaves) is not None
-        forward = problem.no_forward_ad is None and not (twice and (known == TwoStage.ROUTE or not self.races))
+        # With several columns it would call the model for each of them.
+        races = self.races and columns == 1
+        forward = problem.no_forward_ad is None and not (twice and (known == TwoStage.ROUTE or not races))
         if forward and must_swear(evaluation, FORWARD_AD):
             problem.no_forward_ad = evaluation.wrong_forward_ad(z, leaves, retain=True)
             forward = problem.no_forward_ad is None
@@ -334,12 +351,11 @@ class Linearization:
         seconds = {}
         if len(possible) > 1:
             for name, recorded in possible.items():
-                if keep := recorded.keep:
-                    seconds[name] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
-                else:
-                    recorded.keep = True
-                    seconds[name] = fastest(lambda r=recorded: r.tangent(rows, 1))  # type: ignore[misc]
-                    recorded.keep = keep
+                keep, recorded.keep = recorded.keep, True
+                # Both have run before, when they were verified; forward AD calls the model in every run.
+                run, rounds = partial(recorded.tangent, rows, 1), 1 if name == ForwardAD.ROUTE else 2
+                seconds[name] = min(timed(run) for _ in range(rounds))
+                recorded.keep = keep
         route = TwoStage.ROUTE if TwoStage.ROUTE in possible else next(iter(possible))
         if seconds and seconds[ForwardAD.ROUTE] < 0.9 * seconds[route]:
             route = ForwardAD.ROUTE
@@ -352,7 +368,7 @@ class Linearization:
 
     def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         """After many products: tangents by a linearised program, if it is verified and faster."""
-        if self.sweep.curved or not self.complete or not problem.data.ordered:
+        if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
             return
         if any(isinstance(r, Headed) for r in self.batches.values()):
             return

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -100,7 +101,21 @@ Graph = tuple[Tensor, list[Tensor], Batch]
 def graph(evaluation: Evaluation) -> Graph:
     """Of one model call."""
     z, leaves, form = evaluation.record()
-    return z, leaves, evaluation.batch(z, form)
+    batch, again, layout, device = (
+        evaluation.batch(z, form),
+        evaluation.again(),
+        evaluation.problem.layout,
+        evaluation.problem.device,
+    )
+    alive = ref(z)  # the batch must not hold the graph
+
+    def pull(u: Tensor) -> Tensor:
+        if (output := alive()) is None:
+            return again().pull(u)
+        return layout.gather(backward([output], leaves, [u], retain_graph=True), device)
+
+    batch.pull_by(pull)
+    return z, leaves, batch
 
 
 class Staged(Recorded):

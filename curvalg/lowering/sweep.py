@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,14 +102,25 @@ class Sweep:
         return lambda tangent: self.rate(batch, tangent, {}, {})
 
 
-def prepare(terms: Sequence[DatasetTerm], problem: Problem, snapshot: Snapshot) -> Prepared:
-    """What the terms need of the whole data set without a tangent; one pass for all of them, kept on the problem."""
+def prepare(
+    terms: Sequence[DatasetTerm],
+    problem: Problem,
+    snapshot: Snapshot,
+    batches: Callable[[], Iterable[Batch]] | None = None,
+) -> Prepared:
+    """What the terms need of the whole data set without a tangent; one pass for all of them, kept on the problem.
+
+    Args:
+        terms: the terms.
+        problem: the problem.
+        snapshot: the state.
+        batches: gives all batches, where something else is recorded of them on the way; None: by a pass of their own.
+    """
     kept = problem.kept(snapshot)
     missing = [t for t in dict.fromkeys(terms) if ("prepared", t) not in kept and defines(t, "prepare")]
     if missing:
         sums = {term: problem.sum() for term in missing}
-        for evaluation in problem.evaluations(snapshot):
-            batch = evaluation.evaluate()
+        for batch in (e.evaluate() for e in problem.evaluations(snapshot)) if batches is None else batches():
             for term in missing:
                 sums[term].add(call(term, "prepare", batch))
         kept.update({("prepared", term): total.value for term, total in sums.items()})

@@ -16,8 +16,8 @@ LONG = 0.05
 
 def fastest(run: Callable[[], Any]) -> float:
     """Seconds of the faster of two runs after one to warm up; of a long run, of the only one."""
-    first = _seconds(run)
-    return first if first > LONG else min(_seconds(run) for _ in range(2))
+    first = timed(run)
+    return first if first > LONG else min(timed(run) for _ in range(2))
 
 
 ENOUGH = 0.5
@@ -33,14 +33,15 @@ def race(*runs: Callable[[], Any]) -> list[float]:
     best, begin = [math.inf] * len(runs), time.perf_counter()
     for _ in range(2):
         for number, run in enumerate(runs):
-            again = 1 if _seconds(run) > LONG else 2
-            best[number] = min(best[number], *(_seconds(run) for _ in range(again)))
+            again = 1 if timed(run) > LONG else 2
+            best[number] = min(best[number], *(timed(run) for _ in range(again)))
         if time.perf_counter() - begin > ENOUGH:
             break
     return best
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one run."""
     start = time.perf_counter()
     result = run()
     if isinstance(result, Tensor) and result.is_cuda:

@@ -241,6 +241,10 @@ class Batch:
         products = torch.func.vmap(lambda s: s * self.dot(s, tangent))(columns)
         return products.sum(0)  # type: ignore[no-any-return]
 
+    def pull_by(self, pullback: Callable[[Tensor], Tensor]) -> None:
+        """Take Jᵀu from here on by a graph that is there already, instead of by another model call."""
+        self._pullback = pullback
+
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Jᵀu of this batch, shape (D,)."""
         return self._pullback(cotangent)

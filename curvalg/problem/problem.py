@@ -416,6 +416,8 @@ class Problem:
 
         Where outputs are made in chunks there is no factor of a batch; the number is then that of all outputs.
         """
+        if self.whole is not None:  # it does not depend on the parameters
+            return self.whole.factor_columns(term)
         if term not in self._factor_columns:
             with self.differentiating():
                 first = next(iter(self.evaluations(self.snapshot())))
