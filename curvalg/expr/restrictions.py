@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from curvalg.errors import ExpressionError
-from curvalg.expr.constants import IdentityExpr, ZeroExpr, zero_between
+from curvalg.expr.constants import ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space
 from curvalg.expr.spaces import as_patterns, shape, side
+from curvalg.expr.sums import add
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,9 +70,9 @@ def restrict(expr: Expr, params: str | Sequence[str]) -> Expr:
     patterns = as_patterns(params)
     if not isinstance(expr, Expr):
         raise ExpressionError(f"restrict() takes an expression, got {type(expr).__name__}")
-    if isinstance(expr, IdentityExpr) or (isinstance(expr, ZeroExpr) and expr.domain is None):
-        return expr
-    if "parameters" not in (expr.domain, expr.codomain) and expr.domain is not None:
+    if expr.domain is None:  # as the identity: of any size before, of these parameters now
+        return add([(expr, 1), (ZeroExpr("parameters", "parameters", patterns, patterns), 1)])
+    if "parameters" not in (expr.domain, expr.codomain):
         raise ExpressionError(f"restrict() chooses parameters, but {expr} is {shape(expr)}")
     sides = (side(expr, "domain"), side(expr, "codomain"))
     inner = [params for space, params in sides if space == "parameters"]

@@ -291,11 +291,6 @@ def _(expr: alg.BlockDiagonal, problem: Problem, given: Given = None) -> Plan:
     blocks = expr.what
     if not expr.complete or isinstance(blocks, alg.Expr):
         raise AssertionError("block-diagonals are resolved before they are planned")
-    for block in blocks:
-        if block.joint and _has_terms(block.expr):
-            raise ExpressionError(
-                f"a joint block lays arrays out as [W | b], but {block.expr} has terms in it; use joint=False"
-            )
     factored = _factorable(blocks, problem)
     plans = [
         (
@@ -341,7 +336,3 @@ def _with_factored(
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]
     return BlocksPlan(((places(problem, chosen), joint, f"{len(groups)} groups"), *rest))
-
-
-def _has_terms(expr: Expr) -> bool:
-    return isinstance(expr, NamedExpr) or any(map(_has_terms, expr.children))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from structures import STRUCTURED, JointKronecker, diagonal, joint_kronecker, kronecker, low_rank, offsets, psd, random
+from structures import STRUCTURED, JointKronecker, diagonal, joint_kronecker, joint_positions, kronecker, low_rank, offsets, psd, random
 
 from curvalg import (
     Block,
@@ -204,8 +204,23 @@ def test_blocks_that_leave_parameters_out(problem, dense, vectors):
 def test_joint_blocks_are_checked(problem, dense):
     with pytest.raises(ExpressionError, match="a weight"):
         block_diagonal([Block(("0.bias", "0.weight"), Kronecker(psd(25)), joint=True)]).lower(problem)
-    with pytest.raises(ExpressionError, match="joint=False"):
-        block_diagonal([Block(("0.weight", "0.bias"), GGN, joint=True)]).lower(problem)
+
+
+def test_joint_blocks_hold_terms_and_blocks_too(problem, dense):
+    """What lies by name is the same matrix in any layout; arrays beside it lie as [W | b]."""
+    layer = ("0.weight", "0.bias")
+    n = sum(s.numel() for name, s in zip(dense.names, dense.shapes, strict=True) if name in layer)
+    weight = next(s.numel() for name, s in zip(dense.names, dense.shapes, strict=True) if name == layer[0])
+    kronecker = Kronecker(psd(5, 1), psd(5, 2))
+    inner = block_diagonal({"0.weight": 2 * Identity, "0.bias": 5 * Identity})
+    expr = block_diagonal([Block(layer, GGN + 3 * kronecker @ inner + inverse(kronecker + inner), joint=True)])
+    table = offsets(dense)
+    order = torch.tensor(joint_positions(table, *layer)).argsort()
+    K = torch.kron(psd(5, 1), psd(5, 2))[order][:, order]
+    D = torch.cat([torch.full((weight,), 2.0), torch.full((n - weight,), 5.0)]).double().diag()
+    expected = torch.zeros_like(dense.ggn)
+    expected[:n, :n] = dense.ggn[:n, :n] + 3 * K @ D + torch.linalg.inv(K + D)
+    close(expr.lower(problem).to_dense(), expected)
 
 
 def test_blocks_of_sub_matrices(problem, dense, vectors):
