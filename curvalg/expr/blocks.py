@@ -33,6 +33,11 @@ class Block:
         if not isinstance(self.expr, Expr):
             raise ExpressionError(f"a block holds an expression, got {type(self.expr).__name__}")
 
+    @property
+    def anchored(self) -> bool:
+        """Whether it holds a sub-matrix of what surrounds the block-diagonal, so that it means nothing elsewhere."""
+        return self.expr.domain_params is not None
+
     def __repr__(self) -> str:
         from curvalg.expr.show.text import text_block
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from curvalg.errors import ExpressionError
-from curvalg.expr.constants import Identity, IdentityExpr, ZeroExpr
+from curvalg.expr.constants import Identity, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
 from curvalg.expr.spaces import require_endomorphism, require_semidefinite
@@ -67,7 +67,7 @@ def diagonal_part(expr: Expr, *, probes: int = 0, seed: int = 0) -> Expr:
     """
     require_endomorphism(expr, "diagonal_part")
     _require_integers("diagonal_part", probes=(probes, 0), seed=(seed, 0))
-    if isinstance(expr, (IdentityExpr, ZeroExpr)):
+    if expr.domain is None or isinstance(expr, ZeroExpr):  # a multiple of the identity
         return expr
     return DiagonalEstimate(expr, int(probes), int(seed)) if probes else DiagonalPart(expr)
 
@@ -121,7 +121,7 @@ def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
     normal = expr.simplify()
     shift = normal.shift if isinstance(normal, Sum) else 0
     rest = add([(normal, 1), (Identity, -shift)])
-    if isinstance(rest, (IdentityExpr, ZeroExpr)):
+    if rest.domain is None or isinstance(rest, ZeroExpr):  # nothing but a shift
         return expr
     require_semidefinite(rest, "nystrom")
     part = add([(expr, 1), (Identity, -shift)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
@@ -9,7 +10,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from curvalg.expr import Expr, Facts, IdentityExpr, Sum, ZeroExpr
+from curvalg.errors import FactsError
+from curvalg.expr import Expr, Facts, IdentityExpr, Inverse, SquareRoot, Sum, ZeroExpr
 from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.submatrices import inside
@@ -108,10 +110,34 @@ Rule = Callable[[Matrix], Offer]
 
 def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
     """An expression as Σ cᵢ Aᵢ + shift · I."""
-    if isinstance(expr, IdentityExpr):
-        return [], 1.0
+    if expr.domain is None:
+        return [], multiple(expr)
     if isinstance(expr, ZeroExpr):
         return [], 0.0
     if isinstance(expr, Sum):
-        return [(float(c), part) for part, c in expr.coefficients.items()], float(expr.shift)
+        sized = [(float(c), part) for part, c in expr.coefficients.items() if part.domain is not None]
+        sizeless = [float(c) * multiple(part) for part, c in expr.coefficients.items() if part.domain is None]
+        return sized, sum(sizeless, float(expr.shift))
     return [(1.0, expr)], 0.0
+
+
+def multiple(expr: Expr) -> float:
+    """c of an expression without a size of its own, all of which are c · I: sqrt(2 * Identity).
+
+    Raises:
+        FactsError: the inverse of zero, or the square root of a negative number.
+    """
+    if isinstance(expr, IdentityExpr):
+        return 1.0
+    parts = [multiple(child) for child in expr.children]
+    if isinstance(expr, Sum):
+        return sum((float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift))
+    if isinstance(expr, Inverse):
+        if not parts[0]:
+            raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")
+        return 1 / parts[0]
+    if isinstance(expr, SquareRoot):
+        if parts[0] < 0:
+            raise FactsError(f"{expr.expr} is {parts[0]:.3g} * Identity, so it has no real square root")
+        return math.sqrt(parts[0])
+    return math.prod(parts) if not isinstance(expr, ZeroExpr) else 0.0

@@ -14,7 +14,7 @@ from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.bind import Planner, unbound
 from curvalg.lowering.factored import MOST_COLUMNS, FactoredPlan
-from curvalg.lowering.form import Matrix, affine
+from curvalg.lowering.form import Matrix, affine, multiple
 from curvalg.lowering.forms import find
 from curvalg.lowering.parts import Computed
 from curvalg.lowering.places import Places
@@ -60,6 +60,8 @@ def plan(expr: Expr, problem: Problem, given: Given = None) -> Plan:
 
 @plan.register
 def _(expr: alg.Inverse, problem: Problem, given: Given = None) -> Plan:
+    if expr.domain is None:
+        return SumPlan((), multiple(expr))
     if unbound(expr):
         return Unbound(expr)
     matrix = Matrix(expr.expr, problem, _planner(given))
@@ -97,6 +99,8 @@ def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preco
 
 @plan.register
 def _(expr: alg.SquareRoot, problem: Problem, given: Given = None) -> Plan:
+    if expr.domain is None:
+        return SumPlan((), multiple(expr))
     if unbound(expr):
         return Unbound(expr)
     form, chain = find(Matrix(expr.expr, problem, _planner(given)))

@@ -101,8 +101,8 @@ TERMS: list[Expr] = [
         ("ggn_mc", {"samples": 2}),
         *((name, {}) for name in ("ggn_class", "ggn_cross", "ggn_within", "ggn_same")),
         *((name, {}) for name in ("ggn_diagonal", "covariance_diagonal", "centered_covariance_diagonal")),
-        *((name, {"joint": joint}) for name in ("kfac", "ekfac", "foof") for joint in (True, False)),
-        ("kfac", {"fisher": "empirical"}),
+        *((name, {"joint": joint, "rest": "exact"}) for name in ("kfac", "ekfac", "foof") for joint in (True, False)),
+        ("kfac", {"fisher": "empirical", "rest": "exact"}),
     ]
 ]
 KRONECKER = [term for term in TERMS if str(term).startswith(("kfac", "ekfac", "foof"))]
@@ -253,7 +253,8 @@ class _Grammar:
         value = torch.zeros_like(inner.value)
         groups = self.partition(scope)
         by = self.draw(st.sampled_from(["parameter", "module", groups[: self.draw(st.integers(1, len(groups)))]]))
-        chosen = {"parameter": [(name,) for name in scope], "module": [[n for n in scope if n[0] == k] for k in "02"]}
+        modules = [list(names) for _, names in itertools.groupby(scope, lambda name: name[0])]
+        chosen = {"parameter": [[name] for name in scope], "module": modules}
         for group in chosen[by] if isinstance(by, str) else by:
             inside = set(positions(tuple(group), scope))
             at = [i for i, flat in enumerate(order) if flat in inside]
@@ -326,12 +327,12 @@ def test_lowered_expressions_equal_dense_arithmetic(pair: Pair) -> None:
 def check_exact(op: object, value: Tensor, scale: float) -> None:
     """Each quantity that the structure is said to give exactly."""
     if (trace := op.exact("trace")) is not None:
-        close(torch.tensor(trace), value.trace(), scale)
+        close(torch.tensor(trace, dtype=value.dtype), value.trace(), scale)
     if (diagonal := op.exact("diagonal")) is not None:
         close(diagonal, value.diagonal(), scale)
     singular_values = torch.linalg.svdvals(value)
     if float(singular_values[-1]) > 1e-3 and (logdet := op.exact("logdet")) is not None:
-        close(torch.tensor(logdet), singular_values.log().sum(), scale / float(singular_values[-1]))
+        close(torch.tensor(logdet, dtype=value.dtype), singular_values.log().sum(), scale / float(singular_values[-1]))
     if (pairs := op.exact("eigh")) is not None:
         values = torch.cat([pairs.eigenvalues, torch.full((pairs.multiplicity,), pairs.rest).double()]).sort().values
         close(values, torch.linalg.eigvalsh((value + value.T) / 2), scale)

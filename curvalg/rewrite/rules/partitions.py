@@ -64,7 +64,7 @@ def _merged(operands: Sequence[Blocks]) -> BlockDiagonal | None:
     components = _components(operands)
     try:
         made = [_block([_within(operand, component) for operand in operands], component) for component in components]
-    except ExpressionError:  # written over different restrictions
+    except ExpressionError:  # written over different restrictions, or over the whole
         return None
     if len(made) == 1 and made[0][1] == len(operands):
         return None  # one component and no matrix in its layout: putting the operands into one block gains nothing
@@ -84,6 +84,8 @@ def _block(operands: Sequence[Blocks], component: Names) -> tuple[Block, int]:
             matrices.append(mine[0])
         else:
             apart.append(mine)
+    if any(block.anchored for mine in apart for block in mine):
+        raise ExpressionError("a sub-matrix of the whole cannot be one of a block")
     params, joint = _common({_layout(block) for block in matrices}, component, bool(apart))
     for block in matrices:
         if _layout(block) == (params, joint):
