@@ -34,10 +34,13 @@ class Matrix:
         expr: the expression.
         problem: restricted already where the matrix is inside a restriction or a block.
         planner: gives the products of any expression on any problem.
+        spectral: whether functions such as a square root are asked for, so that a form which gives solves only is none.
     """
 
-    def __init__(self, expr: Expr, problem: Problem, planner: Callable[[Expr, Problem], Product]) -> None:
-        self.expr, self.problem, self._planner = expr, problem, planner
+    def __init__(
+        self, expr: Expr, problem: Problem, planner: Callable[[Expr, Problem], Product], spectral: bool = False
+    ) -> None:
+        self.expr, self.problem, self._planner, self.spectral = expr, problem, planner, spectral
 
     @property
     def facts(self) -> Facts:
@@ -62,9 +65,9 @@ class Matrix:
         expr, problem = inside(self.expr, self.problem)
         return self if problem is self.problem else self.of(simplify(expr, problem.facts).expr, problem)
 
-    def of(self, expr: Expr, problem: Problem | None = None) -> Matrix:
-        """Another matrix, on the same problem or a restriction of it."""
-        return Matrix(expr, problem or self.problem, self._planner)
+    def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> Matrix:
+        """Another matrix, on the same problem or a restriction of it; asked for as much as this one, or for more."""
+        return Matrix(expr, problem or self.problem, self._planner, self.spectral or spectral)
 
 
 class Form:
@@ -131,7 +134,9 @@ def multiple(expr: Expr) -> float:
         return 1.0
     parts = [multiple(child) for child in expr.children]
     if isinstance(expr, Sum):
-        return sum((float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift))
+        return sum(
+            (float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift)
+        )
     if isinstance(expr, Inverse):
         if not parts[0]:
             raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")

@@ -103,11 +103,10 @@ def _(expr: alg.SquareRoot, problem: Problem, given: Given = None) -> Plan:
         return SumPlan((), multiple(expr))
     if unbound(expr):
         return Unbound(expr)
-    form, chain = find(Matrix(expr.expr, problem, _planner(given)))
-    if form is None or not form.spectral:
-        reason = "; ".join(chain) if form is None else f"{form.name} gives solves only"
+    form, chain = find(Matrix(expr.expr, problem, _planner(given), spectral=True))
+    if form is None:
         raise FactsError(
-            f"sqrt({expr.expr}) has no exact form: {reason}. Square roots need a structured matrix: a diagonal, Kronecker "
+            f"sqrt({expr.expr}) has no exact form: {'; '.join(chain)}. Square roots need a structured matrix: a diagonal, Kronecker "
             "factors, blocks, few output directions, or at most 4096 symmetric rows"
         )
     return RootPlan(expr, form, tuple(chain))

@@ -306,7 +306,7 @@ def close(got: Tensor, expected: Tensor, scale: float) -> None:
 
 
 @settings(
-    max_examples=5000 if NIGHTLY else 300,
+    max_examples=5000 if NIGHTLY else 250,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

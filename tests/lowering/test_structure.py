@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from structures import STRUCTURED, JointKronecker, diagonal, joint_kronecker, joint_positions, kronecker, low_rank, offsets, psd, random
+from structures import (
+    STRUCTURED,
+    JointKronecker,
+    diagonal,
+    joint_kronecker,
+    joint_positions,
+    kronecker,
+    low_rank,
+    offsets,
+    psd,
+    random,
+)
 
 from curvalg import (
     Block,
@@ -284,8 +295,15 @@ def test_singular_matrices_are_named(problem, dense):
             inverse(expr).lower(problem) @ torch.ones(dense.D).double()
     with pytest.raises(FactsError, match="no real square root"):
         sqrt(kronecker(dense)[0]).lower(problem) @ torch.ones(dense.D).double()
+
+
+def test_roots_of_what_has_fast_solves_only_are_dense_while_that_is_possible(problem, dense, monkeypatch):
+    (a, A), (b, B) = low_rank(dense), diagonal(dense)
+    root = sqrt(a.T @ a + b).lower(problem).to_dense()
+    close(root @ root, A.T @ A + B)
+    monkeypatch.setattr("curvalg.lowering.forms.DENSE_LIMIT", 10)
     with pytest.raises(FactsError, match="no exact form"):
-        sqrt(low_rank(dense)[0] + diagonal(dense)[0]).lower(problem)
+        sqrt(a + b).lower(problem)
 
 
 @pytest.mark.parametrize("case", ["mlp", "sequence_classes_second", "several_outputs", "linear"])
