@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from curvalg.errors import ExpressionError
+from curvalg.expr.composite import Composite, Side
 from curvalg.expr.facts import Facts, LossFacts, all_of
 from curvalg.expr.node import Expr
 from curvalg.expr.spaces import as_patterns, require_endomorphism
@@ -48,7 +49,7 @@ Partition = Literal["parameter", "module"] | tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class BlockDiagonal(Expr):
+class BlockDiagonal(Composite):
     """A block-diagonal matrix; made by :func:`block_diagonal`.
 
     Either the diagonal blocks of one expression (``what`` an expression, ``by`` the partition), or given blocks
@@ -63,28 +64,18 @@ class BlockDiagonal(Expr):
     complete: bool = False
 
     @property
-    def _key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[Any, ...]:
         what = self.what if isinstance(self.what, Expr) else frozenset(Counter(self.what).items())
         return what, self.by, self.complete
-
-    def __eq__(self, other: object) -> bool:
-        return self._key == other._key if isinstance(other, BlockDiagonal) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._key)
 
     @property
     def covering(self) -> bool:
         """Whether every parameter lies in a block; what no block covers is zero."""
         return self.complete or self.by in ("parameter", "module")
 
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self.what.domain_params if isinstance(self.what, Expr) else None
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self.domain_params
+    def find_sides(self) -> tuple[Side, Side]:
+        side: Side = "parameters", self.what.domain_params if isinstance(self.what, Expr) else None
+        return side, side
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -99,7 +90,7 @@ class BlockDiagonal(Expr):
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         return self.rebuild(tuple(of(child) for child in self.children))
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         parts = [child.facts(loss) for child in self.children]
         # Principal blocks inherit what holds; what fails for the whole may still hold for each block.
         return Facts(

@@ -22,7 +22,7 @@ SOLVERS: tuple[Solver, ...] = get_args(Solver)
 """What ``solver=`` takes: "auto", or the name of one strategy."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Inverse(Reversed):
     """The inverse of a square expression; made by :func:`inverse`."""
 
@@ -49,7 +49,7 @@ class Inverse(Reversed):
             options["preconditioner"] = of(self.preconditioner)
         return inverse(of(self.expr), **options)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         inner = self.expr.facts(loss)
         # A semi-definite matrix that has an inverse is definite, and so is the inverse.
         return Facts(symmetric=inner.symmetric, positive_definite=True if inner.psd else None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.errors import ExpressionError
@@ -16,6 +17,22 @@ if TYPE_CHECKING:  # deferred imports: the two methods that reach upward, and th
     from curvalg.problem import Problem
 
 Space = Literal["parameters", "outputs"]
+
+
+@contextmanager
+def refusing_depth() -> Iterator[None]:
+    """Turns Python's error for too deep a recursion into one of expressions.
+
+    Raises:
+        ExpressionError: the recursion inside was too deep.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        raise ExpressionError(
+            "the expression nests too deeply for Python's stack; put it together from fewer levels, or call from less deep "
+            "a place in the program"
+        ) from error
 
 
 class Expr:
@@ -36,6 +53,18 @@ class Expr:
     """The space its results lie in."""
 
     __array_ufunc__ = None  # NumPy scalars and arrays must defer to the operators below
+
+    depth: ClassVar[int] = 1
+    """How many nodes lie above one another, this one included."""
+
+    @property
+    def known(self) -> dict[Hashable, Any]:
+        """What was found of this node once; no part of its value."""
+        found: dict[Hashable, Any] = self.__dict__.setdefault("_known", {})
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     @property
     def domain_params(self) -> tuple[str, ...] | None:
@@ -162,7 +191,8 @@ class Expr:
         """
         from curvalg.lowering import lower
 
-        return lower(self, problem, preconditioner=preconditioner)
+        with refusing_depth():
+            return lower(self, problem, preconditioner=preconditioner)
 
     # -- printing -----------------------------------------------------------------------------------------------------
 

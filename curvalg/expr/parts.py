@@ -14,7 +14,7 @@ from curvalg.expr.sums import Sum, add
 from curvalg.expr.transposes import SelfTransposed
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DiagonalPart(SelfTransposed):
     """The diagonal of a matrix on parameters, as a diagonal matrix; made by :func:`diagonal_part`."""
 
@@ -23,12 +23,12 @@ class DiagonalPart(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return diagonal_part(children[0])
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         inner = self.expr.facts(loss)  # an indefinite matrix may have a positive diagonal
         return Facts(symmetric=True, psd=inner.psd or None, positive_definite=inner.positive_definite or None)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DiagonalEstimate(SelfTransposed):
     """An unbiased estimate of the diagonal of a matrix on parameters; made by :func:`diagonal_part` with probes."""
 
@@ -39,7 +39,7 @@ class DiagonalEstimate(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return diagonal_part(children[0], probes=self.probes, seed=self.seed)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         return Facts(symmetric=True)  # the estimate of a positive number may be negative
 
 
@@ -81,7 +81,7 @@ def _require_integers(function: str, **options: tuple[object, int]) -> None:
             raise ExpressionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Nystrom(SelfTransposed):
     """A Nyström approximation; made by :func:`nystrom`."""
 
@@ -92,7 +92,7 @@ class Nystrom(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return nystrom(children[0], self.rank, seed=self.seed)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         return Facts(psd=True)
 
 

@@ -6,35 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from curvalg.errors import ExpressionError
+from curvalg.expr.composite import Composite, Side
 from curvalg.expr.constants import ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.node import Expr, Space
+from curvalg.expr.node import Expr
 from curvalg.expr.spaces import as_patterns, shape, side
 from curvalg.expr.sums import add
 
 
-@dataclass(frozen=True, repr=False)
-class Restriction(Expr):
+@dataclass(frozen=True, repr=False, eq=False)
+class Restriction(Composite):
     """The sub-matrix over chosen parameters, in their own layout; made by :func:`restrict`."""
 
     expr: Expr
     params: tuple[str, ...]
 
-    @property
-    def domain(self) -> Space | None:  # type: ignore[override]
-        return self.expr.domain
-
-    @property
-    def codomain(self) -> Space | None:  # type: ignore[override]
-        return self.expr.codomain
-
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self.params if self.expr.domain == "parameters" else None
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self.params if self.expr.codomain == "parameters" else None
+    def find_sides(self) -> tuple[Side, Side]:
+        spaces = self.expr.codomain, self.expr.domain
+        codomain, domain = ((space, self.params if space == "parameters" else None) for space in spaces)
+        return codomain, domain
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -46,7 +36,7 @@ class Restriction(Expr):
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         return restrict(of(self.expr), self.params)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         inner = self.expr.facts(loss)
         if self.domain != self.codomain:
             return Facts(symmetric=False)

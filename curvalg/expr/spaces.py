@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from curvalg.errors import ExpressionError
-from curvalg.expr.node import Expr, Space
-
-Side = tuple[Space | None, tuple[str, ...] | None]
-"""A space, and the patterns of the parameters it is restricted to (None: all)."""
+from curvalg.expr.composite import Side
+from curvalg.expr.node import Expr
 
 
 def side(expr: Expr, which: Literal["domain", "codomain"]) -> Side:

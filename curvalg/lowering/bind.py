@@ -14,6 +14,7 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
+from curvalg.expr.composite import settled
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.form import Matrix, Product
@@ -32,7 +33,13 @@ def unbound(expr: Expr) -> list[Expr]:
 
     Matrices of preconditioners are included.
     """
-    if isinstance(expr, (MatrixTerm, *get_args(Computed))):
+    if not expr.children:
+        return [expr] if isinstance(expr, MatrixTerm) else []
+    return settled(expr, "unbound", _unbound)
+
+
+def _unbound(expr: Expr) -> list[Expr]:
+    if isinstance(expr, get_args(Computed)):
         return [expr]
     parts = list(expr.children)
     if isinstance(expr, Inverse) and expr.preconditioner is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -35,12 +35,19 @@ class Matrix:
         problem: restricted already where the matrix is inside a restriction or a block.
         planner: gives the products of any expression on any problem.
         spectral: whether functions such as a square root are asked for, so that a form which gives solves only is none.
+        found: forms that were found before, of this matrix and others.
     """
 
     def __init__(
-        self, expr: Expr, problem: Problem, planner: Callable[[Expr, Problem], Product], spectral: bool = False
+        self,
+        expr: Expr,
+        problem: Problem,
+        planner: Callable[[Expr, Problem], Product],
+        spectral: bool = False,
+        found: Found | None = None,
     ) -> None:
         self.expr, self.problem, self._planner, self.spectral = expr, problem, planner, spectral
+        self.found: Found = {} if found is None else found
 
     @property
     def facts(self) -> Facts:
@@ -67,7 +74,7 @@ class Matrix:
 
     def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> Matrix:
         """Another matrix, on the same problem or a restriction of it; asked for as much as this one, or for more."""
-        return Matrix(expr, problem or self.problem, self._planner, self.spectral or spectral)
+        return Matrix(expr, problem or self.problem, self._planner, self.spectral or spectral, self.found)
 
 
 class Form:
@@ -106,6 +113,9 @@ class Form:
             self._made[snapshot] = self._make(snapshot)
         return self._made[snapshot]
 
+
+Found: TypeAlias = "dict[tuple[Hashable, ...], tuple[Form | None, list[str]]]"
+"""Matrix and question -> the form that was found, and a line for each that declined before it."""
 
 Offer = Form | str
 Rule = Callable[[Matrix], Offer]

@@ -354,8 +354,15 @@ FORMS: dict[str, Rule] = {
 
 def find(matrix: Matrix, exclude: Sequence[str] = (), asked: str = "auto") -> tuple[Form | None, list[str]]:
     """The first form on offer, and a line for each one that declined before it."""
+    key = matrix.expr, matrix.problem, matrix.spectral, tuple(exclude), asked
+    if key not in matrix.found:
+        matrix.found[key] = _find(matrix.localised(), exclude, asked)
+    form, chain = matrix.found[key]
+    return form, list(chain)
+
+
+def _find(matrix: Matrix, exclude: Sequence[str], asked: str) -> tuple[Form | None, list[str]]:
     chain: list[str] = []
-    matrix = matrix.localised()
     for name, rule in FORMS.items():
         if name in exclude or asked not in ("auto", name):
             continue

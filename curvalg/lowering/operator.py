@@ -13,7 +13,7 @@ from torch import Tensor
 from curvalg.errors import ConvergenceError, ExpressionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
-from curvalg.expr.node import Expr
+from curvalg.expr.node import Expr, refusing_depth
 from curvalg.lowering.bind import bind, unbound
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.finite import require_finite
@@ -163,7 +163,7 @@ class CurvatureOperator(TorchOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         self.problem.check(self.snapshot)
-        with self.problem.differentiating():
+        with refusing_depth(), self.problem.differentiating():
             self._bind()
             return require_finite(self._plan.apply(self.snapshot, columns), self.expr)
 

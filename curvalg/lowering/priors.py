@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from curvalg.expr import BlockDiagonal, Expr, Kronecker
+from curvalg.expr import BlockDiagonal, Kronecker
 from curvalg.lowering.form import Form, Matrix, Offer, affine
 from curvalg.lowering.leaves import tensor
 from curvalg.lowering.structures import Blocks, Congruent
@@ -14,7 +14,7 @@ _OTHER = "the matrix is not one Kronecker product and the identity"
 
 
 def damped_by_name(matrix: Matrix) -> Offer:
-    """B ⊗ A over [W | b] plus c₁ I for the weight and c₂ I for the bias, both positive: diagonal after a change of variables."""
+    """B ⊗ A over [W | b] plus c₁ I for the weight and c₂ I for the bias, where both are positive."""
     parts, shift = affine(matrix.expr)
     joint = [(c, part) for c, part in parts if isinstance(part, BlockDiagonal) and len(part.children) == 1]
     multiples = [(c, part) for c, part in parts if isinstance(part, BlockDiagonal) and len(part.children) == 2]

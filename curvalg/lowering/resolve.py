@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, BlockDiagonal, Expr, Inverse, Restriction, Zero, inverse, restrict
+from curvalg.expr.composite import settled
 from curvalg.expr.term import NamedExpr
 from curvalg.lowering.submatrices import block_problem, inside, is_local, partition, submatrix
 from curvalg.problem import Problem
@@ -47,7 +48,9 @@ def _over_parts(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
 
 
 def _has_blocks(expr: Expr) -> bool:
-    return isinstance(expr, BlockDiagonal) or any(map(_has_blocks, _parts(expr)))
+    if not expr.children:
+        return False
+    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, _parts(node))))
 
 
 def _complete(expr: BlockDiagonal, problem: Problem) -> BlockDiagonal:
@@ -88,7 +91,7 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
     named = Block(names, expr, joint=block.joint)
     expr = resolve(expr, block_problem(problem, named))
     if block.joint and _lies_by_name(expr):
-        return Block(params_.match(names, problem.layout.names), _by_name(expr, names))
+        return Block(tuple(params_.match(names, problem.layout.names)), _by_name(expr, names))
     return Block(names, expr, joint=block.joint)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from curvalg import (
     Diagonal,
     Eigenbasis,
     Expr,
-    FactsError,
     Identity,
     Kronecker,
     LowRank,

@@ -113,9 +113,9 @@ def nested(expr: Expr, loss: LossFacts | None) -> Expr | None:
     blocks: list[Block] = []
     for block in expr.what:
         inner = block.expr
-        given = inner.what if isinstance(inner, BlockDiagonal) and inner.complete else None
-        movable = isinstance(given, tuple) and not any(part.anchored for part in given)
-        blocks += given if movable else [block]  # type: ignore[misc,list-item]
+        given = inner.what if isinstance(inner, BlockDiagonal) and inner.complete else block.expr
+        movable = not isinstance(given, Expr) and not any(part.anchored for part in given)
+        blocks += given if movable else [block]  # type: ignore[arg-type]
     return BlockDiagonal(tuple(blocks), None, expr.complete) if tuple(blocks) != expr.what else None
 
 
