@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.composite import Composite, Side
@@ -63,10 +63,11 @@ class BlockDiagonal(Composite):
     by: Partition | None = "parameter"
     complete: bool = False
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        what = self.what if isinstance(self.what, Expr) else frozenset(Counter(self.what).items())
-        return what, self.by, self.complete
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        if isinstance(self.what, Expr):
+            return of(self.what), self.by, self.complete
+        blocks = Counter((block.params, of(block.expr), block.joint) for block in self.what)
+        return frozenset(blocks.items()), self.by, self.complete
 
     @property
     def covering(self) -> bool:

@@ -33,7 +33,7 @@ def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
         if ready:
             yield node
         else:
-            todo += [(node, True), *((child, False) for child in node.children if child.children)]
+            todo += [(node, True), *((part, False) for part in node.parts if part.parts)]
 
 
 def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
@@ -67,10 +67,10 @@ class Composite(Expr):
         """What is known of the matrix, from what is known of its parts."""
         raise NotImplementedError
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What two equal nodes share."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        """What two equal nodes share, with ``of`` of its parts in their place."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return tuple(of(value) if isinstance(value, Expr) else value for value in values)
 
     # -- what is kept ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,30 @@ class Composite(Expr):
             return True
         if type(other) is not type(self):
             return NotImplemented
-        return hash(self) == hash(other) and self.key == other.key
+        if hash(self) != hash(other):
+            return False
+        if self.content(_same) == other.content(_same):
+            return True
+        numbers: dict[Hashable, int] = {}
+        return _numbered(self, numbers) == _numbered(other, numbers)
 
     def __hash__(self) -> int:
-        return settled(self, "hash", lambda node: hash((type(node), node.key)))
+        return settled(self, "hash", lambda node: hash((type(node), node.content(hash))))
+
+
+def _same(part: Expr) -> Hashable:
+    """What is shared by one and the same node, and by equal nodes without parts."""
+    return id(part) if part.parts else part
+
+
+def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
+    """A number that equal expressions share: given to nodes by their content and the numbers of their parts."""
+    found: dict[int, int] = {}
+
+    def number(part: Expr) -> Hashable:
+        return found[id(part)] if part.parts else part
+
+    for node in bottom_up(expr, lambda node: id(node) in found):
+        content = node.content(number) if isinstance(node, Composite) else node
+        found[id(node)] = numbers.setdefault((type(node), content), len(numbers))
+    return found[id(expr)]

@@ -35,6 +35,10 @@ class Inverse(Reversed):
     on_fail: Literal["raise", "warn"] = "raise"
 
     @property
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.expr,) if self.preconditioner is None else (self.expr, self.preconditioner)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The options of the solve, as :func:`inverse` takes them."""
         names = ("solver", "rtol", "atol", "maxiter", "preconditioner", "on_fail")

@@ -81,6 +81,11 @@ class Expr:
         """Direct sub-expressions, in the order in which :meth:`rebuild` takes them."""
         return ()
 
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        """All expressions in this one: the children, and those that are options."""
+        return self.children
+
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         """The same node over other children."""
         return self

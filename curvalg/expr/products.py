@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -37,6 +37,9 @@ class Product(Composite):
     @property
     def children(self) -> tuple[Expr, ...]:
         return self.factors
+
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        return tuple(map(of, self.factors))
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return multiply(children)

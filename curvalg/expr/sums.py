@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -49,9 +49,8 @@ class Sum(Composite):
         # The hash of strings differs between processes: rebuild it rather than pickle it.
         return Sum, (dict(self.coefficients), self.shift, self.space)
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return frozenset(self.coefficients.items()), self.shift, self.space
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        return frozenset((of(part), c) for part, c in self.coefficients.items()), self.shift, self.space
 
     def find_sides(self) -> tuple[Side, Side]:
         typed = next((e for e in self.coefficients if e.domain is not None), self.space or Identity)

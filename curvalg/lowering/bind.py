@@ -41,10 +41,7 @@ def unbound(expr: Expr) -> list[Expr]:
 def _unbound(expr: Expr) -> list[Expr]:
     if isinstance(expr, get_args(Computed)):
         return [expr]
-    parts = list(expr.children)
-    if isinstance(expr, Inverse) and expr.preconditioner is not None:
-        parts.append(expr.preconditioner)
-    return list(dict.fromkeys(term for part in parts for term in unbound(part)))
+    return list(dict.fromkeys(term for part in expr.parts for term in unbound(part)))
 
 
 def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:

@@ -33,13 +33,6 @@ def resolve(expr: Expr, problem: Problem) -> Expr:
     return _over_parts(expr, lambda part: resolve(part, problem))
 
 
-def _parts(expr: Expr) -> tuple[Expr, ...]:
-    """The children, and the preconditioner of an inverse."""
-    if isinstance(expr, Inverse) and expr.preconditioner is not None:
-        return (*expr.children, expr.preconditioner)
-    return expr.children
-
-
 def _over_parts(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
     """The same node over changed parts."""
     if isinstance(expr, Inverse) and expr.preconditioner is not None:
@@ -50,7 +43,7 @@ def _over_parts(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
 def _has_blocks(expr: Expr) -> bool:
     if not expr.children:
         return False
-    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, _parts(node))))
+    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, node.parts)))
 
 
 def _complete(expr: BlockDiagonal, problem: Problem) -> BlockDiagonal:
@@ -97,7 +90,7 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
 
 def _lies_by_name(expr: Expr) -> bool:
     """Whether something in an expression has rows in the order of the problem: a term, a sub-matrix, blocks."""
-    return isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)) or any(map(_lies_by_name, _parts(expr)))
+    return isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)) or any(map(_lies_by_name, expr.parts))
 
 
 def _by_name(expr: Expr, names: tuple[str, ...]) -> Expr:

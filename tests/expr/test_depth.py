@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 from collections import Counter
 
@@ -96,8 +95,8 @@ def test_what_is_kept_is_no_part_of_the_value() -> None:
     fresh, used = nested(Hessian(), 5), nested(Hessian(), 5)
     str(used), hash(used), used.facts(), used.simplify()
     for twin in (copy.copy(used), copy.deepcopy(used), pickle.loads(pickle.dumps(used))):
-        assert twin == fresh
         assert "_known" not in vars(twin)
+        assert twin == fresh
     assert len(pickle.dumps(used)) == len(pickle.dumps(fresh))
 
 
@@ -148,6 +147,6 @@ def test_a_deep_call_is_an_error_of_expressions_too() -> None:
 
 def test_sums_and_products_of_many_operands_do_not_nest() -> None:
     expr = GGN() - Hessian()
-    for i in itertools.chain(range(1, 600)):
+    for i in range(1, 300):
         expr = expr + registry.build("ggn_mc", seed=i)
     assert expr.depth == 2
