@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.composite import Composite, Side
 from curvalg.expr.facts import Facts, LossFacts, all_of
 from curvalg.expr.node import Expr
@@ -123,21 +123,19 @@ def block_diagonal(
         require_endomorphism(what, "block_diagonal")
         if isinstance(by, str):
             if by not in ("parameter", "module"):
-                raise ExpressionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
+                raise OptionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
             return BlockDiagonal(what, by)  # type: ignore[arg-type]
         if not isinstance(by, Iterable) or not (groups := tuple(as_patterns(group) for group in by)):
-            raise ExpressionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
+            raise OptionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
         return BlockDiagonal(what, groups)
     if by != "parameter":
-        raise ExpressionError("by= partitions an expression; given blocks name their own parameters")
+        raise OptionError("by= partitions an expression; given blocks name their own parameters")
     if isinstance(what, Mapping):
         blocks = tuple(Block((pattern,), expr) for pattern, expr in what.items())
     else:
         blocks = tuple(what) if isinstance(what, Iterable) else ()
     if not blocks or not all(isinstance(block, Block) for block in blocks):
-        raise ExpressionError(
-            "block_diagonal() takes an expression, a mapping {pattern: expression} or a list of Block"
-        )
+        raise OptionError("block_diagonal() takes an expression, a mapping {pattern: expression} or a list of Block")
     for block in blocks:
         require_endomorphism(block.expr, "block_diagonal")
     return BlockDiagonal(blocks, None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.scalars import as_coefficient
 
@@ -135,7 +135,7 @@ class Expr:
             raise ExpressionError(f"/ divides by a number; write ({self}) @ inverse({other}) for a solve")
         divisor = as_coefficient(other)
         if divisor == 0:
-            raise ExpressionError(f"cannot divide the operator {self} by zero")
+            raise OptionError(f"cannot divide the operator {self} by zero")
         return _add([(self, 1 / divisor)])
 
     def __rtruediv__(self, other: Any) -> Expr:

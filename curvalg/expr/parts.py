@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 from curvalg.expr.constants import Identity, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
@@ -78,7 +78,7 @@ def _require_integers(function: str, **options: tuple[object, int]) -> None:
     """
     for name, (value, least) in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ExpressionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")
+            raise OptionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.composite import Composite, Side
 from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts
@@ -95,7 +95,7 @@ def multiply(factors: Iterable[Expr]) -> Expr:
 
 def _require_length(factors: int) -> None:
     if factors > MAX_FACTORS:
-        raise ExpressionError(f"a product has at most {MAX_FACTORS} factors; this one would have more")
+        raise OptionError(f"a product has at most {MAX_FACTORS} factors; this one would have more")
 
 
 def power(base: Expr, exponent: Any) -> Expr:
@@ -105,7 +105,7 @@ def power(base: Expr, exponent: Any) -> Expr:
         ExpressionError: the exponent is not an integer, or the base is not square.
     """
     if isinstance(exponent, bool) or not isinstance(exponent, numbers.Integral):
-        raise ExpressionError(f"expected an integer power of an operator, got {exponent!r}")
+        raise OptionError(f"expected an integer power of an operator, got {exponent!r}")
     if not square(base):
         raise ExpressionError(f"a power needs a square operator; {base} is {shape(base)}")
     exponent = int(exponent)

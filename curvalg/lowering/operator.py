@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, ExpressionError, VectorError
+from curvalg.errors import ConvergenceError, ExpressionError, OptionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr, refusing_depth
@@ -66,7 +66,7 @@ class CurvatureOperator(TorchOperator):
         if not (
             preconditioner is None or isinstance(preconditioner, (Expr, LinearOperator)) or callable(preconditioner)
         ):
-            raise ExpressionError(
+            raise OptionError(
                 "a preconditioner is an expression, a LinearOperator or a function v -> P⁻¹ v, got "
                 f"{type(preconditioner).__name__}"
             )
@@ -262,7 +262,7 @@ class CurvatureOperator(TorchOperator):
         (torch.Size([12]), 0.5, 15)
         """
         if quantity not in (known := get_args(Quantity)):
-            raise ExpressionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
+            raise OptionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
         self.problem.check(self.snapshot)
         form = self._form()
         if form is None:

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
-from curvalg.errors import CurvalgError, RegistryError
+from curvalg.errors import CurvalgError, RegistryError, TermOptionError
 from curvalg.expr.node import Expr
 from curvalg.expr.term import NamedExpr
 from curvalg.expr.terms import ALIASES, BUILTIN
@@ -164,9 +164,9 @@ class Registry:
         if factory is None:
             return lambda given: self.register(name, given, replace=replace)
         if reason := refused_name(name):
-            raise RegistryError(reason)
+            raise TermOptionError(reason)
         if name in RESERVED:
-            raise RegistryError(f"{name!r} is a word of the expression syntax; choose another name")
+            raise TermOptionError(f"{name!r} is a word of the expression syntax; choose another name")
         if not replace and self._taken(name):
             raise RegistryError(f"{name!r} exists already; choose another name, or pass replace=True to take it over")
         options = options_of(factory, f"term {name!r}")
@@ -213,7 +213,7 @@ class Registry:
     def _resolve(self, name: str) -> tuple[TermSpec, str, Plugin | None]:
         """The spec behind a name, the label of what is built by it, and the plugin that brought it."""
         if not isinstance(name, str):
-            raise RegistryError(f"expected a term's name as a string, got {type(name).__name__}")
+            raise TermOptionError(f"expected a term's name as a string, got {type(name).__name__}")
         if "/" in name:
             return self._resolve_qualified(canonical_qualified(name))
         canonical = name if name in self._registered else ALIASES.get(name, name)

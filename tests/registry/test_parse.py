@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -351,3 +353,14 @@ def test_only_strings_are_read() -> None:
         parse(GGN())  # type: ignore[arg-type]
     with pytest.raises(ExpressionError, match="null bytes"):
         parse("ggn\0")
+
+
+@pytest.mark.parametrize(
+    "text", ["1is ggn", "0x1for", "2if ggn", "1.or 2", "ggn + 0b1in", "restrict(ggn, 'a\\.b')", "restrict(ggn, '\\8')"]
+)
+def test_python_does_not_warn_of_texts(text: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(ExpressionError):
+            parse(text)
+    assert not caught
