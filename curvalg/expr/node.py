@@ -107,6 +107,8 @@ class Expr:
         return _add([(self, 1), (_operand(self, other, "+"), 1)])
 
     def __radd__(self, other: Any) -> Expr:
+        if type(other) is int and other == 0:  # where Python's sum() starts
+            return self
         raise _number_error(other, self, "+")
 
     def __sub__(self, other: Expr) -> Expr:

@@ -222,10 +222,10 @@ def checked_options(spec: TermSpec, options: Mapping[str, Any]) -> dict[str, Any
     return plain
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'a' or 'b'?)"``, or nothing where nothing is close."""
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """``" (did you mean 'a' or 'b'?)"`` with the nearest three, or nothing where nothing is as close as ``cutoff`` of 1."""
     folded = {candidate.casefold(): candidate for candidate in known}
-    close = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded)]
+    close = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, 3, cutoff)]
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
