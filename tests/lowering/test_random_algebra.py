@@ -304,7 +304,7 @@ def close(got: Tensor, expected: Tensor, scale: float) -> None:
 
 
 @settings(
-    max_examples=5000 if NIGHTLY else 250,
+    max_examples=5000 if NIGHTLY else 200,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
