@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from curvalg.errors import ExpressionError as ExpressionError
     from curvalg.errors import FactsError as FactsError
     from curvalg.errors import LossError as LossError
+    from curvalg.errors import OptionError as OptionError
     from curvalg.errors import ProblemError as ProblemError
     from curvalg.errors import RegistryError as RegistryError
     from curvalg.errors import StaleError as StaleError
+    from curvalg.errors import TermOptionError as TermOptionError
     from curvalg.errors import VectorError as VectorError
+    from curvalg.errors import VectorTypeError as VectorTypeError
     from curvalg.expr import Block as Block
     from curvalg.expr import DatasetTerm as DatasetTerm
     from curvalg.expr import Diagonal as Diagonal
@@ -62,11 +65,14 @@ _ERRORS = (
     "CurvalgError",
     "CurvalgWarning",
     "ExpressionError",
+    "OptionError",
     "RegistryError",
+    "TermOptionError",
     "ProblemError",
     "LossError",
     "FactsError",
     "VectorError",
+    "VectorTypeError",
     "ConvergenceError",
     "StaleError",
     "CheckpointError",

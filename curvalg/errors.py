@@ -1,7 +1,8 @@
 """Every exception and warning of curvalg.
 
 All derive from :class:`CurvalgError`, so one ``except`` catches the library. Where Python or SciPy users expect a
-built-in kind (a wrong shape is a ``ValueError``, a missing name a ``LookupError``), the class derives from that too.
+built-in kind (a wrong shape or count is a ``ValueError``, a wrong type a ``TypeError``, a missing name a ``LookupError``),
+the class derives from that too.
 Messages say what was expected, what came, and what to do.
 """
 
@@ -16,8 +17,16 @@ class ExpressionError(CurvalgError, TypeError):
     """An expression that has no meaning (mismatched domains, ``A + 0.1``) or that cannot be read or lowered."""
 
 
+class OptionError(ExpressionError, ValueError):
+    """An option of the wrong type or out of its range: a count below one, a choice that there is none of."""
+
+
 class RegistryError(CurvalgError, LookupError):
     """A term that cannot be found, imported or built by name."""
+
+
+class TermOptionError(RegistryError, OptionError):
+    """A name that can be none, or an option that does not fit the signature of its term."""
 
 
 class ProblemError(CurvalgError, ValueError):
@@ -34,6 +43,10 @@ class FactsError(CurvalgError, ValueError):
 
 class VectorError(CurvalgError, ValueError):
     """An operand of a product with the wrong shape, kind, dtype, device or non-finite entries."""
+
+
+class VectorTypeError(VectorError, TypeError):
+    """An operand that is no vector of numbers."""
 
 
 class ConvergenceError(CurvalgError, RuntimeError):

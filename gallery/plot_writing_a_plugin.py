@@ -31,7 +31,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from curvalg import Diagonal, ExpressionError, Facts, Identity, LossError, MatrixTerm, Problem, Term, inverse, registry
+from curvalg import Diagonal, Facts, Identity, LossError, MatrixTerm, OptionError, Problem, Term, inverse, registry
 from curvalg.testing import check_term
 
 
@@ -59,7 +59,7 @@ class HardCovariance(Term):
 
     def __post_init__(self):
         if not 0 <= self.power < float("inf"):
-            raise ExpressionError(f"hard_covariance: power must be a finite number ≥ 0, got {self.power!r}")
+            raise OptionError(f"hard_covariance: power must be a finite number ≥ 0, got {self.power!r}")
 
     def validate(self, loss):
         require_classes(self, loss)

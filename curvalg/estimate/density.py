@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 from curvalg.estimate.curve import Density, Look
 from curvalg.estimate.eigen import _confined, eigsh
 from curvalg.estimate.exact import CHEAP
@@ -90,7 +90,7 @@ def spectral_density(
     _require(scale, outliers, grid, width)
     before = require_symmetric(given, seed)
     if not 0 <= outliers < given.size:
-        raise ExpressionError(
+        raise OptionError(
             f"expected 0 ≤ outliers < {given.size} for {given.size} rows, got {outliers}; all eigenvalues are given by eigsh"
         )
     look = Look(scale, grid, width, steps)
@@ -146,17 +146,15 @@ def _exact(given: Target, outliers: int, products: int) -> tuple[Rule, Tensor] |
 
 def _require(scale: Any, outliers: Any, grid: Any, width: Any) -> None:
     if not isinstance(scale, str) or scale not in SCALES:
-        raise ExpressionError(f"expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
+        raise OptionError(f"expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
     if not isinstance(outliers, int) or isinstance(outliers, bool):
-        raise ExpressionError(f"expected outliers to be a number of eigenvalues, got {outliers!r}")
+        raise OptionError(f"expected outliers to be a number of eigenvalues, got {outliers!r}")
     if isinstance(grid, Tensor):
         if grid.ndim != 1 or not len(grid) or not bool((grid.diff() > 0).all()):
-            raise ExpressionError(f"expected ascending points (g,), got a tensor of shape {tuple(grid.shape)}")
+            raise OptionError(f"expected ascending points (g,), got a tensor of shape {tuple(grid.shape)}")
         if scale == "log" and not bool((grid > 0).all()):
-            raise ExpressionError(
-                "expected positive points on a log scale, which shows |λ| + floor; leave out the others"
-            )
+            raise OptionError("expected positive points on a log scale, which shows |λ| + floor; leave out the others")
     else:
         require_count(grid, "grid")
     if width is not None and not (isinstance(width, (int, float)) and 0 < width < float("inf")):
-        raise ExpressionError(f"expected a width > 0, or None, got {width!r}")
+        raise OptionError(f"expected a width > 0, or None, got {width!r}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.spectral_sum import (
     Effort,
@@ -66,7 +66,7 @@ def effective_dimension(
     """
     begin, given = time.perf_counter(), target(op)
     if not isinstance(damping, Real) or isinstance(damping, bool) or not 0 < float(damping) < math.inf:
-        raise ExpressionError(f"expected a damping > 0, got {damping!r}; without any, it is the rank")
+        raise OptionError(f"expected a damping > 0, got {damping!r}; without any, it is the rank")
     effort, shift = Effort(products, tol, steps, seed, on_fail, checkpoint, progress), float(damping)
     require_definite(given, "effective_dimension", strictly=False)
     eps = torch.finfo(given.space.dtype).eps

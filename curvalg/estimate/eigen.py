@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, VectorError
+from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, VectorError
 from curvalg.estimate.exact import exact
 from curvalg.estimate.lanczos import Block, Lanczos
 from curvalg.estimate.result import Eigenpairs
@@ -94,7 +94,7 @@ def eigsh(
     locked = _locked(deflate, given)
     if not 1 <= k <= given.size - len(locked):
         deflated = f" of which {len(locked)} are deflated" if len(locked) else ""
-        raise ExpressionError(f"expected 1 ≤ k ≤ {given.size - len(locked)} for {given.size} rows{deflated}, got k={k}")
+        raise OptionError(f"expected 1 ≤ k ≤ {given.size - len(locked)} for {given.size} rows{deflated}, got k={k}")
     start = given.rows(v0, "v0")
     tol = float(tol) or 100 * torch.finfo(given.space.dtype).eps
     file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
@@ -149,21 +149,19 @@ def _fail(pairs: Eigenpairs, algorithm: Lanczos, phase: str, on_fail: OnFail) ->
 
 def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: Any) -> None:
     if not _whole(k):
-        raise ExpressionError(f"expected an integer k ≥ 1, got {k!r}")
+        raise OptionError(f"expected an integer k ≥ 1, got {k!r}")
     if not isinstance(which, str) or which not in SIDES:
-        raise ExpressionError(
+        raise OptionError(
             f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(str(which), '')}"
         )
     if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= float(tol) < 1:
-        raise ExpressionError(
-            f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows"
-        )
+        raise OptionError(f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows")
     if block != "auto" and not (_whole(block) and block >= 1):
-        raise ExpressionError(f"expected block to be 'auto' or an integer ≥ 1, got {block!r}")
+        raise OptionError(f"expected block to be 'auto' or an integer ≥ 1, got {block!r}")
     if maxiter is not None and not (_whole(maxiter) and maxiter >= 1):
-        raise ExpressionError(f"expected maxiter to be a number of products ≥ 1, or None, got {maxiter!r}")
+        raise OptionError(f"expected maxiter to be a number of products ≥ 1, or None, got {maxiter!r}")
     if on_fail not in ("raise", "warn"):
-        raise ExpressionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
+        raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
 
 
 _HINTS = {"SM": "; eigenvalues near zero are the largest of the inverse: eigsh(inverse(A).lower(problem))"}

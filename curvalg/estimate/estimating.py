@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, FactsError
+from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.run import run
 from curvalg.estimate.sketch import Sketch
@@ -42,21 +42,21 @@ class Request:
 
     def __post_init__(self) -> None:
         if not _whole(self.products) or self.products < 1:
-            raise ExpressionError(f"expected products to be an integer ≥ 1, got {self.products!r}")
+            raise OptionError(f"expected products to be an integer ≥ 1, got {self.products!r}")
         tol: Any = self.tol
         real = isinstance(tol, Real) and not isinstance(tol, bool)
         if tol is not None and not (real and 0 < float(tol) < 1):
-            raise ExpressionError(
+            raise OptionError(
                 f"expected a relative tolerance 0 < tol < 1, or None for an estimate by so many products, got {tol!r}"
             )
         if not _whole(self.seed):
-            raise ExpressionError(f"expected seed to be an integer, got {self.seed!r}")
+            raise OptionError(f"expected seed to be an integer, got {self.seed!r}")
         if self.maxiter is not None and not (_whole(self.maxiter) and self.maxiter >= self.products):
-            raise ExpressionError(
+            raise OptionError(
                 f"expected maxiter to be a number of products ≥ {self.products} (products=), or None, got {self.maxiter!r}"
             )
         if self.on_fail not in ("raise", "warn"):
-            raise ExpressionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
+            raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
 
     def known(self, methods: Methods) -> None:
         """Refuse a method that is not among those given.
@@ -66,7 +66,7 @@ class Request:
         """
         if not isinstance(self.method, str) or self.method not in ("auto", *methods):
             names = ", ".join(map(repr, ("auto", *methods)))
-            raise ExpressionError(f"expected method to be one of {names}, got {self.method!r}")
+            raise OptionError(f"expected method to be one of {names}, got {self.method!r}")
 
     def algorithm(self, kind: type[Sketch], target: Target, price: int = 1) -> Sketch:
         """The estimator.
@@ -78,7 +78,7 @@ class Request:
         least = price * (target.size if exact else 2 * kind.multiplications)
         if self.products < least and (exact or target.size > 1):
             why = f"one for each of {target.size} unit vectors" if exact else "two test vectors, to tell the error"
-            raise ExpressionError(
+            raise OptionError(
                 f"expected products ≥ {least} for method {kind.method!r} ({why}), got products={self.products}"
             )
         most = max(16 * self.products, min(2 * price * target.size, 1000)) if self.maxiter is None else self.maxiter

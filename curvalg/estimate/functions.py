@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, VectorError
+from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, VectorError
 from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.krylov_function import KrylovFunction
 from curvalg.estimate.require import require_count, require_tolerance
@@ -100,7 +100,7 @@ def matrix_function(
     default = 1e-5 if given.space.dtype == torch.float32 else 1e-10
     tol = default if tol is None else require_tolerance(tol)
     if on_fail not in ("raise", "warn"):
-        raise ExpressionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
+        raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
     before = require_symmetric(given, seed)
     operand = parse(vector, given.space, given.space)
     rows = operand.columns.T.contiguous()

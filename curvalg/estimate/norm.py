@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from curvalg.errors import ConvergenceError, ExpressionError, FactsError
+from curvalg.errors import ConvergenceError, FactsError, OptionError
 from curvalg.estimate.eigen import eigsh
 from curvalg.estimate.estimating import Methods, OnFail, Request, exactly, require_psd, scaled
 from curvalg.estimate.hutchinson import SquaredNorms
@@ -70,7 +70,7 @@ def norm(
     5.0
     """
     if isinstance(ord, bool) or not (isinstance(ord, (str, int)) and ord in ORDERS):
-        raise ExpressionError(f"expected ord to be one of {', '.join(map(repr, ORDERS))}, got {ord!r}")
+        raise OptionError(f"expected ord to be one of {', '.join(map(repr, ORDERS))}, got {ord!r}")
     given = target(op)
     # Checked for all norms; the spectral one takes as many as maxiter, and eigsh checks that.
     request = Request(
@@ -143,7 +143,7 @@ def _has_adjoint(given: Target) -> bool:
 
 def _spectral(given: Target, request: Request, most: int | None) -> Estimate:
     if request.method != "auto":
-        raise ExpressionError(f"expected method='auto' for the spectral norm, got {request.method!r}; leave it out")
+        raise OptionError(f"expected method='auto' for the spectral norm, got {request.method!r}; leave it out")
     options: dict[str, Any] = {
         "tol": 1e-4 if request.tol is None else request.tol,
         "seed": request.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Any
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 
 
 def require_count(number: Any, name: str) -> int:
@@ -15,7 +15,7 @@ def require_count(number: Any, name: str) -> int:
         ExpressionError: something else.
     """
     if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
-        raise ExpressionError(f"expected {name} to be an integer ≥ 1, got {number!r}")
+        raise OptionError(f"expected {name} to be an integer ≥ 1, got {number!r}")
     return int(number)
 
 
@@ -26,5 +26,5 @@ def require_tolerance(tol: Any) -> float:
         ExpressionError: something else.
     """
     if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 < float(tol) < 1:
-        raise ExpressionError(f"expected a relative tolerance 0 < tol < 1, got {tol!r}")
+        raise OptionError(f"expected a relative tolerance 0 < tol < 1, got {tol!r}")
     return float(tol)

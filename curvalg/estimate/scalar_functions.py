@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, FactsError
+from curvalg.errors import ExpressionError, FactsError, OptionError
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,6 @@ def scalar(function: Any) -> Scalar:
         return NAMED[function]
     if callable(function):
         return Scalar(getattr(function, "__name__", type(function).__name__), function)
-    raise ExpressionError(
+    raise OptionError(
         f"expected one of {', '.join(map(repr, NAMED))} or a function of a tensor of eigenvalues, got {function!r}"
     )

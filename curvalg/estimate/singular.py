@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, ExpressionError
+from curvalg.errors import ConvergenceError, OptionError
 from curvalg.estimate.eigen import OnFail, eigsh
 from curvalg.estimate.lanczos import Block
 from curvalg.estimate.result import Eigenpairs, Result, axes
@@ -89,7 +89,7 @@ def svds(
     """
     begin, given = time.perf_counter(), target(op)
     if isinstance(k, int) and k > min(given.shape):
-        raise ExpressionError(f"expected 1 ≤ k ≤ {min(given.shape)} for {given.name} of shape {given.shape}, got k={k}")
+        raise OptionError(f"expected 1 ≤ k ≤ {min(given.shape)} for {given.name} of shape {given.shape}, got k={k}")
 
     def triplets(pairs: Eigenpairs) -> SingularTriplets:
         made = _triplets(given, pairs)

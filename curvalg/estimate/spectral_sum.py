@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, FactsError
+from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
 from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.require import require_count, require_tolerance
 from curvalg.estimate.result import Estimate
@@ -55,7 +55,7 @@ class Effort:
         if self.tol is not None:
             require_tolerance(self.tol)
         if self.on_fail not in ("raise", "warn"):
-            raise ExpressionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
+            raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
 
     def split(self, size: int) -> tuple[int, int]:
         """(probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, FactsError
+from curvalg.errors import ExpressionError, FactsError, OptionError
 from curvalg.estimate import fingerprint
 from curvalg.estimate.estimating import OnFail, exactly
 from curvalg.estimate.result import Estimate
@@ -96,7 +96,7 @@ def tic(
                 "some of them make a Problem with params=..."
             )
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
-        raise ExpressionError(f"tic: damping is a finite number ≥ 0, got {damping!r}")
+        raise OptionError(f"tic: damping is a finite number ≥ 0, got {damping!r}")
     damped = H + damping * Identity
     if problem.size <= {"auto": DENSE, "exact": MOST}.get(method, 0):
         A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
+from curvalg.expr.composite import Composite, Side
 from curvalg.expr.facts import Facts, LossFacts, all_of
 from curvalg.expr.node import Expr
 from curvalg.expr.spaces import as_patterns, require_endomorphism
@@ -33,6 +34,11 @@ class Block:
         if not isinstance(self.expr, Expr):
             raise ExpressionError(f"a block holds an expression, got {type(self.expr).__name__}")
 
+    @property
+    def anchored(self) -> bool:
+        """Whether it holds a sub-matrix of what surrounds the block-diagonal, so that it means nothing elsewhere."""
+        return self.expr.domain_params is not None
+
     def __repr__(self) -> str:
         from curvalg.expr.show.text import text_block
 
@@ -43,7 +49,7 @@ Partition = Literal["parameter", "module"] | tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class BlockDiagonal(Expr):
+class BlockDiagonal(Composite):
     """A block-diagonal matrix; made by :func:`block_diagonal`.
 
     Either the diagonal blocks of one expression (``what`` an expression, ``by`` the partition), or given blocks
@@ -57,29 +63,20 @@ class BlockDiagonal(Expr):
     by: Partition | None = "parameter"
     complete: bool = False
 
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        what = self.what if isinstance(self.what, Expr) else frozenset(Counter(self.what).items())
-        return what, self.by, self.complete
-
-    def __eq__(self, other: object) -> bool:
-        return self._key == other._key if isinstance(other, BlockDiagonal) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        if isinstance(self.what, Expr):
+            return of(self.what), self.by, self.complete
+        blocks = Counter((block.params, of(block.expr), block.joint) for block in self.what)
+        return frozenset(blocks.items()), self.by, self.complete
 
     @property
     def covering(self) -> bool:
         """Whether every parameter lies in a block; what no block covers is zero."""
         return self.complete or self.by in ("parameter", "module")
 
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self.what.domain_params if isinstance(self.what, Expr) else None
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self.domain_params
+    def find_sides(self) -> tuple[Side, Side]:
+        side: Side = "parameters", self.what.domain_params if isinstance(self.what, Expr) else None
+        return side, side
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -94,7 +91,7 @@ class BlockDiagonal(Expr):
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         return self.rebuild(tuple(of(child) for child in self.children))
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         parts = [child.facts(loss) for child in self.children]
         # Principal blocks inherit what holds; what fails for the whole may still hold for each block.
         return Facts(
@@ -126,21 +123,19 @@ def block_diagonal(
         require_endomorphism(what, "block_diagonal")
         if isinstance(by, str):
             if by not in ("parameter", "module"):
-                raise ExpressionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
+                raise OptionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
             return BlockDiagonal(what, by)  # type: ignore[arg-type]
         if not isinstance(by, Iterable) or not (groups := tuple(as_patterns(group) for group in by)):
-            raise ExpressionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
+            raise OptionError(f"by is 'parameter', 'module' or groups of names, got {by!r}")
         return BlockDiagonal(what, groups)
     if by != "parameter":
-        raise ExpressionError("by= partitions an expression; given blocks name their own parameters")
+        raise OptionError("by= partitions an expression; given blocks name their own parameters")
     if isinstance(what, Mapping):
         blocks = tuple(Block((pattern,), expr) for pattern, expr in what.items())
     else:
         blocks = tuple(what) if isinstance(what, Iterable) else ()
     if not blocks or not all(isinstance(block, Block) for block in blocks):
-        raise ExpressionError(
-            "block_diagonal() takes an expression, a mapping {pattern: expression} or a list of Block"
-        )
+        raise OptionError("block_diagonal() takes an expression, a mapping {pattern: expression} or a list of Block")
     for block in blocks:
         require_endomorphism(block.expr, "block_diagonal")
     return BlockDiagonal(blocks, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space
 from curvalg.expr.spaces import as_patterns, square
@@ -46,13 +46,13 @@ class ZeroExpr(Expr):
     def __post_init__(self) -> None:
         spaces = (self.codomain, self.domain)
         if spaces != (None, None) and not all(space in ("parameters", "outputs") for space in spaces):
-            raise ExpressionError(f"zero has two spaces of 'parameters' and 'outputs', or none; got {spaces}")
+            raise OptionError(f"zero has two spaces of 'parameters' and 'outputs', or none; got {spaces}")
         for name, space in (("codomain", self.codomain), ("domain", self.domain)):
             params = getattr(self, f"{name}_params")
             if params is None:
                 continue
             if space != "parameters":
-                raise ExpressionError(f"{name}_params chooses parameters, but the {name} of this zero is {space}")
+                raise OptionError(f"{name}_params chooses parameters, but the {name} of this zero is {space}")
             object.__setattr__(self, f"{name}_params", as_patterns(params))
 
     def facts(self, loss: LossFacts | None = None) -> Facts:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.constants import ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
@@ -22,7 +22,7 @@ SOLVERS: tuple[Solver, ...] = get_args(Solver)
 """What ``solver=`` takes: "auto", or the name of one strategy."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Inverse(Reversed):
     """The inverse of a square expression; made by :func:`inverse`."""
 
@@ -33,6 +33,10 @@ class Inverse(Reversed):
     maxiter: int | None = None
     preconditioner: Expr | None = None
     on_fail: Literal["raise", "warn"] = "raise"
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.expr,) if self.preconditioner is None else (self.expr, self.preconditioner)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -49,7 +53,7 @@ class Inverse(Reversed):
             options["preconditioner"] = of(self.preconditioner)
         return inverse(of(self.expr), **options)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         inner = self.expr.facts(loss)
         # A semi-definite matrix that has an inverse is definite, and so is the inverse.
         return Facts(symmetric=inner.symmetric, positive_definite=True if inner.psd else None)
@@ -90,17 +94,17 @@ def inverse(
     if isinstance(expr, ZeroExpr):
         raise ExpressionError("the zero operator has no inverse; add c * Identity first")
     if solver not in SOLVERS:
-        raise ExpressionError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+        raise OptionError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if on_fail not in ("raise", "warn"):
-        raise ExpressionError(f"on_fail is 'raise' or 'warn', got {on_fail!r}")
+        raise OptionError(f"on_fail is 'raise' or 'warn', got {on_fail!r}")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         real = isinstance(tolerance, numbers.Real) and not isinstance(tolerance, bool)
         if tolerance is not None and not (real and 0 <= tolerance < math.inf):
-            raise ExpressionError(f"{name} must be a finite number ≥ 0, got {tolerance!r}")
+            raise OptionError(f"{name} must be a finite number ≥ 0, got {tolerance!r}")
     if maxiter is not None and (isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 1):
-        raise ExpressionError(f"maxiter must be a positive integer or None, got {maxiter!r}")
+        raise OptionError(f"maxiter must be a positive integer or None, got {maxiter!r}")
     if preconditioner is not None and not isinstance(preconditioner, Expr):
-        raise ExpressionError(
+        raise OptionError(
             f"preconditioner must be an expression, got {type(preconditioner).__name__}; operators and callables go to "
             "expr.lower(problem, preconditioner=...)"
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
 
@@ -101,19 +101,19 @@ def _dtype(array: Any) -> str:
 
 def _array(value: Any, what: str, *ndims: int) -> Any:
     if not all(hasattr(value, name) for name in ("ndim", "shape", "dtype")):
-        raise ExpressionError(f"{what} must be a torch tensor or a NumPy array, got {type(value).__name__}")
+        raise OptionError(f"{what} must be a torch tensor or a NumPy array, got {type(value).__name__}")
     if "complex" in str(value.dtype):
-        raise ExpressionError(f"{what} must be real, got dtype {value.dtype}")
+        raise OptionError(f"{what} must be real, got dtype {value.dtype}")
     if value.ndim not in ndims:
         expected = " or ".join(f"{n}-d" for n in ndims)
-        raise ExpressionError(f"{what} must be {expected}, got shape {tuple(value.shape)}")
+        raise OptionError(f"{what} must be {expected}, got shape {tuple(value.shape)}")
     return value
 
 
 def _square(value: Any, what: str) -> Any:
     value = _array(value, what, 2)
     if value.shape[0] != value.shape[1]:
-        raise ExpressionError(f"{what} must be square, got shape {tuple(value.shape)}")
+        raise OptionError(f"{what} must be square, got shape {tuple(value.shape)}")
     return value
 
 
@@ -174,7 +174,7 @@ class Kronecker(ArrayLeaf):
     def __init__(self, *factors: Any) -> None:
         super().__init__()
         if not factors:
-            raise ExpressionError("Kronecker() needs at least one factor")
+            raise OptionError("Kronecker() needs at least one factor")
         self.factors = tuple(_square(factor, f"Kronecker factor {i}") for i, factor in enumerate(factors))
 
     @property
@@ -217,9 +217,9 @@ class LowRank(ArrayLeaf):
         self.core = None if core is None else _array(core, "core", 1, 2)
         self.right = None if right is None else _array(right, "right", 2)
         if core is not None and any(n != rank for n in core.shape):
-            raise ExpressionError(f"core must be ({rank},) or ({rank}, {rank}) to fit left, got {tuple(core.shape)}")
+            raise OptionError(f"core must be ({rank},) or ({rank}, {rank}) to fit left, got {tuple(core.shape)}")
         if right is not None and tuple(right.shape) != tuple(left.shape):
-            raise ExpressionError(f"right must have left's shape {tuple(left.shape)}, got {tuple(right.shape)}")
+            raise OptionError(f"right must have left's shape {tuple(left.shape)}, got {tuple(right.shape)}")
 
     @property
     def size(self) -> int:
@@ -260,7 +260,7 @@ class Eigenbasis(ArrayLeaf):
         self.values = _array(values, "values", 1)
         size = basis.size if isinstance(basis, Kronecker) else basis.shape[0]
         if values.shape[0] != size:
-            raise ExpressionError(f"basis has {size} columns but there are {values.shape[0]} values")
+            raise OptionError(f"basis has {size} columns but there are {values.shape[0]} values")
 
     @property
     def size(self) -> int:

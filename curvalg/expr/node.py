@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.scalars import as_coefficient
 
@@ -16,6 +17,22 @@ if TYPE_CHECKING:  # deferred imports: the two methods that reach upward, and th
     from curvalg.problem import Problem
 
 Space = Literal["parameters", "outputs"]
+
+
+@contextmanager
+def refusing_depth() -> Iterator[None]:
+    """Turns Python's error for too deep a recursion into one of expressions.
+
+    Raises:
+        ExpressionError: the recursion inside was too deep.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        raise ExpressionError(
+            "the expression nests too deeply for Python's stack; put it together from fewer levels, or call from less deep "
+            "a place in the program"
+        ) from error
 
 
 class Expr:
@@ -37,6 +54,18 @@ class Expr:
 
     __array_ufunc__ = None  # NumPy scalars and arrays must defer to the operators below
 
+    depth: ClassVar[int] = 1
+    """How many nodes lie above one another, this one included."""
+
+    @property
+    def known(self) -> dict[Hashable, Any]:
+        """What was found of this node once; no part of its value."""
+        found: dict[Hashable, Any] = self.__dict__.setdefault("_known", {})
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+
     @property
     def domain_params(self) -> tuple[str, ...] | None:
         """Patterns of the parameters that a restricted domain keeps; None for all."""
@@ -51,6 +80,11 @@ class Expr:
     def children(self) -> tuple[Expr, ...]:
         """Direct sub-expressions, in the order in which :meth:`rebuild` takes them."""
         return ()
+
+    @property
+    def parts(self) -> tuple[Expr, ...]:
+        """All expressions in this one: the children, and those that are options."""
+        return self.children
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         """The same node over other children."""
@@ -73,6 +107,8 @@ class Expr:
         return _add([(self, 1), (_operand(self, other, "+"), 1)])
 
     def __radd__(self, other: Any) -> Expr:
+        if type(other) is int and other == 0:  # where Python's sum() starts
+            return self
         raise _number_error(other, self, "+")
 
     def __sub__(self, other: Expr) -> Expr:
@@ -101,7 +137,7 @@ class Expr:
             raise ExpressionError(f"/ divides by a number; write ({self}) @ inverse({other}) for a solve")
         divisor = as_coefficient(other)
         if divisor == 0:
-            raise ExpressionError(f"cannot divide the operator {self} by zero")
+            raise OptionError(f"cannot divide the operator {self} by zero")
         return _add([(self, 1 / divisor)])
 
     def __rtruediv__(self, other: Any) -> Expr:
@@ -162,7 +198,8 @@ class Expr:
         """
         from curvalg.lowering import lower
 
-        return lower(self, problem, preconditioner=preconditioner)
+        with refusing_depth():
+            return lower(self, problem, preconditioner=preconditioner)
 
     # -- printing -----------------------------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 
-from curvalg.errors import ExpressionError
-from curvalg.expr.constants import Identity, IdentityExpr, ZeroExpr
+from curvalg.errors import OptionError
+from curvalg.expr.constants import Identity, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
 from curvalg.expr.spaces import require_endomorphism, require_semidefinite
@@ -14,7 +14,7 @@ from curvalg.expr.sums import Sum, add
 from curvalg.expr.transposes import SelfTransposed
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DiagonalPart(SelfTransposed):
     """The diagonal of a matrix on parameters, as a diagonal matrix; made by :func:`diagonal_part`."""
 
@@ -23,12 +23,12 @@ class DiagonalPart(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return diagonal_part(children[0])
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         inner = self.expr.facts(loss)  # an indefinite matrix may have a positive diagonal
         return Facts(symmetric=True, psd=inner.psd or None, positive_definite=inner.positive_definite or None)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class DiagonalEstimate(SelfTransposed):
     """An unbiased estimate of the diagonal of a matrix on parameters; made by :func:`diagonal_part` with probes."""
 
@@ -39,7 +39,7 @@ class DiagonalEstimate(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return diagonal_part(children[0], probes=self.probes, seed=self.seed)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         return Facts(symmetric=True)  # the estimate of a positive number may be negative
 
 
@@ -67,7 +67,7 @@ def diagonal_part(expr: Expr, *, probes: int = 0, seed: int = 0) -> Expr:
     """
     require_endomorphism(expr, "diagonal_part")
     _require_integers("diagonal_part", probes=(probes, 0), seed=(seed, 0))
-    if isinstance(expr, (IdentityExpr, ZeroExpr)):
+    if expr.domain is None or isinstance(expr, ZeroExpr):  # a multiple of the identity
         return expr
     return DiagonalEstimate(expr, int(probes), int(seed)) if probes else DiagonalPart(expr)
 
@@ -78,10 +78,10 @@ def _require_integers(function: str, **options: tuple[object, int]) -> None:
     """
     for name, (value, least) in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ExpressionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")
+            raise OptionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Nystrom(SelfTransposed):
     """A Nyström approximation; made by :func:`nystrom`."""
 
@@ -92,7 +92,7 @@ class Nystrom(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return nystrom(children[0], self.rank, seed=self.seed)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         return Facts(psd=True)
 
 
@@ -121,7 +121,7 @@ def nystrom(expr: Expr, rank: int, *, seed: int = 0) -> Expr:
     normal = expr.simplify()
     shift = normal.shift if isinstance(normal, Sum) else 0
     rest = add([(normal, 1), (Identity, -shift)])
-    if isinstance(rest, (IdentityExpr, ZeroExpr)):
+    if rest.domain is None or isinstance(rest, ZeroExpr):  # nothing but a shift
         return expr
     require_semidefinite(rest, "nystrom")
     part = add([(expr, 1), (Identity, -shift)])

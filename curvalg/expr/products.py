@@ -4,55 +4,42 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
+from curvalg.expr.composite import Composite, Side
 from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.inverses import inverse
-from curvalg.expr.node import Expr, Space
+from curvalg.expr.node import Expr
 from curvalg.expr.spaces import shape, side, square
 from curvalg.expr.sums import Sum, add
 from curvalg.expr.transposes import symmetric_form
 
+MAX_FACTORS = 10_000
+"""The most factors of a product."""
 
-@dataclass(frozen=True, repr=False)
-class Product(Expr):
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Product(Composite):
     """A product of two or more factors, applied from right to left; made by ``@``."""
 
     factors: tuple[Expr, ...]
 
-    @property
-    def _first(self) -> Expr:
+    def find_sides(self) -> tuple[Side, Side]:
         # A factor without a size of its own, as inverse(2 * Identity), takes its neighbour's.
-        return next((f for f in self.factors if f.domain is not None), self.factors[0])
-
-    @property
-    def _last(self) -> Expr:
-        return next((f for f in reversed(self.factors) if f.domain is not None), self.factors[-1])
-
-    @property
-    def domain(self) -> Space | None:  # type: ignore[override]
-        return self._last.domain
-
-    @property
-    def codomain(self) -> Space | None:  # type: ignore[override]
-        return self._first.codomain
-
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self._last.domain_params
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self._first.codomain_params
+        sized = [f for f in self.factors if f.domain is not None] or [self.factors[0]]
+        return side(sized[0], "codomain"), side(sized[-1], "domain")
 
     @property
     def children(self) -> tuple[Expr, ...]:
         return self.factors
+
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        return tuple(map(of, self.factors))
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return multiply(children)
@@ -60,7 +47,7 @@ class Product(Expr):
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         return multiply(of(factor) for factor in reversed(self.factors))
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         if self.domain != self.codomain:
             return Facts(symmetric=False)
         form = symmetric_form(self, loss)
@@ -91,6 +78,7 @@ def multiply(factors: Iterable[Expr]) -> Expr:
             expr = part
         if not isinstance(expr, IdentityExpr):
             flat.extend(expr.factors if isinstance(expr, Product) else [expr])
+    _require_length(len(flat))
     sized = [expr for expr in flat if expr.domain is not None]
     for left, right in itertools.pairwise(sized):
         if side(left, "domain") != side(right, "codomain"):
@@ -105,6 +93,11 @@ def multiply(factors: Iterable[Expr]) -> Expr:
     return add([(product, scale)])
 
 
+def _require_length(factors: int) -> None:
+    if factors > MAX_FACTORS:
+        raise OptionError(f"a product has at most {MAX_FACTORS} factors; this one would have more")
+
+
 def power(base: Expr, exponent: Any) -> Expr:
     """``base ** exponent``: repeated products; the inverse for negative exponents.
 
@@ -112,10 +105,11 @@ def power(base: Expr, exponent: Any) -> Expr:
         ExpressionError: the exponent is not an integer, or the base is not square.
     """
     if isinstance(exponent, bool) or not isinstance(exponent, numbers.Integral):
-        raise ExpressionError(f"expected an integer power of an operator, got {exponent!r}")
+        raise OptionError(f"expected an integer power of an operator, got {exponent!r}")
     if not square(base):
         raise ExpressionError(f"a power needs a square operator; {base} is {shape(base)}")
     exponent = int(exponent)
+    _require_length(abs(exponent) * (len(base.factors) if isinstance(base, Product) else 1))
     if exponent == 0:
         return add([(base, 0), (Identity, 1)])
     if exponent < 0:

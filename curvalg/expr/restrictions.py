@@ -6,34 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from curvalg.errors import ExpressionError
-from curvalg.expr.constants import IdentityExpr, ZeroExpr, zero_between
+from curvalg.expr.composite import Composite, Side
+from curvalg.expr.constants import ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.node import Expr, Space
+from curvalg.expr.node import Expr
 from curvalg.expr.spaces import as_patterns, shape, side
+from curvalg.expr.sums import add
 
 
-@dataclass(frozen=True, repr=False)
-class Restriction(Expr):
+@dataclass(frozen=True, repr=False, eq=False)
+class Restriction(Composite):
     """The sub-matrix over chosen parameters, in their own layout; made by :func:`restrict`."""
 
     expr: Expr
     params: tuple[str, ...]
 
-    @property
-    def domain(self) -> Space | None:  # type: ignore[override]
-        return self.expr.domain
-
-    @property
-    def codomain(self) -> Space | None:  # type: ignore[override]
-        return self.expr.codomain
-
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self.params if self.expr.domain == "parameters" else None
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self.params if self.expr.codomain == "parameters" else None
+    def find_sides(self) -> tuple[Side, Side]:
+        spaces = self.expr.codomain, self.expr.domain
+        codomain, domain = ((space, self.params if space == "parameters" else None) for space in spaces)
+        return codomain, domain
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -45,7 +36,7 @@ class Restriction(Expr):
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         return restrict(of(self.expr), self.params)
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         inner = self.expr.facts(loss)
         if self.domain != self.codomain:
             return Facts(symmetric=False)
@@ -69,9 +60,9 @@ def restrict(expr: Expr, params: str | Sequence[str]) -> Expr:
     patterns = as_patterns(params)
     if not isinstance(expr, Expr):
         raise ExpressionError(f"restrict() takes an expression, got {type(expr).__name__}")
-    if isinstance(expr, IdentityExpr) or (isinstance(expr, ZeroExpr) and expr.domain is None):
-        return expr
-    if "parameters" not in (expr.domain, expr.codomain) and expr.domain is not None:
+    if expr.domain is None:  # as the identity: of any size before, of these parameters now
+        return add([(expr, 1), (ZeroExpr("parameters", "parameters", patterns, patterns), 1)])
+    if "parameters" not in (expr.domain, expr.codomain):
         raise ExpressionError(f"restrict() chooses parameters, but {expr} is {shape(expr)}")
     sides = (side(expr, "domain"), side(expr, "codomain"))
     inner = [params for space, params in sides if space == "parameters"]

@@ -13,7 +13,7 @@ from curvalg.expr.spaces import require_semidefinite, shape, square
 from curvalg.expr.transposes import SelfTransposed
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SquareRoot(SelfTransposed):
     """The symmetric positive semi-definite square root; made by :func:`sqrt`."""
 
@@ -22,7 +22,7 @@ class SquareRoot(SelfTransposed):
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         return sqrt(children[0])
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         return Facts(psd=True, positive_definite=True if self.expr.facts(loss).positive_definite else None)
 
 

@@ -7,7 +7,7 @@ import numbers
 from fractions import Fraction
 from typing import Any
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import OptionError
 
 
 def as_coefficient(value: Any) -> Fraction:
@@ -27,9 +27,9 @@ def as_coefficient(value: Any) -> Fraction:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item") and not isinstance(value, numbers.Real):
         value = _item(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ExpressionError(f"expected a real number to scale an operator with, got {value!r}")
+        raise OptionError(f"expected a real number to scale an operator with, got {value!r}")
     if not math.isfinite(value):
-        raise ExpressionError(f"expected a finite number to scale an operator with, got {value!r}")
+        raise OptionError(f"expected a finite number to scale an operator with, got {value!r}")
     return Fraction(str(value))
 
 

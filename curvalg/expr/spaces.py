@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from curvalg.errors import ExpressionError
-from curvalg.expr.node import Expr, Space
-
-Side = tuple[Space | None, tuple[str, ...] | None]
-"""A space, and the patterns of the parameters it is restricted to (None: all)."""
+from curvalg.errors import ExpressionError, OptionError
+from curvalg.expr.composite import Side
+from curvalg.expr.node import Expr
 
 
 def side(expr: Expr, which: Literal["domain", "codomain"]) -> Side:
@@ -67,5 +65,5 @@ def as_patterns(params: str | Sequence[str]) -> tuple[str, ...]:
     given = (params,) if isinstance(params, str) or not isinstance(params, Iterable) else tuple(params)
     patterns = tuple(p for i, p in enumerate(given) if p not in given[:i])
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
-        raise ExpressionError(f"expected parameter names or glob patterns such as 'head.*', got {params!r}")
+        raise OptionError(f"expected parameter names or glob patterns such as 'head.*', got {params!r}")
     return patterns

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
 from curvalg.errors import ExpressionError
+from curvalg.expr.composite import Composite, Side
 from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts, Tri
-from curvalg.expr.node import Expr, Space
+from curvalg.expr.node import Expr
 from curvalg.expr.scalars import as_coefficient
 from curvalg.expr.spaces import shape, side, square
 from curvalg.expr.transposes import symmetric_form
 
 
-class Sum(Expr):
+class Sum(Composite):
     """A canonical linear combination Σ cᵢ Aᵢ + shift · I.
 
     Made by ``+``, ``-`` and scaling. Flattened, unordered, equal terms merged, the identity held apart; coefficients
@@ -32,12 +33,11 @@ class Sum(Expr):
         object.__setattr__(self, "coefficients", MappingProxyType(dict(coefficients)))
         object.__setattr__(self, "shift", shift)
         object.__setattr__(self, "space", space)
-        object.__setattr__(self, "_hash", hash((Sum, frozenset(self.coefficients.items()), shift, space)))
+        self.__post_init__()
 
     coefficients: Mapping[Expr, Fraction]
     shift: Fraction
     space: ZeroExpr | None
-    _hash: int
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"expressions are immutable; cannot set {name!r}")
@@ -49,33 +49,12 @@ class Sum(Expr):
         # The hash of strings differs between processes: rebuild it rather than pickle it.
         return Sum, (dict(self.coefficients), self.shift, self.space)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sum):
-            return NotImplemented
-        return (self.coefficients, self.shift, self.space) == (other.coefficients, other.shift, other.space)
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        return frozenset((of(part), c) for part, c in self.coefficients.items()), self.shift, self.space
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @property
-    def _typed(self) -> Expr:
-        return next((e for e in self.coefficients if e.domain is not None), self.space or Identity)
-
-    @property
-    def domain(self) -> Space | None:  # type: ignore[override]
-        return self._typed.domain
-
-    @property
-    def codomain(self) -> Space | None:  # type: ignore[override]
-        return self._typed.codomain
-
-    @property
-    def domain_params(self) -> tuple[str, ...] | None:
-        return self._typed.domain_params
-
-    @property
-    def codomain_params(self) -> tuple[str, ...] | None:
-        return self._typed.codomain_params
+    def find_sides(self) -> tuple[Side, Side]:
+        typed = next((e for e in self.coefficients if e.domain is not None), self.space or Identity)
+        return side(typed, "codomain"), side(typed, "domain")
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -89,7 +68,7 @@ class Sum(Expr):
         # The space is square, for what is left beside it is a multiple of the identity.
         return self.rebuild(tuple(of(child) for child in self.coefficients))
 
-    def facts(self, loss: LossFacts | None = None) -> Facts:
+    def find_facts(self, loss: LossFacts | None) -> Facts:
         if self.domain != self.codomain:
             return Facts(symmetric=False)
         if not self.coefficients:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from curvalg.errors import ExpressionError, LossError
+from curvalg.errors import LossError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Space
 from curvalg.expr.term import ActsOn, DatasetTerm, NamedExpr, Term
@@ -81,9 +81,9 @@ class Residual(Term):
 
 def _check_samples(term: NamedExpr, samples: int, seed: int) -> None:
     if isinstance(samples, bool) or not isinstance(samples, Integral) or samples < 1:
-        raise ExpressionError(f"{term.label}: samples must be a positive integer, got {samples!r}")
+        raise OptionError(f"{term.label}: samples must be a positive integer, got {samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise ExpressionError(f"{term.label}: seed must be an integer ≥ 0, got {seed!r}")
+        raise OptionError(f"{term.label}: seed must be an integer ≥ 0, got {seed!r}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
+from curvalg.expr.composite import settled
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.contract import call
@@ -33,33 +34,44 @@ def unbound(expr: Expr) -> list[Expr]:
 
     Matrices of preconditioners are included.
     """
-    if isinstance(expr, (MatrixTerm, *get_args(Computed))):
+    if not expr.children:
+        return [expr] if isinstance(expr, MatrixTerm) else []
+    return settled(expr, "unbound", _unbound)
+
+
+def _unbound(expr: Expr) -> list[Expr]:
+    if isinstance(expr, get_args(Computed)):
         return [expr]
-    parts = list(expr.children)
-    if isinstance(expr, Inverse) and expr.preconditioner is not None:
-        parts.append(expr.preconditioner)
-    return list(dict.fromkeys(term for part in parts for term in unbound(part)))
+    return list(dict.fromkeys(term for part in expr.parts for term in unbound(part)))
 
 
-def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:
+def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem | None = None) -> Expr:
     """The expression with everything unbound replaced by what it finishes as.
 
     Matrices are kept on the problem, so that an expression that differs only in other parts reuses them.
+
+    Args:
+        expr: resolved and simplified.
+        problem: restricted already where the expression is inside a restriction or a block.
+        snapshot: the state.
+        planner: gives products.
+        whole: the problem over all parameters; None: the same.
     """
+    whole = whole or problem
     if not unbound(expr):
         return expr
     if isinstance(expr, MatrixTerm):
         _accumulate([expr], problem, snapshot)
         return resolve(problem.kept(snapshot)["matrix", expr], problem)
     if isinstance(expr, Computed):
-        return _computed(expr, problem, snapshot, planner)
+        return _computed(expr, problem, snapshot, planner, whole)
     if isinstance(expr, Restriction):
         # The methods of a term see the restricted problem only; the finished matrix is square in it already.
         on = problem.restricted(expr.params) if is_local(expr.expr) else problem
-        return submatrix(bind(expr.expr, on, snapshot, planner), expr.params, on)
+        return submatrix(bind(expr.expr, on, snapshot, planner, whole), expr.params, on)
     if isinstance(expr, BlockDiagonal) and isinstance(expr.what, tuple):
         blocks = [
-            Block(b.params, bind(b.expr, block_problem(problem, b), snapshot, planner), joint=b.joint)
+            Block(b.params, bind(b.expr, block_problem(problem, b), snapshot, planner, whole), joint=b.joint)
             for b in expr.what
         ]
         return BlockDiagonal(tuple(blocks), None, expr.complete)
@@ -67,19 +79,19 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner) -> 
     if isinstance(expr, Inverse):
         options = expr.options
         if expr.preconditioner is not None:
-            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot, planner)
-        return inverse(bind(expr.expr, problem, snapshot, planner), **options)
-    return expr.rebuild(tuple(bind(child, problem, snapshot, planner) for child in expr.children))
+            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot, planner, whole)
+        return inverse(bind(expr.expr, problem, snapshot, planner, whole), **options)
+    return expr.rebuild(tuple(bind(child, problem, snapshot, planner, whole) for child in expr.children))
 
 
-def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Planner) -> Expr:
+def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem) -> Expr:
     """The leaf of a diagonal or a Nyström approximation, which take products with what is inside."""
     params = expr.domain_params
     kept = problem.kept(snapshot)
     if ("matrix", expr) not in kept:
-        inner = simplify(bind(expr.expr, problem, snapshot, planner), problem.facts).expr
+        inner = simplify(bind(expr.expr, problem, snapshot, planner, whole), problem.facts).expr
         matrix = Matrix(inner, problem, planner)
-        leaf = compute(expr, matrix, snapshot)
+        leaf = compute(expr, matrix, snapshot, whole)
         kept["matrix", expr] = leaf if params is None else restrict(leaf, params)
     return kept["matrix", expr]  # type: ignore[no-any-return]
 

@@ -95,6 +95,9 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
     def __add__(self, other: Any) -> Any:
         return LazySum([(1.0, self), (1.0, other)]) if isinstance(other, TorchOperator) else super().__add__(other)
 
+    def __radd__(self, other: Any) -> Any:
+        return self if type(other) is int and other == 0 else NotImplemented  # where Python's sum() starts
+
     def __sub__(self, other: Any) -> Any:
         return LazySum([(1.0, self), (-1.0, other)]) if isinstance(other, TorchOperator) else super().__sub__(other)
 

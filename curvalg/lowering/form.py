@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from curvalg.expr import Expr, Facts, IdentityExpr, Sum, ZeroExpr
+from curvalg.errors import FactsError
+from curvalg.expr import Expr, Facts, IdentityExpr, Inverse, SquareRoot, Sum, ZeroExpr
 from curvalg.lowering.outputs import output_sizes
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.submatrices import inside
@@ -32,10 +34,20 @@ class Matrix:
         expr: the expression.
         problem: restricted already where the matrix is inside a restriction or a block.
         planner: gives the products of any expression on any problem.
+        spectral: whether functions such as a square root are asked for, so that a form which gives solves only is none.
+        found: forms that were found before, of this matrix and others.
     """
 
-    def __init__(self, expr: Expr, problem: Problem, planner: Callable[[Expr, Problem], Product]) -> None:
-        self.expr, self.problem, self._planner = expr, problem, planner
+    def __init__(
+        self,
+        expr: Expr,
+        problem: Problem,
+        planner: Callable[[Expr, Problem], Product],
+        spectral: bool = False,
+        found: Found | None = None,
+    ) -> None:
+        self.expr, self.problem, self._planner, self.spectral = expr, problem, planner, spectral
+        self.found: Found = {} if found is None else found
 
     @property
     def facts(self) -> Facts:
@@ -60,9 +72,9 @@ class Matrix:
         expr, problem = inside(self.expr, self.problem)
         return self if problem is self.problem else self.of(simplify(expr, problem.facts).expr, problem)
 
-    def of(self, expr: Expr, problem: Problem | None = None) -> Matrix:
-        """Another matrix, on the same problem or a restriction of it."""
-        return Matrix(expr, problem or self.problem, self._planner)
+    def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> Matrix:
+        """Another matrix, on the same problem or a restriction of it; asked for as much as this one, or for more."""
+        return Matrix(expr, problem or self.problem, self._planner, self.spectral or spectral, self.found)
 
 
 class Form:
@@ -103,16 +115,45 @@ class Form:
             return self._made[snapshot]
 
 
+Found: TypeAlias = "dict[tuple[Hashable, ...], tuple[Form | None, list[str]]]"
+"""Matrix and question -> the form that was found, and a line for each that declined before it."""
+
 Offer = Form | str
 Rule = Callable[[Matrix], Offer]
 
 
 def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
     """An expression as Σ cᵢ Aᵢ + shift · I."""
-    if isinstance(expr, IdentityExpr):
-        return [], 1.0
+    if expr.domain is None:
+        return [], multiple(expr)
     if isinstance(expr, ZeroExpr):
         return [], 0.0
     if isinstance(expr, Sum):
-        return [(float(c), part) for part, c in expr.coefficients.items()], float(expr.shift)
+        sized = [(float(c), part) for part, c in expr.coefficients.items() if part.domain is not None]
+        sizeless = [float(c) * multiple(part) for part, c in expr.coefficients.items() if part.domain is None]
+        return sized, sum(sizeless, float(expr.shift))
     return [(1.0, expr)], 0.0
+
+
+def multiple(expr: Expr) -> float:
+    """c of an expression without a size of its own, all of which are c · I: sqrt(2 * Identity).
+
+    Raises:
+        FactsError: the inverse of zero, or the square root of a negative number.
+    """
+    if isinstance(expr, IdentityExpr):
+        return 1.0
+    parts = [multiple(child) for child in expr.children]
+    if isinstance(expr, Sum):
+        return sum(
+            (float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift)
+        )
+    if isinstance(expr, Inverse):
+        if not parts[0]:
+            raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")
+        return 1 / parts[0]
+    if isinstance(expr, SquareRoot):
+        if parts[0] < 0:
+            raise FactsError(f"{expr.expr} is {parts[0]:.3g} * Identity, so it has no real square root")
+        return math.sqrt(parts[0])
+    return math.prod(parts) if not isinstance(expr, ZeroExpr) else 0.0

@@ -29,6 +29,7 @@ from curvalg.lowering.holding import held
 from curvalg.lowering.kernel import is_kernel, kernel
 from curvalg.lowering.leaves import tensor
 from curvalg.lowering.places import Places
+from curvalg.lowering.priors import damped_by_name
 from curvalg.lowering.structures import (
     Basis,
     Blocks,
@@ -72,7 +73,7 @@ def _diagonal(matrix: Matrix) -> Offer:
 def _kronecker(matrix: Matrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(leaf := parts[0][1], Kronecker):
-        return "the matrix is not one Kronecker product and the identity"
+        return damped_by_name(matrix)
     scale, sizes = parts[0][0], [int(f.shape[0]) for f in leaf.factors]
     shown = " and ".join(f"{n} x {n}" for n in sizes)
     flops = sum(9 * n**3 for n in sizes)
@@ -186,7 +187,8 @@ def _woodbury(matrix: Matrix) -> Offer:
 
     def make(snapshot: Snapshot) -> Structure:
         left, core, right = _stacked(updates, torch.empty(0, dtype=torch.float64, device=matrix.problem.device))
-        return Woodbury(form.at(snapshot), left, core, right)
+        build = None if matrix.size > DENSE_LIMIT else lambda: dense(matrix, snapshot)
+        return Woodbury(form.at(snapshot), left, core, right, otherwise=build)
 
     return Form("woodbury", cost, make, spectral=False)
 
@@ -286,11 +288,9 @@ def _function(matrix: Matrix) -> Offer:
     if len(parts) != 1 or not isinstance(outer := parts[0][1], (Inverse, SquareRoot)):
         return "the matrix is not a function of another and the identity"
     scale, is_root = parts[0][0], isinstance(outer, SquareRoot)
-    form, chain = find(matrix.of(outer.expr))
+    form, chain = find(matrix.of(outer.expr, spectral=is_root or scale != 1 or bool(shift)))
     if form is None:
         return f"the matrix inside has no structured form ({'; '.join(chain)})"
-    if not form.spectral and (is_root or scale != 1 or shift):
-        return f"{form.name} gives solves only"
 
     def make(snapshot: Snapshot) -> Structure:
         inner = form.at(snapshot)
@@ -354,15 +354,22 @@ FORMS: dict[str, Rule] = {
 
 def find(matrix: Matrix, exclude: Sequence[str] = (), asked: str = "auto") -> tuple[Form | None, list[str]]:
     """The first form on offer, and a line for each one that declined before it."""
+    key = matrix.expr, matrix.problem, matrix.spectral, tuple(exclude), asked
+    if key not in matrix.found:
+        matrix.found[key] = _find(matrix.localised(), exclude, asked)
+    form, chain = matrix.found[key]
+    return form, list(chain)
+
+
+def _find(matrix: Matrix, exclude: Sequence[str], asked: str) -> tuple[Form | None, list[str]]:
     chain: list[str] = []
-    matrix = matrix.localised()
     for name, rule in FORMS.items():
         if name in exclude or asked not in ("auto", name):
             continue
         offer = rule(matrix)
-        if isinstance(offer, Form):
+        if isinstance(offer, Form) and (offer.spectral or not matrix.spectral):
             return offer, chain
-        chain.append(f"{name}: declined, {offer}")
+        chain.append(f"{name}: declined, {offer if isinstance(offer, str) else 'it gives solves only'}")
     return None, chain
 
 

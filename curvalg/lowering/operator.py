@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, ExpressionError, VectorError
+from curvalg.errors import ConvergenceError, ExpressionError, OptionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
-from curvalg.expr.node import Expr
+from curvalg.expr.node import Expr, refusing_depth
 from curvalg.lowering.bind import bind, unbound
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.finite import require_finite
@@ -66,7 +66,7 @@ class CurvatureOperator(TorchOperator):
         if not (
             preconditioner is None or isinstance(preconditioner, (Expr, LinearOperator)) or callable(preconditioner)
         ):
-            raise ExpressionError(
+            raise OptionError(
                 "a preconditioner is an expression, a LinearOperator or a function v -> P⁻¹ v, got "
                 f"{type(preconditioner).__name__}"
             )
@@ -173,7 +173,7 @@ class CurvatureOperator(TorchOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         self.problem.check(self.snapshot)
-        with self.problem.differentiating():
+        with refusing_depth(), self.problem.differentiating():
             self._bind()
             return require_finite(self._plan.apply(self.snapshot, columns), self.expr)
 
@@ -272,7 +272,7 @@ class CurvatureOperator(TorchOperator):
         (torch.Size([12]), 0.5, 15)
         """
         if quantity not in (known := get_args(Quantity)):
-            raise ExpressionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
+            raise OptionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
         self.problem.check(self.snapshot)
         with self.problem.lock:
             form = self._form()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import CurvalgWarning, FactsError
-from curvalg.expr import Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom
+from curvalg.expr import BlockDiagonal, Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom, Restriction
 from curvalg.expr.term import Term
 from curvalg.lowering.factors import factor_of
 from curvalg.lowering.form import Matrix, affine
 from curvalg.lowering.forms import DENSE_LIMIT, find
-from curvalg.problem import Snapshot
+from curvalg.lowering.submatrices import block_problem, is_local
+from curvalg.problem import Problem, Snapshot
 
 CHUNK = 256
 """Columns of a product with unit vectors."""
@@ -29,13 +30,13 @@ Computed: TypeAlias = DiagonalPart | DiagonalEstimate | Nystrom
 
 
 @singledispatch
-def compute(expr: Expr, matrix: Matrix, snapshot: Snapshot) -> Diagonal | LowRank:
-    """The leaf that an expression becomes, given the matrix inside."""
+def compute(expr: Expr, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> Diagonal | LowRank:
+    """The leaf that an expression becomes, given the matrix inside and the problem of which its own may be a part."""
     raise AssertionError(f"{type(expr).__name__} is not made from products")
 
 
 @compute.register
-def _(expr: DiagonalPart, matrix: Matrix, snapshot: Snapshot) -> Diagonal:
+def _(expr: DiagonalPart, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
     """From a structured form, from the columns of Gauss-Newton forms, else by one product a parameter."""
     matrix = matrix.localised()
     values = _by_structure(matrix, snapshot)
@@ -45,7 +46,7 @@ def _(expr: DiagonalPart, matrix: Matrix, snapshot: Snapshot) -> Diagonal:
 
 
 @compute.register
-def _(expr: DiagonalEstimate, matrix: Matrix, snapshot: Snapshot) -> Diagonal:
+def _(expr: DiagonalEstimate, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
     """From a structured form, else the mean of v ∘ A v over random signs v."""
     matrix = matrix.localised()
     if (values := _by_structure(matrix, snapshot)) is not None:
@@ -100,32 +101,63 @@ def _by_products(matrix: Matrix, snapshot: Snapshot) -> Tensor:
 
 
 @compute.register
-def _(expr: Nystrom, matrix: Matrix, snapshot: Snapshot) -> LowRank:
+def _(expr: Nystrom, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> LowRank:
     """U Λ Uᵀ = (AΩ)(ΩᵀAΩ)⁺(AΩ)ᵀ by the shifted Cholesky form of Frangella, Tropp and Udell (arXiv 2110.02820, Alg. 2.1).
 
     Raises:
         FactsError: A turned out not to be positive semi-definite.
     """
-    matrix = matrix.localised()
+    given, matrix = matrix, matrix.localised()
     n, problem = matrix.size, matrix.problem
     rank = min(expr.rank, n)
     # Drawn on the CPU, so that a seed means the same on every device.
     noise = torch.randn(n, rank, generator=torch.Generator().manual_seed(expr.seed), dtype=torch.float64)
     omega = torch.linalg.qr(noise)[0].to(problem.device)
     product = matrix.plan.apply(snapshot, omega.to(problem.dtype)).double()
-    precision = torch.finfo(problem.dtype).eps
-    shift = precision * float(product.norm())
-    product = product + shift * omega
-    core = omega.T @ product
-    triangle, info = torch.linalg.cholesky_ex((core + core.T) / 2)
-    if int(info):
-        if not shift:
+    shift = torch.finfo(problem.dtype).eps * float(product.norm())
+    triangle = _cholesky(omega, product, shift)
+    if triangle is None:
+        # What has cancelled, or is zero by symmetry, is as large as the rounding of what it is made of, and has any sign.
+        shift = ROUNDING * torch.finfo(problem.dtype).eps * _size_of_parts(given, whole, snapshot)
+        if float(product.norm()) <= shift:
             return LowRank(product[:, :1].to(problem.dtype), product.new_zeros(1).to(problem.dtype))
+        triangle = _cholesky(omega, product, shift)
+    if triangle is None:
         raise FactsError(
             f"{expr.expr} is not positive semi-definite (its projection has a negative eigenvalue), so it has no Nyström "
             "approximation; use the ggn or a covariance"
         )
-    half = torch.linalg.solve_triangular(triangle, product.T, upper=False).T
+    half = torch.linalg.solve_triangular(triangle, (product + shift * omega).T, upper=False).T
     left, singular_values, _ = torch.linalg.svd(half, full_matrices=False)
     values = (singular_values.square() - shift).clamp_min(0)
     return LowRank(left.to(problem.dtype), values.to(problem.dtype))
+
+
+ROUNDING = 32
+"""Rounding of a product, in units of the precision and of the size of what the matrix is made of."""
+
+
+def _cholesky(omega: Tensor, product: Tensor, shift: float) -> Tensor | None:
+    """The triangle of Ωᵀ (A + shift · I) Ω; None where that is not positive definite."""
+    core = omega.T @ product
+    core = (core + core.T) / 2 + shift * torch.eye(core.shape[0], dtype=core.dtype, device=core.device)
+    triangle, info = torch.linalg.cholesky_ex(core)
+    return None if int(info) else triangle
+
+
+def _size_of_parts(matrix: Matrix, whole: Problem, snapshot: Snapshot) -> float:
+    """About Σ |cᵢ| ‖Aᵢ‖_F of a matrix Σ cᵢ Aᵢ + c I, each over all parameters where it is a part of such a matrix."""
+    parts, shift = affine(matrix.expr)
+    total = abs(shift)
+    for c, part in parts:
+        if isinstance(part, BlockDiagonal) and not isinstance(part.what, Expr):
+            blocks = [matrix.of(block.expr, block_problem(matrix.problem, block)) for block in part.what]
+            total += abs(c) * sum(_size_of_parts(block, whole, snapshot) for block in blocks)
+            continue
+        inner = part.expr if isinstance(part, Restriction) else part
+        one = matrix.of(inner, whole if is_local(inner) else matrix.problem)
+        noise = torch.randn(one.size, min(4, one.size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        directions = torch.linalg.qr(noise)[0].to(one.problem.device, one.problem.dtype)
+        size = float(one.plan.apply(snapshot, directions).double().norm())
+        total += abs(c) * size * (one.size / directions.shape[1]) ** 0.5
+    return total

@@ -13,9 +13,9 @@ from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
-from curvalg.lowering.bind import Planner, unbound
+from curvalg.lowering.bind import unbound
 from curvalg.lowering.factored import MOST_COLUMNS, FactoredPlan
-from curvalg.lowering.form import Matrix, affine
+from curvalg.lowering.form import Found, Matrix, affine, multiple
 from curvalg.lowering.forms import find
 from curvalg.lowering.parts import Computed
 from curvalg.lowering.places import Places
@@ -44,7 +44,6 @@ from curvalg.problem import parameters as params_
 from curvalg.rewrite import simplify
 
 
-@singledispatch
 def plan(expr: Expr, problem: Problem, given: Given = None) -> Plan:
     """The plan of a simplified expression on a problem.
 
@@ -56,20 +55,60 @@ def plan(expr: Expr, problem: Problem, given: Given = None) -> Plan:
     Raises:
         ExpressionError: a node that cannot be lowered.
     """
+    return Planning(given)(expr, problem)
+
+
+class Planning:
+    """The planning of one expression, in which equal parts are planned once.
+
+    Args:
+        given: a preconditioner for inverses that name none.
+    """
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self._plans: dict[tuple[Expr, Problem], Plan] = {}
+        self._forms: Found = {}
+
+    def __call__(self, expr: Expr, problem: Problem) -> Plan:
+        for node in [*self._inverses_in(expr, problem), expr]:
+            if (node, problem) not in self._plans:
+                self._plans[node, problem] = _rule(node, problem, self)
+        return self._plans[expr, problem]
+
+    def _inverses_in(self, expr: Expr, problem: Problem) -> list[Expr]:
+        """Inverses that the plan will meet and that have none yet, innermost first: planned so, they take no stack."""
+        found: dict[Expr, None] = {}
+        todo = list(expr.children) if isinstance(expr, _TRANSPARENT) else []
+        while todo:
+            node = todo.pop()
+            if isinstance(node, _TRANSPARENT) and node not in found and (node, problem) not in self._plans:
+                found[node] = None
+                todo += node.children
+        return [node for node in reversed(found) if isinstance(node, alg.Inverse)]
+
+    def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> Matrix:
+        """A matrix to be put into a structured form."""
+        return Matrix(expr, problem, self, spectral, self._forms)
+
+
+_TRANSPARENT = (alg.Sum, alg.Product, alg.Inverse)
+
+
+@singledispatch
+def _rule(expr: Expr, problem: Problem, plan: Planning) -> Plan:
     raise ExpressionError(f"{expr} cannot be lowered: there is no rule for {type(expr).__name__}")
 
 
-@plan.register
-def _(expr: alg.Inverse, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.Inverse, problem: Problem, plan: Planning) -> Plan:
+    if expr.domain is None:
+        return SumPlan((), multiple(expr))
     if unbound(expr):
         return Unbound(expr)
-    matrix = Matrix(expr.expr, problem, _planner(given))
-    solver, chain = choose(Request(expr, matrix, _preconditioning(expr, problem, given)))
-    return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem, given))
-
-
-def _planner(given: Given) -> Planner:
-    return lambda expr, problem: plan(expr, problem, given)
+    request = Request(expr, plan.matrix(expr.expr, problem), _preconditioning(expr, problem, plan.given))
+    solver, chain = choose(request)
+    return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem))
 
 
 def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preconditioning | None:
@@ -96,27 +135,28 @@ def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preco
     return inverse.apply
 
 
-@plan.register
-def _(expr: alg.SquareRoot, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.SquareRoot, problem: Problem, plan: Planning) -> Plan:
+    if expr.domain is None:
+        return SumPlan((), multiple(expr))
     if unbound(expr):
         return Unbound(expr)
-    form, chain = find(Matrix(expr.expr, problem, _planner(given)))
-    if form is None or not form.spectral:
-        reason = "; ".join(chain) if form is None else f"{form.name} gives solves only"
+    form, chain = find(plan.matrix(expr.expr, problem, spectral=True))
+    if form is None:
         raise FactsError(
-            f"sqrt({expr.expr}) has no exact form: {reason}. Square roots need a structured matrix: a diagonal, Kronecker "
-            "factors, blocks, few output directions, or at most 4096 symmetric rows"
+            f"sqrt({expr.expr}) has no exact form: {'; '.join(chain)}. Square roots need a structured matrix: a diagonal, "
+            "Kronecker factors, blocks, few output directions, or at most 4096 symmetric rows"
         )
     return RootPlan(expr, form, tuple(chain))
 
 
-@plan.register
-def _(expr: alg.IdentityExpr, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.IdentityExpr, problem: Problem, plan: Planning) -> Plan:
     return SumPlan((), 1.0)
 
 
-@plan.register
-def _(expr: alg.ZeroExpr, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.ZeroExpr, problem: Problem, plan: Planning) -> Plan:
     rows = problem if expr.codomain_params is None else problem.restricted(expr.codomain_params)
     return ZeroPlan(rows, expr.codomain)
 
@@ -127,53 +167,53 @@ def _validate(term: NamedExpr, problem: Problem) -> None:
         problem.number_samples()
 
 
-@plan.register
-def _(expr: Term, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: Term, problem: Problem, plan: Planning) -> Plan:
     _validate(expr, problem)
     return _swept(problem, Sweep(((1.0, expr),)), expr)
 
 
-@plan.register
-def _(expr: MatrixTerm, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
     _validate(expr, problem)
     return Unbound(expr)
 
 
-@plan.register(alg.DiagonalPart)
-@plan.register(alg.DiagonalEstimate)
-@plan.register(alg.Nystrom)
-def _(expr: Computed, problem: Problem, given: Given = None) -> Plan:
+@_rule.register(alg.DiagonalPart)
+@_rule.register(alg.DiagonalEstimate)
+@_rule.register(alg.Nystrom)
+def _(expr: Computed, problem: Problem, plan: Planning) -> Plan:
     if not unbound(expr.expr):
-        plan(expr.expr, problem, given)  # what cannot be lowered is refused now, not at the first product
+        plan(expr.expr, problem)  # what cannot be lowered is refused now, not at the first product
     return Unbound(expr)
 
 
-@plan.register
-def _(expr: ArrayLeaf, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: ArrayLeaf, problem: Problem, plan: Planning) -> Plan:
     if expr.size != problem.size:
         raise VectorError(f"{expr} is {expr.size} x {expr.size}, but the problem has {problem.size} parameters")
     return LeafPlan(expr)
 
 
-@plan.register
-def _(expr: Jacobian, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: Jacobian, problem: Problem, plan: Planning) -> Plan:
     _validate(expr, problem)
     return OutputPlan(problem, "jacobian")
 
 
-@plan.register
-def _(expr: LossHessian, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: LossHessian, problem: Problem, plan: Planning) -> Plan:
     _validate(expr, problem)
     return OutputPlan(problem, "loss_hessian")
 
 
-@plan.register
-def _(expr: alg.Transpose, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.Transpose, problem: Problem, plan: Planning) -> Plan:
     inner = expr.expr
     if isinstance(inner, Jacobian):
         return OutputPlan(problem, "jacobian.T")
     if isinstance(inner, ArrayLeaf):
-        plan(inner, problem, given)
+        plan(inner, problem)
         return LeafPlan(inner, transpose=True)
     if isinstance(inner, Term):
         _validate(inner, problem)
@@ -184,18 +224,18 @@ def _(expr: alg.Transpose, problem: Problem, given: Given = None) -> Plan:
     raise ExpressionError(f"the transpose of {type(inner).__name__} cannot be lowered ({expr})")
 
 
-@plan.register
-def _(expr: alg.Product, problem: Problem, given: Given = None) -> Plan:
-    return ProductPlan(tuple(plan(factor, problem, given) for factor in expr.factors))
+@_rule.register
+def _(expr: alg.Product, problem: Problem, plan: Planning) -> Plan:
+    return ProductPlan(tuple(plan(factor, problem) for factor in expr.factors))
 
 
-@plan.register
-def _(expr: alg.Sum, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.Sum, problem: Problem, plan: Planning) -> Plan:
     sweeps: dict[Problem, list[tuple[float, Term]]] = {}
     fused: dict[Problem, list[tuple[Expr, Fraction]]] = {}
     parts: list[tuple[float, Plan]] = []
     for child, coefficient in _by_last_factor(expr.coefficients).items():
-        part = plan(child, problem, given)
+        part = plan(child, problem)
         if isinstance(part, FactoredPlan) and isinstance(part.otherwise, SweepPlan):
             part = part.otherwise  # alone it has ways of its own, but fused it costs next to nothing
         if isinstance(part, SweepPlan):  # a restricted term runs on a problem of its own
@@ -270,15 +310,15 @@ def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fractio
     return result
 
 
-@plan.register
-def _(expr: alg.Restriction, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.Restriction, problem: Problem, plan: Planning) -> Plan:
     restricted = problem.restricted(expr.params)
     inner = expr.expr
     if is_inside(inner, restricted, problem):
-        return plan(inner, restricted, given)
+        return plan(inner, restricted)
     # A sub-matrix of an inverse or a product is not the inverse or product of sub-matrices.
     return SubmatrixPlan(
-        plan(inner, problem, given),
+        plan(inner, problem),
         problem.size,
         places(problem, params_.match(expr.params, problem.layout.names)),
         domain=inner.domain == "parameters",
@@ -287,21 +327,16 @@ def _(expr: alg.Restriction, problem: Problem, given: Given = None) -> Plan:
     )
 
 
-@plan.register
-def _(expr: alg.BlockDiagonal, problem: Problem, given: Given = None) -> Plan:
+@_rule.register
+def _(expr: alg.BlockDiagonal, problem: Problem, plan: Planning) -> Plan:
     blocks = expr.what
     if not expr.complete or isinstance(blocks, alg.Expr):
         raise AssertionError("block-diagonals are resolved before they are planned")
-    for block in blocks:
-        if block.joint and _has_terms(block.expr):
-            raise ExpressionError(
-                f"a joint block lays arrays out as [W | b], but {block.expr} has terms in it; use joint=False"
-            )
     factored = _factorable(blocks, problem)
     plans = [
         (
             block_places(problem, block),
-            plan(block.expr, block_problem(problem, block), given),
+            plan(block.expr, block_problem(problem, block)),
             ", ".join(block.params),
         )
         for block in blocks
@@ -360,7 +395,3 @@ def _with_factored(
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]
     return BlocksPlan(((places(problem, chosen), joint, f"{len(groups)} groups"), *rest))
-
-
-def _has_terms(expr: Expr) -> bool:
-    return isinstance(expr, NamedExpr) or any(map(_has_terms, expr.children))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, BlockDiagonal, Expr, Inverse, Restriction, Zero, inverse, restrict
+from curvalg.expr.composite import settled
+from curvalg.expr.term import NamedExpr
 from curvalg.lowering.submatrices import block_problem, inside, is_local, partition, submatrix
 from curvalg.problem import Problem
 from curvalg.problem import parameters as params_
@@ -26,17 +30,20 @@ def resolve(expr: Expr, problem: Problem) -> Expr:
     if isinstance(expr, Restriction):
         on = problem.restricted(expr.params) if is_local(expr.expr) else problem
         return submatrix(resolve(expr.expr, on), expr.params, on)
+    return _over_parts(expr, lambda part: resolve(part, problem))
+
+
+def _over_parts(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """The same node over changed parts."""
     if isinstance(expr, Inverse) and expr.preconditioner is not None:
-        options = {**expr.options, "preconditioner": resolve(expr.preconditioner, problem)}
-        return inverse(resolve(expr.expr, problem), **options)
-    return expr.rebuild(tuple(resolve(child, problem) for child in expr.children))
+        return inverse(change(expr.expr), **{**expr.options, "preconditioner": change(expr.preconditioner)})
+    return expr.rebuild(tuple(map(change, expr.children)))
 
 
 def _has_blocks(expr: Expr) -> bool:
-    parts = [*expr.children]
-    if isinstance(expr, Inverse) and expr.preconditioner is not None:
-        parts.append(expr.preconditioner)
-    return isinstance(expr, BlockDiagonal) or any(map(_has_blocks, parts))
+    if not expr.children:
+        return False
+    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, node.parts)))
 
 
 def _complete(expr: BlockDiagonal, problem: Problem) -> BlockDiagonal:
@@ -75,4 +82,24 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
             )
         expr, _ = inside(expr, problem)
     named = Block(names, expr, joint=block.joint)
-    return Block(names, resolve(expr, block_problem(problem, named)), joint=block.joint)
+    expr = resolve(expr, block_problem(problem, named))
+    if block.joint and _lies_by_name(expr):
+        return Block(tuple(params_.match(names, problem.layout.names)), _by_name(expr, names))
+    return Block(names, expr, joint=block.joint)
+
+
+def _lies_by_name(expr: Expr) -> bool:
+    """Whether something in an expression has rows in the order of the problem: a term, a sub-matrix, blocks."""
+    return isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)) or any(map(_lies_by_name, expr.parts))
+
+
+def _by_name(expr: Expr, names: tuple[str, ...]) -> Expr:
+    """The matrix of a joint block with its rows in the order of the problem: arrays in it become joint blocks themselves.
+
+    Reordering rows and columns alike goes through sums, products, inverses and all that an expression is made of.
+    """
+    if expr.domain is None or isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)):
+        return expr
+    if not _lies_by_name(expr):
+        return BlockDiagonal((Block(names, expr, joint=True),), None, True)
+    return _over_parts(expr, lambda part: _by_name(part, names))

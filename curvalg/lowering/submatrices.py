@@ -41,12 +41,18 @@ def _sizes(expr: Expr, problem: Problem) -> set[int]:
     """Numbers of rows of the array leaves and complete block-diagonals in an expression."""
     if isinstance(expr, ArrayLeaf):
         return {expr.size}
+    if isinstance(expr, alg.BlockDiagonal) and any(block.anchored for block in _given(expr)):
+        return {problem.size}
     if isinstance(expr, alg.BlockDiagonal) and expr.complete and isinstance(expr.what, tuple):
         shapes = problem.layout.shapes
         return {sum(shapes[name].numel() for block in expr.what for name in block.params if name in shapes)}
     if isinstance(expr, (alg.Restriction, alg.BlockDiagonal)):
         return set()
     return {size for child in expr.children for size in _sizes(child, problem)}
+
+
+def _given(expr: alg.BlockDiagonal) -> tuple[Block, ...]:
+    return expr.what if isinstance(expr.what, tuple) else ()
 
 
 def inside(expr: Expr, problem: Problem) -> tuple[Expr, Problem]:
@@ -72,7 +78,8 @@ def submatrix(whole: Expr, params: tuple[str, ...], problem: Problem) -> Expr:
     if isinstance(whole, alg.BlockDiagonal) and whole.complete and isinstance(whole.what, tuple):
         names = set(params_.match(params, problem.layout.names))
         found = tuple(block for block in whole.what if names.intersection(block.params))
-        if len(found) < len(whole.what) and all(names.issuperset(block.params) for block in found):
+        movable = not any(block.anchored for block in found)
+        if movable and len(found) < len(whole.what) and all(names.issuperset(block.params) for block in found):
             whole = alg.BlockDiagonal(found, None, True)
     return alg.restrict(whole, params)
 

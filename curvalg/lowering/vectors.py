@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvalg.errors import VectorError
+from curvalg.errors import VectorError, VectorTypeError
 from curvalg.problem import Layout
 from curvalg.problem.trees import describe
 
@@ -60,7 +60,7 @@ def parse(x: Vector, domain: Space, codomain: Space) -> Operand:
         return _from_numpy(np.asarray(x), domain)
     if isinstance(x, (Mapping, list, tuple)):
         return _from_tree(x, domain, codomain)
-    raise VectorError(
+    raise VectorTypeError(
         f"expected a NumPy array, a tensor, or a dict or list of tensors in parameter layout, got {describe(x)}"
     )
 
@@ -85,7 +85,7 @@ def _from_tensor(x: Tensor, domain: Space) -> Operand:
     if x.layout != torch.strided:
         raise VectorError(f"expected a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
     if x.is_complex():
-        raise VectorError("complex tensors are not supported; multiply real and imaginary part one after the other")
+        raise VectorTypeError("complex tensors are not supported; multiply real and imaginary part one after the other")
     dtype = torch.promote_types(x.dtype, domain.dtype)
     columns = x.detach().to(domain.dtype).reshape(domain.size, -1)
     return Operand(_finite(_plain(columns)), lambda y: (y[:, 0] if x.ndim == 1 else y).to(dtype))
@@ -99,7 +99,7 @@ def _plain(x: Tensor) -> Tensor:
 def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
     _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"an array of shape {x.shape}")
     if x.dtype.kind not in "fiubc":
-        raise VectorError(f"expected a numeric array, got dtype {x.dtype}")
+        raise VectorTypeError(f"expected a numeric array, got dtype {x.dtype}")
     own = torch.empty(0, dtype=domain.dtype).numpy().dtype
     dtype = np.result_type(own, x.dtype)
     parts = [x.real, x.imag] if x.dtype.kind == "c" else [x]
@@ -118,7 +118,7 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
 
 def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space) -> Operand:
     if domain.layout is None:
-        raise VectorError(
+        raise VectorTypeError(
             f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor"
         )
     flat = domain.layout.flatten(x)

@@ -16,6 +16,9 @@ from curvalg.errors import RegistryError
 
 GROUP = "curvalg.terms"
 
+FIRST_PARTY = "curvalg"
+"""The distribution whose plugins keep their short names, whatever else is installed."""
+
 
 @dataclass(frozen=True)
 class Plugin:

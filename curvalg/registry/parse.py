@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -46,20 +47,36 @@ def parse(text: str, *, leaves: Mapping[str, Expr] = MappingProxyType({}), regis
         _check_leaf(name, leaf)
     source = text.strip()
     plain, named = _with_placeholders(source, leaves)
+    reader = Reader(source, named, default if registry is None else registry)
     try:
-        root = ast.parse(plain, mode="eval").body
-        return Reader(source, named, default if registry is None else registry).read(root)
+        root = _syntax_tree(plain)
     except SyntaxError as error:
         line = error.lineno or 1
         end = len(source.split("\n")[min(line, source.count("\n") + 1) - 1])
         column = min((error.offset or end + 1) - 1, end)  # no offset: the text ends too early
         raise ExpressionError(located(source, line, column, f"this cannot be read ({error.msg}); {ALLOWED}")) from error
     except (RecursionError, MemoryError) as error:
-        raise ExpressionError(
-            f"the expression nests too deeply, at most {MAX_DEPTH} levels: {source[:60]}..."
-        ) from error
+        raise ExpressionError(_TOO_DEEP.format(source[:60])) from error
     except ValueError as error:  # null bytes
         raise ExpressionError(f"the text cannot be read ({error}); {ALLOWED}") from error
+    try:
+        return reader.read(root)
+    except RecursionError as error:
+        raise ExpressionError(_TOO_DEEP.format(source[:60])) from error
+
+
+_TOO_DEEP = f"the expression nests too deeply, at most {MAX_DEPTH} levels: {{}}..."
+
+_MAY_WARN = re.compile(r"\\|(?<![\w.])[0-9.][\w.]*(?:and|else|for|if|in|is|not|or)")
+"""An escape that is none, or a word right after a number: what Python's own parser warns of."""
+
+
+def _syntax_tree(text: str) -> ast.expr:
+    if not _MAY_WARN.search(text):
+        return ast.parse(text, mode="eval").body
+    with warnings.catch_warnings():  # Python's own, about text that no source file holds
+        warnings.simplefilter("ignore")
+        return ast.parse(text, mode="eval").body
 
 
 def _check_leaf(name: Any, leaf: Any) -> None:

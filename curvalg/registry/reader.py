@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from curvalg.errors import CurvalgError, ExpressionError, RegistryError
+from curvalg.errors import CurvalgError, ExpressionError, OptionError, RegistryError, TermOptionError
 from curvalg.expr import (
     Block,
     Expr,
@@ -74,7 +74,8 @@ class Reader:
         try:
             yield
         except CurvalgError as error:
-            kind = RegistryError if isinstance(error, RegistryError) else ExpressionError
+            kinds = (TermOptionError, RegistryError, OptionError)
+            kind = next((kind for kind in kinds if isinstance(error, kind)), ExpressionError)
             raise kind(self._place(node, str(error))) from error
 
     # -- expressions ---------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
-from curvalg.errors import CurvalgError, RegistryError
+from curvalg.errors import CurvalgError, RegistryError, TermOptionError
 from curvalg.expr.node import Expr
 from curvalg.expr.term import NamedExpr
 from curvalg.expr.terms import ALIASES, BUILTIN
-from curvalg.registry.discovery import Plugin, canonical_qualified, cure, discover, load
+from curvalg.registry.discovery import FIRST_PARTY, Plugin, canonical_qualified, cure, discover, load
 from curvalg.registry.spec import (
     RESERVED,
     Factory,
@@ -32,9 +32,9 @@ F = TypeVar("F", bound=Factory)
 class Registry:
     """Terms by name, from three sources: built-ins, plugins, and registrations of the running program.
 
-    A built-in's short name always means the built-in unless :meth:`register` replaced it: what is installed never
-    changes the meaning of an expression. Plugins answer to their short name where it is free, and always to
-    ``distribution/name``.
+    A built-in's short name always means the built-in unless :meth:`register` replaced it, and so does one that curvalg itself
+    brings as a plugin: what is installed never changes the meaning of an expression. Other plugins answer to their short name
+    where it is free, and always to ``distribution/name``.
 
     >>> registry = Registry()
     >>> print(registry.build("empirical_fisher"))
@@ -164,9 +164,9 @@ class Registry:
         if factory is None:
             return lambda given: self.register(name, given, replace=replace)
         if reason := refused_name(name):
-            raise RegistryError(reason)
+            raise TermOptionError(reason)
         if name in RESERVED:
-            raise RegistryError(f"{name!r} is a word of the expression syntax; choose another name")
+            raise TermOptionError(f"{name!r} is a word of the expression syntax; choose another name")
         if not replace and self._taken(name):
             raise RegistryError(f"{name!r} exists already; choose another name, or pass replace=True to take it over")
         options = options_of(factory, f"term {name!r}")
@@ -202,18 +202,23 @@ class Registry:
     def _sharing(self, name: str) -> list[Plugin]:
         return [plugin for plugin in self._valid() if plugin.name == name]
 
+    def _answering(self, name: str) -> list[Plugin]:
+        """The plugins that a short name may mean: curvalg's own alone, where it has one."""
+        sharing = self._sharing(name)
+        return [plugin for plugin in sharing if plugin.distribution == FIRST_PARTY] or sharing
+
     def _taken(self, name: str) -> bool:
         return name in BUILTIN or name in ALIASES or name in self._registered or bool(self._sharing(name))
 
     def _listed(self, plugin: Plugin) -> str:
         name = plugin.name
         shadowed = name in BUILTIN or name in ALIASES or name in RESERVED or name in self._registered
-        return name if not shadowed and self._sharing(name) == [plugin] else plugin.qualified_name
+        return name if not shadowed and self._answering(name) == [plugin] else plugin.qualified_name
 
     def _resolve(self, name: str) -> tuple[TermSpec, str, Plugin | None]:
         """The spec behind a name, the label of what is built by it, and the plugin that brought it."""
         if not isinstance(name, str):
-            raise RegistryError(f"expected a term's name as a string, got {type(name).__name__}")
+            raise TermOptionError(f"expected a term's name as a string, got {type(name).__name__}")
         if "/" in name:
             return self._resolve_qualified(canonical_qualified(name))
         canonical = name if name in self._registered else ALIASES.get(name, name)
@@ -221,7 +226,7 @@ class Registry:
             return self._registered[canonical], canonical, None
         if canonical in BUILTIN:
             return _builtin(canonical), canonical, None
-        plugins = [] if canonical in RESERVED else self._sharing(canonical)
+        plugins = [] if canonical in RESERVED else self._answering(canonical)
         if not plugins:
             raise RegistryError(self._unknown(name))
         if len(plugins) > 1:
@@ -232,7 +237,7 @@ class Registry:
 
     def _resolve_qualified(self, name: str) -> tuple[TermSpec, str, Plugin | None]:
         distribution, _, short = name.partition("/")
-        if distribution == "curvalg" and short in BUILTIN:
+        if distribution == FIRST_PARTY and short in BUILTIN:
             return _builtin(short), name if short in self._registered else short, None
         plugins = [plugin for plugin in self._discovered()[0] if plugin.qualified_name == name]
         if not plugins:
@@ -245,8 +250,8 @@ class Registry:
     def _unknown(self, name: str) -> str:
         qualified = [plugin.qualified_name for plugin in self._valid()]
         known = self.names()
-        guess = did_you_mean(name, [*known, *qualified] if "/" in name else known)
-        return f"no term is called {name!r}{guess}; known names: {', '.join(known)}"
+        guess = did_you_mean(name, [*known, *qualified] if "/" in name else known, cutoff=0.0)
+        return f"no term is called {name!r}{guess}; registry.names() and `curvalg terms` list all {len(known)}"
 
     def _load(self, plugin: Plugin) -> TermSpec:
         if plugin not in self._loaded:

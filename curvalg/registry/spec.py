@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from curvalg.errors import RegistryError
+from curvalg.errors import RegistryError, TermOptionError
 from curvalg.expr.node import Expr
 from curvalg.expr.term import NamedExpr
 
@@ -131,7 +131,7 @@ def options_of(factory: object, who: str) -> tuple[Option, ...]:
     if isinstance(factory, type) and issubclass(factory, NamedExpr):
         _check_class(factory, who)
     elif isinstance(factory, Expr) or not callable(factory):
-        raise RegistryError(
+        raise TermOptionError(
             f"{who}: expected a term class or a function that returns an expression, got {type(factory).__name__}; "
             "wrap a ready expression in a function without arguments"
         )
@@ -208,24 +208,24 @@ def checked_options(spec: TermSpec, options: Mapping[str, Any]) -> dict[str, Any
     shown = f"the signature is {spec.signature}"
     for name in options:
         if name not in known:
-            raise RegistryError(f"{spec.name} has no option {name!r}{did_you_mean(name, known)}; {shown}")
+            raise TermOptionError(f"{spec.name} has no option {name!r}{did_you_mean(name, known)}; {shown}")
     missing = [name for name, option in known.items() if option.required and name not in options]
     if missing:
-        raise RegistryError(f"{spec.name} needs {', '.join(map(repr, missing))}; {shown}")
+        raise TermOptionError(f"{spec.name} needs {', '.join(map(repr, missing))}; {shown}")
     plain = {name: _plain(value) for name, value in options.items()}
     for name, value in plain.items():
         if not fits(value, known[name].hint):
-            raise RegistryError(
+            raise TermOptionError(
                 f"{spec.name}: option {name!r} must be {known[name].annotation}, got {value!r} "
                 f"({type(value).__name__}); {shown}"
             )
     return plain
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'a' or 'b'?)"``, or nothing where nothing is close."""
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """``" (did you mean 'a' or 'b'?)"`` with the nearest three, or nothing where nothing is as close as ``cutoff`` of 1."""
     folded = {candidate.casefold(): candidate for candidate in known}
-    close = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded)]
+    close = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, 3, cutoff)]
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from curvalg.errors import ExpressionError
@@ -69,27 +69,41 @@ def rewrite(expr: Expr, laws: Sequence[Law], loss: LossFacts | None = None) -> R
     steps: list[Step] = []
     done: dict[Expr, Expr] = {}
 
-    def visit(node: Expr) -> Expr:
-        if node in done:
-            return done[node]
-        children = node.children
-        result = node
-        if children:
-            visited = tuple(visit(child) for child in children)
-            if any(new is not old for new, old in zip(visited, children, strict=True)):
-                result = node.rebuild(visited)
-                if result.children != visited:  # 2*(B @ C) of B @ (2*C): a product that no law has seen yet
-                    result = done[node] = visit(result)
-                    return result
-        for law in laws:
-            after = law.apply(result, loss)
-            if after is not None and after != result:
-                steps.append(Step(law.name, result, after))
-                if len(steps) > _MOST_STEPS:
-                    raise ExpressionError(f"the laws do not terminate on {expr}; the last one was {law.name!r}")
-                result = visit(after)
-                break
+    def visit(node: Expr) -> Iterator[Expr]:
+        """Yields what has to be done before it, and goes on when that is."""
+        yield from node.children
+        result = node.rebuild(visited) if (visited := _changed(node, done)) else node
+        if visited and result.children != visited:  # 2*(B @ C) of B @ (2*C): a product that no law has seen yet
+            yield result
+            result = done[result]
+        else:
+            for law in laws:
+                after = law.apply(result, loss)
+                if after is not None and after != result:
+                    steps.append(Step(law.name, result, after))
+                    if len(steps) > _MOST_STEPS:
+                        raise ExpressionError(f"the laws do not terminate on {expr}; the last one was {law.name!r}")
+                    yield after
+                    result = done[after]
+                    break
         done[node] = result
-        return result
 
-    return Rewritten(visit(expr), tuple(steps))
+    _run(expr, visit, done)
+    return Rewritten(done[expr], tuple(steps))
+
+
+def _changed(node: Expr, done: Mapping[Expr, Expr]) -> tuple[Expr, ...]:
+    """What the children have become; nothing where that is what they were."""
+    visited = tuple(done[child] for child in node.children)
+    return () if all(new is old for new, old in zip(visited, node.children, strict=True)) else visited
+
+
+def _run(expr: Expr, visit: Callable[[Expr], Iterator[Expr]], done: Mapping[Expr, Expr]) -> None:
+    """A recursion on a stack of its own: Python's is too short for deep expressions."""
+    stack = [visit(expr)]
+    while stack:
+        needed = next(stack[-1], None)
+        if needed is None:
+            stack.pop()
+        elif needed not in done:
+            stack.append(visit(needed))

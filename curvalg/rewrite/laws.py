@@ -69,12 +69,16 @@ def _one_partition() -> Sequence[Expr]:
 
 
 def _partitions() -> Sequence[Expr]:
-    whole = made_of((["m.w", "b", "a", "m.b"], K + A), joint=True)
+    whole = made_of((["m.w", "b", "a", "m.b"], K + A))
     multiples = made_of(*(([name], c * Identity) for name, c in zip(GROUPS, (2, 2, 0, 5), strict=True)))
     split = made_of((["a"], S), (["m.w", "b"], A), (["m.b"], B))
     clash = made_of((["a"], S), (["b"], A), (["m.w", "m.b"], P))
+    turned = made_of((["m.b", "m.w"], P), (["b", "a"], S @ B), joint=True)
     return [
         FINE + COARSE,
+        COARSE + multiples,
+        turned + COARSE,
+        turned + CROSSED + multiples,
         CROSSED + FINE + 4 * Identity,
         multiples + COARSE + A,
         whole + multiples,
@@ -102,7 +106,7 @@ LAWS: tuple[Law, ...] = (
     Law("Gauss-Newton", "jacobian.T @ loss_hessian @ jacobian = ggn", terms.gauss_newton, _gauss_newton),
     Law("Fisher of a natural likelihood", "fisher = ggn, fisher_mc = ggn_mc", terms.fisher_is_ggn, lambda: [Fisher(), MonteCarloFisher(2, 1)], _NATURAL),
     # Sub-matrices
-    Law("sub-matrix of a sum", "restrict(a*A + c*I, p) = a*restrict(A, p) + c*I", restrictions.of_sum, lambda: [restrict(2 * A - B / 3 + 5 * Identity, "a")]),
+    Law("sub-matrix of a sum", "restrict(a*A + c*I, p) = a*restrict(A, p) + c*restrict(I, p)", restrictions.of_sum, lambda: [restrict(2 * A - B / 3 + 5 * Identity, "a")]),
     Law(
         "sub-matrix through outputs",
         "restrict(jacobian.T @ X @ jacobian, p) = restrict(jacobian.T, p) @ X @ restrict(jacobian, p)",

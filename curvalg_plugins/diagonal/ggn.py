@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from curvalg import ExpressionError
+from curvalg import OptionError
 from curvalg_plugins.diagonal.squares import SquaredColumns
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class GGNDiagonal(SquaredColumns):
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("seed", self.seed)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ExpressionError(f"ggn_diagonal: {name} is an integer ≥ 0, got {value!r}")
+                raise OptionError(f"ggn_diagonal: {name} is an integer ≥ 0, got {value!r}")
 
     @property
     def numbered(self) -> bool:  # type: ignore[override]

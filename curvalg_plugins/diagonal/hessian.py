@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvalg import Expr, ExpressionError, diagonal_part, registry
+from curvalg import Expr, OptionError, diagonal_part, registry
 
 
 def hessian_diagonal(probes: int = 64, seed: int = 0) -> Expr:
@@ -29,7 +29,5 @@ def hessian_diagonal(probes: int = 64, seed: int = 0) -> Expr:
     True
     """
     if probes == 0:
-        raise ExpressionError(
-            "hessian_diagonal: probes is an integer ≥ 1, got 0; the exact one is diagonal_part(hessian)"
-        )
+        raise OptionError("hessian_diagonal: probes is an integer ≥ 1, got 0; the exact one is diagonal_part(hessian)")
     return diagonal_part(registry.build("hessian"), probes=probes, seed=seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from curvalg import Expr, ExpressionError
+from curvalg import Expr, OptionError
 from curvalg_plugins.hierarchical.stored import StoredClass, StoredCross, StoredSame, StoredWithin
 from curvalg_plugins.hierarchical.terms import GGNClass, GGNCross, GGNSame, GGNSameSpread, GGNWithin, Own
 
@@ -83,11 +83,11 @@ def ggn_same(own: Own = "within", stored: bool = False) -> Expr:
     _check(own)
     if own == "same":
         if stored:
-            raise ExpressionError('ggn_same(own="same") has no class means to store; leave stored=True out')
+            raise OptionError('ggn_same(own="same") has no class means to store; leave stored=True out')
         return GGNSameSpread(own)
     return StoredSame(stored=True) if stored else GGNSame()
 
 
 def _check(own: str) -> None:
     if own not in ("within", "same"):
-        raise ExpressionError(f"own is 'within' or 'same', got {own!r}")
+        raise OptionError(f"own is 'within' or 'same', got {own!r}")

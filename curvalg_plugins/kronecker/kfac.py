@@ -10,11 +10,11 @@ from curvalg import (
     Block,
     Diagonal,
     Expr,
-    ExpressionError,
     Facts,
     Kronecker,
     LossFacts,
     MatrixTerm,
+    OptionError,
     ProblemError,
     block_diagonal,
 )
@@ -190,7 +190,7 @@ class KFAC(LayerFactors):
         self._check()
         check_draws(self.label, *self.columns)
         if not 0 <= self.factored_damping < float("inf"):
-            raise ExpressionError(f"kfac: factored_damping is a finite number ≥ 0, got {self.factored_damping!r}")
+            raise OptionError(f"kfac: factored_damping is a finite number ≥ 0, got {self.factored_damping!r}")
 
     def accumulate(self, batch: Batch, prepared: None = None) -> Stats:
         return self.layer_factors(batch)

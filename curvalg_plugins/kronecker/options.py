@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from curvalg import ExpressionError
+from curvalg import OptionError
 
 Fisher = Literal["exact", "mc", "empirical"]
 Approximation = Literal["expand", "reduce"]
@@ -18,7 +18,7 @@ def check_options(label: str, **choices: tuple[object, tuple[object, ...]]) -> N
     """
     for name, (value, known) in choices.items():
         if value not in known:
-            raise ExpressionError(f"{label}: {name} is one of {', '.join(map(repr, known))}, got {value!r}")
+            raise OptionError(f"{label}: {name} is one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def check_draws(label: str, fisher: str, samples: object, seed: object) -> None:
@@ -27,8 +27,8 @@ def check_draws(label: str, fisher: str, samples: object, seed: object) -> None:
     """
     for name, value, least, default in (("samples", samples, 1, 1), ("seed", seed, 0, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ExpressionError(f"{label}: {name} is an integer ≥ {least}, got {value!r}")
+            raise OptionError(f"{label}: {name} is an integer ≥ {least}, got {value!r}")
         if fisher != "mc" and value != default:
-            raise ExpressionError(
+            raise OptionError(
                 f"{label}: {name} is for fisher='mc', got {name}={value!r} with fisher={fisher!r}; leave it out"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from curvalg import ExpressionError, Facts, LossFacts, Term
+from curvalg import Facts, LossFacts, OptionError, Term
 
 if TYPE_CHECKING:  # lists of terms import this module, and need no torch
     from torch import Tensor
@@ -25,7 +25,7 @@ class JacobianGram(Term):
 
     def __post_init__(self) -> None:
         if self.scale < 0:
-            raise ExpressionError(f"jacobian_gram: scale must be a number ≥ 0, got {self.scale!r}")
+            raise OptionError(f"jacobian_gram: scale must be a number ≥ 0, got {self.scale!r}")
 
     def validate(self, loss: LossFacts | None) -> None:
         """Any loss will do, and none."""

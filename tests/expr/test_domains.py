@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from strategies import O, P, expressions
 
+from curvalg import parse
 from curvalg.errors import ExpressionError
 from curvalg.expr import (
     GGN,
@@ -191,11 +192,22 @@ def test_refused_when_written(what: str) -> None:
 
 
 def test_restrict_leaves_alone_what_needs_no_restriction() -> None:
-    assert restrict(Identity, "w") is Identity
-    assert restrict(Zero, "w") is Zero
     once = restrict(G, ["a", "b", "a"])
     assert restrict(once, ("a", "b")) is once
     assert restrict(J @ G, "a").domain_params == ("a",)
+
+
+def test_what_has_no_size_gets_that_of_the_parameters_it_is_restricted_to() -> None:
+    for expr in (Identity, Zero, 2 * Identity, inverse(3 * Identity), sqrt(2 * Identity) + Identity / 2):
+        part = restrict(expr, ["a", "b"])
+        assert (part.domain, part.codomain) == (P, P)
+        assert part.domain_params == part.codomain_params == ("a", "b")
+        assert restrict(part, ["a", "b"]) == part
+        assert parse(str(part)) == part
+        with pytest.raises(ExpressionError, match="restricted to"):
+            restrict(part, "c")
+    assert restrict(2 * G + 3 * Identity, "w").simplify() == 2 * restrict(G, "w") + 3 * Identity
+    assert restrict(Identity, "w") + restrict(G, "w") == restrict(G, "w") + Identity
 
 
 def test_parts_and_roots_keep_the_parameters_of_what_is_in_them() -> None:

@@ -153,3 +153,11 @@ def test_leaves_are_merged_by_token() -> None:
     leaf, twin = Diagonal(np.ones(3)), Diagonal(np.ones(3))
     assert leaf + leaf == 2 * leaf
     assert leaf + twin != 2 * leaf
+
+
+def test_pythons_sum_adds_expressions() -> None:
+    assert sum([GGN(), Hessian()]) == GGN() + Hessian()
+    assert sum([GGN()]) == GGN()
+    for start in (1, 0.0, False, "0"):
+        with pytest.raises(ExpressionError, match="ambiguous"):
+            start + GGN()  # type: ignore[operator]

@@ -76,3 +76,13 @@ def test_what_does_not_fit_is_refused(worlds):
     single = Problem(half, nn.MSELoss(), (torch.randn(6, 3), torch.randn(6, 2)))
     with pytest.raises(ExpressionError, match=r"float64 .* float32"):
         registry.build("ggn").lower(train) @ registry.build("ggn").lower(single)
+
+
+def test_pythons_sum_adds_operators(problem_of):
+    problem, other = problem_of("mlp"), problem_of("mlp")
+    ggn, hessian = (registry.build(name).lower(problem) for name in ("ggn", "hessian"))
+    assert sum([ggn, hessian]).expr == ggn.expr + hessian.expr
+    lazy = sum([ggn, hessian.expr.lower(other)])
+    torch.testing.assert_close(lazy.to_dense(), (ggn + hessian).to_dense())
+    with pytest.raises(TypeError):
+        1 + ggn

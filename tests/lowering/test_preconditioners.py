@@ -12,6 +12,7 @@ from curvalg import (
     FactsError,
     Identity,
     LowRank,
+    Problem,
     block_diagonal,
     diagonal_part,
     inverse,
@@ -121,3 +122,36 @@ def test_digits_take_a_fifth_of_the_products():
         solve = inverse(GGN + c * Identity, solver="cg", rtol=1e-4, preconditioner=preconditioner).lower(problem)
         iterations[name] = int(solve.solve(g).iterations)
     assert iterations["nystrom"] <= iterations["plain"] / 5
+
+
+class Centred(torch.nn.Module):
+    """Positions are centred and scaled, so that the first bias changes nothing: its curvature is zero up to rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.last(torch.tanh((h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True))).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_zero_up_to_rounding_has_the_nystrom_approximation_zero(seed, dtype):
+    torch.manual_seed(seed)
+    model, bias = Centred().to(dtype), "first.bias"
+    data = (torch.randn(6, 5, 3, dtype=dtype), torch.randint(0, 2, (6,)))
+    problem = Problem(model, torch.nn.CrossEntropyLoss(), data)
+    parts = [registry.build(f"ggn_{part}") for part in ("class", "cross", "within", "same")]
+    for expr in (
+        *(nystrom(restrict(registry.build(name), bias), 3) for name in ("ggn", "covariance", "hessian")),
+        nystrom(GGN - sum(parts), 3),
+        block_diagonal({bias: nystrom(GGN, 3)}),
+        nystrom(block_diagonal(GGN, by=[[bias]]), 4),
+    ):
+        op = expr.lower(problem)
+        size = float((GGN.lower(problem) @ torch.eye(problem.size, dtype=dtype)).norm())
+        assert float((op @ torch.eye(op.shape[0], dtype=dtype)).norm()) <= 1e3 * torch.finfo(dtype).eps * size
+    with pytest.raises(FactsError, match="not positive semi-definite"):
+        nystrom(registry.build("residual") / 1000, 20).lower(problem) @ torch.ones(problem.size, dtype=dtype)

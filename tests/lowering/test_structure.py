@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from structures import STRUCTURED, JointKronecker, diagonal, joint_kronecker, kronecker, low_rank, offsets, psd, random
+from structures import (
+    STRUCTURED,
+    JointKronecker,
+    diagonal,
+    joint_kronecker,
+    joint_positions,
+    kronecker,
+    low_rank,
+    offsets,
+    psd,
+    random,
+)
 
 from curvalg import (
     Block,
@@ -204,8 +215,23 @@ def test_blocks_that_leave_parameters_out(problem, dense, vectors):
 def test_joint_blocks_are_checked(problem, dense):
     with pytest.raises(ExpressionError, match="a weight"):
         block_diagonal([Block(("0.bias", "0.weight"), Kronecker(psd(25)), joint=True)]).lower(problem)
-    with pytest.raises(ExpressionError, match="joint=False"):
-        block_diagonal([Block(("0.weight", "0.bias"), GGN, joint=True)]).lower(problem)
+
+
+def test_joint_blocks_hold_terms_and_blocks_too(problem, dense):
+    """What lies by name is the same matrix in any layout; arrays beside it lie as [W | b]."""
+    layer = ("0.weight", "0.bias")
+    n = sum(s.numel() for name, s in zip(dense.names, dense.shapes, strict=True) if name in layer)
+    weight = next(s.numel() for name, s in zip(dense.names, dense.shapes, strict=True) if name == layer[0])
+    kronecker = Kronecker(psd(5, 1), psd(5, 2))
+    inner = block_diagonal({"0.weight": 2 * Identity, "0.bias": 5 * Identity})
+    expr = block_diagonal([Block(layer, GGN + 3 * kronecker @ inner + inverse(kronecker + inner), joint=True)])
+    table = offsets(dense)
+    order = torch.tensor(joint_positions(table, *layer)).argsort()
+    K = torch.kron(psd(5, 1), psd(5, 2))[order][:, order]
+    D = torch.cat([torch.full((weight,), 2.0), torch.full((n - weight,), 5.0)]).double().diag()
+    expected = torch.zeros_like(dense.ggn)
+    expected[:n, :n] = dense.ggn[:n, :n] + 3 * K @ D + torch.linalg.inv(K + D)
+    close(expr.lower(problem).to_dense(), expected)
 
 
 def test_blocks_of_sub_matrices(problem, dense, vectors):
@@ -269,8 +295,15 @@ def test_singular_matrices_are_named(problem, dense):
             inverse(expr).lower(problem) @ torch.ones(dense.D).double()
     with pytest.raises(FactsError, match="no real square root"):
         sqrt(kronecker(dense)[0]).lower(problem) @ torch.ones(dense.D).double()
+
+
+def test_roots_of_what_has_fast_solves_only_are_dense_while_that_is_possible(problem, dense, monkeypatch):
+    (a, A), (b, B) = low_rank(dense), diagonal(dense)
+    root = sqrt(a.T @ a + b).lower(problem).to_dense()
+    close(root @ root, A.T @ A + B)
+    monkeypatch.setattr("curvalg.lowering.forms.DENSE_LIMIT", 10)
     with pytest.raises(FactsError, match="no exact form"):
-        sqrt(low_rank(dense)[0] + diagonal(dense)[0]).lower(problem)
+        sqrt(a + b).lower(problem)
 
 
 @pytest.mark.parametrize("case", ["mlp", "sequence_classes_second", "several_outputs", "linear"])

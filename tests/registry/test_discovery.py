@@ -141,3 +141,19 @@ def test_a_plugin_with_an_invalid_name_is_refused(registry: Registry, install: I
     assert list(new_failures(registry)) == [f"odd/{name}"]
     with pytest.raises(RegistryError, match="no term is called"):
         registry.build(name)
+
+
+def test_a_name_of_curvalg_stays_its_own(registry: Registry, install: Install) -> None:
+    own = registry.build("kfac")
+    install("some-dist", {"kfac": "some_kfac:MyTerm", "fresh": "some_kfac:MyTerm"}, {"some_kfac": TERM})
+    registry.refresh()
+    assert registry.build("kfac") == own
+    assert registry.spec("kfac").distribution == "curvalg"
+    assert "kfac" in registry.names()
+    assert "some-dist/kfac" in registry.names()
+    assert "curvalg/kfac" not in registry.names()
+    assert registry.build("some-dist/kfac") == registry.build("fresh")
+    assert registry.build("curvalg/kfac") == own
+    assert str(registry.build("kfac")) == "kfac"
+    with pytest.raises(RegistryError, match="replace=True"):
+        registry.register("kfac", lambda: own)

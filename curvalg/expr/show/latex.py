@@ -7,6 +7,7 @@ from fractions import Fraction
 from functools import singledispatch
 
 from curvalg.expr.blocks import BlockDiagonal
+from curvalg.expr.composite import settled
 from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
@@ -26,11 +27,11 @@ SMALL = Fraction(1, 100)
 
 def latex(expr: Expr) -> str:
     """The expression as LaTeX, without dollar signs."""
-    return _latex(expr)
+    return settled(expr, "latex", _latex) if expr.children else _latex(expr)
 
 
 def _latex_wrapped(expr: Expr) -> str:
-    shown = _latex(expr)
+    shown = latex(expr)
     return rf"\left({shown}\right)" if isinstance(expr, Sum) else shown
 
 
@@ -74,7 +75,7 @@ def _(expr: ZeroExpr) -> str:
 
 @_latex.register
 def _(expr: Sum) -> str:
-    parts = [(c < 0, _latex_number(c) + _latex(e)) for e, c in expr.coefficients.items()]
+    parts = [(c < 0, _latex_number(c) + latex(e)) for e, c in expr.coefficients.items()]
     if expr.shift:
         parts.append((expr.shift < 0, _latex_number(expr.shift) + "I"))
     return join(parts)
@@ -87,7 +88,7 @@ def _(expr: Product) -> str:
 
 def _latex_base(expr: Expr) -> str:
     atomic = isinstance(expr, (NamedExpr, BlockDiagonal, DiagonalEstimate, DiagonalPart, IdentityExpr, ArrayLeaf))
-    return _latex(expr) if atomic else rf"\left({_latex(expr)}\right)"
+    return latex(expr) if atomic else rf"\left({latex(expr)}\right)"
 
 
 @_latex.register
@@ -109,13 +110,13 @@ def _(expr: SquareRoot) -> str:
 
 @_latex.register
 def _(expr: DiagonalPart) -> str:
-    return rf"\operatorname{{diag}}\left({_latex(expr.expr)}\right)"
+    return rf"\operatorname{{diag}}\left({latex(expr.expr)}\right)"
 
 
 @_latex.register
 def _(expr: DiagonalEstimate) -> str:
     seed = f",\\, seed={expr.seed}" if expr.seed else ""
-    return rf"\operatorname{{diag}}_{{\mathrm{{probes={expr.probes}{seed}}}}}\left({_latex(expr.expr)}\right)"
+    return rf"\operatorname{{diag}}_{{\mathrm{{probes={expr.probes}{seed}}}}}\left({latex(expr.expr)}\right)"
 
 
 @_latex.register
@@ -126,7 +127,7 @@ def _(expr: Nystrom) -> str:
 
 @_latex.register
 def _(expr: BlockDiagonal) -> str:
-    inner = ", ".join(_latex(child) for child in expr.children)
+    inner = ", ".join(latex(child) for child in expr.children)
     return rf"\operatorname{{blockdiag}}\left({inner}\right)"
 
 

@@ -8,6 +8,7 @@ from functools import singledispatch
 from typing import Any
 
 from curvalg.expr.blocks import Block, BlockDiagonal
+from curvalg.expr.composite import settled
 from curvalg.expr.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.inverses import Inverse
 from curvalg.expr.leaves import ArrayLeaf
@@ -25,12 +26,28 @@ SUM, PRODUCT, ATOM = 0, 1, 2
 
 
 def text(expr: Expr) -> str:
-    """The expression in the syntax of the command line and of :func:`curvparse`."""
-    return _text(expr)[0]
+    """The expression in the syntax of the command line and of :func:`curvalg.parse`."""
+    return _bound(expr)[0]
+
+
+MAX_LENGTH = 100_000
+"""The longest text; of what is longer (as where parts occur in parts over and over) only the kind is shown."""
+
+
+def _bound(expr: Expr) -> tuple[str, int]:
+    """The text and how strongly it binds; kept with a node that has parts."""
+    return settled(expr, "text", _short) if expr.children else _text(expr)
+
+
+def _short(expr: Expr) -> tuple[str, int]:
+    shown, strength = _text(expr)
+    if len(shown) <= MAX_LENGTH:
+        return shown, strength
+    return f"<{type(expr).__name__.lower()} of more than {MAX_LENGTH} characters>", ATOM
 
 
 def _wrapped(expr: Expr, strength: int) -> str:
-    shown, own = _text(expr)
+    shown, own = _bound(expr)
     return shown if own >= strength else f"({shown})"
 
 
@@ -160,7 +177,7 @@ def _(expr: BlockDiagonal) -> tuple[str, int]:
 
 
 def text_block(block: Block) -> str:
-    """One block in the syntax of :func:`curvparse`."""
+    """One block in the syntax of :func:`curvalg.parse`."""
     joint = {"joint": True} if block.joint else {}
     return call("block", [patterns(block.params), text(block.expr)], joint)
 

@@ -3,6 +3,7 @@
 from curvalg.lowering.structures.base import Eigh, Structure, singular
 from curvalg.lowering.structures.bases import Basis, KroneckerBasis, MatrixBasis, UnitBasis
 from curvalg.lowering.structures.blocks import Blocks
+from curvalg.lowering.structures.congruent import Congruent
 from curvalg.lowering.structures.dense import Dense
 from curvalg.lowering.structures.factorized import Factorized
 from curvalg.lowering.structures.inverted import Inverted
@@ -12,6 +13,7 @@ from curvalg.lowering.structures.woodbury import Woodbury
 __all__ = [
     "Basis",
     "Blocks",
+    "Congruent",
     "Dense",
     "Eigh",
     "Factorized",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from curvalg.errors import FactsError
 from curvalg.lowering.structures.base import Eigh, Function, Structure
 from curvalg.solve import factorize
 
@@ -19,12 +22,22 @@ class Woodbury(Structure):
         left: L (n, r).
         core: C (r, r).
         right: R (n, r).
+        otherwise: the same matrix in another form, for a B without an inverse (the sum may have one); None: there is none.
     """
 
-    def __init__(self, base: Structure, left: Tensor, core: Tensor, right: Tensor) -> None:
+    def __init__(
+        self,
+        base: Structure,
+        left: Tensor,
+        core: Tensor,
+        right: Tensor,
+        otherwise: Callable[[], Structure] | None = None,
+    ) -> None:
         super().__init__(base.size)
         self.base, self.left, self.core, self.right = base, left, core, right
         self._inner: Tensor | None = None
+        self._make_other = otherwise
+        self._other: Structure | None = None
 
     def multiply(self, x: Tensor) -> Tensor:
         left, core, right = (t.to(x.dtype) for t in (self.left, self.core, self.right))
@@ -37,7 +50,20 @@ class Woodbury(Structure):
         eye = torch.eye(self.core.shape[0], dtype=torch.float64, device=self.core.device)
         return self._inner, eye + self.core.double() @ (self.right.double().T @ self._inner)
 
+    def _otherwise(self) -> Structure | None:
+        """What answers where B has no inverse; None where it has."""
+        if self._inner is None and self._other is None:
+            try:
+                self._capacitance()
+            except FactsError:
+                if self._make_other is None:
+                    raise
+                self._other = self._make_other()
+        return self._other
+
     def solve(self, b: Tensor) -> Tensor:
+        if (other := self._otherwise()) is not None:
+            return other.solve(b)
         inner, capacitance = self._capacitance()
         first = self.base.solve(b.double())
         projected = self.core.double() @ (self.right.double().T @ first)
@@ -56,6 +82,8 @@ class Woodbury(Structure):
         return None if base is None else base + ((self.left @ self.core) * self.right).sum(1)
 
     def logdet(self) -> float | None:
+        if (other := self._otherwise()) is not None:
+            return other.logdet()
         base = self.base.logdet()
         return None if base is None else base + float(torch.linalg.slogdet(self._capacitance()[1]).logabsdet)
 

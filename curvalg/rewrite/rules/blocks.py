@@ -113,8 +113,9 @@ def nested(expr: Expr, loss: LossFacts | None) -> Expr | None:
     blocks: list[Block] = []
     for block in expr.what:
         inner = block.expr
-        split = isinstance(inner, BlockDiagonal) and inner.complete and not isinstance(inner.what, Expr)
-        blocks += inner.what if split else [block]  # type: ignore[attr-defined]
+        given = inner.what if isinstance(inner, BlockDiagonal) and inner.complete else block.expr
+        movable = not isinstance(given, Expr) and not any(part.anchored for part in given)
+        blocks += given if movable else [block]  # type: ignore[arg-type]
     return BlockDiagonal(tuple(blocks), None, expr.complete) if tuple(blocks) != expr.what else None
 
 

@@ -1,0 +1,138 @@
+"""Nodes that are made of other expressions: what is found of them once and kept, and how deep they may nest.
+
+A question about a node is answered from the answers of its parts, innermost first and each once, so that neither time nor
+Python's stack grows with how deep an expression nests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.facts import Facts, LossFacts
+from curvalg.expr.node import Expr, Space
+
+T = TypeVar("T")
+
+Side = tuple[Space | None, tuple[str, ...] | None]
+"""A space, and the patterns of the parameters it is restricted to (None: all)."""
+
+MAX_DEPTH = 500
+"""How deep expressions may nest; comparing two equal ones takes a level of Python's stack for each."""
+
+
+def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
+    """An expression and the nodes with parts in it, as far as they are not known yet; parts come first."""
+    todo = [(expr, False)]
+    while todo:
+        node, ready = todo.pop()
+        if known(node):
+            continue
+        if ready:
+            yield node
+        else:
+            todo += [(node, True), *((part, False) for part in node.parts if part.parts)]
+
+
+def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
+    """What ``find`` gives for a node, kept with it under a key; the parts are settled first."""
+    for node in bottom_up(expr, lambda node: key in node.known):
+        node.known[key] = find(node)
+    value: T = expr.known[key]
+    return value
+
+
+class Composite(Expr):
+    """A node with parts. What is found of it once counts neither for equality nor in a pickle."""
+
+    def __post_init__(self) -> None:
+        depth = 1 + max((child.depth for child in self.children), default=0)
+        if depth > MAX_DEPTH:
+            raise ExpressionError(
+                f"the expression nests more than {MAX_DEPTH} levels deep; sums and products of many operands do not nest, "
+                "inverse(inverse(...) + ...) does"
+            )
+        self.known["depth"] = depth
+        self.known["sides"] = self.find_sides()  # now, while those of the parts are at hand
+
+    # -- what a kind of node says ---------------------------------------------------------------------------------------
+
+    def find_sides(self) -> tuple[Side, Side]:
+        """Codomain and domain."""
+        raise NotImplementedError
+
+    def find_facts(self, loss: LossFacts | None) -> Facts:
+        """What is known of the matrix, from what is known of its parts."""
+        raise NotImplementedError
+
+    def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
+        """What two equal nodes share, with ``of`` of its parts in their place."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return tuple(of(value) if isinstance(value, Expr) else value for value in values)
+
+    # -- what is kept ---------------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:  # type: ignore[override]
+        return settled(self, "depth", lambda node: 1 + max((child.depth for child in node.children), default=0))
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Codomain and domain."""
+        sides: tuple[Side, Side] = settled(self, "sides", lambda node: node.find_sides())
+        return sides
+
+    @property
+    def domain(self) -> Space | None:  # type: ignore[override]
+        return self.sides[1][0]
+
+    @property
+    def codomain(self) -> Space | None:  # type: ignore[override]
+        return self.sides[0][0]
+
+    @property
+    def domain_params(self) -> tuple[str, ...] | None:
+        return self.sides[1][1]
+
+    @property
+    def codomain_params(self) -> tuple[str, ...] | None:
+        return self.sides[0][1]
+
+    def facts(self, loss: LossFacts | None = None) -> Facts:
+        facts: Facts = settled(self, ("facts", loss), lambda node: node.find_facts(loss))
+        return facts
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(other) is not type(self):
+            return NotImplemented
+        if hash(self) != hash(other):
+            return False
+        if self.content(_same) == other.content(_same):
+            return True
+        numbers: dict[Hashable, int] = {}
+        return _numbered(self, numbers) == _numbered(other, numbers)
+
+    def __hash__(self) -> int:
+        return settled(self, "hash", lambda node: hash((type(node), node.content(hash))))
+
+
+def _same(part: Expr) -> Hashable:
+    """What is shared by one and the same node, and by equal nodes without parts."""
+    return id(part) if part.parts else part
+
+
+def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
+    """A number that equal expressions share: given to nodes by their content and the numbers of their parts."""
+    found: dict[int, int] = {}
+
+    def number(part: Expr) -> Hashable:
+        return found[id(part)] if part.parts else part
+
+    for node in bottom_up(expr, lambda node: id(node) in found):
+        content = node.content(number) if isinstance(node, Composite) else node
+        found[id(node)] = numbers.setdefault((type(node), content), len(numbers))
+    return found[id(expr)]
