@@ -46,6 +46,25 @@ def _layers(problem: Problem) -> list[str]:
     return lines + [f"gradients of every row of {name}, for {reason}" for name, reason in notes.items()]
 
 
+_OATHS = {
+    "graph": "parameters are reached as attributes",
+    "output": "two calls give the same output",
+    "curvature": "second derivatives agree with a central difference",
+}
+
+
+def _verified(op: CurvatureOperator) -> list[str]:
+    """What was verified, and what was not."""
+    problem, structure = op.problem, op.snapshot.structure
+    if not problem.verify:
+        return ["nothing was verified: calls, tangents and second derivatives are not verified with verify=False"]
+    routes = sorted({str(route if isinstance(route, str) else route[0]) for route, _ in op.snapshot.sworn})
+    found = [text for key, text in _OATHS.items() if key in structure.sworn and key not in structure.notes]
+    found += [{"symmetric": "products are symmetric"}.get(r, f"tangents by {r} agree with gradients") for r in routes]
+    lines = [f"verified: {'; '.join(found)}"] if found else []
+    return lines + [f"not verified, {topic}: {note}" for topic, note in structure.notes.items()]
+
+
 _KINDS = {"prepared": "statistics", "matrix": "matrix"}
 
 
@@ -58,6 +77,9 @@ def _execution(op: CurvatureOperator) -> list[str]:
         lines.append(f"kept on the problem: {', '.join(kept)}")
     if problem.no_forward_ad is not None:
         lines.append(f"no forward AD: {problem.no_forward_ad}")
+    if problem.no_double_backward is not None:
+        lines.append(f"no tangents by two backward passes: {problem.no_double_backward}")
+    lines += _verified(op)
     if problem.per_sample_route is not None:
         declined = f" (declined: {'; '.join(problem.per_sample_notes)})" if problem.per_sample_notes else ""
         lines.append(f"per-sample gradients by {problem.per_sample_route}{declined}")

@@ -28,5 +28,7 @@ def coarsest_dtype(z: Tensor) -> torch.dtype:
     found = {z.dtype}
     for node in nodes([z]):
         metadata = getattr(node, "_input_metadata", ())
-        found.update(m.dtype for m in metadata if m.dtype.is_floating_point)
+        # Results that do not exist are told as scalars in float32.
+        real = (m for i, m in enumerate(metadata) if i == 0 or len(m.shape))
+        found.update(m.dtype for m in real if m.dtype.is_floating_point)
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
