@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import CurvalgError, ExpressionError
 from curvalg.expr import (
     Block,
     BlockDiagonal,
@@ -22,7 +22,7 @@ from curvalg.lowering.form import Matrix, Product
 from curvalg.lowering.parts import Computed, compute
 from curvalg.lowering.resolve import resolve
 from curvalg.lowering.submatrices import block_problem, is_local, submatrix
-from curvalg.problem import Problem, Snapshot
+from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.layers import record_layers
 from curvalg.rewrite import simplify
 
@@ -126,11 +126,27 @@ def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: 
     sums = {term: problem.sum() for term in terms}
     layers = any(term.uses_layers for term in terms)
     for evaluation in _pass(problem, snapshot) if terms else ():
+        if layers and evaluation.sample.index == 0:
+            _rehearse(terms, evaluation, method)
         recorded = record_layers(evaluation) if layers else None
         batch = evaluation.evaluate() if recorded is None else recorded.batch
         for term in terms:
             sums[term].add(method(term, batch))
     return {term: total.value for term, total in sums.items()}
+
+
+def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation, method: Any) -> None:
+    """The first row alone: a term that refuses the model's layers does so before a pass over the data."""
+    problem, sample = evaluation.problem, evaluation.sample
+    if sample.rows == 1 or problem.draws.mode == "frozen" or problem.layer_checks:  # known already
+        return
+    try:
+        recorded = record_layers(Evaluation(problem, evaluation.snapshot, sample.head(1)))
+    except CurvalgError:  # whatever is wrong with the model, the whole batch tells it better
+        return
+    if recorded.batch.output.shape[0] == 1:
+        for term in terms:
+            method(term, recorded.batch)
 
 
 def _pass(problem: Problem, snapshot: Snapshot) -> Iterator[Any]:

@@ -107,7 +107,9 @@ class Factor:
 
     def _note(self, batch: Batch) -> None:
         """Remember which term each column is of, and which columns are not zero."""
-        parts = [call(term, "factor", batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
+        parts = (
+            [call(term, "factor", batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
+        )
         for number, columns in enumerate(parts):
             assert columns is not None
             flat = columns.reshape(columns.shape[0], columns.shape[1], math.prod(columns.shape[2:]))

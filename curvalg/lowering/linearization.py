@@ -186,7 +186,9 @@ class Linearization:
         return prepare(self.sweep.dataset_terms, problem, snapshot, recorded)
 
     def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
-        return chunked(lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self._width(), rows)
+        return chunked(
+            lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self._width(), rows
+        )
 
     def _reduce(self, term: DatasetTerm, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         recorded.batch.evaluate_loss()

@@ -67,8 +67,8 @@ def _embedding(
 ) -> Tensor:
     """Rows of a table, with their derivative.
 
-    The padding's row is a constant in reverse mode, but has a tangent in forward mode (torch 2.13). Gradients that are scaled by
-    frequencies are no derivatives; sparse ones cannot be added up in a vector.
+    The padding's row is a constant in reverse mode, but has a tangent in forward mode (torch 2.13). Gradients that are
+    scaled by frequencies are no derivatives; sparse ones cannot be added up in a vector.
     """
     _refuse_max_norm("embedding", max_norm)
     rows = F.embedding(input, weight, padding_idx)
@@ -121,9 +121,10 @@ CORRECTIONS: dict[Any, Callable[..., Tensor]] = {
 # -- normalisations in elementary operations --------------------------------------------------------------------------------
 
 
-def _normalised(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
+def _normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     centred = x - x.mean(axes, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    result: Tensor = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    return result
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -168,7 +169,7 @@ def _statistics_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    axes: Sequence[int] | None,
+    axes: tuple[int, ...] | None,
     eps: float,
 ) -> Tensor:
     """By the statistics of the input over some axes, or by the running ones (which are not moved)."""

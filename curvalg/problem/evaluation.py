@@ -93,7 +93,10 @@ class Evaluation:
     def live_output(self) -> Tensor:
         """z of the user's own module with its own parameters, without a graph, by one model call."""
         problem, state = self.problem, self.snapshot.state
-        with torch.set_grad_enabled(self.snapshot.structure.differentiates), problem.guarding_inputs(self.sample.batch) as batch:
+        with (
+            torch.set_grad_enabled(self.snapshot.structure.differentiates),
+            problem.guarding_inputs(self.sample.batch) as batch,
+        ):
             raw = self._called(lambda: problem.model.call_live(state, batch))
         return OutputForm(raw).join(raw).detach()
 
@@ -116,9 +119,9 @@ class Evaluation:
         problem, effects = self.problem, self.snapshot.structure.effects
 
         def call() -> Any:
-            with recording(problem.device, problem.model, once=once), problem.casting():
-                with effects.undone(problem.draws.mode):
-                    return model()
+            switches = recording(problem.device, problem.model, once=once)
+            with switches, problem.casting(), effects.undone(problem.draws.mode):
+                return model()
 
         try:
             raw = problem.draws.run(call, self.sample.index)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _saved_tensors_hooks_set_tracing as _set_hooks_tracing
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch._C._autograd import _saved_tensors_hooks_set_tracing as _set_hooks_tracing
 
 from curvalg.errors import ProblemError
 from curvalg.problem import parameters as params_
@@ -40,8 +40,8 @@ def recording(device: torch.device, model: Model, *, once: bool = False) -> Iter
         warnings.filterwarnings("error", message=_REENTRANT)
         if not once:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # Non-reentrant checkpoints recompute in the backward pass, with the live parameters in place of the exchanged ones: what
-        # they would save is saved instead.
+        # Non-reentrant checkpoints recompute in the backward pass, with the live parameters in place of the exchanged ones.
+        # While saved tensors are traced they save what they would recompute.
         stack.callback(_set_hooks_tracing, _set_hooks_tracing(True))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -218,7 +218,9 @@ class CallableModel:
         """
         for name, p in self.chosen.items():
             if name not in self.own or not _alike(self.own[name], p):
-                raise ProblemError(f"parameter {name!r} is gone, or has another shape, dtype or device; make a new Problem")
+                raise ProblemError(
+                    f"parameter {name!r} is gone, or has another shape, dtype or device; make a new Problem"
+                )
         self.chosen = {name: self.own[name] for name in self.chosen}
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:

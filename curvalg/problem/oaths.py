@@ -45,7 +45,7 @@ def rounding(evaluation: Evaluation, z: Tensor) -> float:
         if z.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
             epsilon = max(epsilon, 1e-3)
         structure.epsilon = max(epsilon, structure.epsilon or 0.0)
-    return structure.epsilon**0.5
+    return float(structure.epsilon**0.5)
 
 
 # -- calls --------------------------------------------------------------------------------------------------------------
@@ -284,7 +284,9 @@ def _difference(evaluation: Evaluation, seed: int) -> float | None:
         moved = [(value + sign * STEP * v).requires_grad_() for value, v in zip(values, w, strict=True)]
         sides.append(backward([call(moved)], moved, [u]))
     exact, plus, minus, gradient = (
-        torch.cat([(torch.zeros_like(p) if g is None else g.detach()).reshape(-1) for g, p in zip(part, values, strict=True)])
+        torch.cat(
+            [(torch.zeros_like(p) if g is None else g.detach()).reshape(-1) for g, p in zip(part, values, strict=True)]
+        )
         for part in (product, *sides, gradients)
     )
     difference = (plus - minus) / (2 * STEP)

@@ -63,8 +63,8 @@ class SideEffects:
         if drawn and mode == "refuse":
             raise ProblemError(
                 f"the model draws random numbers from a generator of its own ({type(drawn[0]).__name__}), so every product "
-                "would be of another matrix. Call model.eval() if that stops it, or pass randomness='frozen' to replay the same "
-                "draws in every product"
+                "would be of another matrix. Call model.eval() if that stops it, or pass randomness='frozen' to replay the "
+                "same draws in every product"
             )
 
     def learn(self) -> bool:
@@ -78,8 +78,8 @@ class SideEffects:
         for name, holder, _, _ in written:
             if holder is None:
                 raise ProblemError(
-                    f"the model's forward changes {name} in place, a state that cannot be put back; register it as a buffer, or "
-                    "keep it in an attribute of the module"
+                    f"the model's forward changes {name} in place, a state that cannot be put back; register it as a "
+                    "buffer, or keep it in an attribute of the module"
                 )
         self._settings.restore_tensors()
         self._tensors += [(holder, key, tensor) for _, holder, key, tensor in written]

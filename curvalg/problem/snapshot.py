@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ class Structure:
     ) -> None:
         own = [module for _, module in modules]
         self.settings = Watch([(f"attribute of {name}", m) for name, m in modules], exactly=True, modules=own)
-        forwards = [(f"the forward of {name}", forward) for name, m in modules if (forward := _own_forward(m)) is not None]
+        forwards = [
+            (f"the forward of {name}", forward) for name, m in modules if (forward := _own_forward(m)) is not None
+        ]
         self.functions = Watch([*others, *forwards], exactly=True, modules=own)
         self.data = Watch([("data", getattr(source, "dataset", source))], exactly=False, inside=(Dataset,))
         self._flags = [(m, m.training, tuple(m._modules.values())) for m in own]

@@ -108,7 +108,7 @@ class Watch:
         self._versions = [t._version for t in self._counted]
 
     def _visit(self, name: str, holder: Any, key: Any, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
-        if isinstance(value, _PLAIN) or isinstance(value, (type, types.ModuleType)) or id(value) in self._seen:
+        if isinstance(value, (*_PLAIN, type, types.ModuleType)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -200,7 +200,9 @@ class Watch:
         if self._exactly:
             return [not bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)]
         versions = dict(zip(map(id, self._counted), self._versions))
-        return [versions.get(id(t), t._version if id(t) in versions else 0) != _version(t) for _, _, _, t in self.tensors]
+        return [
+            versions.get(id(t), t._version if id(t) in versions else 0) != _version(t) for _, _, _, t in self.tensors
+        ]
 
     def forgive(self) -> None:
         """Whatever is different now does not count from now on: it is changed by what is done here."""

@@ -34,7 +34,8 @@ TABLE_LIMIT = 4096
 def factored(record: LayerRecord) -> bool:
     """Whether a layer has Kronecker factors: one weight that multiplies all inputs or patches.
 
-    A transposed convolution lies input channels first and its kernel last, which is no Kronecker product in that order. The groups of a convolution each multiply inputs of their own: one input factor for all of them is no approximation.
+    A transposed convolution lies input channels first and its kernel last, which is no Kronecker product in that order. The
+    groups of a convolution each multiply inputs of their own: one input factor for all of them is no approximation.
     """
     if record.kind == "embedding":
         return record.shapes[record.params[0]][0] <= TABLE_LIMIT

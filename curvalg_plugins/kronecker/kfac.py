@@ -75,6 +75,7 @@ class LayerFactors(MatrixTerm):
                 "outputs": factors.output_factor(d, self.approximation),
                 "count": a.new_tensor(count),
             }
+        self._refuse(others)
         return {"layers": layers, "inputs first": inputs_first, "others": others}
 
     def _others(self, record: LayerRecord) -> Stats:
@@ -88,10 +89,14 @@ class LayerFactors(MatrixTerm):
         return dict.fromkeys(record.params, record.deltas.new_zeros(()))
 
     def blocks_of_others(self, others: Mapping[str, Tensor]) -> list[Block]:
-        """Blocks of the parameters without Kronecker factors.
+        """Blocks of the parameters without Kronecker factors."""
+        if self.rest == "diagonal":
+            return [Block((name,), Diagonal(square)) for name, square in others.items()]
+        return [Block((name,), Kronecker(matrix)) for name, matrix in others.items()]
 
-        Raises:
-            ProblemError: there are some, and nothing was said about them.
+    def _refuse(self, others: Mapping[str, Tensor]) -> None:
+        """Raises:
+        ProblemError: there are parameters without Kronecker factors, and nothing was said about them.
         """
         if others and self.rest == "refuse":
             raise ProblemError(
@@ -99,9 +104,6 @@ class LayerFactors(MatrixTerm):
                 "them, or choose the parameters of linear layers and plain (ungrouped, not transposed) convolutions with "
                 "Problem(params=...)"
             )
-        if self.rest == "diagonal":
-            return [Block((name,), Diagonal(square)) for name, square in others.items()]
-        return [Block((name,), Kronecker(matrix)) for name, matrix in others.items()]
 
     def layer_blocks(self, params: tuple[str, ...], output: Tensor, inputs: Tensor) -> list[Block]:
         """The blocks B ⊗ A of a weight and B of its bias, together or apart."""

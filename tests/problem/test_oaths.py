@@ -27,7 +27,9 @@ def data(inputs=3, outputs=2, rows=5):
 def jacobian(model, x):
     params = list(model.parameters())
     rows = [torch.autograd.grad(e, params, retain_graph=True, allow_unused=True) for e in model(x).reshape(-1)]
-    flat = [torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(row, params)]) for row in rows]
+    flat = [
+        torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(row, params)]) for row in rows
+    ]
     return torch.stack(flat)
 
 
@@ -242,7 +244,14 @@ def test_second_derivatives_of_what_is_no_derivative_are_refused(operation):
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.LayerNorm(4), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.InstanceNorm1d(5, affine=True)],
+    [
+        nn.LayerNorm(4),
+        nn.BatchNorm1d(4).eval(),
+        nn.BatchNorm1d(4),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm(4),
+        nn.InstanceNorm1d(5, affine=True),
+    ],
     ids=lambda m: type(m).__name__ + ("" if not isinstance(m, nn.BatchNorm1d) or m.training else " eval"),
 )
 def test_normalisations_inside_forces_have_right_hessians(norm):
@@ -441,7 +450,11 @@ def test_a_penalty_inside_the_loss_is_refused_by_name():
     x, y = data()
     penalty = lambda o, t: MSE(o, t) + 0.1 * sum(p.square().sum() for p in model.parameters())
     problem = Problem(model, penalty, (x, y), reduction="mean")
-    for ask in (problem.value, problem.gradient, lambda: registry.build("hessian").lower(problem) @ torch.ones(8).double()):
+    for ask in (
+        problem.value,
+        problem.gradient,
+        lambda: registry.build("hessian").lower(problem) @ torch.ones(8).double(),
+    ):
         with pytest.raises(LossError, match=r"parameters.*penalty.*Identity"):
             ask()
 

@@ -56,8 +56,15 @@ def reference(model, data, loss=CE):
     total = 0
     for x, y in data:
         z = model(x)
-        J = torch.stack([torch.cat([g.reshape(-1) for g in torch.autograd.grad(e, params, retain_graph=True)]) for e in z.reshape(-1)])
-        B = torch.autograd.functional.hessian(lambda t: F.cross_entropy(t, y, weight=loss.weight, reduction="sum"), z.detach())
+        J = torch.stack(
+            [
+                torch.cat([g.reshape(-1) for g in torch.autograd.grad(e, params, retain_graph=True)])
+                for e in z.reshape(-1)
+            ]
+        )
+        B = torch.autograd.functional.hessian(
+            lambda t, y=y: F.cross_entropy(t, y, weight=loss.weight, reduction="sum"), z.detach()
+        )
         total = total + J.T @ B.reshape(z.numel(), -1) @ J
     weights = 1.0 if loss.weight is None else None
     return total / (rows if weights else sum(float(loss.weight[y].sum()) for _, y in data))
@@ -119,7 +126,22 @@ def _weight(m):
     m.layer.weight.data.mul_(1.5)
 
 
-CHANGES = [_factor, _list, _dict, _mask, _mask_data, _new_mask, _namespace, _array, _swap, _partial, _hook, _pre_hook, _forward, _weight]
+CHANGES = [
+    _factor,
+    _list,
+    _dict,
+    _mask,
+    _mask_data,
+    _new_mask,
+    _namespace,
+    _array,
+    _swap,
+    _partial,
+    _hook,
+    _pre_hook,
+    _forward,
+    _weight,
+]
 
 
 @pytest.mark.parametrize("cache", ["auto", 0])
@@ -209,7 +231,12 @@ def test_the_loss_is_watched():
     module = nn.CrossEntropyLoss(weight=w)
     closed, partial = nn.CrossEntropyLoss(), functools.partial(F.cross_entropy, weight=w)
     power = 2.0
-    given = {"module": module, "option": closed, "partial": partial, "closure": lambda o, t: (F.one_hot(t, 3) - o).abs().pow(power).sum()}
+    given = {
+        "module": module,
+        "option": closed,
+        "partial": partial,
+        "closure": lambda o, t: (F.one_hot(t, 3) - o).abs().pow(power).sum(),
+    }
     changes = {
         "module": lambda: w.copy_(torch.tensor([9.0, 1.0, 1.0])),
         "option": lambda: setattr(closed, "label_smoothing", 0.3),
@@ -227,7 +254,11 @@ def test_the_loss_is_watched():
         with pytest.raises(StaleError):
             op @ v
         assert problem.value() == pytest.approx(loss(model(whole[0]), whole[1]).item(), rel=1e-12), name
-        assert torch.allclose(op.refresh() @ v, registry.build("hessian").lower(Problem(model, loss, data, reduction="sum" if name == "closure" else None)) @ v)
+        assert torch.allclose(
+            op.refresh() @ v,
+            registry.build("hessian").lower(Problem(model, loss, data, reduction="sum" if name == "closure" else None))
+            @ v,
+        )
 
 
 class Remembers(nn.Module):

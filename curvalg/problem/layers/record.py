@@ -59,8 +59,8 @@ class LayerRecord(ABC):
         weight: name of the parameter that multiplies inputs, of dense layers, scales and embeddings.
         bias: name of the parameter that is added, in a record with a weight.
         transposed: whether a dense weight lies inputs first, as in transposed convolutions and in h W.
-        real: which positions (n, T) are inputs of the layer, where some only fill up rows that have fewer than others (experts);
-            inputs and deltas are zero at all others. None: all are.
+        real: which positions (n, T) are inputs of the layer, where some only fill up rows that have fewer than others
+            (experts): inputs and deltas are zero there. None: all are.
     """
 
     kind: ClassVar[Kind]

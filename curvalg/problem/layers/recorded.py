@@ -157,7 +157,7 @@ class Recorded:
         numbered = u * torch.arange(1, rows + 1, device=u.device, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
         pulled = self._pull(torch.stack([u, numbered]))
         for i in asked:
-            if i in pulled and (owner := owners(*pulled[i], rows)) is not None:
+            if i in pulled and (owner := owners(pulled[i][0], pulled[i][1], rows)) is not None:
                 uses[i].routing = Routing.of(owner, rows)
         return [i for i in strange if i not in uses or uses[i].routing is None]
 

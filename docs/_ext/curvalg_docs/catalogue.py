@@ -143,7 +143,8 @@ def page(name: str) -> str:
         *_facts(name),
         "",
         *_heading("Cost", "-"),
-        f"Model calls per batch, counted on the small problem without what is verified once: {found.first:.3g} for the first product (with what is tried "
+        "Model calls per batch, counted on the small problem without what is verified once: "
+        f"{found.first:.3g} for the first product (with what is tried "
         f"once and kept), {found.further:.3g} for each further one, {found.without:.3g} for a product with ``cache=0``.",
         "",
         "What a product of it is planned as:",
