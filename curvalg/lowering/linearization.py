@@ -261,6 +261,8 @@ class Linearization:
         whole = problem.whole
         if whole is None or ("sweep", self.sweep.key) not in whole.shared or not self.keeping:
             return
+        if self.sweep.dataset_terms:  # their statistics are of the parameters at hand
+            return
         source = linearization(whole, snapshot, self.sweep)
         source.races = source.complete
         source.prepare(whole, snapshot)
@@ -285,9 +287,17 @@ class Linearization:
     def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
         keep, recorded.keep = recorded.keep, True
         try:
-            swear_symmetric(lambda rows: recorded.multiply(rows, 1), evaluation, self.sweep)
+            swear_symmetric(
+                lambda rows: recorded.multiply(rows, 1), evaluation, self.sweep, lambda: self._size(recorded.batch)
+            )
         finally:
             recorded.keep = keep
+
+    def _size(self, batch: Batch) -> float:
+        """‖z‖ (‖u‖ + ‖u̇(z)‖): what terms make of a tangent as large as the output."""
+        batch.evaluate_loss()
+        parts = (self.sweep.cotangent(batch), self.sweep.rate(batch, batch.output, {}, {}))
+        return float(batch.output.norm()) * sum(float(part.norm()) for part in parts)
 
     def _recorded(self, evaluation: Evaluation, columns: int) -> Recording:
         sweep, keep = self.sweep, self.keeping

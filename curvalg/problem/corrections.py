@@ -70,7 +70,7 @@ def _embedding(
     The padding's row is a constant in reverse mode, but has a tangent in forward mode (torch 2.13). Gradients that are
     scaled by frequencies are no derivatives; sparse ones cannot be added up in a vector.
     """
-    _refuse_max_norm("embedding", max_norm)
+    _refuse_max_norm("embedding", input, weight, max_norm, norm_type)
     rows = F.embedding(input, weight, padding_idx)
     if padding_idx is None:
         return rows
@@ -92,7 +92,7 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """Sums, means or maxima of rows of a table, with dense gradients that are the derivatives."""
-    _refuse_max_norm("embedding_bag", max_norm)
+    _refuse_max_norm("embedding_bag", input, weight, max_norm, norm_type)
     return F.embedding_bag(
         input,
         weight,
@@ -104,10 +104,13 @@ def _embedding_bag(
     )
 
 
-def _refuse_max_norm(name: str, max_norm: float | None) -> None:
-    if max_norm is not None:
+def _refuse_max_norm(name: str, input: Tensor, weight: Tensor, max_norm: float | None, norm_type: float) -> None:
+    if max_norm is None:
+        return
+    norms = torch.linalg.vector_norm(weight.detach()[input.reshape(-1)], norm_type, dim=1)
+    if bool((norms > max_norm).any()):
         raise ProblemError(
-            f"{name} with max_norm={max_norm:g} rewrites its weights in every forward, so that there is no one state to be "
+            f"{name} with max_norm={max_norm:g} rewrites its weights in forward, so that there is no one state to be "
             "differentiated at; normalise the weights once and set max_norm to None"
         )
 

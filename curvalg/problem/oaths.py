@@ -77,6 +77,7 @@ def swear_graph(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> 
     problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
     if not problem.verify or "graph" in sworn:
         return
+    rounding(evaluation, z)  # the graph tells the dtypes that the model computes in
     live = {id(p): name for name, p in problem.model.chosen.items()}
     given = {id(leaf) for leaf in leaves}
     reached = {id(v) for node in nodes([z]) if (v := getattr(node, "variable", None)) is not None}
@@ -188,9 +189,24 @@ def wrong_tangent(
     left, left_scale = _dot([(u.detach(), tangent)])
     right, right_scale = _dot(pairs)
     error, scale = abs(left - right), left_scale + right_scale
-    if error <= rounding(evaluation, z) * scale:
+    tolerance = rounding(evaluation, z)
+    if error <= tolerance * scale:
+        return None
+    # Where J is zero but for rounding (a bias before a normalisation), the error is that of what has cancelled: v moves the
+    # output by about its own size for every size of the parameters.
+    natural = _size(z) * _size(u) / (_size(torch.cat([p.reshape(-1) for p in evaluation.values()])) or 1.0)
+    if error <= FLOOR * tolerance**2 * natural * z.numel():
         return None
     return f"J v disagrees with the gradient (⟨u, J v⟩ = {left:.6g}, ⟨Jᵀu, v⟩ = {right:.6g})"
+
+
+FLOOR = 1e2
+"""Rounding errors of a sum whose parts cancel, in units of its size and the machine epsilon."""
+
+
+def _size(t: Tensor) -> float:
+    """The root of the mean square."""
+    return float(t.detach().double().square().mean().sqrt()) if t.numel() else 0.0
 
 
 def _dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
@@ -290,18 +306,23 @@ def _difference(evaluation: Evaluation, seed: int) -> float | None:
         for part in (product, *sides, gradients)
     )
     difference = (plus - minus) / (2 * STEP)
-    noise = 1e2 * torch.finfo(torch.float64).eps / STEP * gradient.norm() / ALLOWED
+    # Rounding of the gradient is that of its own size or, where it is zero but for rounding, of what cancels in it.
+    natural = float(u.norm() * z.detach().norm()) / (_size(torch.cat([v.reshape(-1) for v in values])) or 1.0)
+    noise = FLOOR * torch.finfo(torch.float64).eps / STEP * (gradient.norm() + natural) / ALLOWED
     scale = exact.norm() + difference.norm() + noise
     return float((exact - difference).norm() / scale) if float(scale) else 0.0
 
 
-def swear_symmetric(multiply: Callable[[Tensor], Tensor], evaluation: Evaluation, what: object) -> None:
+def swear_symmetric(
+    multiply: Callable[[Tensor], Tensor], evaluation: Evaluation, what: object, natural: Callable[[], float]
+) -> None:
     """Once a state: vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
 
     Args:
         multiply: vectors (1, D) -> products (1, D).
         evaluation: of the batch.
         what: the matrix, for messages.
+        natural: the size of vᵀ(A w) for directions of the parameters' size, before anything cancels.
 
     Raises:
         ProblemError: it is not.
@@ -314,7 +335,11 @@ def swear_symmetric(multiply: Callable[[Tensor], Tensor], evaluation: Evaluation
     left, left_scale = _dot([(v, aw)])
     right, right_scale = _dot([(w, av)])
     tolerance = (evaluation.snapshot.structure.epsilon or torch.finfo(layout.dtype).eps) ** 0.5
-    if not abs(left - right) <= tolerance * (left_scale + right_scale):
+    error = abs(left - right)
+    if error <= tolerance * (left_scale + right_scale):
+        return
+    size = _size(torch.cat([p.reshape(-1) for p in evaluation.values()])) or 1.0
+    if not error <= FLOOR * tolerance**2 * natural() / size**2:
         raise ProblemError(
             f"the product with {what} is not symmetric (vᵀ(A w) = {left:.6g}, wᵀ(A v) = {right:.6g}), so that the second "
             "derivatives of the model are wrong at this state: torch's formula for an operation is wrong there, or a hook or a "

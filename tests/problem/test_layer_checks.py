@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from curvalg import Problem, ProblemError
+from curvalg.problem.layers.uses import DenseUse
 from curvalg.problem.layers import record_layers
 from curvalg.problem.layers import verify as verify_
 
@@ -15,6 +16,12 @@ D = torch.float64
 
 def random(*shape, seed=0, dtype=D):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture
+def unrouted(monkeypatch):
+    """Rows that a layer sees elsewhere are not looked for, so that they have to be noticed."""
+    monkeypatch.setattr(DenseUse, "routable", property(lambda use: False))
 
 
 class TimeFirst(nn.Module):
@@ -26,6 +33,16 @@ class TimeFirst(nn.Module):
 
     def forward(self, x):
         return self.layer(x.transpose(0, 1)).transpose(0, 1).sum(1)
+
+
+def test_rows_that_a_linear_layer_sees_elsewhere_are_found():
+    for problem in (
+        make(TimeFirst(), (4, 4, 3), (2, 4, 3)),
+        make(Counted(layer=Swapped()), (40, 40, 3)),
+        Problem(Sorted().double(), nn.MSELoss(), [(x, torch.zeros(len(x), 2).double()) for x in sorted_batches(4, 6, 40)]),
+    ):
+        check(problem)
+        assert problem.layer_notes == {}
 
 
 class Branch(nn.Module):
@@ -112,12 +129,14 @@ def check(problem, columns=2, cotangent=random, tolerance=1e-10):
     return [records for records, _ in batches]
 
 
+@pytest.mark.usefixtures("unrouted")
 def test_a_single_row_proves_nothing():
     problem = make(TimeFirst(), (1, 4, 3), (4, 4, 3))
     check(problem)
     assert problem.layer_notes.keys() == {"layer.weight", "layer.bias"}
 
 
+@pytest.mark.usefixtures("unrouted")
 def test_cotangents_that_vanish_prove_nothing():
     """The comparison has cotangents of its own."""
     problem = make(TimeFirst(), (4, 4, 3), (4, 4, 3))
@@ -132,6 +151,7 @@ def test_cotangents_that_vanish_prove_nothing():
     assert "do not add up" in problem.layer_notes["layer.weight"]
 
 
+@pytest.mark.usefixtures("unrouted")
 def test_gradients_that_vanish_prove_nothing():
     class Gated(TimeFirst):
         """Zero on batches without a positive number."""
@@ -146,6 +166,7 @@ def test_gradients_that_vanish_prove_nothing():
     assert problem.layer_notes.keys() == {"layer.weight", "layer.bias"}
 
 
+@pytest.mark.usefixtures("unrouted")
 def test_a_layer_that_comes_later_is_compared_then():
     problem = make(Branch(TimeFirst()), (2, 4, 3), (4, 4, 3))
     check(problem)
@@ -280,6 +301,7 @@ class Swapped(nn.Module):
         return self.layer(x.transpose(0, 1)).transpose(0, 1)
 
 
+@pytest.mark.usefixtures("unrouted")
 def test_a_wrong_rule_is_seen_on_a_few_rows():
     problem = make(Counted(layer=Swapped()), (40, 40, 3))
     check(problem)
@@ -301,6 +323,7 @@ class Flattened(nn.Module):
         return self.layer(x.transpose(0, 1).reshape(-1, width)).reshape(length, rows, 2).transpose(0, 1)
 
 
+@pytest.mark.usefixtures("unrouted")
 def test_few_rows_say_nothing_where_they_go_another_way_to_the_same_result():
     problem = make(Counted(layer=Flattened()), (40, 5, 3))
     check(problem)
@@ -328,6 +351,7 @@ def sorted_batches(*counts):
     return X
 
 
+@pytest.mark.usefixtures("unrouted")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_rows_that_change_places_on_some_batches_are_seen_on_those(reverse):
     """Nothing that holds for the first batch, or for the first rows of one, tells the order of rows elsewhere."""

@@ -93,11 +93,15 @@ KINDS = {
         random(5, 3),
     ),
     "positional table": lambda: (Lambda(lambda m, x: x + m.table, table=param(4, 3)), random(5, 4, 3)),
+    "a matrix product": lambda: (Lambda(lambda m, x: x @ m.w, w=param(3, 2)), random(5, 3)),
+    "rows on the second axis": lambda: (
+        Lambda(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1).flatten(1), layer=nn.Linear(3, 2)),
+        random(5, 5, 3),
+    ),
     "bias alone is chosen": lambda: (nn.Linear(3, 2).requires_grad_(False), random(5, 3)),
 }
 FALLBACKS = {
     "a slice of a table": lambda: (Lambda(lambda m, x: x + m.table[:4], table=param(6, 3)), random(5, 4, 3)),
-    "a matrix product": lambda: (Lambda(lambda m, x: x @ m.w, w=param(3, 2)), random(5, 3)),
     "numbers for every row": lambda: (Lambda(lambda m, x: x + m.w, w=param(5, 3)), random(5, 3)),
     "recurrent": lambda: (
         Lambda(lambda m, x: m.rnn(x)[0].flatten(1), rnn=nn.LSTM(3, 2, batch_first=True)),
@@ -106,10 +110,6 @@ FALLBACKS = {
     "attention": lambda: (
         Lambda(lambda m, x: m.attend(x, x, x)[0].flatten(1), attend=nn.MultiheadAttention(4, 2, batch_first=True)),
         random(5, 3, 4),
-    ),
-    "rows on the second axis": lambda: (
-        Lambda(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1).flatten(1), layer=nn.Linear(3, 2)),
-        random(5, 5, 3),
     ),
     "scaled embedding": lambda: (
         Lambda(lambda m, x: m.layer(x).flatten(1), layer=nn.Embedding(6, 3, scale_grad_by_freq=False, max_norm=100.0)),

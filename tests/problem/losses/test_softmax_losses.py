@@ -155,7 +155,7 @@ def test_stratified_grid_of_uniforms_gives_exactly_the_hessian(check):
 
 def test_one_class_and_no_samples():
     point = CrossEntropy().at(torch.zeros(2, 1), torch.zeros(2).long())
-    assert point.factor().shape == (0, 2, 1) and not point.hvp(torch.ones(2, 1)).any()
+    assert point.factor().shape == (1, 2, 1) and not point.hvp(torch.ones(2, 1)).any()
     point = CrossEntropy().at(torch.zeros(0, 3), torch.zeros(0).long())
     assert point.value() == 0 and point.factor().shape == (2, 0, 3)
     assert point.pseudo_gradients(torch.rand(5, 0)).shape == (5, 0, 3)
