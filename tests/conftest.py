@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from zoo import make
 
 from curvalg import Problem
 from curvalg.lowering.ways import Ways
+
+NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
+"""Whether tests that draw or enumerate take all the cases that there is time for at night."""
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.estimate.probes import inner, pairwise
 from curvalg.estimate.range import Range
 from curvalg.estimate.sketch import Tensors, standard_error
+from curvalg.estimate.state import Form
 from curvalg.solve.orthogonal import grown
 
 
@@ -23,9 +24,9 @@ class HutchPlusPlus(Range):
     multiplications: ClassVar[int] = 3
     large: ClassVar[tuple[str, ...]] = ("basis", "images", "products of samples")
 
-    def empty(self) -> Tensors:
+    def form(self, columns: int) -> Form:
         """With the products of the g."""
-        return {**super().empty(), "products of samples": self._no_rows()}
+        return {**super().form(columns), "products of samples": (self.target.space.dtype, (columns, self.target.size))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """Both kinds of vectors are multiplied at once."""

@@ -211,6 +211,10 @@ class CurvatureOperator(TorchOperator):
             ConvergenceError: a column did not reach the tolerance (the best iterates are in ``error.result.x``), unless the
                 inverse was made with ``on_fail="warn"``.
         """
+        if checkpoint is not None:
+            from curvalg.estimate.place import require_place  # the layer above; tried before anything is computed
+
+            require_place(checkpoint)
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
