@@ -16,10 +16,10 @@ from curvalg.solve.orthogonal import small
 class Rest:
     """The operator outside of a subspace, B = (I − QQᵀ)A(I − QQᵀ), with vectors u whose uᵀBu estimate its trace.
 
-    The u are uniform on the sphere of radius √d in the d-dimensional complement of Q. There, a quadratic form less its mean is a
-    spherical harmonic of degree two, so that its variance is, without an error in n, 2 E‖w‖² with w = Bu − (uᵀBu / d) u, for
-    symmetric B: half of its Dirichlet form (Stein and Weiss, Fourier Analysis on Euclidean Spaces, 1971, chapter IV). A mean
-    of squared norms spreads far less than the squared deviations of few samples do.
+    The u are uniform on the sphere of radius √d in the d-dimensional complement of Q. There, a quadratic form less its mean is
+    a spherical harmonic of degree two, so that its variance is 2 E‖w‖² with w = Bu − (uᵀBu / d) u, exactly, for symmetric B:
+    its Dirichlet form over the eigenvalue (Stein and Weiss, Fourier Analysis on Euclidean Spaces, 1971, chapter IV). A mean of
+    squared norms spreads far less than the squared deviations of few samples do.
 
     Args:
         basis, images: Q and AQ, as rows (k, n).
@@ -41,28 +41,32 @@ class Rest:
     samples: Tensor
     dimension: int
 
-    def error(self, symmetric: bool | None, shared: Tensor | float = 0.0) -> Tensor:
+    def error(self, symmetric: bool | None, shared: Tensor | None = None) -> Tensor:
         """The standard error of the mean of the samples, for use with the factor two of a normal distribution.
 
         The squared norms are few and of few dimensions, so the variance is uncertain: as that of Student's t with as many
-        degrees of freedom as a multiple of χ² has that varies as much as their mean (Satterthwaite, Biometrics Bulletin 1946),
-        m (tr B²)² / tr B⁴. Two of the errors that are given cover what two standard errors of a normal distribution do.
+        degrees of freedom as the multiple of χ² that is as uncertain (Satterthwaite, Biometrics Bulletin 1946), which without
+        covariances are m (tr B²)² / tr B⁴. Two of the errors that are given cover what two standard errors of a normal
+        distribution do, 95.4 %.
 
         Args:
             symmetric: whether the operator is known to be.
-            shared: the sum of the covariances of all pairs of samples; 0.0 where they are independent.
+            shared: covariances with all other samples, unbiased, (m,); None where samples are independent.
         """
         gram, products = self._sums()
-        m = len(gram)
-        variances = gram.diagonal()
-        if not symmetric and m > 1:
-            variances = variances * _symmetric_share(products)
-        variance = (2 * variances.sum() + shared).clamp_min(variances.sum()) / m**2
-        freedom = torch.as_tensor(float(m), dtype=torch.float64)
-        if m > 1:
-            pairs = (gram.square().sum() - gram.diagonal().square().sum()) / (m * (m - 1))
-            freedom = (m * gram.diagonal().mean().square() / pairs).nan_to_num(m).clamp(m, 1e6)
-        return variance.sqrt() * float(stdtrit(float(freedom), ndtr(2.0))) / 2
+        m, own = len(gram), 2 * gram.diagonal().sum()
+        if m == 1:
+            return own.sqrt() * _widening(1.0)
+        pairs = (gram.square().sum() - gram.diagonal().square().sum()) / (m * (m - 1))
+        # tr B⁴ is never less than what would leave a single dimension.
+        uncertainty = 2 * own.square() / (m * (own / 2 / m).square() / pairs).nan_to_num(m).clamp_min(m)
+        own = own if symmetric else own * _symmetric_share(products)
+        variance = own
+        if shared is not None:
+            # The sum is not negative but by chance; what each sample has in common with others counts as a draw of its own.
+            variance, uncertainty = own + shared.sum().clamp_min(0), uncertainty + m * shared.var()
+        freedom = (2 * variance.square() / uncertainty).nan_to_num(m).clamp(1, 1e6)
+        return variance.sqrt() / m * _widening(float(freedom))
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """wᵢᵀwⱼ and uᵢᵀBuⱼ, (m, m) each, summed in float64 over some entries at a time."""
@@ -78,6 +82,11 @@ class Rest:
             gram += w @ w.T
             products += u @ Bu.T
         return small(gram), small(products)
+
+
+def _widening(freedom: float) -> float:
+    """The quantile of Student's t where the normal distribution has two, over two."""
+    return float(stdtrit(freedom, ndtr(2.0))) / 2
 
 
 def _symmetric_share(products: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ class XTrace(Range):
     """The mean over i of tr Q₍ᵢ₎ᵀAQ₍ᵢ₎ + ωᵢᵀ(I − Q₍ᵢ₎Q₍ᵢ₎ᵀ)A(I − Q₍ᵢ₎Q₍ᵢ₎ᵀ)ωᵢ, Q₍ᵢ₎ the basis without the product of ωᵢ.
 
     With test vectors normalised after the projection. Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 2024.
+
+    The error. Estimate tᵢ is unbiased for any other vectors, so that its variance is that of :class:`Rest`. Of the covariance
+    of tᵢ and tⱼ only what neither vector brings alone is left (Hoeffding, Ann. Math. Stat. 1948). Let δᵢⱼ be tᵢ less what it
+    would be without vector j at all. Averaged over ωᵢ it is zero, and averaged over ωⱼ a function of ωᵢ: hence E δᵢⱼ δⱼᵢ is
+    the covariance, without bias.
     """
 
     method: ClassVar[str] = "xtrace"
@@ -41,7 +46,7 @@ class XTrace(Range):
         projected = projected - S * (S * projected).sum(0)
         rest = Rest(Q, Z, omega, R.T.to(Q) @ Q, X, projected, scale, outside, n - columns + 1)
         changes = samples[:, None] - _without_another(trace, W, T, R, H, S, n)
-        error = rest.error(self.target.symmetric, (changes * changes.T).fill_diagonal_(0).sum())
+        error = rest.error(self.target.symmetric, (changes * changes.T).fill_diagonal_(0).sum(1))
         return samples.mean(), torch.hypot(error, self.noise(R))
 
 
