@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from curvalg.estimate.checkpoint import Checkpoint, digest
+from curvalg.estimate.place import require_place
 from curvalg.estimate.state import Options, State, is_count, sizes
 from curvalg.estimate.target import Path, target
 from curvalg.expr import Inverse
@@ -124,6 +125,8 @@ class FileTrail(Trail):
         if saved is not None:
             self._parts, self._before = _unpacked(saved[0]), saved[1]
         super().__init__(self._parts.get(0))
+
+    require_place = staticmethod(require_place)
 
     def mark(self, mark: Mark) -> None:
         self._leave(0, mark)

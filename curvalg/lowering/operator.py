@@ -212,9 +212,9 @@ class CurvatureOperator(TorchOperator):
                 inverse was made with ``on_fail="warn"``.
         """
         if checkpoint is not None:
-            from curvalg.estimate.place import require_place  # the layer above; tried before anything is computed
+            from curvalg.estimate.solving import FileTrail  # the layer above; only long solves need it
 
-            require_place(checkpoint)
+            FileTrail.require_place(checkpoint)  # before anything is computed
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
@@ -228,7 +228,7 @@ class CurvatureOperator(TorchOperator):
             start = None if start is None else start / scale
             trail = Trail()
             if checkpoint is not None or progress:
-                from curvalg.estimate.solving import FileTrail  # the layer above; only long solves need it
+                from curvalg.estimate.solving import FileTrail
 
                 method = node.solver.name
                 trail = FileTrail(self, node.expr, method, operand.columns, start, checkpoint, progress)
