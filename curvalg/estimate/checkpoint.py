@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import curvalg
-from curvalg.errors import CheckpointError
+from curvalg.errors import CheckpointError, CurvalgWarning
+from curvalg.estimate.place import Place
 from curvalg.estimate.state import Named, Options, State
 
-FORMAT = 2
+FORMAT = 3
 KEY = "curvalg"
 """The entry of the file's metadata that holds everything but the tensors, as JSON."""
+SUM = "checksum"
+"""The entry that holds the checksum of that and of the tensors."""
 INTERVAL = 30.0
 """The least seconds between two writes."""
 OVERHEAD = 0.05
@@ -45,8 +49,8 @@ class Choices:
 class Checkpoint:
     """A file that a run can be resumed from.
 
-    The format is safetensors: the tensors of the state, and JSON metadata with the algorithm, its options, fingerprints of
-    expression and problem, and the numbers of the state.
+    The format is safetensors: the tensors of the state, and as metadata JSON with the algorithm, its options, fingerprints of
+    expression and problem, and the numbers of the state, and a checksum of all that.
 
     Args:
         path: of the file, in a folder that exists.
@@ -54,19 +58,22 @@ class Checkpoint:
         choices: that products depend on in their last bits.
 
     Raises:
-        CheckpointError: the folder does not exist.
+        CheckpointError: no file can be written there, or another run writes it.
     """
 
     def __init__(self, path: str | os.PathLike[str], subject: Options, choices: Choices | None = None) -> None:
-        self.path, self.subject, self._choices = Path(path), subject, choices or Choices({}, {})
+        self.place, self.subject, self._choices = Place(path), subject, choices or Choices({}, {})
+        self.path = self.place.path
         self._marked: dict[str, Any] = {}
         self._next = time.monotonic() + INTERVAL
-        if not self.path.parent.is_dir():
-            raise CheckpointError(
-                f"expected a file name in an existing folder, got {self.path}; make {self.path.parent}"
-            )
-        if self.path.is_dir():
-            raise CheckpointError(f"expected a file name, but {self.path} is a folder; name a file in it")
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Let no other run write the file.
+
+        Raises:
+            CheckpointError: one does.
+        """
+        return self.place.held()
 
     def due(self) -> bool:
         """Whether it is time to write again."""
@@ -77,30 +84,31 @@ class Checkpoint:
         self._marked = {**self._choices.recalled, **self._choices.made}
 
     def save(self, algorithm: Named, state: State, seconds: float) -> None:
-        """Write a state so that the file is at any moment either the old one or the new one, whole."""
+        """Write a state. Where that fails, the file that is there stays as it is, and a warning is all: results count more."""
         begin = time.monotonic()
-        header = {
-            "format": FORMAT,
-            "version": curvalg.__version__,
-            "subject": self.subject,
-            "algorithm": algorithm.name,
-            "options": algorithm.options,
-            "numbers": state.numbers,
-            "choices": self._marked,
-            "seconds": seconds,
-        }
+        header = json.dumps(
+            {
+                "format": FORMAT,
+                "version": curvalg.__version__,
+                "subject": self.subject,
+                "algorithm": algorithm.name,
+                "options": algorithm.options,
+                "numbers": state.numbers,
+                "choices": self._marked,
+                "seconds": seconds,
+            }
+        )
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
-        # One name for all writes, so that killed ones do not pile up.
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        metadata = {KEY: header, SUM: _checksum(header, tensors)}
         try:
-            save_file(tensors, temporary, {KEY: json.dumps(header)})
-            _flush(temporary)
-            os.replace(temporary, self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            _flush(self.path.parent)
+            self.place.replace(lambda path: save_file(tensors, path, metadata))
+        except (OSError, SafetensorError) as error:
+            warnings.warn(
+                f"the checkpoint {self.place.given} could not be written ({error}); the run goes on, but can be resumed only "
+                "from what was written before; make room, or make the folder again",
+                CurvalgWarning,
+                stacklevel=3,
+            )
         took = time.monotonic() - begin
         self._next = time.monotonic() + max(INTERVAL, took / OVERHEAD)
 
@@ -108,52 +116,82 @@ class Checkpoint:
         """The state to go on from, with the seconds it took; None where there is no file yet.
 
         Raises:
-            CheckpointError: the file is no checkpoint, or of another run; the message names every difference.
+            CheckpointError: the file is no checkpoint, or damaged, or of another run; the message names every difference.
         """
-        if not self.path.exists():
+        if not self.place.exists():
             return None
-        with self._reading() as file:
-            header = self._header(file.metadata())
-            asked = _described(self.subject, algorithm.name, algorithm.options)
-            differences = list(
-                _differences(_described(header["subject"], header["algorithm"], header["options"]), asked)
-            )
-            if differences:
-                raise CheckpointError(
-                    f"{self.path} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, or name "
-                    "another file"
-                )
-            # Own memory: tensors of a file lie at any address, and the bits of a sum may depend on that.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        self._choices.recalled.update(header["choices"])
-        return State(tensors, header["numbers"]), float(header["seconds"])
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Any]:
-        try:
-            with safe_open(self.path, "pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._foreign()} ({error})") from error
-
-    def _header(self, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-        try:
-            header = json.loads((metadata or {})[KEY])
-            number, version = header["format"], header["version"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(self._foreign()) from error
-        if number != FORMAT:
+        header, tensors = self._read()
+        asked = _described(self.subject, algorithm.name, algorithm.options)
+        differences = list(_differences(_described(header["subject"], header["algorithm"], header["options"]), asked))
+        if differences:
             raise CheckpointError(
-                f"{self.path} has checkpoint format {number}, written by curvalg {version}; this is curvalg "
+                f"{self.place.given} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, or name "
+                "another file"
+            )
+        state = State(tensors, header["numbers"])
+        if not algorithm.fits(state):
+            raise self._foreign(f"it holds no state of {algorithm.name}")
+        self._choices.recalled.update(header["choices"])
+        return state, float(header["seconds"])
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Header and tensors of a file that is whole."""
+        try:
+            with safe_open(self.place.path, "pt") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+                header = json.loads(metadata[KEY])
+                number, version = header["format"], header["version"]
+                # Own memory: tensors of a file lie at any address, and the bits of a sum may depend on that.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # whatever a reader trips over, the file is not what was written
+            raise self._foreign(f"{type(error).__name__}: {error}") from error
+        if type(number) is int and number != FORMAT:
+            raise CheckpointError(
+                f"{self.place.given} has checkpoint format {number}, written by curvalg {version}; this is curvalg "
                 f"{curvalg.__version__}, which reads format {FORMAT}. Use that version, or name another file"
             )
-        return dict(header)
+        if metadata != {KEY: metadata[KEY], SUM: _checksum(metadata[KEY], tensors)}:
+            raise self._foreign("its checksum is another")
+        wrong = [name for name in {**FIELDS, **header} if not FIELDS.get(name, _never)(header.get(name))]
+        if wrong:
+            raise self._foreign(f"unexpected entries: {', '.join(wrong)}")
+        return header, tensors
 
-    def _foreign(self) -> str:
-        return (
-            f"expected a checkpoint of curvalg or no file at all, but {self.path} is something else or damaged, and is left "
-            "as it is; name another file, or delete this one"
+    def _foreign(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"expected a checkpoint of curvalg or no file at all, but {self.place.given} is something else or damaged "
+            f"({reason}), and is left as it is; name another file, or delete this one"
         )
+
+
+def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    names = sorted(tensors)
+    return digest(*(tensors[name] for name in names), text=json.dumps([header, names]))
+
+
+def _never(_: object) -> bool:
+    return False
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) is float and 0 <= value < math.inf
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: type(value) is kind
+
+
+FIELDS: dict[str, Callable[[object], bool]] = {
+    "format": lambda value: type(value) is int and value == FORMAT,
+    "version": _is(str),
+    "subject": _is(dict),
+    "algorithm": _is(str),
+    "options": _is(dict),
+    "numbers": _is(dict),
+    "choices": _is(dict),
+    "seconds": _is_seconds,
+}
+"""Entries of the header -> whether a value is one."""
 
 
 def _described(subject: Options, name: str, options: Options) -> dict[str, Any]:
@@ -178,19 +216,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def digest(*tensors: torch.Tensor) -> str:
-    """A hash of the contents of tensors, bit for bit."""
-    import hashlib
-
-    total = hashlib.blake2b(digest_size=16)
+def digest(*tensors: torch.Tensor, text: str = "") -> str:
+    """A hash of the contents of tensors, bit for bit, and of a text."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
     for t in tensors:
         plain = t.detach().to("cpu").contiguous()
         total.update(f"{plain.dtype} {tuple(plain.shape)};".encode())

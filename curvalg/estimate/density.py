@@ -88,6 +88,7 @@ def spectral_density(
     begin, given = time.perf_counter(), target(op)
     probes, steps = require_count(probes, "probes"), require_count(steps, "steps")
     _require(scale, outliers, grid, width)
+    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     before = require_symmetric(given, seed)
     if not 0 <= outliers < given.size:
         raise OptionError(
@@ -114,7 +115,6 @@ def spectral_density(
         locked=locked,
         before=before,
     )
-    file = given.checkpoint(checkpoint)
     outcome = run(algorithm, checkpoint=file, progress=progress)
     seconds = max(outcome.seconds, time.perf_counter() - begin)
     made = _made(algorithm.method, outcome.state.products, seconds, outcome.partial)

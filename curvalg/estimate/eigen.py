@@ -90,6 +90,7 @@ def eigsh(
     """
     begin, given = time.perf_counter(), target(op)
     _require(k, which, tol, block, maxiter, on_fail)
+    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     before = require_symmetric(given, seed)
     locked = _locked(deflate, given)
     if not 1 <= k <= given.size - len(locked):
@@ -97,7 +98,6 @@ def eigsh(
         raise OptionError(f"expected 1 ≤ k ≤ {given.size - len(locked)} for {given.size} rows{deflated}, got k={k}")
     start = given.rows(v0, "v0")
     tol = float(tol) or 100 * torch.finfo(given.space.dtype).eps
-    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     if not len(locked) and (pairs := exact(given, k, which, tol)) is not None:
         return dataclasses.replace(pairs, seconds=time.perf_counter() - begin)
     algorithm = Lanczos(

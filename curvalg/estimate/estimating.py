@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
+from curvalg.estimate.place import require_place
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.run import run
 from curvalg.estimate.sketch import Sketch
@@ -57,6 +58,7 @@ class Request:
             )
         if self.on_fail not in ("raise", "warn"):
             raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
+        require_place(self.checkpoint)
 
     def known(self, methods: Methods) -> None:
         """Refuse a method that is not among those given.

@@ -101,6 +101,7 @@ def matrix_function(
     tol = default if tol is None else require_tolerance(tol)
     if on_fail not in ("raise", "warn"):
         raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
+    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     before = require_symmetric(given, seed)
     operand = parse(vector, given.space, given.space)
     rows = operand.columns.T.contiguous()
@@ -128,7 +129,6 @@ def matrix_function(
         tol=tol if steps == "auto" else None,
         before=before,
     )
-    file = given.checkpoint(checkpoint)
     outcome = run(algorithm, checkpoint=file, progress=progress)
     if not len(outcome.state.tensors["alphas"]):
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvalg.estimate.probes import pairwise
 from curvalg.estimate.sketch import Sketch, Tensors, standard_error
+from curvalg.estimate.state import Form
 
 
 class Hutchinson(Sketch):
@@ -20,9 +21,9 @@ class Hutchinson(Sketch):
     method: ClassVar[str] = "hutchinson"
     keeps: ClassVar[bool] = False
 
-    def empty(self) -> Tensors:
-        """No samples."""
-        return {"samples": torch.zeros(0, dtype=torch.float64)}
+    def form(self, columns: int) -> Form:
+        """The samples."""
+        return {"samples": (torch.float64, (columns,))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """More samples; the vectors are forgotten."""

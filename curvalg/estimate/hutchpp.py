@@ -9,7 +9,9 @@ from torch import Tensor
 
 from curvalg.estimate.probes import inner, pairwise
 from curvalg.estimate.range import Range
-from curvalg.estimate.sketch import Tensors, standard_error
+from curvalg.estimate.rest import Rest
+from curvalg.estimate.sketch import Tensors
+from curvalg.estimate.state import Form
 from curvalg.solve.orthogonal import grown
 
 
@@ -23,9 +25,9 @@ class HutchPlusPlus(Range):
     multiplications: ClassVar[int] = 3
     large: ClassVar[tuple[str, ...]] = ("basis", "images", "products of samples")
 
-    def empty(self) -> Tensors:
+    def form(self, columns: int) -> Form:
         """With the products of the g."""
-        return {**super().empty(), "products of samples": self._no_rows()}
+        return {**super().form(columns), "products of samples": (self.target.space.dtype, (columns, self.target.size))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """Both kinds of vectors are multiplied at once."""
@@ -54,5 +56,7 @@ class HutchPlusPlus(Range):
         g, images = self.probes.rows(0, 2 * columns)[1::2], sketch["products of samples"]
         X, T, Y, H = inner(Q, g), inner(Z, g), inner(Q, images), inner(Q, Z)
         outside = pairwise(g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
-        outside = outside * (n - columns) / (n - X.square().sum(0))
-        return trace + outside.mean(), torch.hypot(standard_error(outside), self.noise(R))
+        scale = (n - columns) / (n - X.square().sum(0))
+        outside = outside * scale
+        rest = Rest(Q, Z, g, images, X, Y - H @ X, scale, outside, n - columns)
+        return trace + outside.mean(), torch.hypot(rest.error(self.target.symmetric), self.noise(R))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvalg.estimate.checkpoint import digest
 from curvalg.estimate.scalar_functions import Scalar
-from curvalg.estimate.state import Options, State
+from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import Recurrences
@@ -51,6 +51,14 @@ class KrylovFunction:
         norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
         unit = self.rows / norms.to(self.rows)[:, None]
         return self._pack(quadrature.begin(unit, whole=True, capacity=self._capacity), self.before)
+
+    def fits(self, state: State) -> bool:
+        """Whether basis and tridiagonal matrices belong together, and to these columns."""
+        p, n = self.rows.shape
+        tridiagonal = torch.float64, ("j", p)
+        tensors: Form = {"basis": (self.rows.dtype, ("b", n)), "alphas": tridiagonal, "betas": tridiagonal}
+        found = sizes(state, {"products": is_count}, tensors)
+        return found is not None and found["b"] == (found["j"] + 1) * p
 
     def step(self, state: State) -> State:
         """One product with all columns that have not converged to rounding."""

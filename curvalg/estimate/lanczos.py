@@ -10,14 +10,14 @@ from torch import Tensor
 
 from curvalg.estimate.block import choose_width
 from curvalg.estimate.checkpoint import digest
-from curvalg.estimate.state import Options, State
+from curvalg.estimate.state import Options, State, is_count, sizes
 from curvalg.estimate.target import Target
 from curvalg.solve import Matmul
 from curvalg.solve import search as searching
 from curvalg.solve.ends import Which
 from curvalg.solve.lanczos import Krylov
 from curvalg.solve.orthogonal import combine, orthonormalise
-from curvalg.solve.search import Aim, Search
+from curvalg.solve.search import CHALLENGE, DONE, SEARCH, STAGNATED, Aim, Search
 
 Block = int | Literal["auto"]
 
@@ -70,6 +70,26 @@ class Lanczos:
         counter = _Counter(self.target.multiply, self.before)
         width = self._width(counter) if self.block == "auto" else int(self.block)
         return self._pack(searching.start(self._aim(width), self.locked, self._first(width)), width, counter.products)
+
+    def fits(self, state: State) -> bool:
+        """Whether basis, projected matrix and pairs belong together."""
+        counts = dict.fromkeys(("products", "draws", "refuted", "blocks"), is_count)
+        found = sizes(
+            state,
+            {
+                **counts,
+                "width": lambda value: is_count(value) and value != 0,
+                "phase": lambda value: value in (SEARCH, CHALLENGE, DONE, STAGNATED),
+            },
+            {
+                "basis": (self.target.space.dtype, ("rows", self.target.size)),
+                "projected": (torch.float64, ("a", "a")),
+                "coupling": (torch.float64, ("p", "a")),
+                "values": (torch.float64, ("pairs",)),
+                "residuals": (torch.float64, ("pairs",)),
+            },
+        )
+        return found is not None and found["rows"] == len(self.locked) + found["a"] + found["p"]
 
     def step(self, state: State) -> State:
         """One block of products."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvalg.estimate.probes import inner
 from curvalg.estimate.sketch import Sketch, Tensors, independent
+from curvalg.estimate.state import Form
 from curvalg.solve.orthogonal import grown, orthonormalise
 
 
@@ -19,10 +20,10 @@ class Range(Sketch):
     multiplications: ClassVar[int] = 2
     large: ClassVar[tuple[str, ...]] = ("basis", "images")
 
-    def empty(self) -> Tensors:
-        """An empty basis."""
-        none = self._no_rows()
-        return {"basis": none, "images": none, "triangle": torch.zeros(0, 0, dtype=torch.float64)}
+    def form(self, columns: int) -> Form:
+        """A basis with its images, and a column of the triangle for each test vector."""
+        rows = self.target.space.dtype, ("k", self.target.size)
+        return {"basis": rows, "images": rows, "triangle": (torch.float64, ("k", columns))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """The basis with new directions; old ones stay, and so do their images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -37,7 +38,15 @@ def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress:
     Returns:
         The last state. After Ctrl-C it is that of the last complete step; an interruption before the first step raises
         ``KeyboardInterrupt`` as usual, since there is nothing to return.
+
+    Raises:
+        CheckpointError: the file is of another run, damaged, or written by another run at this moment.
     """
+    with contextlib.nullcontext() if checkpoint is None else checkpoint.held():
+        return _run(algorithm, checkpoint, progress)
+
+
+def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) -> Outcome:
     begin, before, partial = time.perf_counter(), 0.0, False
     saved = checkpoint.load(algorithm) if checkpoint is not None else None
     if saved is None:

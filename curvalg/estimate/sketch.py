@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.probes import Probes, inner, pairwise
-from curvalg.estimate.state import Options, State
+from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
 
 AT_ONCE, WIDEST = 2**24, 256
@@ -58,8 +58,19 @@ class Sketch(ABC):
     """Names of tensors that live on the operator's device."""
 
     @abstractmethod
+    def form(self, columns: int) -> Form:
+        """The sketch of so many test vectors: its tensors, with letters for what their number does not decide."""
+
     def empty(self) -> Tensors:
         """The sketch of no vectors."""
+        return {
+            name: torch.zeros(
+                *(0 if isinstance(size, str) else size for size in shape),
+                dtype=dtype,
+                device=self.target.space.device if name in self.large else None,
+            )
+            for name, (dtype, shape) in self.form(0).items()
+        }
 
     @abstractmethod
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
@@ -105,6 +116,29 @@ class Sketch(ABC):
         return State(
             {"value": nothing, "error": nothing, "total": nothing, **self.empty()},
             {"products": 0, "columns": 0, "budget": self.products, "last resort": last, "completed": 0, "done": 0},
+        )
+
+    def fits(self, state: State) -> bool:
+        """Whether there is the sketch of as many test vectors as are counted, and a value where one was made."""
+        flags = dict.fromkeys(("done", "last resort"), lambda value: is_count(value) and value in (0, 1))
+        counts = dict.fromkeys(("products", "columns", "budget", "completed"), is_count)
+        numbers = {**flags, **counts}
+        if not all(name in state.numbers and good(state.numbers[name]) for name, good in numbers.items()):
+            return False
+        columns, wanted = _integer(state, "columns"), self._columns(_integer(state, "budget"))
+        going = not state.numbers["done"] and not state.numbers["last resort"]
+        shapes = {"nothing": (0,), "value": tuple(self.contribution(self._no_rows(), self._no_rows()).shape)}
+        found = {
+            name: tuple(t.shape) for name in ("value", "error", "total") if (t := state.tensors.get(name)) is not None
+        }
+        return (
+            sizes(state, numbers, {**self.form(columns), **{name: (torch.float64, found[name]) for name in found}})
+            is not None
+            and (columns < wanted if going else columns == wanted)
+            and len(found) == 3
+            and found["value"] == found["error"]
+            and set(found.values()) <= set(shapes.values())
+            and (found["value"] == shapes["value"] or not self.done(state))
         )
 
     def step(self, state: State) -> State:
@@ -221,7 +255,7 @@ class UnitVectors(Sketch):
 
     method: ClassVar[str] = "exact"
 
-    def empty(self) -> Tensors:
+    def form(self, columns: int) -> Form:
         """Nothing."""
         return {}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvalg.estimate.checkpoint import digest
 from curvalg.estimate.run import Outcome
-from curvalg.estimate.state import Options, State
+from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import Recurrences, Rule
@@ -77,6 +77,18 @@ class StochasticLanczos:
         none = torch.zeros(self.steps, 0, dtype=torch.float64)
         finished = {"finished alphas": none, "finished betas": none}
         return State(finished, {"products": self.before, "round": 0, "wanted": self.probes})
+
+    def fits(self, state: State) -> bool:
+        """Whether the rules so far, and the recurrences that are going on, if there are any, belong together."""
+        finished, going = (torch.float64, (self.steps, "probes")), (torch.float64, ("j", "p"))
+        tensors: Form = {"finished alphas": finished, "finished betas": finished}
+        running: Form = {"basis": (self.target.space.dtype, ("b", self.target.size)), "alphas": going, "betas": going}
+        counts = dict.fromkeys(("products", "round", "wanted"), is_count)
+        found = sizes(state, counts, {**tensors, **(running if "basis" in state.tensors else {})})
+        if found is None or "basis" not in state.tensors:
+            return found is not None
+        kept = found["j"] + 1 if self.whole else 2
+        return 0 < found["j"] < self.steps and found["b"] == kept * found["p"]
 
     def step(self, state: State) -> State:
         """One product with the vectors of all recurrences of the round."""

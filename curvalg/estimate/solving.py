@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from curvalg.estimate.checkpoint import Checkpoint, digest
-from curvalg.estimate.state import Options, State
+from curvalg.estimate.place import require_place
+from curvalg.estimate.state import Options, State, is_count, sizes
 from curvalg.estimate.target import Path, target
 from curvalg.expr import Inverse
 from curvalg.lowering import CurvatureOperator
+from curvalg.solve.cg import MARKED as CG
+from curvalg.solve.minres import MARKED as MINRES
 from curvalg.solve.trail import Mark, Trail
 
 
@@ -24,6 +29,52 @@ class Solve:
 
     options: Options
     name: str = "solve"
+
+    def fits(self, state: State) -> bool:
+        """Whether there are the same book-keeping and a residual history for each part."""
+        numbers: dict[str, Callable[[object], bool]] = {"products": is_count, "parts": _are_counts}
+        parts = state.numbers.get("parts")
+        if not _are_counts(parts):
+            return False
+        forms: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
+        for i in parts:
+            numbers |= {f"{i}/step": is_count, f"{i}/reasons": _are_reasons}
+            own = {name: t for name, t in state.tensors.items() if name.startswith(f"{i}/")}
+            if own.keys() not in [{f"{i}/{name}" for name in (*_FORMS, *method)} for method in _METHODS]:
+                return False
+            kind = own[f"{i}/best"].dtype
+            for name, t in own.items():
+                given = _FORMS.get(name.removeprefix(f"{i}/"))
+                dtype, shape = given or (None, ("rows", "active")[-t.ndim :])  # of the method
+                forms[name] = dtype or kind, tuple(f"{i}/{letter}" for letter in shape)
+        found = sizes(state, numbers, forms)
+        return found is not None and all(
+            len(state.numbers[f"{i}/reasons"]) == found[f"{i}/columns"]  # type: ignore[arg-type]
+            and found[f"{i}/iterations"] > 0
+            and bool(((t := state.tensors[f"{i}/active"]) >= 0).all() and (t < found[f"{i}/columns"]).all())
+            for i in parts
+        )
+
+
+_FORMS: dict[str, tuple[torch.dtype | None, tuple[str, ...]]] = {
+    "best": (None, ("rows", "columns")),
+    "residual": (None, ("columns",)),
+    "iterations": (torch.int64, ("columns",)),
+    "refuted": (torch.int64, ("columns",)),
+    "active": (torch.int64, ("active",)),
+    "history": (None, ("iterations", "columns")),
+}
+"""What every method marks; None for the dtype of the vectors."""
+_METHODS = CG, MINRES
+"""What each method marks besides."""
+
+
+def _are_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(map(is_count, value)) and len(set(value)) == len(value)
+
+
+def _are_reasons(value: object) -> bool:
+    return isinstance(value, list) and all(reason is None or isinstance(reason, str) for reason in value)
 
 
 class FileTrail(Trail):
@@ -61,13 +112,21 @@ class FileTrail(Trail):
         }
         self._solve = Solve(options)
         self._file: Checkpoint | None = target(op).checkpoint(path)
+        self._held = contextlib.ExitStack()
         self._bar = tqdm(desc=f"solve with {method}", unit="iteration", total=node.maxiter, disable=not progress)
         self._parts: dict[int, Mark] = {}
         self._begin, self._before = time.perf_counter(), 0.0
-        saved = None if self._file is None else self._file.load(self._solve)
+        saved = None
+        if self._file is not None:
+            with contextlib.ExitStack() as held:
+                held.enter_context(self._file.held())
+                saved = self._file.load(self._solve)
+                self._held = held.pop_all()  # until the solve is over
         if saved is not None:
             self._parts, self._before = _unpacked(saved[0]), saved[1]
         super().__init__(self._parts.get(0))
+
+    require_place = staticmethod(require_place)
 
     def mark(self, mark: Mark) -> None:
         self._leave(0, mark)
@@ -91,8 +150,9 @@ class FileTrail(Trail):
     def close(self) -> None:
         """Write the last state."""
         self._bar.close()
-        if self._file is not None and self._parts:
-            self._save(self._file)
+        with self._held:
+            if self._file is not None and self._parts:
+                self._save(self._file)
 
 
 class _Part(Trail):

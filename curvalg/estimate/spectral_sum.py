@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
 from curvalg.estimate.exact import CHEAP
+from curvalg.estimate.place import require_place
 from curvalg.estimate.require import require_count, require_tolerance
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.run import run
@@ -56,6 +57,7 @@ class Effort:
             require_tolerance(self.tol)
         if self.on_fail not in ("raise", "warn"):
             raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
+        require_place(self.checkpoint)
 
     def split(self, size: int) -> tuple[int, int]:
         """(probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""
@@ -123,6 +125,7 @@ def spectral_sum(
         name: for messages and checkpoints.
         begin: when the clock was started.
     """
+    file = given.checkpoint(effort.checkpoint)
     size, (probes, steps) = given.size, effort.split(given.size)
 
     def measured(rule: Rule) -> tuple[float, float]:
@@ -144,7 +147,6 @@ def spectral_sum(
         enough=None if effort.tol is None else enough,
         most=probes * steps * 2**DOUBLINGS,
     )
-    file = given.checkpoint(effort.checkpoint)
     outcome = run(algorithm, checkpoint=file, progress=effort.progress)
     rule = algorithm.result(outcome)
     value, error = measured(rule)

@@ -11,6 +11,7 @@ from curvalg.errors import FactsError
 from curvalg.estimate.probes import SLICE, inner
 from curvalg.estimate.range import Range, left_out
 from curvalg.estimate.sketch import Sketch, Tensors, UnitVectors, standard_error
+from curvalg.estimate.state import Form
 
 
 class HutchinsonDiagonal(Sketch):
@@ -20,10 +21,10 @@ class HutchinsonDiagonal(Sketch):
     distribution: ClassVar[Literal["sphere", "signs"]] = "signs"
     keeps: ClassVar[bool] = False
 
-    def empty(self) -> Tensors:
-        """Sums of nothing."""
-        zeros = torch.zeros(self.target.size, dtype=torch.float64, device=self.target.space.device)
-        return {"mean": zeros, "squares": zeros.clone()}
+    def form(self, columns: int) -> Form:
+        """Sums."""
+        entries = torch.float64, (self.target.size,)
+        return {"mean": entries, "squares": entries}
 
     large: ClassVar[tuple[str, ...]] = ("mean", "squares")
 

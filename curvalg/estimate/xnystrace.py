@@ -11,6 +11,7 @@ from curvalg.errors import FactsError
 from curvalg.estimate.probes import inner
 from curvalg.estimate.range import shared_error
 from curvalg.estimate.sketch import Sketch, Tensors, independent, standard_error
+from curvalg.estimate.state import Form
 from curvalg.solve.orthogonal import grown, small
 
 
@@ -24,9 +25,9 @@ class XNysTrace(Sketch):
     safety: ClassVar[float] = 1.6
     large: ClassVar[tuple[str, ...]] = ("sketch",)
 
-    def empty(self) -> Tensors:
-        """No products."""
-        return {"sketch": self._no_rows()}
+    def form(self, columns: int) -> Form:
+        """The products."""
+        return {"sketch": (self.target.space.dtype, (columns, self.target.size))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """More products."""

@@ -221,6 +221,10 @@ class CurvatureOperator(TorchOperator):
             ConvergenceError: a column did not reach the tolerance (the best iterates are in ``error.result.x``), unless the
                 inverse was made with ``on_fail="warn"``.
         """
+        if checkpoint is not None:
+            from curvalg.estimate.solving import FileTrail  # the layer above; only long solves need it
+
+            FileTrail.require_place(checkpoint)  # before anything is computed
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
@@ -234,7 +238,7 @@ class CurvatureOperator(TorchOperator):
             start = None if start is None else start / scale
             trail = Trail()
             if checkpoint is not None or progress:
-                from curvalg.estimate.solving import FileTrail  # the layer above; only long solves need it
+                from curvalg.estimate.solving import FileTrail
 
                 method = node.solver.name
                 trail = FileTrail(self, node.expr, method, operand.columns, start, checkpoint, progress)

@@ -12,6 +12,9 @@ from curvalg.solve.trail import Trail
 NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
 PRECONDITIONER = "the preconditioner is not positive definite, or not finite"
 
+MARKED = ("x", "r", "p", "rz")
+"""Tensors of a mark, besides those of the book-keeping."""
+
 
 def cg(
     matmul: Matmul,

@@ -70,6 +70,10 @@ class _Recurrence:
         return update
 
 
+MARKED = ("x", "target", *vars(_Recurrence(torch.zeros(0, 0), same)))
+"""Tensors of a mark, besides those of the book-keeping."""
+
+
 def minres(
     matmul: Matmul,
     b: Tensor,

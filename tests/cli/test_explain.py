@@ -7,6 +7,12 @@ import pytest
 from curvalg import parse
 
 
+@pytest.fixture(autouse=True)
+def _free_memory(monkeypatch) -> None:
+    """What is free is told, and would change from one problem to the next."""
+    monkeypatch.setattr("curvalg.problem.problem.free_memory", lambda device: 2**30)
+
+
 def test_tree_and_explanation(run, tiny, tiny_problem) -> None:
     expr = parse("ggn + 1e-3 * identity")
     result = run("explain", "ggn + 1e-3 * identity", "--problem", tiny)

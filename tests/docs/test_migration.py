@@ -303,3 +303,126 @@ def test_nngeometry(model, data):
     same(summed, 9 * dense(problem, "hessian"))
     averaged = Hessian(net, loader, PMatDense, function=f).to_torch()
     same(averaged, sum(dense(Problem(net, LOSS, b), "hessian") for b in problem.data.source))
+
+
+# -- factors between libraries, with C > 1 outputs ------------------------------------------------------------------------
+
+C = 3
+TARGETS = {
+    nn.CrossEntropyLoss: lambda: torch.randint(0, C, (9,)),
+    nn.MSELoss: lambda: torch.randn(9, C).double(),
+    nn.BCEWithLogitsLoss: lambda: torch.randint(0, 2, (9, C)).double(),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", TARGETS)
+def test_curvlinops_factors(loss, reduction, model, data):
+    curvlinops = importlib.import_module("curvlinops")
+    torch.manual_seed(2)
+    f, batch = loss(reduction=reduction), (data[0], TARGETS[loss]())
+    problem = Problem(model, f, batch)
+    given = model, f, list(model.parameters()), [batch]
+    empirical = C if reduction == "mean" and loss is not nn.CrossEntropyLoss else 1
+    ours = {
+        ("HessianLinearOperator", None): (1, dense(problem, "hessian")),
+        ("GGNLinearOperator", None): (1, dense(problem, "ggn")),
+        ("EFLinearOperator", None): (empirical, dense(problem, "covariance")),
+        ("KFACLinearOperator", "FORWARD_ONLY"): (1, dense(problem, "foof")),
+    }
+    for name in ("kfac", "ekfac"):
+        there = f"{name.upper()}LinearOperator"
+        ours[there, "TYPE2"] = 1, dense(problem, name)
+        ours[there, "EMPIRICAL"] = empirical, dense(problem, name, fisher="empirical")
+    for (name, fisher), (factor, matrix) in ours.items():
+        options = {}
+        if fisher is not None:
+            options = {"fisher_type": getattr(curvlinops.FisherType, fisher), "separate_weight_and_bias": False}
+        theirs = getattr(curvlinops, name)(*given, **options) @ torch.eye(problem.size).double()
+        torch.testing.assert_close(theirs, factor * matrix, rtol=1e-8, atol=1e-10)
+
+
+def test_nngeometry_regression(model, data):
+    importlib.import_module("nngeometry")
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatBlockDiag, PMatDense, PMatDiag, PMatKFAC
+
+    torch.manual_seed(2)
+    net, X, y = copy.deepcopy(model).float(), data[0].float(), torch.randn(9, C)
+    loader, problem = DataLoader(TensorDataset(X, y), batch_size=9), Problem(net, nn.MSELoss(), (X, y))
+
+    def fim(representation: type) -> torch.Tensor:
+        return FIM(model=net, loader=loader, representation=representation, variant="regression").to_torch().detach()
+
+    fisher, close = dense(problem, "fisher"), {"rtol": 1e-4, "atol": 1e-5}
+    blocks = block_diagonal(registry.build("fisher"), by="module").lower(problem).to_dense()
+    torch.testing.assert_close(fim(PMatDense), C / 2 * fisher, **close)
+    torch.testing.assert_close(fim(PMatDiag), C / 2 * torch.diag(fisher.diagonal()), **close)
+    torch.testing.assert_close(fim(PMatBlockDiag), C / 2 * blocks, **close)
+    torch.testing.assert_close(fim(PMatKFAC), C / 2 * dense(problem, "kfac"), **close)
+
+
+def extended(net: nn.Module, loss: nn.Module, batch: tuple, *names: str) -> nn.Module:
+    """A copy of a network with what BackPACK's extensions leave at its parameters."""
+    backpack = importlib.import_module("backpack")
+    from backpack import extensions
+
+    net, loss = backpack.extend(copy.deepcopy(net)), backpack.extend(loss)
+    with backpack.backpack(*(getattr(extensions, name)() for name in names)):
+        loss(net(batch[0]), batch[1]).backward()
+    return net
+
+
+def kflr(parameter: torch.Tensor) -> torch.Tensor:
+    factors = [factor.contiguous() for factor in parameter.kflr]
+    return factors[0] if len(factors) == 1 else torch.kron(*factors)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss])
+def test_backpack_factors(loss, model, data):
+    torch.manual_seed(2)
+    batch = data[0], TARGETS[loss]()
+    names = "DiagGGNExact", "DiagHessian", "SumGradSquared", "Variance", "BatchL2Grad", "BatchGrad", "KFLR"
+    net, problem, n = extended(model, loss(), batch, *names), Problem(model, loss(), batch), 9
+
+    def flat(name: str) -> torch.Tensor:
+        return torch.cat([getattr(p, name).reshape(-1) for p in net.parameters()])
+
+    for attribute, name, factor in (
+        ("diag_ggn_exact", "ggn_diagonal", 1),
+        ("diag_h", "hessian", 1),
+        ("sum_grad_squared", "covariance_diagonal", 1 / n),
+        ("variance", "centered_covariance_diagonal", 1 / n**2),
+    ):
+        torch.testing.assert_close(flat(attribute), factor * dense(problem, name).diagonal())
+    squares = sum(p.batch_l2 for p in net.parameters())
+    torch.testing.assert_close(squares.sqrt(), gradient_norms(problem).to(squares.dtype))
+    kfac = dense(problem, "kfac", joint=False)
+    with problem.batches() as batches:
+        gradients = next(iter(batches)).per_sample_gradients()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad_batch, gradients[name])
+        torch.testing.assert_close(kflr(p), kfac[problem.layout.slices[name], problem.layout.slices[name]])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_backpack_kflr_of_a_convolution_is_another_matrix():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(27, C)).double()
+    batch = torch.randn(8, 2, 4, 4).double(), torch.randint(0, C, (8,))
+    theirs = dict(extended(net, LOSS, batch, "KFLR").named_parameters())
+    problem = Problem(net, LOSS, batch)
+    for approximation in ("expand", "reduce"):
+        ours = dense(problem, "kfac", joint=False, approximation=approximation)
+
+        def block(name: str, ours: torch.Tensor = ours) -> torch.Tensor:
+            return ours[problem.layout.slices[name], problem.layout.slices[name]]
+
+        there, here = kflr(theirs["0.weight"]), block("0.weight")
+        best = (there * here).sum() / here.square().sum()
+        assert (there - best * here).norm() > 0.3 * there.norm()
+        torch.testing.assert_close(kflr(theirs["3.weight"]), block("3.weight"))
+        torch.testing.assert_close(kflr(theirs["3.bias"]), block("3.bias"))
+        if approximation == "reduce":
+            torch.testing.assert_close(kflr(theirs["0.bias"]), block("0.bias"))

@@ -93,7 +93,10 @@ def elementwise(r: random.Random, s: Shape) -> Made:
             ("max", lambda x: torch.maximum(x, x.flip(-1))),
             ("atan2", lambda x: torch.atan2(x, 1 + x.square())),
             ("index", lambda x: x[..., [0] * x.shape[-1]] + x),
-            ("scatter product", lambda x: torch.ones_like(x).scatter_reduce(-1, torch.zeros_like(x).long(), x.sigmoid(), "prod")),
+            (
+                "scatter product",
+                lambda x: torch.ones_like(x).scatter_reduce(-1, torch.zeros_like(x).long(), x.sigmoid(), "prod"),
+            ),
             ("func", lambda x: torch.func.vmap(torch.func.grad(lambda t: t.square().sum().sin()))(x)),
         ]
     )
@@ -314,17 +317,41 @@ def _loss(r: random.Random, n: int, outputs: int) -> tuple[Any, Tensor, Tensor, 
             if (y == -100).all():
                 y[0] = 0
         if kind == "function":
-            return functools.partial(F.cross_entropy, weight=weight, label_smoothing=smoothing, reduction=reduction), y, y != -100, reduction, {}
-        return nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing, reduction=reduction), y, y != -100, reduction, {}
+            return (
+                functools.partial(F.cross_entropy, weight=weight, label_smoothing=smoothing, reduction=reduction),
+                y,
+                y != -100,
+                reduction,
+                {},
+            )
+        return (
+            nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing, reduction=reduction),
+            y,
+            y != -100,
+            reduction,
+            {},
+        )
     if kind == "soft" and outputs > 1:
-        return nn.CrossEntropyLoss(reduction=reduction), torch.rand(n, outputs).softmax(1).double(), every, reduction, {}
+        return (
+            nn.CrossEntropyLoss(reduction=reduction),
+            torch.rand(n, outputs).softmax(1).double(),
+            every,
+            reduction,
+            {},
+        )
     if kind == "huber":
         return nn.HuberLoss(delta=0.7, reduction=reduction), torch.randn(n, outputs).double(), every, reduction, {}
     if kind == "smooth":
         return nn.SmoothL1Loss(beta=0.6, reduction=reduction), torch.randn(n, outputs).double(), every, reduction, {}
     if kind == "bce":
         weight = 0.5 + torch.rand(outputs).double() if r.random() < 0.5 else None
-        return nn.BCEWithLogitsLoss(pos_weight=weight, reduction=reduction), torch.rand(n, outputs).double(), every, reduction, {}
+        return (
+            nn.BCEWithLogitsLoss(pos_weight=weight, reduction=reduction),
+            torch.rand(n, outputs).double(),
+            every,
+            reduction,
+            {},
+        )
     if kind == "poisson":
         return nn.PoissonNLLLoss(reduction=reduction), torch.randint(0, 4, (n, outputs)).double(), every, reduction, {}
     if kind == "callable":

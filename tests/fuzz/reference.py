@@ -23,10 +23,14 @@ class Reference:
         self.z = drawn.model(self.x)
 
     def _flat(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(gradients, self.params)])
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(gradients, self.params)]
+        )
 
     def _gradient(self, value: Tensor, *, graph: bool = False) -> Tensor:
-        return self._flat(torch.autograd.grad(value, self.params, create_graph=graph, retain_graph=True, allow_unused=True))
+        return self._flat(
+            torch.autograd.grad(value, self.params, create_graph=graph, retain_graph=True, allow_unused=True)
+        )
 
     @cached_property
     def total(self) -> Tensor:
@@ -66,7 +70,9 @@ class Reference:
             for sign in (1, -1):
                 self._set(flat, i, sign * h)
                 z = self.drawn.model(self.x)
-                sides.append(self._flat(torch.autograd.grad(self.drawn.loss(z, self.y), self.params, allow_unused=True)))
+                sides.append(
+                    self._flat(torch.autograd.grad(self.drawn.loss(z, self.y), self.params, allow_unused=True))
+                )
             columns.append((sides[0] - sides[1]) / (2 * h))
         self._set(flat, 0, 0.0)
         return torch.stack(columns, 1)

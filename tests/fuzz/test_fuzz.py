@@ -50,7 +50,9 @@ CURVED = {"hessian", "residual", "sum"}
 
 def compare(got, expected, scale, what):
     error = float((got - expected).norm())
-    assert error <= 1e-7 * (float(expected.norm()) + scale), f"{what}: error {error:.2g} beside {float(expected.norm()):.2g}"
+    assert error <= 1e-7 * (float(expected.norm()) + scale), (
+        f"{what}: error {error:.2g} beside {float(expected.norm()):.2g}"
+    )
 
 
 def trusted(reference):
@@ -81,7 +83,11 @@ def test_a_drawn_problem(seed):
             try:
                 op = expr.lower(problem)
                 V = torch.randn(op.shape[1], 3, generator=torch.Generator().manual_seed(seed)).double()
-                products = [(op @ V[:, 0], expected @ V[:, 0]), (op @ V, expected @ V), (op @ V[:, 0], expected @ V[:, 0])]
+                products = [
+                    (op @ V[:, 0], expected @ V[:, 0]),
+                    (op @ V, expected @ V),
+                    (op @ V[:, 0], expected @ V[:, 0]),
+                ]
             except CurvalgError as error:
                 # Only a second derivative that is wrong, or not there, may be refused.
                 assert name in CURVED, f"{name} of seed {seed} on {route}: {error}"

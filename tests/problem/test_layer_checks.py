@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from curvalg import Problem, ProblemError
-from curvalg.problem.layers.uses import DenseUse
 from curvalg.problem.layers import record_layers
 from curvalg.problem.layers import verify as verify_
+from curvalg.problem.layers.uses import DenseUse
 
 D = torch.float64
 
@@ -39,7 +39,9 @@ def test_rows_that_a_linear_layer_sees_elsewhere_are_found():
     for problem in (
         make(TimeFirst(), (4, 4, 3), (2, 4, 3)),
         make(Counted(layer=Swapped()), (40, 40, 3)),
-        Problem(Sorted().double(), nn.MSELoss(), [(x, torch.zeros(len(x), 2).double()) for x in sorted_batches(4, 6, 40)]),
+        Problem(
+            Sorted().double(), nn.MSELoss(), [(x, torch.zeros(len(x), 2).double()) for x in sorted_batches(4, 6, 40)]
+        ),
     ):
         check(problem)
         assert problem.layer_notes == {}
