@@ -41,8 +41,8 @@ class CurvatureOperator(TorchOperator):
     of tensors in parameter layout, each with or without a trailing column axis, and returns the same kind, detached.
     Operators of one problem add, scale and multiply as expressions, so that sums stay fused; with other
     ``LinearOperator`` objects SciPy's own lazy arithmetic applies. Products are those of the model as it was when
-    lowered; if a parameter, buffer, training flag or submodule (or a tensor of the loss) changed since, they raise
-    :class:`~curvalg.StaleError`. Other attributes that a forward reads are not watched.
+    lowered; if anything that :class:`~curvalg.Problem` watches changed since (parameters, buffers, attributes, hooks, the loss,
+    data in memory), they raise :class:`~curvalg.StaleError`, and :meth:`refresh` takes it anew.
 
     Attributes:
         expr: the expression as written.
