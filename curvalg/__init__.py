@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from curvalg.errors import ExpressionError as ExpressionError
     from curvalg.errors import FactsError as FactsError
     from curvalg.errors import LossError as LossError
+    from curvalg.errors import LossTypeError as LossTypeError
     from curvalg.errors import OptionError as OptionError
     from curvalg.errors import ProblemError as ProblemError
+    from curvalg.errors import ProblemTypeError as ProblemTypeError
     from curvalg.errors import RegistryError as RegistryError
     from curvalg.errors import StaleError as StaleError
     from curvalg.errors import TermOptionError as TermOptionError
@@ -72,6 +74,8 @@ _ERRORS = (
     "LossError",
     "FactsError",
     "VectorError",
+    "LossTypeError",
+    "ProblemTypeError",
     "VectorTypeError",
     "ConvergenceError",
     "StaleError",

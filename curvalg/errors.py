@@ -33,8 +33,16 @@ class ProblemError(CurvalgError, ValueError):
     """A model, parameter selection or data set that curvature cannot be computed for."""
 
 
+class ProblemTypeError(ProblemError, TypeError):
+    """A model, data set or selection of a kind that none can be made of."""
+
+
 class LossError(CurvalgError, ValueError):
     """A loss, an option of it, or a target that is not supported or does not fit the output."""
+
+
+class LossTypeError(LossError, TypeError):
+    """Something that is no loss."""
 
 
 class FactsError(CurvalgError, ValueError):
@@ -62,7 +70,7 @@ class ConvergenceError(CurvalgError, RuntimeError):
 
 
 class StaleError(CurvalgError, RuntimeError):
-    """The model changed after the operator was lowered; ``operator.refresh()`` recomputes."""
+    """Model, loss or data changed after the operator was lowered; ``operator.refresh()`` takes them as they are now."""
 
 
 class CheckpointError(CurvalgError, ValueError):

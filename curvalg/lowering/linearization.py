@@ -71,6 +71,7 @@ class Linearization:
         self._sharing: WeakSet[Linearization] = WeakSet()
         """Linearisations over some of the parameters, which share these recordings."""
         self._shared = False
+        self._ordered = problem.data.ordered
         self.races = True
         """Whether routes may be timed."""
         self._single_pass = sweep.curved and not sweep.dataset_terms
@@ -105,11 +106,11 @@ class Linearization:
         try:
             return self._product(problem, snapshot, rows)
         except OrderError:
-            if not self.batches or self.complete:
+            if not self._ordered or self.complete:
                 raise
-            # What is kept of some batches is of no use where the next pass gives others.
+            # A sum over samples needs no order; but what is kept of some batches is of no use where the next pass gives others.
             self.drop()
-            self.keeping = False
+            self._ordered = self.keeping = False
             self.notes["budget"] = "no batch kept: the loader gives the samples in another order each time"
             return self._product(problem, snapshot, rows)
         except CurvalgError:
@@ -150,13 +151,15 @@ class Linearization:
             totals[term] = self._project(term, rows, prepared)
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
-            for recorded in self._staged(problem, snapshot, rows.shape[0], again=True):
+            for recorded in self._staged(problem, snapshot, rows.shape[0], again=self._ordered):
                 assert isinstance(recorded, Staged)
                 tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(problem, recorded, rows))
                 for term in sweep.reduces:
                     reduced[term].add(self._reduce(term, recorded, tangent, prepared))
                 del recorded
             totals |= {term: stats.value for term, stats in reduced.items()}
+            if not (self._ordered or self.complete):  # the next pass gives other batches
+                tangents.clear()
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(problem, recorded, rows)
             if isinstance(recorded, Headed):
@@ -324,7 +327,7 @@ class Linearization:
             self.batches[recorded.index] = recorded
             return
         self.keeping = recorded.keep = False
-        if not problem.data.ordered:  # which batch is which could not be told in the next pass
+        if not self._ordered:  # which batch is which could not be told in the next pass
             self.drop()
         kept = f"{len(self.batches)} batches kept" if self.batches else "no batch kept"
         needed, limit = nbytes / 2**20, problem.budget.limit / 2**20

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvalg.errors import ProblemError
+from curvalg.errors import ProblemError, ProblemTypeError
 from curvalg.problem import trees
 from curvalg.problem.fingerprint import Fingerprint, fingerprint, same_order, same_rows, total
 from curvalg.problem.randomness import LoaderStream, own_generators
@@ -70,7 +70,7 @@ class Data:
             )
         one_batch = isinstance(data, (tuple, Mapping, Tensor))
         if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
-            raise ProblemError(
+            raise ProblemTypeError(
                 f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}"
             )
         self.single = one_batch

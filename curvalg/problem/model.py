@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from curvalg.errors import ProblemError
+from curvalg.errors import ProblemError, ProblemTypeError
 from curvalg.problem import parameters as params_
 from curvalg.problem.corrections import Corrected
 from curvalg.problem.data import call_model
@@ -253,7 +253,7 @@ def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> M
         return ModuleModel(unwrap(model), params, forward)
     if callable(model):
         return CallableModel(model, params, forward)
-    raise ProblemError(
+    raise ProblemTypeError(
         f"model must be an nn.Module or a function (params, inputs) -> output, got {type(model).__name__}"
     )
 

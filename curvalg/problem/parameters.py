@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from curvalg.errors import ProblemError, VectorError
+from curvalg.errors import ProblemError, ProblemTypeError, VectorError
 from curvalg.problem.snapshot import Slot
 
 
@@ -173,7 +173,7 @@ def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
         chosen = {id(p) for p in params.values()}
     else:
         if not isinstance(params, Iterable):
-            raise ProblemError(f"params is None, names or glob patterns, or a dict, got {type(params).__name__}")
+            raise ProblemTypeError(f"params is None, names or glob patterns, or a dict, got {type(params).__name__}")
         chosen = {id(every[name]) for name in match([params] if isinstance(params, str) else params, list(every))}
     return check({name: p for name, p in module.named_parameters() if id(p) in chosen})
 
@@ -188,7 +188,7 @@ def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     patterns = list(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ProblemError(f"parameters are chosen by name or glob pattern, got {pattern!r}")
+            raise ProblemTypeError(f"parameters are chosen by name or glob pattern, got {pattern!r}")
         hits = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
@@ -212,6 +212,11 @@ def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ProblemError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
         if not isinstance(p, Tensor):
             raise ProblemError(f"expected a tensor for parameter {name!r}, got {type(p).__name__}")
+        if p.is_meta:
+            raise ProblemError(
+                f"parameter {name!r} is on the meta device, where there are no numbers; load the model first (to_empty and "
+                "load_state_dict)"
+            )
         if p.is_complex():
             raise ProblemError(
                 f"parameter {name!r} is complex ({p.dtype}); curvature is defined for real parameters here. Parametrise "

@@ -24,7 +24,7 @@ from curvalg.problem import parameters as params_
 from curvalg.problem import trees
 from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.budget import FRACTION, Budget
-from curvalg.problem.data import Data, Sample
+from curvalg.problem.data import Data, OrderError, Sample
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.find_head import is_made_in_chunks
 from curvalg.problem.losses import CallableLoss, Loss, LossPoint, resolve_loss
@@ -388,8 +388,17 @@ class Problem:
         order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
         # Which samples share a batch decides the matrix while they influence each other.
         order_matters = order_matters or bool(self.model.batch_statistics)
-        for sample in tqdm(self.read(order_matters), "batches", leave=False, disable=not self.progress):
-            yield Evaluation(self, snapshot, sample)
+        samples = tqdm(self.read(order_matters), "batches", leave=False, disable=not self.progress)
+        try:
+            for sample in samples:
+                yield Evaluation(self, snapshot, sample)
+        except OrderError as error:
+            for name in self.model.batch_statistics:
+                raise OrderError(
+                    f"the BatchNorm layer {name!r} takes the statistics of each batch, and the loader gives other batches in "
+                    "every pass, so that every product would be of another matrix. Call model.eval(), or pass shuffle=False"
+                ) from error
+            raise
 
     def read(self, order_matters: bool = False) -> Iterator[Sample]:
         """One pass over the data, batch by batch on the problem's device."""

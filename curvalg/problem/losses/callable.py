@@ -175,16 +175,24 @@ class CallablePoint(LossPoint[Structure]):
         live = [(g, t) for g, t in zip(self.gradients, tangents, strict=True) if g.requires_grad]
         if not live:
             return [torch.zeros_like(tangent) for tangent in tangents]
-        return list(
-            torch.autograd.grad(
-                [gradient for gradient, _ in live],
-                self.leaves,
-                grad_outputs=[tangent for _, tangent in live],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
+        try:
+            return list(
+                torch.autograd.grad(
+                    [gradient for gradient, _ in live],
+                    self.leaves,
+                    grad_outputs=[tangent for _, tangent in live],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             )
-        )
+        except (RuntimeError, NotImplementedError) as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise LossError(
+                f"{self.facts.name}: the loss has no second derivative in torch ({str(error).strip().splitlines()[0]}), which "
+                "Hessian and Gauss-Newton matrices need; write it in elementary operations. Gradient covariances need none."
+            ) from error
 
     def _blocks(self) -> Tensor:
         """The Hessian's block of every sample, of shape (n, d, d): column j of all samples in one product."""

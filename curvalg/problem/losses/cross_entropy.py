@@ -82,6 +82,11 @@ class CrossEntropy(SoftmaxLoss):
         """m of each position."""
         target = real_target("CrossEntropy", target)
         if target.is_floating_point():
+            if target.ndim == 1:
+                raise LossError(
+                    f"CrossEntropy: expected labels as integers, or probabilities (N, C), got {target.dtype} of shape "
+                    f"{tuple(target.shape)}; for class labels pass target.long()."
+                )
             self._check_soft(target)
             return self._soft_mass(target)
         keep, labels = self._labels(target, None if self.weight is None else len(self.weight))

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from curvalg.errors import LossError
+from curvalg.errors import LossError, LossTypeError
 from curvalg.problem.losses.base import Loss
 from curvalg.problem.losses.binary import BCEWithLogits
 from curvalg.problem.losses.callable import NLL, CallableLoss
@@ -99,7 +99,7 @@ def resolve_loss(loss: object, reduction: str | None = None) -> Loss:
         return _agreed(_from_module(loss, reduction), reduction, loss)
     if callable(loss):
         return _agreed(_from_function(loss, reduction), reduction, loss)
-    raise LossError(
+    raise LossTypeError(
         "Expected a loss module of torch.nn, a function of torch.nn.functional, a curvalg Loss or a callable "
         f"(output, target) -> scalar, got {type(loss).__name__}."
     )
