@@ -98,7 +98,7 @@ def matrix_function(
     begin, given, f = time.perf_counter(), target(op), scalar(function)
     steps = steps if steps == "auto" else require_count(steps, "steps")
     default = 1e-5 if given.space.dtype == torch.float32 else 1e-10
-    tol = default if tol is None else require_tolerance(tol)
+    tol = max(default, given.half) if tol is None else require_tolerance(tol)
     if on_fail not in ("raise", "warn"):
         raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
     file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed

@@ -51,7 +51,7 @@ def norm(
         op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator`` or a matrix, (m, n).
         ord: as above.
         products: the most products, by default 60; of the spectral norm, the same as ``maxiter``.
-        tol: relative to the value; of the spectral norm, of eigenvalues of A or AᵀA, by default 1e-4.
+        tol: relative to the value; of the spectral norm, of eigenvalues of A or AᵀA, by default as of :func:`eigsh`.
         method: for "fro" as above; for "nuclear" as of :func:`~curvalg.estimate.trace`; for "spectral" "auto" only.
         seed, maxiter, on_fail, checkpoint, progress: as of :func:`~curvalg.estimate.trace`.
 
@@ -145,7 +145,7 @@ def _spectral(given: Target, request: Request, most: int | None) -> Estimate:
     if request.method != "auto":
         raise OptionError(f"expected method='auto' for the spectral norm, got {request.method!r}; leave it out")
     options: dict[str, Any] = {
-        "tol": 1e-4 if request.tol is None else request.tol,
+        "tol": request.tol,
         "seed": request.seed,
         "maxiter": most,
         "on_fail": request.on_fail,

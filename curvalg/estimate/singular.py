@@ -53,7 +53,7 @@ def svds(
     op: Any,
     k: int = 6,
     *,
-    tol: float = 1e-4,
+    tol: float | None = None,
     block: Block = "auto",
     v0: Vector | None = None,
     seed: int = 0,

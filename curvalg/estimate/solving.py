@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from curvalg.expr import Inverse
 from curvalg.lowering import CurvatureOperator
 from curvalg.solve.cg import MARKED as CG
 from curvalg.solve.minres import MARKED as MINRES
+from curvalg.solve.powers import scaled
 from curvalg.solve.trail import Mark, Trail
 
 
@@ -38,7 +40,8 @@ class Solve:
             return False
         forms: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
         for i in parts:
-            numbers |= {f"{i}/step": is_count, f"{i}/reasons": _are_reasons}
+            numbers |= {f"{i}/step": is_count, f"{i}/reasons": _are_reasons, f"{i}/size": _is_size}
+            numbers |= {f"{i}/unit": _is_exponent, f"{i}/unit of the preconditioner": _is_exponent}
             own = {name: t for name, t in state.tensors.items() if name.startswith(f"{i}/")}
             if own.keys() not in [{f"{i}/{name}" for name in (*_FORMS, *method)} for method in _METHODS]:
                 return False
@@ -62,6 +65,7 @@ _FORMS: dict[str, tuple[torch.dtype | None, tuple[str, ...]]] = {
     "iterations": (torch.int64, ("columns",)),
     "refuted": (torch.int64, ("columns",)),
     "active": (torch.int64, ("active",)),
+    "units": (torch.int32, ("columns",)),
     "history": (None, ("iterations", "columns")),
 }
 """What every method marks; None for the dtype of the vectors."""
@@ -71,6 +75,14 @@ _METHODS = CG, MINRES
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(map(is_count, value)) and len(set(value)) == len(value)
+
+
+def _is_exponent(value: object) -> bool:
+    return value is None or (type(value) is int and abs(value) < 2**12)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is float and 0 <= value < math.inf
 
 
 def _are_reasons(value: object) -> bool:
@@ -137,7 +149,8 @@ class FileTrail(Trail):
     def _leave(self, number: int, mark: Mark) -> None:
         self.last = self._parts[number] = mark
         self._bar.n = sum(int(m.numbers["step"]) for m in self._parts.values())
-        self._bar.set_postfix_str(f"residual {float(mark.tensors['residual'].max()):.1e}", refresh=False)
+        residual = scaled(mark.tensors["residual"], mark.tensors["units"]).max()
+        self._bar.set_postfix_str(f"residual {float(residual):.1e}", refresh=False)
         self._bar.update(0)
         if self._file is not None:
             self._file.mark()

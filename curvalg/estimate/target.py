@@ -18,6 +18,7 @@ from curvalg.estimate.checkpoint import Checkpoint, Choices, digest
 from curvalg.estimate.state import Options
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
+from curvalg.lowering.rounding import noise
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem
 
@@ -52,6 +53,14 @@ class Target:
     operator: CurvatureOperator | None = None
     choices: Choices | None = None
     psd: bool | None = None
+    half: float = 0.0
+    """Relative error of products of models in half precision; 0 for others."""
+
+    def eigenvalue_tolerance(self, tol: float | None) -> float:
+        """Of residuals relative to |λ|max: as asked for, by default 1e-4 or what half precision allows; 0 is rounding."""
+        if tol is None:
+            return max(1e-4, self.half)
+        return float(tol) or max(100 * torch.finfo(self.space.dtype).eps, self.half)
 
     def checkpoint(self, path: Path | None, **more: str) -> Checkpoint | None:
         """The file of a run with this operator, and what else the run is about; None for no path."""
@@ -107,6 +116,7 @@ def target(op: Any) -> Target:
             psd=op.facts.psd or False,
             operator=op,
             choices=choices_of(op.problem),
+            half=noise(op.problem),
             subject=lambda: fingerprint.of_operator(op),
         )
     if isinstance(op, TorchOperator):

@@ -22,7 +22,7 @@ from curvalg.expr.term import Term
 from curvalg.expr.terms import Covariance, Hessian
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.dual import Columns
-from curvalg.lowering.strategies import default_rtol
+from curvalg.lowering.rounding import default_rtol, epsilon
 from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
 
@@ -102,7 +102,7 @@ def tic(
         A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()
         sizes = torch.linalg.svdvals(A)
         # Below this the smallest are rounding errors of the products, whose inverse means nothing.
-        if not bool(sizes[-1] > len(A) * torch.finfo(problem.dtype).eps * sizes[0]):
+        if not bool(sizes[-1] > len(A) * epsilon(problem) * sizes[0]):
             raise FactsError(
                 f"tic: {damped} is singular up to rounding (singular values from {float(sizes[-1]):.1e} to "
                 f"{float(sizes[0]):.1e}); pass damping= (λ > 0)"
@@ -124,7 +124,7 @@ def tic(
         progress=progress,
     )
     # Solves end at this relative residual, which no leave-one-out estimate sees.
-    inexact = abs(float(estimate.value)) * default_rtol(problem.dtype)
+    inexact = abs(float(estimate.value)) * default_rtol(problem)
     return replace(estimate, error=math.hypot(float(estimate.error), inexact))
 
 

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ from curvalg.problem import Evaluation, Layout, Problem, Snapshot
 from curvalg.problem.evaluation import backward_columns
 from curvalg.problem.reverse import Rows, TwiceBackward, reverse_tangents
 from curvalg.solve import SolveResult
+from curvalg.solve.powers import norms
 from curvalg.solve.trail import Trail
 
 Shape = tuple[int, int]
@@ -353,7 +354,18 @@ class InversePlan(Plan):
         self.expr, self.solver, self.chain, self.matrix = expr, solver, chain, matrix
         self.checked = True
         """Whether a product is checked against its residual; a preconditioner's is not."""
-        self.last: SolveResult | None = None
+        self._last: tuple[Snapshot, Tensor, SolveResult] | None = None
+
+    @property
+    def last(self) -> SolveResult | None:
+        """The report of the last solve; residuals that a product had no need of are computed when asked for."""
+        if self._last is None:
+            return None
+        snapshot, b, result = self._last
+        if bool(result.residual.isnan().any()):
+            result = replace(result, residual=norms(b - self.matrix.apply(snapshot, result.x)))
+            self._last = snapshot, b, result
+        return result
 
     @property
     def inner(self) -> tuple[Plan, ...]:
@@ -361,19 +373,21 @@ class InversePlan(Plan):
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         if self.checked:
-            return self.solve(snapshot, x, None).x
+            return self.solve(snapshot, x, None, report=False).x
         with snapshot.lock:
             return self.solver.approximate(snapshot, x)
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
+    def solve(
+        self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
         """A⁻¹ B (n, K) with a report per column; with a trail, an interrupted solve returns what it has.
 
         Raises:
             ConvergenceError: a column did not reach the tolerance; carries the result with the best iterates.
         """
         with nullcontext() if self.solver.iterative else snapshot.lock:
-            result = self.solver.solve(snapshot, b, x0, trail)
-        self.last = result
+            result = self.solver.solve(snapshot, b, x0, trail, report)
+        self._last = snapshot, b, result
         if not result.ok and not result.partial:
             message = (
                 f"{self.solver.name} did not solve {self.expr.expr}: {result.summary()}. Raise maxiter= or rtol=, add damping "

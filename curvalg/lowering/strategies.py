@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ from curvalg.lowering.form import Form, Matrix
 from curvalg.lowering.forms import FORMS, matrix_blocks
 from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.places import Places
+from curvalg.lowering.rounding import default_rtol, epsilon, noise
+from curvalg.lowering.sworn import Oath, swear
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import SolveResult, cg, minres
+from curvalg.solve.columns import OVERFLOW
+from curvalg.solve.powers import exponents, scaled
+from curvalg.solve.result import CONVERGED
 from curvalg.solve.trail import INTERRUPTED, Trail
 
 Preconditioning = Callable[[Snapshot, Tensor], Tensor]
@@ -53,20 +59,23 @@ class Request:
 
     @property
     def rtol(self) -> float:
-        """Relative tolerance; by default 1e-5 in float32 and 1e-8 in float64."""
-        if self.node.rtol is not None:
-            return float(self.node.rtol)
-        return default_rtol(self.problem.dtype)
+        """Relative tolerance; by default what fits the dtypes of the problem."""
+        return default_rtol(self.problem) if self.node.rtol is None else float(self.node.rtol)
+
+    @property
+    def noise(self) -> float:
+        """ε of the residuals ε ‖A‖ ‖x‖ that count as rounding of the products; 0 where a tolerance was asked for by name."""
+        return 0.0 if self.demanding else noise(self.problem)
+
+    @property
+    def demanding(self) -> bool:
+        """Whether a tolerance was asked for by name."""
+        return self.node.rtol is not None or self.node.atol > 0
 
     @property
     def maxiter(self) -> int:
         """The most iterations."""
         return self.node.maxiter or min(10 * self.matrix.size, 10_000)
-
-
-def default_rtol(dtype: torch.dtype) -> float:
-    """Of inverses that name none."""
-    return 1e-8 if dtype == torch.float64 else 1e-5
 
 
 class Solver(ABC):
@@ -85,16 +94,22 @@ class Solver(ABC):
     lines: Sequence[str] = ()
 
     @abstractmethod
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
-        """A⁻¹ B for right-hand sides (n, K)."""
+    def solve(
+        self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
+        """A⁻¹ B for right-hand sides (n, K); without a report, residuals that took a product of their own are NaN."""
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B as a preconditioner takes it: one fixed linear map, not checked."""
-        return self.solve(snapshot, b, None).x
+        return self.solve(snapshot, b, None, report=False).x
 
 
 class Direct(Solver):
-    """A structured form, made at the first solve and kept, with iterative refinement against the true residual.
+    """A structured form, made at the first solve and kept.
+
+    At each snapshot it proves itself once, on random vectors (:mod:`curvalg.lowering.sworn`), and is believed then: products
+    cost no look at residuals, unless a tolerance was asked for by name. Solves that report refine x against the true residual
+    and are right where that meets the tolerance, or is rounding alone. A form that fails has to meet the tolerance each time.
 
     Args:
         request: the inverse.
@@ -107,26 +122,57 @@ class Direct(Solver):
         self.request, self.form, self.name, self.cost = request, form, form.name, form.cost
         if request.preconditioner is not None:
             self.cost += "; the preconditioner is not needed"
+        self._oaths: WeakKeyDictionary[Snapshot, Oath] = WeakKeyDictionary()
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
+    def solve(
+        self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
         """A⁻¹ B; a starting point changes nothing."""
+        structure, oath, unit = self.form.at(snapshot), self._sworn(snapshot, b), exponents(b)
+        b = scaled(b, -unit)
+        x, iterations = structure.solve(b), torch.zeros_like(unit, dtype=torch.int64)
+        if oath.solves and not report and not self.request.demanding:
+            converged = torch.isfinite(x).all(0)
+            residual, reason = torch.full_like(b[0], torch.nan), OVERFLOW
+        else:
+            x, residual, converged = self._refined(snapshot, b, x, oath, unit)
+            reason = f"refinement stalled in {b.dtype}"
+        x = scaled(x, unit)
+        converged &= torch.isfinite(x).all(0)
+        reasons = tuple(CONVERGED if ok else reason for ok in converged.tolist())
+        return SolveResult(x, converged, iterations, scaled(residual, unit), reasons)
+
+    def _refined(
+        self, snapshot: Snapshot, b: Tensor, x: Tensor, oath: Oath, unit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x with the smallest residual that refinement reaches; the norms; which of them will do."""
         request, structure = self.request, self.form.at(snapshot)
-        tolerance = request.node.atol + request.rtol * b.norm(dim=0)
-        x, r = torch.zeros_like(b), b
-        best = torch.full_like(tolerance, torch.inf)
-        for _ in range(1 + self.REFINEMENTS):
+        atol = scaled(torch.full_like(b[:1], float(request.node.atol)), -unit)[0]
+        tolerance = atol + request.rtol * b.norm(dim=0)
+        r = b - request.matrix.plan.apply(snapshot, x)
+        best = r.norm(dim=0)
+        for _ in range(self.REFINEMENTS):
+            if bool((best <= tolerance).all()):
+                break
             new = x + structure.solve(r)
             residual = b - request.matrix.plan.apply(snapshot, new)
             norms = residual.norm(dim=0)
-            better = norms < best
-            x, r = torch.where(better, new, x), torch.where(better, residual, r)
-            stalled = not bool(better.any())
-            best = torch.minimum(norms, best)
-            if stalled or bool((best <= tolerance).all()):
+            better = (norms < best) | ~torch.isfinite(best)
+            x, r, best = torch.where(better, new, x), torch.where(better, residual, r), torch.where(better, norms, best)
+            if not bool(better.any()):
                 break
-        converged = best <= tolerance
-        reasons = tuple("converged" if ok else f"refinement stalled in {b.dtype}" for ok in converged.tolist())
-        return SolveResult(x, converged, torch.zeros_like(converged, dtype=torch.int64), best, reasons)
+        return x, best, torch.isfinite(best) & ((best <= tolerance) | oath.accepts(x, b, r))
+
+    def _sworn(self, snapshot: Snapshot, like: Tensor) -> Oath:
+        if snapshot not in self._oaths:
+            self._oaths[snapshot] = swear(
+                self.form.at(snapshot),
+                lambda x: self.request.matrix.plan.apply(snapshot, x),
+                like,
+                epsilon(self.request.problem),
+                self.REFINEMENTS,
+            )
+        return self._oaths[snapshot]
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B without refinement."""
@@ -148,7 +194,9 @@ class Iterative(Solver):
         helped = " preconditioned" if request.preconditioner else ""
         self.cost = f"at most {request.maxiter}{helped} products to a relative residual of {request.rtol:g}"
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
+    def solve(
+        self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
         """A⁻¹ B from a starting point."""
         request = self.request
         preconditioner = request.preconditioner
@@ -161,6 +209,7 @@ class Iterative(Solver):
             atol=float(request.node.atol),
             maxiter=request.maxiter,
             trail=trail,
+            noise=request.noise,
         )
 
 
@@ -198,11 +247,13 @@ class ByBlocks(Solver):
         self.cost = f"{len(parts)} blocks, {', '.join(f'{n} by {name}' for name, n in counts.items())}"
         self.lines = alike([(label, chain) for _, label, _, chain in parts])
 
-    def solve(self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None) -> SolveResult:
+    def solve(
+        self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
         """A⁻¹ B, block by block."""
         x = torch.zeros_like(b)
-        squares = b.new_zeros(b.shape[1])
-        converged = torch.ones_like(squares, dtype=torch.bool)
+        residual = b.new_zeros(b.shape[1])
+        converged = torch.ones_like(residual, dtype=torch.bool)
         iterations = torch.zeros_like(converged, dtype=torch.int64)
         reasons = ["converged"] * b.shape[1]
         partial = False
@@ -213,16 +264,16 @@ class ByBlocks(Solver):
                 break
             start = None if x0 is None else places.take(x0)
             own = None if trail is None else trail.part(number)
-            part = solver.solve(snapshot, places.take(b), start, own)
+            part = solver.solve(snapshot, places.take(b), start, own, report)
             partial = part.partial
             places.put(x, part.x)
-            squares += part.residual.square()
+            residual = torch.hypot(residual, part.residual)  # which squares nothing that could overflow
             converged &= part.converged
             iterations = torch.maximum(iterations, part.iterations)
             for column, ok in enumerate(part.converged.tolist()):
                 if not ok:
                     reasons[column] = f"the block over {label}: {part.reason[column]}"
-        return SolveResult(x, converged, iterations, squares.sqrt(), tuple(reasons), partial=partial)
+        return SolveResult(x, converged, iterations, residual, tuple(reasons), partial=partial)
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B, block by block."""

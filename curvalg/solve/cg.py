@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import Columns, ended, same
+from curvalg.solve.columns import Columns, ended
 from curvalg.solve.result import Matmul, SolveResult
 from curvalg.solve.trail import Trail
 
@@ -26,6 +26,7 @@ def cg(
     atol: float = 0.0,
     maxiter: int,
     trail: Trail | None = None,
+    noise: float = 0.0,
 ) -> SolveResult:
     """Solve A X = B for symmetric positive definite A (Hestenes and Stiefel, 1952).
 
@@ -41,22 +42,23 @@ def cg(
         atol: absolute tolerance.
         maxiter: the most iterations.
         trail: where to start from, and where to leave marks; with one, an interruption ends the solve at the last of them.
+        noise: relative error of products; what it leaves, ‖b − A x‖ ≤ noise ‖A‖ ‖x‖, counts as converged, too.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([1.0000, 0.5000, 0.2500])
     """
-    columns = Columns(matmul, b, x0, rtol, atol)
-    return ended(columns, trail, lambda: _iterate(columns, preconditioner or same, maxiter, trail), maxiter)
+    columns = Columns(matmul, b, x0, rtol, atol, preconditioner, noise)
+    return ended(columns, trail, lambda: _iterate(columns, maxiter, trail), maxiter)
 
 
-def _iterate(columns: Columns, apply: Matmul, maxiter: int, trail: Trail | None) -> None:
+def _iterate(columns: Columns, maxiter: int, trail: Trail | None) -> None:
     if trail is not None and trail.start is not None:
         first, (x, r, p, rz) = columns.resume(trail.start), columns.own(trail.start, "x", "r", "p", "rz")
     else:
         first, (_, x, r) = 0, columns.start()
-        z = apply(r)
+        z = columns.apply(r)
         p, rz = z.clone(), (r * z).sum(0)
     for iteration in range(first, maxiter + 1):
         if trail is not None:
@@ -92,7 +94,7 @@ def _iterate(columns: Columns, apply: Matmul, maxiter: int, trail: Trail | None)
             x, r, p, rz, restart = (t[..., kept] for t in (x, r, p, rz, restart))
             if not len(columns.active):
                 continue
-        z = apply(r)
+        z = columns.apply(r)
         new = (r * z).sum(0)
         # After a refuted claim the recurrence has lost the residual: such columns start anew from the true one.
         ratio = torch.where(restart, torch.zeros_like(new), new / rz)

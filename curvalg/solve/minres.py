@@ -84,6 +84,7 @@ def minres(
     atol: float = 0.0,
     maxiter: int,
     trail: Trail | None = None,
+    noise: float = 0.0,
 ) -> SolveResult:
     """Solve A X = B for symmetric A by minimal residuals (Paige and Saunders, SIAM J. Numer. Anal. 1975).
 
@@ -95,19 +96,19 @@ def minres(
         rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
         atol: absolute tolerance.
         maxiter: the most iterations.
-        trail: as of :func:`curvalg.solve.cg`.
+        trail, noise: as of :func:`curvalg.solve.cg`.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
     >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    columns = Columns(matmul, b, x0, rtol, atol)
+    columns = Columns(matmul, b, x0, rtol, atol, preconditioner, noise)
     return ended(columns, trail, lambda: _iterate(columns, preconditioner, maxiter, trail), maxiter)
 
 
 def _iterate(columns: Columns, preconditioner: Matmul | None, maxiter: int, trail: Trail | None) -> None:
-    apply = preconditioner or same
+    apply = columns.apply
     if trail is not None and trail.start is not None:
         first, (x, target) = columns.resume(trail.start), columns.own(trail.start, "x", "target")
         state = _Recurrence.of(trail.start.tensors, x.device)

@@ -25,6 +25,8 @@ class Extended:
         self._axis, self._shape = axis, batch.output.movedim(axis, -1).shape
         self.p = self.by_position(batch.output.softmax(axis))
         self.classes = self.p.shape[1]
+        self._likeliest = self.p.argmax(1, keepdim=True)
+        self._saturated = self.p.gather(1, self._likeliest) > 0.5
         weights = batch.weights.to(batch.output.dtype).expand(batch.output.shape)
         self.w = self.by_position(weights) * self.p
         # By methods of tensors alone: listing the terms must not import torch.
@@ -40,8 +42,13 @@ class Extended:
         return tensor.reshape(self._shape).movedim(-1, self._axis)
 
     def slopes(self, tangent: Tensor) -> Tensor:
-        """s_ik = (p_i − e_k)ᵀ ż_i = g_ikᵀ v, (P, C)."""
+        """s_ik = (p_i − e_k)ᵀ ż_i = g_ikᵀ v, (P, C).
+
+        From differences to the likeliest class, which p_i − e_k does not see: where its probability is nearly 1, ⟨p, ż⟩ − ż_k
+        would lose all digits.
+        """
         t = self.by_position(tangent)
+        t = t - t.gather(1, self._likeliest)
         return (self.p * t).sum(1, keepdim=True) - t
 
     def class_sums(self, values: Tensor) -> Tensor:
@@ -53,8 +60,14 @@ class Extended:
         return self.own @ table
 
     def cotangent(self, coefficients: Tensor) -> Tensor:
-        """Σ_k a_ik (p_i − e_k) for coefficients a (P, C), of the output's shape."""
-        return self.by_output(self.p * coefficients.sum(1, keepdim=True) - coefficients)
+        """Σ_k a_ik (p_i − e_k) for coefficients a (P, C), of the output's shape.
+
+        Sums over classes vanish, so that a class of probability nearly 1, where terms cancel, is minus all others.
+        """
+        result = self.p * coefficients.sum(1, keepdim=True) - coefficients
+        own = result.gather(1, self._likeliest)
+        rest = result.scatter(1, self._likeliest, 0.0).sum(1, keepdim=True)
+        return self.by_output(result.scatter(1, self._likeliest, (-rest).where(self._saturated, own)))
 
 
 def divided(sums: Tensor, weights: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,11 +38,24 @@ class Spectral(Structure):
             return self.values
         return torch.cat([self.values, self.values.new_tensor([self.rest])])
 
+    @cached_property
+    def _rest_is_largest(self) -> bool:
+        """Whether the complement outweighs the basis, as in the inverse of a low-rank matrix with a little damping."""
+        return bool((self.values.abs() < abs(self.rest)).any())
+
     def multiply(self, x: Tensor) -> Tensor:
-        offset = self.rest if self._complement else 0.0
-        weights = (self.values - offset).to(x.dtype)[:, None]
-        product = self.basis.synthesise(weights * self.basis.analyse(x))
-        return product.add_(x, alpha=offset) if offset else product
+        basis = self.basis
+        if not self._complement:
+            return basis.synthesise(self.values.to(x.dtype)[:, None] * basis.analyse(x))
+        if not self._rest_is_largest:
+            weights = (self.values - self.rest).to(x.dtype)[:, None]
+            product = basis.synthesise(weights * basis.analyse(x))
+            return product.add_(x, alpha=self.rest) if self.rest else product
+        # (values − rest) would cancel on the basis, and what one projection leaves there would be multiplied by the rest.
+        coordinates = basis.analyse(x)
+        beside = x - basis.synthesise(coordinates)
+        beside -= basis.synthesise(basis.analyse(beside))
+        return basis.synthesise(self.values.to(x.dtype)[:, None] * coordinates).add_(beside, alpha=self.rest)
 
     def solve(self, b: Tensor) -> Tensor:
         zero = self.values.abs() <= torch.finfo(torch.float64).eps * self._spectrum().abs().max()

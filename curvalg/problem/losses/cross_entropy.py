@@ -221,10 +221,10 @@ class IndexPoint(SoftmaxPoint):
         hit = loss.hit(self.keep, self.labels, p.dtype)
         result = (self.weights * p).scatter_add_(axis, self.labels.unsqueeze(axis), -hit.unsqueeze(axis))
         if loss.label_smoothing == 0:
-            return result
+            return self.balanced(result)
         omega = loss.class_weights(p, axis, p.ndim)
         spread = (loss.label_smoothing / p.shape[axis]) * self.keep.unsqueeze(axis).to(p.dtype)
-        return result - (spread if omega is None else spread * omega)
+        return self.balanced(result - (spread if omega is None else spread * omega))
 
 
 class SoftTargetPoint(SoftmaxPoint):
@@ -247,4 +247,4 @@ class SoftTargetPoint(SoftmaxPoint):
 
     def gradient(self) -> Tensor:
         """m p − ω q'."""
-        return self.weights * self.probabilities - self.pull
+        return self.balanced(self.weights * self.probabilities - self.pull)

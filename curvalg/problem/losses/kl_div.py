@@ -121,7 +121,7 @@ class _KLPoint(SoftmaxPoint):
 
     def gradient(self) -> Tensor:
         """m p − q."""
-        return self.weights * self.probabilities - self.q
+        return self.balanced(self.weights * self.probabilities - self.q)
 
 
 @dataclass(frozen=True, kw_only=True)

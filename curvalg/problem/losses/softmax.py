@@ -31,15 +31,24 @@ class SoftmaxPoint(LossPoint[Tensor]):
     def __init__(self, facts: LossFacts, output: Tensor, axis: int, mass: Tensor, labels: Tensor) -> None:
         self.facts, self.output, self.axis, self.labels = facts, output, axis, labels
         self.probabilities = output.softmax(axis)
+        self.likeliest = self.probabilities.argmax(axis, keepdim=True)
         self.weights = mass.unsqueeze(axis)
         self.noise_shape = tuple(mass.shape)
 
     def hvp(self, tangent: Tensor) -> Tensor:
-        """m p ∘ (t − ⟨p, t⟩)."""
+        """m p ∘ (d − ⟨p, d⟩) with d = t − t_k for the likeliest class k, which changes nothing as B 1 = 0.
+
+        Where p_k is nearly 1, t_k − ⟨p, t⟩ would lose all digits; now it is a sum over the other classes.
+        """
         p = self.probabilities
-        mean = (p * tangent).sum(self.axis, keepdim=True)
+        difference = tangent - tangent.gather(self.axis, self.likeliest)
+        mean = (p * difference).sum(self.axis, keepdim=True)
         # With a large vocabulary these are the largest tensors of a product: one buffer, written in place.
-        return (tangent - mean).mul_(p).mul_(self.weights)
+        return difference.sub_(mean).mul_(p).mul_(self.weights)
+
+    def balanced(self, deviation: Tensor) -> Tensor:
+        """A sum of p − e_c, with its likeliest class as minus the sum of the others, where p_k − 1 would lose digits."""
+        return balance(deviation, self.probabilities, self.likeliest, self.axis)
 
     @property
     def rank(self) -> int:
@@ -73,13 +82,15 @@ class SoftmaxPoint(LossPoint[Tensor]):
         self.require_noise(uniform)
         p, axis = self.probabilities, self.axis
         root = self._root_mass()
-        steps = p.cumsum(axis)
+        # As precise as the uniform numbers, which a class of probability 1e-8 is to be drawn by.
+        steps = p.to(torch.promote_types(p.dtype, uniform.dtype)).cumsum(axis)
         total = steps.select(axis, -1)
         # Below the total even after rounding, so that a class of probability zero is never drawn.
-        level = torch.minimum(uniform.to(p.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+        level = torch.minimum(uniform.to(steps.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
         drawn = (steps <= level.unsqueeze(axis + 1)).sum(axis + 1, keepdim=True).clamp(max=p.shape[axis] - 1)
         deviation = p.expand(len(uniform), *p.shape)
-        return root * deviation.scatter_add(axis + 1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
+        deviation = deviation.scatter_add(axis + 1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
+        return root * balance(deviation, p[None], self.likeliest[None], axis + 1)
 
     def _root_mass(self) -> Tensor:
         check_nonnegative(self.facts.name, self.weights, "use class weights that are not negative")
@@ -129,6 +140,26 @@ class SoftmaxLoss(Loss):
             )
         self.axis_of(target)
         check_range(name, target, target >= 0, "probability targets that are not negative")
+
+
+def balance(deviation: Tensor, p: Tensor, likeliest: Tensor, axis: int) -> Tensor:
+    """A tensor whose sums along an axis vanish, with one entry k of each replaced by minus the sum of the others.
+
+    Only where p_k > 1/2: there a sum of multiples of p − e_c cancels in k, and nowhere else.
+
+    Args:
+        deviation: written into.
+        p: probabilities, broadcastable to it, as is the next.
+        likeliest: k, of size 1 along the axis.
+        axis: of the classes.
+    """
+    shape = list(deviation.shape)
+    shape[axis] = 1
+    index = likeliest.expand(shape)
+    own = deviation.gather(axis, index)
+    rest = deviation.scatter_(axis, index, 0.0).sum(axis, keepdim=True)
+    saturated = p.expand_as(deviation).gather(axis, index) > 0.5
+    return deviation.scatter_(axis, index, torch.where(saturated, -rest, own))
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
