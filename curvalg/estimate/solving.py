@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,8 +39,7 @@ class Solve:
             return False
         forms: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
         for i in parts:
-            numbers |= {f"{i}/step": is_count, f"{i}/reasons": _are_reasons, f"{i}/size": _is_size}
-            numbers |= {f"{i}/unit": _is_exponent, f"{i}/unit of the preconditioner": _is_exponent}
+            numbers |= {f"{i}/step": is_count, f"{i}/reasons": _are_reasons}
             own = {name: t for name, t in state.tensors.items() if name.startswith(f"{i}/")}
             if own.keys() not in [{f"{i}/{name}" for name in (*_FORMS, *method)} for method in _METHODS]:
                 return False
@@ -49,23 +47,25 @@ class Solve:
             for name, t in own.items():
                 given = _FORMS.get(name.removeprefix(f"{i}/"))
                 dtype, shape = given or (None, ("rows", "active")[-t.ndim :])  # of the method
-                forms[name] = dtype or kind, tuple(f"{i}/{letter}" for letter in shape)
+                forms[name] = dtype or kind, tuple(s if isinstance(s, int) else f"{i}/{s}" for s in shape)
         found = sizes(state, numbers, forms)
         return found is not None and all(
             len(state.numbers[f"{i}/reasons"]) == found[f"{i}/columns"]  # type: ignore[arg-type]
+            and found[f"{i}/units"] == found[f"{i}/columns"] + 2
             and found[f"{i}/iterations"] > 0
             and bool(((t := state.tensors[f"{i}/active"]) >= 0).all() and (t < found[f"{i}/columns"]).all())
             for i in parts
         )
 
 
-_FORMS: dict[str, tuple[torch.dtype | None, tuple[str, ...]]] = {
+_FORMS: dict[str, tuple[torch.dtype | None, tuple[int | str, ...]]] = {
     "best": (None, ("rows", "columns")),
     "residual": (None, ("columns",)),
     "iterations": (torch.int64, ("columns",)),
     "refuted": (torch.int64, ("columns",)),
     "active": (torch.int64, ("active",)),
-    "units": (torch.int32, ("columns",)),
+    "units": (torch.int32, ("units",)),
+    "size": (torch.float64, (1,)),
     "history": (None, ("iterations", "columns")),
 }
 """What every method marks; None for the dtype of the vectors."""
@@ -75,14 +75,6 @@ _METHODS = CG, MINRES
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(map(is_count, value)) and len(set(value)) == len(value)
-
-
-def _is_exponent(value: object) -> bool:
-    return value is None or (type(value) is int and abs(value) < 2**12)
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is float and 0 <= value < math.inf
 
 
 def _are_reasons(value: object) -> bool:
@@ -149,7 +141,7 @@ class FileTrail(Trail):
     def _leave(self, number: int, mark: Mark) -> None:
         self.last = self._parts[number] = mark
         self._bar.n = sum(int(m.numbers["step"]) for m in self._parts.values())
-        residual = scaled(mark.tensors["residual"], mark.tensors["units"]).max()
+        residual = scaled(mark.tensors["residual"], mark.tensors["units"][:-2]).max()
         self._bar.set_postfix_str(f"residual {float(residual):.1e}", refresh=False)
         self._bar.update(0)
         if self._file is not None:

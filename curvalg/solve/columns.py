@@ -56,6 +56,10 @@ _WRITTEN = ("best", "residual", "iterations", "refuted", "active")
 """What the book-keeping writes into in place."""
 
 
+_UNKNOWN = -(2**20)
+"""Stands in a mark for the unit of a map that has given nothing but zeros so far."""
+
+
 class Columns:
     """The columns of A X = B that are still being solved, in units in which A and every column of B are near one.
 
@@ -107,20 +111,19 @@ class Columns:
         """The state before an iteration, with the tensors of the method."""
         # Copies of what is written into in place.
         own = {name: getattr(self, name).clone() for name in _WRITTEN}
-        units = {
-            "unit": self.matmul.exponent,
-            "unit of the preconditioner": self.apply.exponent,
-            "size": self.matmul.size,
-        }
-        numbers = {"step": step, "reasons": list(self.reasons), **units}
-        return Mark({**own, "units": self.unit, **tensors}, numbers, self._history, len(self._history))
+        of_maps = [_UNKNOWN if unit.exponent is None else unit.exponent for unit in (self.matmul, self.apply)]
+        own["units"] = torch.cat([self.unit, self.unit.new_tensor(of_maps)])
+        own["size"] = torch.tensor([self.matmul.size], dtype=torch.float64)
+        numbers = {"step": step, "reasons": list(self.reasons)}
+        return Mark({**own, **tensors}, numbers, self._history, len(self._history))
 
     def resume(self, mark: Mark) -> int:
         """Go back to a state; the iteration that comes next."""
         for name in _WRITTEN:
             setattr(self, name, mark.tensors[name].to(self.b.device).clone())
-        self.matmul.exponent, self.apply.exponent = mark.numbers["unit"], mark.numbers["unit of the preconditioner"]
-        self.matmul.size = mark.numbers["size"]
+        for unit, exponent in zip((self.matmul, self.apply), mark.tensors["units"][-2:].tolist(), strict=True):
+            unit.exponent = None if exponent == _UNKNOWN else int(exponent)
+        self.matmul.size = float(mark.tensors["size"])
         self._history = [norms.to(self.b.device) for norms in mark.history[: mark.length]]
         self.reasons = list(mark.numbers["reasons"])
         return int(mark.numbers["step"])
