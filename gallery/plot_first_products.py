@@ -107,7 +107,7 @@ print(f"largest difference {(small.to_dense() - closed_form).abs().max():.1e}")
 
 layer = restrict(ggn, "2.*").lower(problem)
 dense = np.linalg.eigvalsh(layer.to_dense().double().numpy())
-iterative = eigsh(layer, k=5, return_eigenvectors=False, v0=np.ones(layer.shape[0], dtype=layer.dtype))
+iterative = eigsh(layer, k=5, return_eigenvectors=False, v0=np.linspace(-1, 1, layer.shape[0], dtype=layer.dtype))
 np.testing.assert_allclose(np.sort(iterative), dense[-5:], rtol=1e-4)
 
 # %%

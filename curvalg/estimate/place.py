@@ -59,6 +59,7 @@ class Place:
         except (OSError, ValueError) as error:  # a name with a zero byte
             raise self._refused(str(error)) from error
         self._require_kind()
+        self._seen = self._stamp()
         try:
             self._release(self._own())
         except OSError as error:

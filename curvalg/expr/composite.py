@@ -33,7 +33,7 @@ def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
         if ready:
             yield node
         else:
-            todo += [(node, True), *((part, False) for part in node.parts if part.parts)]
+            todo += [(node, True), *((part, False) for part in node._inner if part._inner)]
 
 
 def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
@@ -122,7 +122,7 @@ class Composite(Expr):
 
 def _same(part: Expr) -> Hashable:
     """What is shared by one and the same node, and by equal nodes without parts."""
-    return id(part) if part.parts else part
+    return id(part) if part._inner else part
 
 
 def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
@@ -130,7 +130,7 @@ def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
     found: dict[int, int] = {}
 
     def number(part: Expr) -> Hashable:
-        return found[id(part)] if part.parts else part
+        return found[id(part)] if part._inner else part
 
     for node in bottom_up(expr, lambda node: id(node) in found):
         content = node.content(number) if isinstance(node, Composite) else node

@@ -35,7 +35,7 @@ class Inverse(Reversed):
     on_fail: Literal["raise", "warn"] = "raise"
 
     @property
-    def parts(self) -> tuple[Expr, ...]:
+    def _inner(self) -> tuple[Expr, ...]:
         return (self.expr,) if self.preconditioner is None else (self.expr, self.preconditioner)
 
     @property

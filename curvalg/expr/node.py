@@ -82,7 +82,7 @@ class Expr:
         return ()
 
     @property
-    def parts(self) -> tuple[Expr, ...]:
+    def _inner(self) -> tuple[Expr, ...]:
         """All expressions in this one: the children, and those that are options."""
         return self.children
 

@@ -42,7 +42,7 @@ def unbound(expr: Expr) -> list[Expr]:
 def _unbound(expr: Expr) -> list[Expr]:
     if isinstance(expr, get_args(Computed)):
         return [expr]
-    return list(dict.fromkeys(term for part in expr.parts for term in unbound(part)))
+    return list(dict.fromkeys(term for part in expr._inner for term in unbound(part)))
 
 
 def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem | None = None) -> Expr:

@@ -43,7 +43,7 @@ def _over_parts(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
 def _has_blocks(expr: Expr) -> bool:
     if not expr.children:
         return False
-    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, node.parts)))
+    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, node._inner)))
 
 
 def _complete(expr: BlockDiagonal, problem: Problem) -> BlockDiagonal:
@@ -90,7 +90,7 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
 
 def _lies_by_name(expr: Expr) -> bool:
     """Whether something in an expression has rows in the order of the problem: a term, a sub-matrix, blocks."""
-    return isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)) or any(map(_lies_by_name, expr.parts))
+    return isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)) or any(map(_lies_by_name, expr._inner))
 
 
 def _by_name(expr: Expr, names: tuple[str, ...]) -> Expr:

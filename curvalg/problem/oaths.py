@@ -8,12 +8,15 @@ it depends on the numbers too. ``Problem(verify=False)`` leaves all of them out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import TorchFunctionMode
 
 from curvalg.errors import LossError, ProblemError
 from curvalg.problem.graph import coarsest_dtype, nodes
@@ -281,6 +284,41 @@ def _curvature_error(evaluation: Evaluation) -> float | None:
     return smallest
 
 
+class Constants(TorchFunctionMode):
+    """What a model takes for constants although it comes from the parameters: detached tensors, and all that is computed
+    without gradients. A difference must hold them fixed as the derivative does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: list[Tensor] = []
+        self._next: int | None = None
+
+    def taken(self) -> Constants:
+        """Around a call: remember them."""
+        self._next = None
+        return self
+
+    def given(self) -> Constants:
+        """Around another call: put the remembered ones in their place."""
+        self._next = 0
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or result.requires_grad or is_functorch_wrapped_tensor(result):
+            return result
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *(kwargs or {}).values())):
+            return result
+        if self._next is None:
+            self._values.append(result.detach().clone())
+            return result
+        if self._next < len(self._values) and self._values[self._next].shape == result.shape:
+            result = self._values[self._next].to(result.dtype)
+        self._next += 1
+        return result
+
+
 def _difference(evaluation: Evaluation, seed: int) -> float | None:
     from curvalg.problem.evaluation import backward
 
@@ -289,7 +327,9 @@ def _difference(evaluation: Evaluation, seed: int) -> float | None:
     size = [float(value.square().mean().sqrt()) if value.numel() else 0.0 for value in values]
     w = [v.double() * (s or 1.0) for v, s in zip(random_directions(evaluation, seed), size, strict=True)]
     leaves = [value.clone().requires_grad_() for value in values]
-    z = call(leaves)
+    cut = Constants()
+    with cut.taken():
+        z = call(leaves)
     if coarsest_dtype(z) != torch.float64:
         return None
     u = random_cotangent(z.detach(), seed)
@@ -298,7 +338,8 @@ def _difference(evaluation: Evaluation, seed: int) -> float | None:
     sides = []
     for sign in (1, -1):
         moved = [(value + sign * STEP * v).requires_grad_() for value, v in zip(values, w, strict=True)]
-        sides.append(backward([call(moved)], moved, [u]))
+        with cut.given():
+            sides.append(backward([call(moved)], moved, [u]))
     exact, plus, minus, gradient = (
         torch.cat(
             [(torch.zeros_like(p) if g is None else g.detach()).reshape(-1) for g, p in zip(part, values, strict=True)]
@@ -336,8 +377,8 @@ def swear_symmetric(
     right, right_scale = _dot([(w, av)])
     tolerance = (evaluation.snapshot.structure.epsilon or torch.finfo(layout.dtype).eps) ** 0.5
     error = abs(left - right)
-    if error <= tolerance * (left_scale + right_scale):
-        return
+    if error <= tolerance * (left_scale + right_scale) or not math.isfinite(error):
+        return  # what is not finite is told of the product itself
     size = _size(torch.cat([p.reshape(-1) for p in evaluation.values()])) or 1.0
     if not error <= FLOOR * tolerance**2 * natural() / size**2:
         raise ProblemError(

@@ -111,7 +111,7 @@ def test_terms_cite_their_source(name):
 
 def test_costs_are_counted():
     assert catalogue.cost("hessian") == catalogue.Cost(first=1, further=0, without=1)
-    assert catalogue.cost("ekfac").first == 2
+    assert 2 <= catalogue.cost("ekfac").first <= 2.5  # two passes, and one row before them
 
 
 def test_pictures_are_drawn(tmp_path):

@@ -98,6 +98,10 @@ KINDS = {
         Lambda(lambda m, x: m.layer(x.transpose(0, 1)).transpose(0, 1).flatten(1), layer=nn.Linear(3, 2)),
         random(5, 5, 3),
     ),
+    "scaled embedding": lambda: (
+        Lambda(lambda m, x: m.layer(x).flatten(1), layer=nn.Embedding(6, 3, scale_grad_by_freq=False, max_norm=100.0)),
+        TOKENS,
+    ),
     "bias alone is chosen": lambda: (nn.Linear(3, 2).requires_grad_(False), random(5, 3)),
 }
 FALLBACKS = {
@@ -110,10 +114,6 @@ FALLBACKS = {
     "attention": lambda: (
         Lambda(lambda m, x: m.attend(x, x, x)[0].flatten(1), attend=nn.MultiheadAttention(4, 2, batch_first=True)),
         random(5, 3, 4),
-    ),
-    "scaled embedding": lambda: (
-        Lambda(lambda m, x: m.layer(x).flatten(1), layer=nn.Embedding(6, 3, scale_grad_by_freq=False, max_norm=100.0)),
-        TOKENS,
     ),
 }
 COMPOSITES = [
