@@ -367,7 +367,7 @@ def extended(net: nn.Module, loss: nn.Module, batch: tuple, *names: str) -> nn.M
     backpack = importlib.import_module("backpack")
     from backpack import extensions
 
-    net, loss = backpack.extend(copy.deepcopy(net)), backpack.extend(loss)
+    net, loss = backpack.extend(copy.deepcopy(net)), backpack.extend(copy.deepcopy(loss))
     with backpack.backpack(*(getattr(extensions, name)() for name in names)):
         loss(net(batch[0]), batch[1]).backward()
     return net
