@@ -233,6 +233,18 @@ ALLOWED = 1e-4
 """Relative error of a central difference in float64."""
 
 
+_FAILURES = (ProblemError, RuntimeError, TypeError, ValueError, NotImplementedError)
+"""What a model may raise that is called in another dtype or on fewer rows than it was made for."""
+
+
+def few_rows(evaluation: Evaluation) -> Evaluation:
+    """The first rows of a batch, where they can be computed without the others; else the batch."""
+    problem, sample = evaluation.problem, evaluation.sample
+    if sample.rows <= ROWS or problem.model.batch_statistics or problem.draws.mode != "refuse":
+        return evaluation
+    return type(evaluation)(problem, evaluation.snapshot, sample.head(ROWS))
+
+
 def swear_curvature(evaluation: Evaluation) -> None:
     """Once a structure: second derivatives of the model are those of its gradient, by a central difference in float64.
 
@@ -246,10 +258,14 @@ def swear_curvature(evaluation: Evaluation) -> None:
     if not problem.verify or "curvature" in structure.sworn or problem.autocast is not None:
         return
     structure.sworn.add("curvature")
-    few = evaluation
-    if evaluation.sample.rows > ROWS and not problem.model.batch_statistics and problem.draws.mode == "refuse":
-        few = type(evaluation)(problem, evaluation.snapshot, evaluation.sample.head(ROWS))
-    error = _curvature_error(few)
+    few = few_rows(evaluation)
+    try:
+        error = _curvature_error(few)
+    except _FAILURES:
+        if few is evaluation:
+            raise
+        few = evaluation  # a model that takes batches of one size
+        error = _curvature_error(few)
     if error is not None and error > ALLOWED and not problem.model.composite:
         problem.model.composite = True
         error = _curvature_error(few)
@@ -272,7 +288,7 @@ def _curvature_error(evaluation: Evaluation) -> float | None:
     for seed in range(DIRECTIONS):
         try:
             found = _difference(evaluation, seed)
-        except (ProblemError, RuntimeError, TypeError, ValueError, NotImplementedError):
+        except _FAILURES:
             if evaluation.problem.dtype == torch.float64:
                 raise
             return None
