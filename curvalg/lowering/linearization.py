@@ -7,6 +7,7 @@ Both give the same numbers, since both multiply the same recording.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -26,7 +27,7 @@ from curvalg.lowering.timing import LONG, fastest, timed
 from curvalg.problem import Batch, Evaluation, Problem, Snapshot
 from curvalg.problem.data import OrderError
 from curvalg.problem.evaluation import FORWARD_AD
-from curvalg.problem.oaths import must_swear, swear_curvature, swear_symmetric
+from curvalg.problem.oaths import few_rows, must_swear, swear_curvature, swear_symmetric
 from curvalg.problem.reverse import twice_backward
 
 Recording: TypeAlias = SinglePass | Staged | Headed
@@ -288,6 +289,13 @@ class Linearization:
         return recorded
 
     def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
+        """Once a state, on a few rows where these can be recorded without the others: two products cost little there."""
+        if not must_swear(evaluation, ("symmetric", str(self.sweep))):
+            return
+        if (few := few_rows(evaluation)) is not evaluation:
+            # Some models take batches of one size.
+            with suppress(CurvalgError, RuntimeError, ValueError, TypeError):
+                recorded = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, True)
         keep, recorded.keep = recorded.keep, True
         try:
             swear_symmetric(

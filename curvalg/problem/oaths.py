@@ -373,7 +373,7 @@ def _difference(evaluation: Evaluation, seed: int) -> float | None:
 def swear_symmetric(
     multiply: Callable[[Tensor], Tensor], evaluation: Evaluation, what: object, natural: Callable[[], float]
 ) -> None:
-    """Once a state: vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
+    """vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
 
     Args:
         multiply: vectors (1, D) -> products (1, D).
@@ -384,8 +384,6 @@ def swear_symmetric(
     Raises:
         ProblemError: it is not.
     """
-    if not must_swear(evaluation, ("symmetric", str(what))):
-        return
     layout = evaluation.problem.layout
     v, w = (layout.gather(random_directions(evaluation, seed), evaluation.problem.device) for seed in (4, 5))
     av, aw = multiply(v[None])[0], multiply(w[None])[0]

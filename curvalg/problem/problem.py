@@ -284,7 +284,7 @@ class Problem:
     # -- state ----------------------------------------------------------------------------------------------------------
 
     @property
-    def lock(self) -> threading.RLock:
+    def lock(self) -> AbstractContextManager[Any]:
         """Held while what the problem shares between operators is made or looked up; one thread at a time."""
         return self._lock
 
