@@ -399,7 +399,7 @@ PLANTED = [
     ("laws", ClaimsSymmetric(), r"\(t \+ I/4\)\.T"),
     ("batch_split", BatchMean(), "never divide by a batch's size"),
     ("batch_split", Averages(), "never divide by a batch's size"),
-    ("mutation", WritesTangent(), "in-place write"),
+    ("mutation", WritesTangent(), "writes into a tensor that it was given"),
     ("mutation", Draws(), "random state of torch"),
     ("dtypes", Underflows(), "range of single precision"),
     ("dtypes", CastsDown(), "cotangent_dot in the output's dtype"),
