@@ -64,7 +64,7 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
         else:
             scores = q @ k.transpose(-1, -2) / 2
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
             mixed = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
         return self.head((x + self.out(mixed)).mean(1))
 

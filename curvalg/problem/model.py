@@ -109,6 +109,7 @@ class ModuleModel:
         self.module = module
         self.rule = rule
         self.chosen = params_.select(module, params)
+        self._forms = params_.Forms(self.chosen)
         for name, owner, key in self.slots():
             if isinstance(owner[key], (UninitializedParameter, UninitializedBuffer)):
                 raise ProblemError(f"{name!r} is not initialised yet; run the model once on a batch first")
@@ -145,13 +146,9 @@ class ModuleModel:
         """Take the parameters that stand under the chosen names now.
 
         Raises:
-            ProblemError: a parameter is gone or has another shape.
+            ProblemError: a parameter is gone, or has another shape, dtype or device.
         """
-        live = dict(self.module.named_parameters(remove_duplicate=False))
-        for name, p in self.chosen.items():
-            if name not in live or not _alike(live[name], p):
-                raise ProblemError(f"parameter {name!r} is gone, or has another shape; make a new Problem")
-        self.chosen = {name: live[name] for name in self.chosen}
+        self.chosen = self._forms.checked(dict(self.module.named_parameters(remove_duplicate=False)))
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch.
@@ -195,6 +192,7 @@ class CallableModel:
         self.rule = rule
         self.own = params
         self.chosen = params_.check(params)
+        self._forms = params_.Forms(self.chosen)
         self.corrected: bool | None = None
         self.composite = False
 
@@ -214,14 +212,9 @@ class CallableModel:
         """Take the tensors that stand in the user's dict now.
 
         Raises:
-            ProblemError: a parameter is gone or has another shape.
+            ProblemError: a parameter is gone, or has another shape, dtype or device.
         """
-        for name, p in self.chosen.items():
-            if name not in self.own or not _alike(self.own[name], p):
-                raise ProblemError(
-                    f"parameter {name!r} is gone, or has another shape, dtype or device; make a new Problem"
-                )
-        self.chosen = {name: self.own[name] for name in self.chosen}
+        self.chosen = self._forms.checked(self.own)
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch; see :class:`ModuleModel`."""
@@ -237,10 +230,6 @@ class CallableModel:
 
 
 Model = ModuleModel | CallableModel
-
-
-def _alike(live: Tensor, known: Tensor) -> bool:
-    return live.shape == known.shape and live.dtype == known.dtype and live.device == known.device
 
 
 def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> Model:

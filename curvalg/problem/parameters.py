@@ -233,3 +233,41 @@ def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not unique or not math.fsum(p.numel() for _, p in unique.values()):
         raise ProblemError("there are no parameters to compute curvature for")
     return dict(unique.values())
+
+
+class Forms:
+    """Shape, dtype and device that the chosen parameters had when the problem was made.
+
+    ``module.double()`` and ``module.cuda()`` change the tensors themselves, so that they cannot be asked later.
+
+    Args:
+        chosen: the parameters by name.
+    """
+
+    def __init__(self, chosen: Mapping[str, Tensor]) -> None:
+        self._forms = {name: _form(p) for name, p in chosen.items()}
+
+    def checked(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The chosen of all live parameters.
+
+        Raises:
+            ProblemError: one is gone or has another form.
+        """
+        for name, form in self._forms.items():
+            if name not in live:
+                raise ProblemError(f"parameter {name!r} is gone; make a new Problem")
+            if (now := _form(live[name])) != form:
+                raise ProblemError(
+                    f"parameter {name!r} was {_shown(form)} when the Problem was made and is {_shown(now)} now; make a new "
+                    "Problem"
+                )
+        return {name: live[name] for name in self._forms}
+
+
+def _form(p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return p.shape, p.dtype, p.device
+
+
+def _shown(form: tuple[torch.Size, torch.dtype, torch.device]) -> str:
+    shape, dtype, device = form
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)} on {device}"

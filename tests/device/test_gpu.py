@@ -84,7 +84,7 @@ def test_a_moved_model_is_told():
     cpu.model.module.cuda()
     with pytest.raises(CurvalgError):
         op @ torch.ones(cpu.size).double()
-    with pytest.raises(CurvalgError, match="device"):
+    with pytest.raises(CurvalgError, match="on cpu when the Problem was made"):
         op.refresh()
 
 

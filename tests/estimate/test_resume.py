@@ -258,15 +258,19 @@ def network():
 @pytest.mark.parametrize("favoured", ["first", "second"])
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured, block, at):
     """Routes and columns are chosen by the clock, and change the last bits."""
-    clock = iter(())
+    clocks = {}
 
-    def fastest(run):
-        run()
-        return next(clock)
+    def clock(name):
+        def measured(run):
+            run()
+            return next(clocks[name])
+
+        return measured
 
     def favour(which):
-        nonlocal clock
-        clock = itertools.cycle([1.0, 2.0] if which == "first" else [2.0, 1.0])
+        first = which == "first"
+        clocks["fastest"] = itertools.cycle([1.0, 2.0] if first else [2.0, 1.0])
+        clocks["timed"] = itertools.cycle([1.0, 2.0, 2.0] if first else [2.0, 1.0, 1.0])  # the second way runs twice
         times = [1.0, 2.0, 3.0] if which == "first" else [3.0, 2.0, 1.0]
         monkeypatch.setattr("curvalg.lowering.ways.race", lambda *runs: times[: len(runs)])
 
@@ -274,7 +278,8 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured
         op = registry.build("ggn").lower(network())
         return eigsh(op, 6, which="LA", tol=1e-5, block=block, checkpoint=path)
 
-    monkeypatch.setattr("curvalg.lowering.linearization.fastest", fastest)
+    for name in ("fastest", "timed"):
+        monkeypatch.setattr(f"curvalg.lowering.linearization.{name}", clock(name))
     monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)  # what is measured in a pass that is made again
     favour(favoured)
     whole = solve()

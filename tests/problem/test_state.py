@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from curvalg import Identity, Problem, StaleError, inverse, registry
+from curvalg import CurvalgError, Identity, Problem, StaleError, inverse, registry
 
 CE, MSE = nn.CrossEntropyLoss(), nn.MSELoss()
 
@@ -381,3 +381,23 @@ def test_a_frozen_settings_object_that_is_exchanged():
     with pytest.raises(StaleError, match="settings"):
         op @ v
     assert torch.allclose(op.refresh() @ v, reference(model, data) @ v)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("change", [torch.Tensor.float, lambda p: p[:2]])
+def test_parameters_of_another_form_are_another_problem(change, functional):
+    """``module.float()`` and ``module.cuda()`` change the parameters themselves."""
+    model = nn.Linear(4, 3).double()
+    own = dict(model.named_parameters())
+    given = ((lambda p, x: F.linear(x, p["weight"], p["bias"])), CE, batches()) if functional else (model, CE, batches())
+    problem = Problem(*given, params=own) if functional else Problem(*given)
+    op = registry.build("ggn").lower(problem)
+    before = op @ torch.ones(15).double()
+    kept = own["weight"].data
+    own["weight"].data = change(kept)
+    with pytest.raises(StaleError):
+        op @ torch.ones(15).double()
+    with pytest.raises(CurvalgError, match="'weight' was float64 .* on cpu when the Problem was made"):
+        op.refresh()
+    own["weight"].data = kept
+    assert torch.equal(op @ torch.ones(15).double(), before)
