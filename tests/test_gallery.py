@@ -1,4 +1,8 @@
-"""Every page of the gallery runs from start to end; its own assertions are the test."""
+"""Every page of the gallery runs from start to end; its own assertions are the test.
+
+``make docs`` runs them all and fails where one does, as a part of what must pass before a change lands; here they run with
+CURVALG_NIGHTLY=1, and the first of them always, as a script in a fresh interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,18 @@ import pytest
 
 GALLERY = Path(__file__).parents[1] / "gallery"
 PAGES = sorted(GALLERY.glob("plot_*.py"))
+NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
+FIRST = "plot_first_products"
 
 
 def test_the_gallery_is_not_empty() -> None:
-    assert PAGES
+    assert FIRST in [page.stem for page in PAGES]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page: Path, tmp_path: Path) -> None:
+    if not NIGHTLY and page.stem != FIRST:
+        pytest.skip("make docs runs it")
     environment = {**os.environ, "MPLBACKEND": "Agg"}
     done = subprocess.run(
         [sys.executable, str(page)],

@@ -6,7 +6,7 @@ Both give the same numbers, since both multiply the same recording.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
@@ -26,7 +26,7 @@ from curvalg.lowering.tangents import ForwardAD, Linearized, Transient, decline_
 from curvalg.lowering.timing import LONG, fastest, timed
 from curvalg.problem import Batch, Evaluation, Problem, Snapshot
 from curvalg.problem.data import OrderError
-from curvalg.problem.evaluation import FORWARD_AD
+from curvalg.problem.evaluation import FORWARD_AD, backward
 from curvalg.problem.oaths import few_rows, must_swear, swear_curvature, swear_symmetric
 from curvalg.problem.reverse import twice_backward
 
@@ -295,14 +295,12 @@ class Linearization:
         if (few := few_rows(evaluation)) is not evaluation:
             # Some models take batches of one size.
             with suppress(CurvalgError, RuntimeError, ValueError, TypeError):
-                recorded = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, True)
-        keep, recorded.keep = recorded.keep, True
-        try:
-            swear_symmetric(
-                lambda rows: recorded.multiply(rows, 1), evaluation, self.sweep, lambda: self._size(recorded.batch)
-            )
-        finally:
-            recorded.keep = keep
+                recorded = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, keep=False)
+
+        def multiply(directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
+            return backward(recorded.gradients, recorded.leaves, directions, retain_graph=True)
+
+        swear_symmetric(multiply, evaluation, self.sweep, lambda: self._size(recorded.batch))
 
     def _size(self, batch: Batch) -> float:
         """‖z‖ (‖u‖ + ‖u̇(z)‖): what terms make of a tangent as large as the output."""

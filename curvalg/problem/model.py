@@ -109,7 +109,7 @@ class ModuleModel:
         self.module = module
         self.rule = rule
         self.chosen = params_.select(module, params)
-        self._forms = params_.Forms(self.chosen)
+        self.forms = params_.Forms(self.chosen)
         for name, owner, key in self.slots():
             if isinstance(owner[key], (UninitializedParameter, UninitializedBuffer)):
                 raise ProblemError(f"{name!r} is not initialised yet; run the model once on a batch first")
@@ -148,7 +148,7 @@ class ModuleModel:
         Raises:
             ProblemError: a parameter is gone, or has another shape, dtype or device.
         """
-        self.chosen = self._forms.checked(dict(self.module.named_parameters(remove_duplicate=False)))
+        self.chosen = self.forms.checked(dict(self.module.named_parameters(remove_duplicate=False)))
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch.
@@ -192,7 +192,7 @@ class CallableModel:
         self.rule = rule
         self.own = params
         self.chosen = params_.check(params)
-        self._forms = params_.Forms(self.chosen)
+        self.forms = params_.Forms(self.chosen)
         self.corrected: bool | None = None
         self.composite = False
 
@@ -214,7 +214,7 @@ class CallableModel:
         Raises:
             ProblemError: a parameter is gone, or has another shape, dtype or device.
         """
-        self.chosen = self._forms.checked(self.own)
+        self.chosen = self.forms.checked(self.own)
 
     def __call__(self, leaves: Sequence[Tensor], state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch; see :class:`ModuleModel`."""

@@ -103,6 +103,7 @@ class Watch:
         while todo and len(self._seen) < MOST:
             todo.extend(self._visit(*todo.pop()))
         self._seen.clear()
+        self._list_entries()
         self._bits = [Bits(t) for _, _, _, t in self.tensors] if exactly else []
         self._counted = [] if exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
         self._versions = [t._version for t in self._counted]
@@ -167,23 +168,23 @@ class Watch:
         if function.__kwdefaults__:
             yield (name, None, None, function.__kwdefaults__)
 
+    def _list_entries(self) -> None:
+        self._lives, self._copies = [entry.live for entry in self.entries], [entry.copy for entry in self.entries]
+
     # -- comparing ------------------------------------------------------------------------------------------------------
 
     def intact(self) -> bool:
         """Whether nothing that is watched has changed."""
-        for entry in self.entries:
-            try:
-                if entry.live == entry.copy:
-                    continue
-            except Exception:  # comparing tensors or objects of other people
-                pass
-            if not entry.intact():
-                return False
+        # All containers in one comparison, which runs in C; one by one only where something is unequal, or cannot be compared.
+        if not _equal(self._lives, self._copies) and not all(entry.intact() for entry in self.entries):
+            return False
         if [t._version for t in self._counted] != self._versions:
             return False
         if self._cells and not all(_holds(cell, value) for _, cell, value in self._cells):
             return False
-        return all(bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)) and all(
+        if self._bits and not all(bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)):
+            return False
+        return not self._arrays or all(
             np.array_equal(live, copy, equal_nan=live.dtype.kind in "fc") for _, live, copy in self._arrays
         )
 
@@ -209,6 +210,7 @@ class Watch:
         for entry in self.entries:
             entry.ignore_differences()
         self.entries = [entry for entry in self.entries if entry.intact()]
+        self._list_entries()
         written = self.written_tensors()
         if any(written):
             left = [i for i, w in enumerate(written) if not w]

@@ -13,6 +13,7 @@ from torch import Tensor
 from curvalg.problem import Batch, Layout, Problem, trees
 from curvalg.problem.data import Data, call_model
 from curvalg.problem.evaluation import backward
+from curvalg.problem.parameters import Forms
 from curvalg.testing.outcome import NotApplicable
 
 
@@ -85,6 +86,7 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     for _, owner, key in twin.model.slots():
         with torch.no_grad():
             owner[key].data = cast(owner[key].data)
+    twin.model.forms = Forms(twin.model.chosen)
     twin.layout = Layout(twin.model.chosen)
     twin.dtype = twin.layout.dtype
     source = [trees.tensor_map(cast, batch) for batch in problem.data.source]
