@@ -6,7 +6,7 @@ Both give the same numbers, since both multiply the same recording.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
@@ -452,22 +452,18 @@ class Linearization:
         width = max(w for w in WIDTHS if w <= rows.shape[0])
         if width not in self._chunks:
             choice = f"{self._named['columns']}, from {width}"
-            if (known := problem.known(choice)) is not None:
-                self._chunks[width] = int(known)
-                self.notes[f"columns {width}"] = (
-                    f"from {width} columns on {self._chunks[width]} at a time, as chosen before"
-                )
-            else:
-                keep, recorded.keep = recorded.keep, True
-                try:
-                    self._chunks[width] = self._measure_columns(recorded, rows, width)
-                finally:
-                    recorded.keep = keep
+            keep, recorded.keep = recorded.keep, True
+            try:
+                self._chunks[width] = self._choose_columns(problem, recorded, rows, width, problem.known(choice))
+            finally:
+                recorded.keep = keep
             problem.choices[choice] = self._chunks[width]
         return self._chunks[width]
 
-    def _measure_columns(self, recorded: Recording, rows: Tensor, width: int) -> int:
-        """The number of columns at a time that costs least a column: one, a width, or a quarter of it."""
+    def _choose_columns(
+        self, problem: Problem, recorded: Recording, rows: Tensor, width: int, known: int | None
+    ) -> int:
+        """Columns at a time: one, a width, or a quarter of it; as chosen before, or what costs least a column."""
 
         def run(part: Tensor, chunk: int) -> Tensor:
             if isinstance(recorded, (SinglePass, Headed)):
@@ -475,17 +471,14 @@ class Linearization:
             tangent = recorded.tangent(part, chunk)
             return recorded.finish(part, tangent, chunk)
 
-        def told(reason: str) -> int:
-            self.notes[f"columns {width}"] = f"from {width} columns on one after the other: {reason}"
+        topic = f"columns {width}"
+        # What was chosen at another state may be wrong at this one.
+        if known != 1 and (known is None or problem.verify) and (reason := _unlike_single(run, rows)) is not None:
+            self.notes[topic] = f"from {width} columns on one after the other: {reason}"
             return 1
-
-        try:
-            batched, single = run(rows[:2], 2), run(rows[:1], 1)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            return told(str(error).strip().splitlines()[0])
-        tolerance = torch.finfo(rows.dtype).eps ** 0.75 * single.norm()
-        if not bool((batched[:1] - single).norm() <= tolerance):
-            return told("a batched product differs from a single one")
+        if known is not None:
+            self.notes[topic] = f"from {width} columns on {known} at a time, as chosen before"
+            return known
         most = COLUMN_MEMORY // max(1, graph_bytes(recorded))
         seconds: dict[int, float] = {}
         for chunk in (1, *(w for w in (width // 4, width) if 1 < w <= most)):
@@ -494,8 +487,19 @@ class Linearization:
                 break  # it is work, not calls, that takes the time: wider ones are no better, and long to measure
         chosen = min(seconds, key=lambda chunk: seconds[chunk])
         shown = ", ".join(f"{chunk}: {1e3 * t:.2g} ms" for chunk, t in seconds.items())
-        self.notes[f"columns {width}"] = f"from {width} columns on {chosen} at a time ({shown} a column, on one batch)"
+        self.notes[topic] = f"from {width} columns on {chosen} at a time ({shown} a column, on one batch)"
         return chosen
+
+
+def _unlike_single(run: Callable[[Tensor, int], Tensor], rows: Tensor) -> str | None:
+    """Why columns must not be taken in one pass: what they give differs from one alone."""
+    try:
+        batched, single = run(rows[:2], 2), run(rows[:1], 1)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return str(error).strip().splitlines()[0]
+    if bool((batched[:1] - single).norm() <= torch.finfo(rows.dtype).eps ** 0.75 * single.norm()):
+        return None
+    return "a batched product differs from a single one"
 
 
 def linearization(problem: Problem, snapshot: Snapshot, sweep: Sweep) -> Linearization:

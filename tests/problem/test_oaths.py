@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -482,3 +483,33 @@ def test_everything_is_a_curvalg_error():
     x, y = data()
     with pytest.raises((CurvalgError, ZeroDivisionError)):
         registry.build("ggn").lower(Problem(Net(lambda h: h * (1 / 0)), MSE, (x, y))) @ torch.ones(26).double()
+
+
+class Strange(nn.Module):
+    """A hook that is right for every column alone, and wrong for several in one pass once ``wrong`` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.wrong = nn.Linear(3, 2).double(), False
+
+    def forward(self, x):
+        z = self.layer(x).tanh()
+        if z.requires_grad:
+            wrong = self.wrong
+            z.register_hook(lambda g: 2 * g if wrong and is_legacy_batchedtensor(g) else g)
+        return z
+
+
+def test_columns_are_compared_at_every_state(monkeypatch):
+    """What was chosen at one state is remembered, and may be wrong at another."""
+    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: (run(), 1.0)[1])  # wide is cheap
+    model = Strange()
+    X, Y, V = torch.randn(6, 3).double(), torch.randn(6, 2).double(), torch.randn(8, 5).double()
+    problem = Problem(model, nn.MSELoss(), (X, Y))
+    op = registry.build("hessian").lower(problem)
+    assert torch.allclose(op @ V, torch.stack([op @ v for v in V.unbind(1)], 1), rtol=1e-10)
+    assert "4 at a time" in op.explain()
+    model.wrong = True
+    op.refresh()
+    assert torch.allclose(op @ V, torch.stack([op @ v for v in V.unbind(1)], 1), rtol=1e-10)
+    assert "a batched product differs from a single one" in op.explain()

@@ -389,7 +389,9 @@ def test_parameters_of_another_form_are_another_problem(change, functional):
     """``module.float()`` and ``module.cuda()`` change the parameters themselves."""
     model = nn.Linear(4, 3).double()
     own = dict(model.named_parameters())
-    given = ((lambda p, x: F.linear(x, p["weight"], p["bias"])), CE, batches()) if functional else (model, CE, batches())
+    given = (
+        ((lambda p, x: F.linear(x, p["weight"], p["bias"])), CE, batches()) if functional else (model, CE, batches())
+    )
     problem = Problem(*given, params=own) if functional else Problem(*given)
     op = registry.build("ggn").lower(problem)
     before = op @ torch.ones(15).double()
@@ -397,7 +399,7 @@ def test_parameters_of_another_form_are_another_problem(change, functional):
     own["weight"].data = change(kept)
     with pytest.raises(StaleError):
         op @ torch.ones(15).double()
-    with pytest.raises(CurvalgError, match="'weight' was float64 .* on cpu when the Problem was made"):
+    with pytest.raises(CurvalgError, match=r"'weight' was float64 .* on cpu when the Problem was made"):
         op.refresh()
     own["weight"].data = kept
     assert torch.equal(op @ torch.ones(15).double(), before)
