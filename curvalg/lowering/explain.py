@@ -61,7 +61,7 @@ def _verified(op: CurvatureOperator) -> list[str]:
     routes = sorted({str(route if isinstance(route, str) else route[0]) for route, _ in op.snapshot.sworn})
     found = [text for key, text in _OATHS.items() if key in structure.sworn and key not in structure.notes]
     found += [{"symmetric": "products are symmetric"}.get(r, f"tangents by {r} agree with gradients") for r in routes]
-    lines = [f"verified: {'; '.join(found)}"] if found else []
+    lines = [f"verified on one batch: {'; '.join(found)}"] if found else []
     return lines + [f"not verified, {topic}: {note}" for topic, note in structure.notes.items()]
 
 

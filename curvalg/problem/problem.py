@@ -33,6 +33,7 @@ from curvalg.problem.model import ModuleModel, differentiable, make_model, recor
 from curvalg.problem.oaths import swear_loss
 from curvalg.problem.parameters import Layout
 from curvalg.problem.precision import accumulating, casting, compiler
+from curvalg.problem.process import LOCK
 from curvalg.problem.randomness import DrawGuard, Randomness
 from curvalg.problem.snapshot import Slot, Snapshot, Structure
 from curvalg.problem.sums import BatchSum
@@ -56,7 +57,8 @@ class Problem:
         params: the parameters: None (all that require gradients), names or glob patterns, or a dict.
         forward: ``forward(model, batch) -> output`` for batches that are neither pairs nor mappings.
         target: ``target(batch)`` for the same.
-        reduction: "mean" or "sum", how a callable loss reduces a batch; told from its values where possible.
+        reduction: "mean" or "sum", how a callable loss reduces a batch; told from its values where possible. Means of batches
+            are put together by their numbers of rows.
         samples: whether one sample is a row of a batch ("item") or an element of the loss ("position", as a token);
             decides gradient covariances.
         randomness: "refuse" random layers in training mode, or "frozen": replay the same draws in every product.
@@ -77,16 +79,18 @@ class Problem:
         output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB).
             Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
             a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
-        verify: check each route once before it is believed: calls against the live model, tangents against gradients, second
-            derivatives against a central difference and each other. Costs a few gradients at the first product; False leaves it
-            out.
+        verify: check each route once, on one batch, before it is believed: calls against the live model, tangents against
+            gradients, second derivatives against a central difference and each other. Costs a few gradients at the first
+            product; False leaves it out.
         progress: show a progress bar for passes over the data.
 
-    A problem is at one state: parameters, buffers, flags, plain attributes, hooks and submodules of model and loss, variables
-    that their functions close over, and the tensors of data in memory. All of these are watched: where one changes,
-    operators raise :class:`~curvalg.StaleError` until they are refreshed, and the next ``value()``, ``gradient()`` or lowering
-    takes everything anew. What a forward writes itself does not count. Not watched are files behind a loader, global variables,
-    and writes into data past autograd (``t.data``, NumPy views); after such a change call :meth:`refresh`.
+    A problem is at one state: parameters, buffers, flags, attributes, hooks and submodules of model and loss, the objects of
+    your own classes that these hold (and attributes and methods of the classes), variables that their functions close over or
+    default to, and the tensors of data in memory. All of these are watched: where one changes, operators raise
+    :class:`~curvalg.StaleError` until they are refreshed, and the next ``value()``, ``gradient()`` or lowering takes everything
+    anew. What a forward writes itself does not count. Not watched are files behind a loader, global variables, hooks for all
+    modules, and writes into single elements of data past autograd (``t.data``, NumPy views: a sample of 4096 elements of each
+    tensor on the CPU is compared); after such a change call :meth:`refresh`.
 
     Several threads may lower and multiply on one problem: what is shared between them is made and multiplied by one at a time.
 
@@ -130,7 +134,8 @@ class Problem:
         verify: bool = True,
         progress: bool = False,
     ) -> None:
-        self.model = make_model(model, params, forward)
+        with LOCK:  # while another problem calls the same model, other tensors stand in it
+            self.model = make_model(model, params, forward)
         self.layout = Layout(self.model.chosen)
         self.device: torch.device = next(iter(self.model.chosen.values())).device
         self.dtype: torch.dtype = self.layout.dtype
@@ -314,7 +319,8 @@ class Problem:
         loss, reduction = self._given
         resolved = None if loss is None else resolve_loss(loss, reduction)
         others = [("loss", loss), ("forward", self.model.rule), ("target", self.data.target), *self.model.functions()]
-        return Structure(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
+        with LOCK:
+            return Structure(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
 
     def _new_structure(self) -> None:
         self.data.forget()
@@ -327,7 +333,7 @@ class Problem:
 
     def snapshot(self) -> Snapshot:
         """The state now; the same object as long as nothing that is watched changes."""
-        with self._lock:
+        with self._lock, LOCK:
             if self._snapshot is None or not self._snapshot.intact():
                 if not self._structure.intact():
                     self._new_structure()
@@ -341,7 +347,7 @@ class Problem:
         Raises:
             StaleError: it is not.
         """
-        with self._lock:
+        with self._lock, LOCK:
             if snapshot.structure.refreshes != self._refreshes:
                 raise StaleError(
                     "the problem was refreshed after the operator was lowered; call operator.refresh() to go on at the new "

@@ -140,7 +140,7 @@ class DrawGuard:
             raise ProblemError(
                 f"the model (or a loss that is a callable) draws random numbers from {' and '.join(drawn)} (dropout in "
                 "training mode?), so every product would be of another matrix. Call model.eval(), or pass "
-                "randomness='frozen' to replay the same draws in every product"
+                "randomness='frozen' to replay the same draws in every product. If it draws none, another thread did meanwhile"
             )
         return result
 

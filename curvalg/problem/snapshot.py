@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -46,10 +45,7 @@ class Structure:
     ) -> None:
         own = [module for _, module in modules]
         self.settings = Watch([(f"attribute of {name}", m) for name, m in modules], exactly=True, modules=own)
-        forwards = [
-            (f"the forward of {name}", forward) for name, m in modules if (forward := _own_forward(m)) is not None
-        ]
-        self.functions = Watch([*others, *forwards], exactly=True, modules=own)
+        self.functions = Watch(others, exactly=True, modules=own)
         self.data = Watch([("data", getattr(source, "dataset", source))], exactly=False, inside=(Dataset,))
         self._flags = [(m, m.training, tuple(m._modules.values())) for m in own]
         self.loss = loss
@@ -87,12 +83,6 @@ class Structure:
         if any(tuple(module._modules.values()) != children for module, _, children in self._flags):
             names.append("submodules")
         return names
-
-
-def _own_forward(module: nn.Module) -> FunctionType | None:
-    """The forward of a class whose functions close over variables; None of all others."""
-    forward = getattr(type(module), "forward", None)
-    return forward if isinstance(forward, FunctionType) and forward.__closure__ else None
 
 
 class Snapshot:

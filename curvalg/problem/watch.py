@@ -1,20 +1,24 @@
 """Watching what is not a parameter: attributes of modules, hooks, closures, data in memory.
 
 A model may read a float of its own, a mask, a list of scales or the options of a loss; a list of batches may grow. All of it
-belongs to the state that numbers were computed at. Watched are containers (by their contents), tensors, arrays and the
-variables that functions close over; objects of classes are looked into where they hold plain values only, as settings do.
-Comparing happens in every product, and is made of few calls: a dict that still holds the same objects compares in C.
+belongs to the state that numbers were computed at. Watched are containers (by their contents), tensors, arrays, what functions
+close over and default to, and the attributes of objects and classes: of those that the user wrote, and of all others that hold
+plain values only, as settings do. Comparing happens in every product, and is made of few calls: a dict that still holds the
+same objects compares in C.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import enum
 import functools
 import pickle
+import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -22,7 +26,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from curvalg.problem.bits import Bits
+from curvalg.problem.bits import Bits, Sample
 
 MOST = 200_000
 """Places that are looked at; what lies beyond is not watched."""
@@ -31,6 +35,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _INTERNAL = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
 _PLAIN = (Number, str, bytes, bool, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (dict, list, set, collections.deque)
+_DICTS = (dict, types.MappingProxyType)
+_SETTINGS = (types.SimpleNamespace, argparse.Namespace)
 GENERATORS = (Generator, np.random.Generator, np.random.RandomState)
 
 
@@ -50,7 +56,7 @@ class Entry:
         """Names of what is different now."""
         if _equal(self.live, self.copy):
             return []
-        if not isinstance(self.live, dict):
+        if not isinstance(self.live, _DICTS):
             return [self.name]
         keys = [*self.copy, *(key for key in self.live if key not in self.copy)]
         return [f"{self.name}.{key}" for key in keys if key not in self.ignored and not self._same(key)]
@@ -66,7 +72,7 @@ class Entry:
 
     def ignore_differences(self) -> None:
         """What is different now does not count from now on."""
-        if isinstance(self.live, dict):
+        if isinstance(self.live, _DICTS):
             keys = [*self.copy, *(key for key in self.live if key not in self.copy)]
             self.ignored |= {key for key in keys if not self._same(key)}
 
@@ -96,7 +102,8 @@ class Watch:
         self.generators: list[Any] = []
         self._exactly, self._inside = exactly, inside
         self._arrays: list[tuple[str, np.ndarray, np.ndarray]] = []
-        self._cells: list[tuple[str, types.CellType, Any]] = []
+        self._places: list[tuple[str, Callable[[], Any], Any]] = []
+        """(name, what reads the object that is there, the object): cells of closures, slots, defaults."""
         self._own = {id(module) for module in modules}
         self._seen: dict[int, Any] = {}
         todo = [(name, None, None, root) for name, root in roots]
@@ -107,13 +114,16 @@ class Watch:
         self._bits = [Bits(t) for _, _, _, t in self.tensors] if exactly else []
         self._counted = [] if exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
         self._versions = [t._version for t in self._counted]
+        self._samples = (
+            [] if exactly else [Sample(t) for _, _, _, t in self.tensors if not t.is_cuda or t.is_inference()]
+        )
 
     def _visit(self, name: str, holder: Any, key: Any, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
-        if isinstance(value, (*_PLAIN, type, types.ModuleType)) or id(value) in self._seen:
+        if isinstance(value, (*_PLAIN, types.ModuleType)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            if value.layout == torch.strided and not value.is_meta:
+            if value.layout == torch.strided and not value.is_meta and not value.is_nested:
                 self.tensors.append((name, holder, key, value))
         elif isinstance(value, np.ndarray):
             if self._exactly and value.dtype != object:
@@ -134,13 +144,20 @@ class Watch:
             yield (name, None, None, value.__self__)
         elif isinstance(value, types.FunctionType):
             yield from self._function(name, value)
-        elif _is_record(value) or isinstance(value, self._inside):
-            yield from self._container(name, vars(value))
+        elif isinstance(value, (staticmethod, classmethod)):
+            yield (name, None, None, value.__func__)
+        elif isinstance(value, property):
+            yield (name, None, None, value.fget)
+        elif isinstance(value, type):
+            yield from self._class(name, value)
+        elif _is_record(value) or isinstance(value, self._inside) or (self._exactly and _is_users(type(value))):
+            yield from self._object(name, value)
 
     def _container(self, name: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
         self.entries.append(Entry(name, value))
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", value, key, part) for key, part in value.items())
+        if isinstance(value, _DICTS):
+            holder = value if isinstance(value, dict) else None
+            yield from ((f"{name}.{key}", holder, key, part) for key, part in tuple(value.items()))
         elif isinstance(value, (list, collections.deque)):
             yield from ((f"{name}[{i}]", value, i, part) for i, part in enumerate(value))
 
@@ -155,18 +172,39 @@ class Watch:
         for key, value in attributes.items():
             if key in inner or (key not in _INTERNAL and key not in _BOOKKEEPING):
                 yield (f"{name}.{key}", attributes, key, value)
+        yield (f"{name}, class {type(module).__name__}", None, None, type(module))
+
+    def _object(self, name: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+        if isinstance(attributes := getattr(value, "__dict__", None), dict):
+            yield from self._container(name, attributes)
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                yield from self._place(f"{name}.{slot}", partial(getattr, value, slot, None))
+        yield (f"{name}, class {type(value).__name__}", None, None, type(value))
+
+    def _class(self, name: str, kind: type) -> Iterator[tuple[str, Any, Any, Any]]:
+        """Attributes and methods of a class and its bases, so far as the user wrote them."""
+        if not self._exactly:
+            return
+        for base in kind.__mro__:
+            if _is_users(base) and (base is kind or id(base) not in self._seen):
+                self._seen[id(base)] = base
+                yield from self._container(name, vars(base))
 
     def _function(self, name: str, function: types.FunctionType) -> Iterator[tuple[str, Any, Any, Any]]:
         names = function.__code__.co_freevars
         for variable, cell in zip(names, function.__closure__ or (), strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-            self._cells.append((f"{name}, variable {variable}", cell, value))
-            yield (f"{name}, variable {variable}", None, None, value)
-        if function.__kwdefaults__:
-            yield (name, None, None, function.__kwdefaults__)
+            yield from self._place(f"{name}, variable {variable}", partial(_contents, cell))
+        for kind in ("__defaults__", "__kwdefaults__"):
+            yield from self._place(f"{name}, defaults", partial(getattr, function, kind))
+        if function.__dict__:
+            yield from self._container(name, function.__dict__)
+
+    def _place(self, name: str, read: Callable[[], Any]) -> Iterator[tuple[str, Any, Any, Any]]:
+        if (value := read()) is not None:
+            self._places.append((name, read, value))
+            yield (name, None, None, value)
 
     def _list_entries(self) -> None:
         self._lives, self._copies = [entry.live for entry in self.entries], [entry.copy for entry in self.entries]
@@ -180,7 +218,9 @@ class Watch:
             return False
         if [t._version for t in self._counted] != self._versions:
             return False
-        if self._cells and not all(_holds(cell, value) for _, cell, value in self._cells):
+        if self._places and not all(_holds(read, value) for _, read, value in self._places):
+            return False
+        if self._samples and not all(sample.intact() for sample in self._samples):
             return False
         if self._bits and not all(bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)):
             return False
@@ -192,7 +232,7 @@ class Watch:
         """Names of what has changed."""
         found = [name for entry in self.entries for name in entry.differences()]
         found += [name for (name, _, _, _), written in zip(self.tensors, self.written_tensors()) if written]
-        found += [name for name, cell, value in self._cells if not _holds(cell, value)]
+        found += [name for name, read, value in self._places if not _holds(read, value)]
         found += [n for n, a, b in self._arrays if not np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")]
         return list(dict.fromkeys(found))
 
@@ -200,10 +240,9 @@ class Watch:
         """For each tensor, whether its memory was written into."""
         if self._exactly:
             return [not bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)]
-        versions = dict(zip(map(id, self._counted), self._versions))
-        return [
-            versions.get(id(t), t._version if id(t) in versions else 0) != _version(t) for _, _, _, t in self.tensors
-        ]
+        written = {id(t) for t, version in zip(self._counted, self._versions) if t._version != version}
+        written |= {id(sample.tensor) for sample in self._samples if not sample.intact()}
+        return [id(t) in written for _, _, _, t in self.tensors]
 
     def forgive(self) -> None:
         """Whatever is different now does not count from now on: it is changed by what is done here."""
@@ -219,7 +258,9 @@ class Watch:
             self.tensors = [self.tensors[i] for i in left]
             self._counted = [] if self._exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
             self._versions = [t._version for t in self._counted]
-        self._cells = [(name, cell, value) for name, cell, value in self._cells if _holds(cell, value)]
+            kept = {id(t) for _, _, _, t in self.tensors}
+            self._samples = [sample for sample in self._samples if id(sample.tensor) in kept]
+        self._places = [(name, read, value) for name, read, value in self._places if _holds(read, value)]
         self._arrays = [(n, a, b) for n, a, b in self._arrays if np.array_equal(a, b)]
 
     def ignore_written(self, dicts: Iterable[Any]) -> None:
@@ -245,6 +286,8 @@ _BOOKKEEPING = frozenset(
 
 def _is_record(value: Any) -> bool:
     """Whether an object holds plain values only, as settings do."""
+    if isinstance(value, _SETTINGS):
+        return True
     if callable(value) and not dataclasses.is_dataclass(value):
         return False
     attributes = getattr(value, "__dict__", None)
@@ -254,6 +297,16 @@ def _is_record(value: Any) -> bool:
     return all(isinstance(part, kinds) or callable(part) for part in attributes.values())
 
 
+def _is_users(kind: type) -> bool:
+    """Whether a class is none of Python's, torch's or NumPy's, whose objects change by being used."""
+    return bool(kind.__flags__ & _HEAP) and kind.__module__.partition(".")[0] not in _LIBRARIES
+
+
+_HEAP = 1 << 9
+"""Of classes that are made by a class statement."""
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "torchvision", "numpy", "scipy", "optree"}
+
+
 def _equal(a: Any, b: Any) -> bool:
     try:
         return bool(a == b)
@@ -261,16 +314,16 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
-def _holds(cell: types.CellType, value: Any) -> bool:
+def _contents(cell: types.CellType) -> Any:
     try:
-        now = cell.cell_contents
-    except ValueError:
-        return False
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _holds(read: Callable[[], Any], value: Any) -> bool:
+    now = read()
     return now is value or _equal([now], [value])
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
 
 
 def read_generator(generator: Any) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,3 +98,37 @@ def test_threads_on_problems_of_their_own_leave_the_random_state_alone(busy):
         results = list(pool.map(lambda p: B("ggn").lower(p) @ torch.ones(p.size).double(), models))
     assert all(torch.equal(results[0], r) for r in results)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_problem_is_made_while_another_one_calls_the_same_model():
+    """During a call other tensors stand in the user's module; they must not be taken for its parameters."""
+    inside, made = threading.Event(), threading.Event()
+
+    class Waiting(nn.Linear):
+        def forward(self, x):
+            if not inside.is_set():
+                inside.set()
+                made.wait(0.5)  # nobody can make a problem now; who could would take wrong tensors
+            return super().forward(x)
+
+    model, X, Y = Waiting(3, 2).double(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    v = torch.ones(8).double()
+    expected = registry.build("ggn").lower(Problem(copy.deepcopy(model), nn.MSELoss(), (X, Y), verify=False)) @ v
+    inside.clear()
+
+    def first():
+        return registry.build("ggn").lower(Problem(model, nn.MSELoss(), (X, Y))) @ v
+
+    def second():
+        inside.wait()
+        problem = Problem(model, nn.MSELoss(), (X, Y))
+        made.set()
+        chosen = list(problem.model.chosen.values())
+        return chosen, registry.build("ggn").lower(problem) @ v
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(first), pool.submit(second)
+        chosen, product = other.result()
+        assert all(p is q for p, q in zip(chosen, (model.weight, model.bias), strict=True))
+        assert torch.equal(one.result(), expected)
+        assert torch.equal(product, expected)
