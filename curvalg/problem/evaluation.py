@@ -72,7 +72,7 @@ class Evaluation:
     def output(self) -> tuple[Tensor, OutputForm]:
         """z without a graph, by one model call.
 
-        A model that differentiates inside its forward (forces) is called with gradients on.
+        A model that differentiates inside its forward (by its inputs, as forces; or by its weights) is called with gradients on.
         """
         structure = self.snapshot.structure
         if not structure.differentiates:
@@ -86,7 +86,7 @@ class Evaluation:
                     raise
                 structure.differentiates = True
         with torch.enable_grad():
-            z, form = self._recordable(self.values())
+            z, form = self._recordable([p.requires_grad_() for p in self.values()])
         swear_output(self, z.detach())
         return z.detach(), form
 

@@ -513,3 +513,29 @@ def test_columns_are_compared_at_every_state(monkeypatch):
     op.refresh()
     assert torch.allclose(op @ V, torch.stack([op @ v for v in V.unbind(1)], 1), rtol=1e-10)
     assert "a batched product differs from a single one" in op.explain()
+
+
+class DifferentiatesByItsWeights(nn.Module):
+    """As in meta-learning: an output made of a gradient with respect to a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 5).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        with torch.enable_grad():
+            energy = self.inner(x).tanh().square().sum()
+            (g,) = torch.autograd.grad(energy, self.inner.weight, create_graph=True)
+        return self.outer(g.sum(0) + x)
+
+
+def test_a_model_that_differentiates_by_its_own_weights():
+    model, X, y = DifferentiatesByItsWeights(), torch.randn(3, 4).double(), torch.randint(0, 3, (3,))
+    problem = Problem(model, nn.CrossEntropyLoss(), (X, y))
+    assert problem.value() == pytest.approx(float(nn.CrossEntropyLoss()(model(X), y).detach()), rel=1e-12)
+    params = list(model.parameters())
+    gradient = torch.autograd.grad(nn.CrossEntropyLoss()(model(X), y), params, allow_unused=True)
+    flat = torch.cat(
+        [torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1) for g, p in zip(gradient, params)]
+    )
+    assert torch.allclose(problem.gradient(), flat, rtol=1e-10)
