@@ -21,14 +21,17 @@ import curvalg
 from curvalg.errors import CheckpointError, CurvalgWarning
 from curvalg.estimate.place import Place
 from curvalg.estimate.state import Named, Options, State
+from curvalg.estimate.unit import Unit
 
-FORMAT = 3
+FORMAT = 4
 KEY = "curvalg"
 """The entry of the file's metadata that holds everything but the tensors, as JSON."""
 SUM = "checksum"
 """The entry that holds the checksum of that and of the tensors."""
 INTERVAL = 30.0
 """The least seconds between two writes."""
+FURTHEST = 4096
+"""Exponents of units, in magnitude: those of float64 end before."""
 OVERHEAD = 0.05
 """The most that writing may take of the time of a run."""
 
@@ -56,15 +59,22 @@ class Checkpoint:
         path: of the file, in a folder that exists.
         subject: fingerprint of what the run is about, name -> what JSON can hold.
         choices: that products depend on in their last bits.
+        unit: that the numbers of states are in, found by the products.
 
     Raises:
         CheckpointError: no file can be written there, or another run writes it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], subject: Options, choices: Choices | None = None) -> None:
-        self.place, self.subject, self._choices = Place(path), subject, choices or Choices({}, {})
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        subject: Options,
+        choices: Choices | None = None,
+        unit: Unit | None = None,
+    ) -> None:
+        self.place, self.subject, self._choices, self._unit = Place(path), subject, choices or Choices({}, {}), unit
         self.path = self.place.path
-        self._marked: dict[str, Any] = {}
+        self._marked: tuple[dict[str, Any], int | None] = {}, None
         self._next = time.monotonic() + INTERVAL
 
     def held(self) -> contextlib.AbstractContextManager[None]:
@@ -80,8 +90,10 @@ class Checkpoint:
         return time.monotonic() >= self._next
 
     def mark(self) -> None:
-        """Remember the choices as they are with the state that was just reached; a step that is interrupted may make more."""
-        self._marked = {**self._choices.recalled, **self._choices.made}
+        """Remember choices and unit as they are with the state that was just reached; a step that is interrupted may make
+        more."""
+        exponent = None if self._unit is None else self._unit.exponent
+        self._marked = {**self._choices.recalled, **self._choices.made}, exponent
 
     def save(self, algorithm: Named, state: State, seconds: float) -> None:
         """Write a state. Where that fails, the file that is there stays as it is, and a warning is all: results count more."""
@@ -94,7 +106,8 @@ class Checkpoint:
                 "algorithm": algorithm.name,
                 "options": algorithm.options,
                 "numbers": state.numbers,
-                "choices": self._marked,
+                "choices": self._marked[0],
+                "unit": self._marked[1],
                 "seconds": seconds,
             }
         )
@@ -132,6 +145,8 @@ class Checkpoint:
         if not algorithm.fits(state):
             raise self._foreign(f"it holds no state of {algorithm.name}")
         self._choices.recalled.update(header["choices"])
+        if self._unit is not None:
+            self._unit.exponent = header["unit"]
         return state, float(header["seconds"])
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -189,6 +204,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "options": _is(dict),
     "numbers": _is(dict),
     "choices": _is(dict),
+    "unit": lambda value: value is None or (type(value) is int and abs(value) <= FURTHEST),
     "seconds": _is_seconds,
 }
 """Entries of the header -> whether a value is one."""

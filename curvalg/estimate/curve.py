@@ -70,7 +70,7 @@ class Density(Result):
         floor = floor_of(nodes)
         axis = SCALES[look.scale](floor)
         positions, peaks = axis.to(nodes), axis.to(outliers)
-        centre, half = extent(positions, weights)
+        centre, half = extent(positions, weights, axis.least)
         width = papyan_width(half, look.steps, axis.kappa) if look.width is None else float(look.width)
         if isinstance(look.points, Tensor):
             shown = look.points.detach().to("cpu", torch.float64)

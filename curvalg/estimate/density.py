@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvalg.errors import OptionError
 from curvalg.estimate.curve import Density, Look
-from curvalg.estimate.eigen import _confined, eigsh
+from curvalg.estimate.eigen import confined, eigsh
 from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.require import require_count
 from curvalg.estimate.result import Result
@@ -85,7 +85,7 @@ def spectral_density(
     >>> abs(half.value - 25) < 4 * half.error
     True
     """
-    begin, given = time.perf_counter(), target(op)
+    begin, given = time.perf_counter(), target(op).in_units()
     probes, steps = require_count(probes, "probes"), require_count(steps, "steps")
     _require(scale, outliers, grid, width)
     file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
@@ -100,14 +100,14 @@ def spectral_density(
     peaks, locked = torch.zeros(0, dtype=torch.float64), given.rows(None, "outliers")
     if outliers:
         path = None if checkpoint is None else Path(checkpoint).with_name(f"{Path(checkpoint).name}.outliers")
-        pairs = eigsh(given, int(outliers), which="LM", seed=seed, checkpoint=path, progress=progress)
+        pairs = eigsh(op, int(outliers), which="LM", seed=seed, checkpoint=path, progress=progress)
         if pairs.partial:
             raise KeyboardInterrupt
         before, peaks = before + pairs.products, pairs.eigenvalues
         rows = pairs.eigenvectors.T.contiguous()
         locked = orthonormalise(rows, rows[:0], 1.0)[0]
     algorithm = StochasticLanczos(
-        target=_confined(given, locked),
+        target=confined(given, locked),
         probes=probes,
         steps=min(steps, given.size - len(locked)),
         seed=int(seed),

@@ -14,12 +14,13 @@ from torch import Tensor
 from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, VectorError
 from curvalg.estimate.exact import exact
 from curvalg.estimate.lanczos import Block, Lanczos
-from curvalg.estimate.result import Eigenpairs
+from curvalg.estimate.result import Eigenpairs, Result
 from curvalg.estimate.run import run
 from curvalg.estimate.target import Target, require_symmetric, target
 from curvalg.lowering.vectors import Vector
 from curvalg.solve.ends import SIDES, Which
 from curvalg.solve.orthogonal import orthonormalise
+from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.search import CHALLENGE, DONE, STAGNATED
 
 OnFail = Literal["raise", "warn"]
@@ -88,7 +89,44 @@ def eigsh(
     >>> values, vectors.shape
     (tensor([6., 6.], dtype=torch.float64), torch.Size([3, 2]))
     """
-    begin, given = time.perf_counter(), target(op)
+    given = target(op).in_units()
+    pairs, complaint = search(
+        given,
+        k,
+        which,
+        tol,
+        block=block,
+        v0=v0,
+        deflate=deflate,
+        seed=seed,
+        maxiter=maxiter,
+        on_fail=on_fail,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    pairs = dataclasses.replace(pairs, eigenvalues=given.back(pairs.eigenvalues), residuals=given.back(pairs.residuals))
+    if complaint:
+        fail(complaint, pairs, on_fail)
+    return pairs
+
+
+def search(
+    given: Target,
+    k: int,
+    which: Which,
+    tol: float | None,
+    *,
+    block: Block,
+    v0: Vector | None,
+    deflate: Vector | Eigenpairs | None,
+    seed: int,
+    maxiter: int | None,
+    on_fail: OnFail,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[Eigenpairs, str]:
+    """The pairs of a target with a unit, in that unit, and what :func:`eigsh` has to complain about, "" for nothing."""
+    begin = time.perf_counter()
     _require(k, which, tol, block, maxiter, on_fail)
     file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     before = require_symmetric(given, seed)
@@ -99,9 +137,9 @@ def eigsh(
     start = given.rows(v0, "v0")
     tol = given.eigenvalue_tolerance(tol)
     if not len(locked) and (pairs := exact(given, k, which, tol)) is not None:
-        return dataclasses.replace(pairs, seconds=time.perf_counter() - begin)
+        return dataclasses.replace(pairs, seconds=time.perf_counter() - begin), ""
     algorithm = Lanczos(
-        target=_confined(given, locked),
+        target=confined(given, locked),
         k=int(k),
         which=which,
         tol=tol,
@@ -127,12 +165,10 @@ def eigsh(
         residuals=residuals,
         layout=given.layout,
     )
-    if not pairs.converged and not pairs.partial:
-        _fail(pairs, algorithm, phase, on_fail)
-    return pairs
+    return pairs, "" if pairs.converged or pairs.partial else _complaint(pairs, algorithm, phase)
 
 
-def _fail(pairs: Eigenpairs, algorithm: Lanczos, phase: str, on_fail: OnFail) -> None:
+def _complaint(pairs: Eigenpairs, algorithm: Lanczos, phase: str) -> str:
     scale = float(pairs.eigenvalues.abs().max()) if len(pairs) else 0.0
     good = int((pairs.residuals <= algorithm.tol * scale).sum())
     reached = f"{good} of {algorithm.k} eigenpairs of {algorithm.target.name} reached tol={algorithm.tol:g}"
@@ -141,9 +177,17 @@ def _fail(pairs: Eigenpairs, algorithm: Lanczos, phase: str, on_fail: OnFail) ->
         CHALLENGE: "but the search for eigenvalues that they may have missed was cut short: raise maxiter=",
     }
     cure = reasons.get(phase, "raise maxiter= or tol=, or ask for fewer or for another end (which=)")
-    message = f"{reached} in {pairs.products} products; {cure}"
+    return f"{reached} in {pairs.products} products; {cure}"
+
+
+def fail(message: str, result: Result, on_fail: OnFail) -> None:
+    """Raise, or warn, on behalf of the caller of the caller.
+
+    Raises:
+        ConvergenceError: with the result.
+    """
     if on_fail == "raise":
-        raise ConvergenceError(message, pairs)
+        raise ConvergenceError(message, result)
     warnings.warn(message, CurvalgWarning, stacklevel=3)
 
 
@@ -177,13 +221,14 @@ def _locked(deflate: Vector | Eigenpairs | None, given: Target) -> Tensor:
     rows = given.rows(vectors, "deflate")
     if not len(rows):
         return rows
+    rows = scaled(rows, -exponents(rows.T)[:, None])
     lengths = rows.norm(dim=1, keepdim=True)
     if not bool((lengths > 0).all()):
         raise VectorError("deflate: expected vectors that are not zero, but one is; leave it out")
     return orthonormalise(rows / lengths, rows[:0], 1.0)[0]
 
 
-def _confined(given: Target, locked: Tensor) -> Target:
+def confined(given: Target, locked: Tensor) -> Target:
     """The operator on the orthogonal complement of some rows."""
     if not len(locked):
         return given

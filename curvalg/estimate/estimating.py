@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -85,20 +85,28 @@ class Request:
             )
         most = max(16 * self.products, min(2 * price * target.size, 1000)) if self.maxiter is None else self.maxiter
         tol = None if self.tol is None else float(self.tol)
-        return kind(target, int(self.products), tol, int(self.seed), int(most), price)
+        return kind(target.in_units(), int(self.products), tol, int(self.seed), int(most), price)
 
-    def estimate(self, algorithm: Sketch, quantity: str) -> Estimate:
+    def estimate(
+        self, algorithm: Sketch, quantity: str, finish: Callable[[Estimate], Estimate] = lambda result: result
+    ) -> Estimate:
         """Run the estimator.
+
+        Args:
+            algorithm: made by :meth:`algorithm`.
+            quantity: what it estimates.
+            finish: makes of an estimate in powers of the operator's unit one in the unit itself.
 
         Raises:
             ConvergenceError: the tolerance was not reached.
+            ProblemError: a value that is out of range.
         """
         file = algorithm.target.checkpoint(self.checkpoint, quantity=quantity)
         outcome = run(algorithm, checkpoint=file, progress=self.progress)
         value, error = algorithm.result(outcome.state)
         if not value.numel():
             raise KeyboardInterrupt("interrupted before there was anything to estimate from")
-        result = Estimate(
+        found = Estimate(
             method="exact" if algorithm.exact(outcome.state) else algorithm.method,
             products=outcome.state.products,
             seconds=outcome.seconds,
@@ -107,12 +115,15 @@ class Request:
             value=plain(value),
             error=plain(error),
         )
+        finished, back = finish(found), algorithm.target.back
+        value, error = (back(torch.as_tensor(x, dtype=torch.float64)) for x in (finished.value, finished.error))
+        result = replace(finished, value=plain(value), error=plain(error))
         if not result.converged and not result.partial:
-            self._fail(result, algorithm.target, quantity)
+            self._fail(found, result, algorithm.target, quantity)
         return result
 
-    def _fail(self, result: Estimate, target: Target, quantity: str) -> None:
-        value, error = (torch.as_tensor(x).double().norm() for x in (result.value, result.error))
+    def _fail(self, found: Estimate, result: Estimate, target: Target, quantity: str) -> None:
+        value, error = (torch.as_tensor(x).double().norm() for x in (found.value, found.error))
         relative = float(error / value) if value else math.inf
         message = (
             f"the {quantity} of {target.name} has a standard error of {relative:.2g} of its value after {result.products} "

@@ -18,7 +18,8 @@ SHARE = 8
 
 
 def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None:
-    """k eigenpairs by structure; None where there is none, or none that pays, or where its accuracy is not enough."""
+    """k eigenpairs by structure, in the unit of the target; None where there is none, or none that pays, or where its accuracy
+    is not enough."""
     if target.operator is None:
         return None
     rows = target.operator.exact_rows()
@@ -28,9 +29,10 @@ def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None
     if spectrum is None:
         return None
     values, vectors = chosen(spectrum, k, which, target.size, target.space.dtype)
-    remainder = target.multiply(vectors) - vectors * values.to(vectors)
-    residuals = small(remainder.norm(dim=0))
-    scale = max(float(spectrum.eigenvalues.abs().max()) if len(spectrum.eigenvalues) else 0.0, abs(spectrum.rest))
+    products = target.multiply(vectors)  # first, for it may find the unit
+    size = max(float(spectrum.eigenvalues.abs().max()) if len(spectrum.eigenvalues) else 0.0, abs(spectrum.rest))
+    values, scale = target.to(values), float(target.to(values.new_tensor(size)))
+    residuals = small((products - vectors * values.to(vectors)).norm(dim=0))
     if bool((residuals > tol * scale).any()):
         return None
     return Eigenpairs(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, VectorError
+from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, ProblemError, VectorError
 from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.krylov_function import KrylovFunction
 from curvalg.estimate.require import require_count, require_tolerance
@@ -22,6 +22,7 @@ from curvalg.estimate.scalar_functions import Scalar, scalar
 from curvalg.estimate.target import Target, require_symmetric, target
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.solve.orthogonal import small
+from curvalg.solve.powers import norms
 
 Function = Callable[[Tensor], Tensor] | Literal["sqrt", "inv_sqrt", "exp", "log"]
 
@@ -85,7 +86,7 @@ def matrix_function(
         FactsError: the operator is not symmetric, or has Ritz values where the function is not defined.
         ExpressionError: an argument that makes no sense.
         VectorError: v does not fit.
-        ProblemError: a product that is not finite.
+        ProblemError: a product that is not finite, or a result that is out of range.
         ConvergenceError: "auto" did not reach the tolerance; the product as it is then is in ``error.result``.
 
     Source: Golub and Meurant, Matrices, Moments and Quadrature with Applications (2010).
@@ -95,7 +96,7 @@ def matrix_function(
     >>> matrix_function(A, "sqrt", torch.ones(3)).value.round(decimals=3)
     tensor([1., 2., 3.])
     """
-    begin, given, f = time.perf_counter(), target(op), scalar(function)
+    begin, given, f = time.perf_counter(), target(op).in_units(), scalar(function)
     steps = steps if steps == "auto" else require_count(steps, "steps")
     default = 1e-5 if given.space.dtype == torch.float32 else 1e-10
     tol = max(default, given.half) if tol is None else require_tolerance(tol)
@@ -113,6 +114,11 @@ def matrix_function(
     def packed(method: str, products: int, made: int, changes: Tensor, **how: Any) -> FunctionProduct:
         everywhere = torch.zeros(len(rows), dtype=torch.float64)
         everywhere[kept.cpu()] = changes
+        if not bool(torch.isfinite(result).all()):
+            kind = str(result.dtype).removeprefix("torch.")
+            raise ProblemError(
+                f"{f.name}({given.name}) v is beyond the range of {kind}; divide v by a power of two, or use float64"
+            )
         value = operand.restore(result.T)
         return FunctionProduct(method=method, products=products, value=value, changes=everywhere, steps=made, **how)
 
@@ -165,7 +171,8 @@ def _exact(given: Target, f: Scalar, columns: Tensor) -> Tensor | None:
         result = result + vectors @ ((mapped[: len(values)][some] - rest).to(columns)[:, None] * inner)
         check = check + vectors @ ((values[some] - pairs.rest).to(columns)[:, None] * inner)
     # The eigenvectors of a Gram matrix can be poor: then they do not even give the product.
-    wrong = (check - given.multiply(columns)).norm(dim=0) > 100 * eps * both.abs().max() * columns.norm(dim=0)
+    products = given.back(given.multiply(columns))
+    wrong = norms(check - products) > 100 * eps * both.abs().max() * norms(columns)
     return None if bool(wrong.any()) else result
 
 

@@ -12,6 +12,8 @@ from curvalg.estimate.scalar_functions import Scalar
 from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
 from curvalg.solve import quadrature
+from curvalg.solve.orthogonal import small
+from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.quadrature import Recurrences
 
 LAG = 0.8
@@ -48,8 +50,8 @@ class KrylovFunction:
 
     def start(self) -> State:
         """The columns, normalised."""
-        norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
-        unit = self.rows / norms.to(self.rows)[:, None]
+        rows, norms, _ = self._sized()
+        unit = rows / norms.to(rows)[:, None]
         return self._pack(quadrature.begin(unit, whole=True, capacity=self._capacity), self.before)
 
     def fits(self, state: State) -> bool:
@@ -86,6 +88,8 @@ class KrylovFunction:
         now, fewer = self._coefficients(given, given.steps), max(1, int(LAG * given.steps))
         then = torch.zeros_like(now)
         then[:, :fewer] = self._coefficients(given, fewer)
+        size = exponents(now.T)[:, None]  # f may be of any scale
+        now, then = scaled(now, -size), scaled(then, -size)
         change = (now - then).norm(dim=1) / now.norm(dim=1).clamp_min(torch.finfo(now.dtype).tiny)
         # A single step has nothing to be compared with.
         change = torch.where(torch.tensor(given.steps == fewer), torch.inf, change)
@@ -94,9 +98,18 @@ class KrylovFunction:
     def columns(self, state: State) -> Tensor:
         """f(A) V, (n, p)."""
         given = self._unpack(state)
-        norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
-        weights = (self._coefficients(given, given.steps) * norms[:, None].cpu()).to(self.rows)
-        return torch.bmm(weights[:, None, :], given.vectors())[:, 0].T.contiguous()
+        _, norms, exponent = self._sized()
+        weights = self._coefficients(given, given.steps) * small(norms)[:, None]
+        size = exponents(weights.T)
+        near = scaled(weights, -size[:, None]).to(self.rows)
+        values = torch.bmm(near[:, None, :], given.vectors())[:, 0].T.contiguous()
+        return scaled(values, size.to(exponent) + exponent)
+
+    def _sized(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns as rows near one, their norms, and the exponents that were taken away."""
+        exponent = exponents(self.rows.T)
+        rows = scaled(self.rows, -exponent[:, None])
+        return rows, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64), exponent
 
     @property
     def _capacity(self) -> int:
@@ -106,7 +119,9 @@ class KrylovFunction:
         """f(T) e₁ of the first steps, (p, steps)."""
         eps = torch.finfo(self.rows.dtype).eps
         return quadrature.first_column(
-            given.alphas[:steps], given.betas[:steps], lambda x: self.function.at(x, self.target.name, eps)
+            given.alphas[:steps],
+            given.betas[:steps],
+            lambda x: self.function.at(self.target.back(x), self.target.name, eps),
         )
 
     def _pack(self, given: Recurrences, products: int) -> State:

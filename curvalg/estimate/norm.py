@@ -20,6 +20,7 @@ from curvalg.estimate.sketch import Sketch, UnitVectors
 from curvalg.estimate.target import Path, Target, target
 from curvalg.estimate.trace import trace
 from curvalg.estimate.xnystrace import XNysTrace
+from curvalg.solve.powers import norms
 
 PRODUCTS = 60
 METHODS: Methods = {kind.method: kind for kind in (UnitVectors, SquaredNorms, XNysTrace)}
@@ -95,17 +96,12 @@ def _frobenius(given: Target, request: Request, _: int | None) -> Estimate:
     if exactable and (method == "exact" or given.size <= request.products):
         kind, multiplied, price = _Columns, given, 1
     elif method == XNysTrace.method or (method == "auto" and _has_adjoint(given) and request.products >= 4):
-        kind, multiplied, price = XNysTrace, dataclasses.replace(gram(given), psd=True), 2
+        kind, multiplied, price = XNysTrace, dataclasses.replace(gram(given.in_units()), psd=True), 2
     else:
         kind, multiplied, price = SquaredNorms, given, 1
     # d √x / √x = d x / 2x
     squared = dataclasses.replace(request, tol=None if request.tol is None else min(2 * request.tol, 1 - 1e-9))
-    try:
-        return _root(squared.estimate(squared.algorithm(kind, multiplied, price), "squared Frobenius norm"))
-    except ConvergenceError as error:
-        if isinstance(error.result, Estimate):
-            error.result = _root(error.result)
-        raise
+    return squared.estimate(squared.algorithm(kind, multiplied, price), "squared Frobenius norm", _root)
 
 
 class _Columns(UnitVectors):
@@ -126,8 +122,9 @@ def _by_eigenvalues(given: Target, products: int) -> Estimate | None:
     spectrum = op.exact("eigh")
     if spectrum is None:
         return None
-    squares = float(spectrum.eigenvalues.double().square().sum()) + spectrum.multiplicity * spectrum.rest**2
-    return exactly(math.sqrt(squares), rows, time.perf_counter() - begin)
+    listed = spectrum.eigenvalues.double()
+    rest = listed.new_tensor([math.sqrt(spectrum.multiplicity) * spectrum.rest])
+    return exactly(float(norms(torch.cat([listed, rest])[:, None])), rows, time.perf_counter() - begin)
 
 
 def _has_adjoint(given: Target) -> bool:

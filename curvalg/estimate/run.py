@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from curvalg.estimate.checkpoint import Checkpoint
 from curvalg.estimate.state import Algorithm, State
+from curvalg.estimate.unit import Outgrown
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress:
 
 
 def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) -> Outcome:
-    begin, before, partial = time.perf_counter(), 0.0, False
+    begin, before, partial, whole = time.perf_counter(), 0.0, False, True
     saved = checkpoint.load(algorithm) if checkpoint is not None else None
     if saved is None:
-        state = algorithm.start()
+        state = _started(algorithm)
     else:
         state, before = saved
     if checkpoint is not None:
@@ -62,7 +63,11 @@ def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) ->
     with tqdm(desc=algorithm.name, unit="product", disable=not progress) as bar:
         try:
             while not algorithm.done(state):
-                state = algorithm.step(state)
+                try:
+                    state = algorithm.step(state)
+                except Outgrown:
+                    whole = False  # the state is in the old unit, and the next one is in the making
+                    state, whole = _started(algorithm, state.products), True
                 if checkpoint is not None:
                     checkpoint.mark()
                 bar.total = max(algorithm.expected(state), state.products)
@@ -70,7 +75,17 @@ def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) ->
                 if checkpoint is not None and checkpoint.due():
                     checkpoint.save(algorithm, state, seconds())
         except KeyboardInterrupt:
+            if not whole:
+                raise
             partial = True
     if checkpoint is not None and (saved is None or state is not saved[0]):
         checkpoint.save(algorithm, state, seconds())
     return Outcome(state, seconds(), partial)
+
+
+def _started(algorithm: Algorithm, lost: int = 0) -> State:
+    """The first state, after so many products that were in a unit too small; each new one is larger, so that it ends."""
+    while True:
+        with contextlib.suppress(Outgrown):
+            state = algorithm.start()
+            return State(state.tensors, {**state.numbers, "products": state.products + lost})

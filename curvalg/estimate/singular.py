@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, OptionError
-from curvalg.estimate.eigen import OnFail, eigsh
+from curvalg.errors import OptionError
+from curvalg.estimate.eigen import OnFail, fail, search
 from curvalg.estimate.lanczos import Block
 from curvalg.estimate.result import Eigenpairs, Result, axes
 from curvalg.estimate.target import Target, target
@@ -87,33 +87,26 @@ def svds(
     >>> s.round(decimals=4)
     tensor([2., 3.], dtype=torch.float64)
     """
-    begin, given = time.perf_counter(), target(op)
+    begin, given = time.perf_counter(), target(op).in_units()
     if isinstance(k, int) and k > min(given.shape):
         raise OptionError(f"expected 1 ≤ k ≤ {min(given.shape)} for {given.name} of shape {given.shape}, got k={k}")
-
-    def triplets(pairs: Eigenpairs) -> SingularTriplets:
-        made = _triplets(given, pairs)
-        return dataclasses.replace(made, seconds=max(pairs.seconds, time.perf_counter() - begin))
-
-    options: dict[str, Any] = {
-        "tol": tol,
-        "block": block,
-        "v0": v0,
-        "seed": seed,
-        "maxiter": maxiter,
-        "on_fail": on_fail,
-    }
-    try:
-        pairs = eigsh(gram(given), k, which="LA", checkpoint=checkpoint, progress=progress, **options)
-    except ConvergenceError as error:
-        if isinstance(error.result, Eigenpairs):
-            error.result = triplets(error.result)
-        raise
-    return triplets(pairs)
+    options: dict[str, Any] = {"block": block, "v0": v0, "deflate": None, "seed": seed, "maxiter": maxiter}
+    more: dict[str, Any] = {"on_fail": on_fail, "checkpoint": checkpoint, "progress": progress}
+    pairs, complaint = search(gram(given), k, "LA", tol, **options, **more)
+    made = _triplets(given, pairs)
+    triplets = dataclasses.replace(
+        made,
+        values=given.back(made.values),
+        residuals=given.back(made.residuals),
+        seconds=max(pairs.seconds, time.perf_counter() - begin),
+    )
+    if complaint:
+        fail(complaint, triplets, on_fail)
+    return triplets
 
 
 def gram(given: Target) -> Target:
-    """AᵀA or A Aᵀ, the smaller one."""
+    """AᵀA or A Aᵀ, the smaller one; of a target with a unit in the square of it."""
     m, n = given.shape
     first, second = (given.multiply, given.adjoint) if n <= m else (given.adjoint, given.multiply)
 

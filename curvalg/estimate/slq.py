@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ class StochasticLanczos:
         if (going := self._going(state)) is not None:
             more = _padded(going, self.steps)
             alphas, betas = torch.cat([alphas, more[0]], 1), torch.cat([betas, more[1]], 1)
-        return quadrature.rule(alphas, betas)
+        made, back = quadrature.rule(alphas, betas), self.target.back
+        return replace(made, nodes=back(made.nodes), coarse=(back(made.coarse[0]), made.coarse[1]))
 
     def result(self, outcome: Outcome) -> Rule:
         """The rule where a run ended; an interruption before the first step stays one."""

@@ -29,21 +29,23 @@ class Axis:
         to: eigenvalue -> position.
         back: position -> what the grid shows: the eigenvalue, or |λ| + floor.
         kappa: of Papyan's rule for the width.
+        least: the least half range, of a rule whose nodes lie so far from zero; 0 for 1.
     """
 
     to: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
     kappa: float
+    least: Callable[[float], float]
 
 
 def linear(_floor: float) -> Axis:
     """Positions are eigenvalues."""
-    return Axis(lambda x: x, lambda x: x, 3.0)
+    return Axis(lambda x: x, lambda x: x, 3.0, lambda far: 1e-2 * far)
 
 
 def logarithmic(floor: float) -> Axis:
-    """Positions are log₁₀(|λ| + floor)."""
-    return Axis(lambda x: (x.abs() + floor).log10(), lambda x: 10**x, 1.04)
+    """Positions are log₁₀(|λ| + floor), so that zero is a unit, and what is far from it of no other shape."""
+    return Axis(lambda x: (x.abs() + floor).log10(), lambda x: 10**x, 1.04, lambda far: min(1e-2 * far, 0.1))
 
 
 SCALES: dict[str, Callable[[float], Axis]] = {"linear": linear, "log": logarithmic}
@@ -55,12 +57,12 @@ def floor_of(nodes: Tensor) -> float:
     return FLOOR * (float(nodes.abs().max()) if nodes.numel() else 0.0) or 1.0
 
 
-def extent(positions: Tensor, weights: Tensor) -> tuple[float, float]:
+def extent(positions: Tensor, weights: Tensor, least: Callable[[float], float]) -> tuple[float, float]:
     """(centre, half range with its margin) of the nodes; of a single point a range for a visible peak."""
     seen = positions[weights > NEGLIGIBLE]
     low, high = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 0.0)
     centre, half = (low + high) / 2, (high - low) / 2 * (1 + 2 * MARGIN)
-    return centre, max(half, 1e-2 * max(abs(low), abs(high))) or 1.0
+    return centre, max(half, least(max(abs(low), abs(high)))) or 1.0
 
 
 def papyan_width(half: float, steps: int, kappa: float) -> float:

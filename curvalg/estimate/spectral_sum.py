@@ -125,6 +125,7 @@ def spectral_sum(
         name: for messages and checkpoints.
         begin: when the clock was started.
     """
+    given = given.in_units()
     file = given.checkpoint(effort.checkpoint)
     size, (probes, steps) = given.size, effort.split(given.size)
 

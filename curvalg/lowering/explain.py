@@ -57,7 +57,8 @@ def _verified(op: CurvatureOperator) -> list[str]:
     """What was verified, and what was not."""
     problem, structure = op.problem, op.snapshot.structure
     if not problem.verify:
-        return ["nothing was verified: calls, tangents and second derivatives are not verified with verify=False"]
+        left = "calls, tangents, second derivatives and structured inverses"
+        return [f"nothing was verified: {left} are not verified with verify=False"]
     routes = sorted({str(route if isinstance(route, str) else route[0]) for route, _ in op.snapshot.sworn})
     found = [text for key, text in _OATHS.items() if key in structure.sworn and key not in structure.notes]
     found += [{"symmetric": "products are symmetric"}.get(r, f"tangents by {r} agree with gradients") for r in routes]

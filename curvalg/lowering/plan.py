@@ -32,6 +32,7 @@ from curvalg.lowering.places import Places
 from curvalg.lowering.strategies import Solver
 from curvalg.lowering.structures import Structure
 from curvalg.lowering.sweep import Sweep
+from curvalg.lowering.sworn import report
 from curvalg.problem import Evaluation, Layout, Problem, Snapshot
 from curvalg.problem.evaluation import backward_columns
 from curvalg.problem.reverse import Rows, TwiceBackward, reverse_tangents
@@ -399,7 +400,8 @@ class InversePlan(Plan):
         return result
 
     def lines(self, snapshot: Snapshot) -> list[str]:
-        return [f"inverse by {self.solver.name}", *indent(self.chain), *indent(self.matrix.lines(snapshot))]
+        lines = [*self.chain, *report(self.solver.oaths(snapshot)), *self.matrix.lines(snapshot)]
+        return [f"inverse by {self.solver.name}", *indent(lines)]
 
 
 class RootPlan(Plan):

@@ -21,7 +21,7 @@ from curvalg.lowering.forms import FORMS, matrix_blocks
 from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.places import Places
 from curvalg.lowering.rounding import default_rtol, epsilon, noise
-from curvalg.lowering.sworn import Oath, swear
+from curvalg.lowering.sworn import Oath, swear, trusted
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import SolveResult, cg, minres
 from curvalg.solve.columns import OVERFLOW
@@ -103,13 +103,18 @@ class Solver(ABC):
         """A⁻¹ B as a preconditioner takes it: one fixed linear map, not checked."""
         return self.solve(snapshot, b, None, report=False).x
 
+    def oaths(self, snapshot: Snapshot) -> list[Oath]:
+        """What structures have proved there until now."""
+        return []
+
 
 class Direct(Solver):
     """A structured form, made at the first solve and kept.
 
-    At each snapshot it proves itself once, on random vectors (:mod:`curvalg.lowering.sworn`), and is believed then: products
-    cost no look at residuals, unless a tolerance was asked for by name. Solves that report refine x against the true residual
-    and are right where that meets the tolerance, or is rounding alone. A form that fails has to meet the tolerance each time.
+    At each snapshot it proves itself once, on random vectors (:mod:`curvalg.lowering.sworn`), and is believed then, or at once
+    with ``Problem(verify=False)``: products cost no look at residuals, unless a tolerance was asked for by name. Solves that
+    report refine x against the true residual and are right where that meets the tolerance, or is rounding alone. A form that
+    fails has to meet the tolerance each time.
 
     Args:
         request: the inverse.
@@ -165,14 +170,21 @@ class Direct(Solver):
 
     def _sworn(self, snapshot: Snapshot, like: Tensor) -> Oath:
         if snapshot not in self._oaths:
-            self._oaths[snapshot] = swear(
-                self.form.at(snapshot),
-                lambda x: self.request.matrix.plan.apply(snapshot, x),
-                like,
-                epsilon(self.request.problem),
-                self.REFINEMENTS,
-            )
+            problem, structure = self.request.problem, self.form.at(snapshot)
+            if not problem.verify:
+                self._oaths[snapshot] = trusted(structure, like, epsilon(problem))
+            else:
+                self._oaths[snapshot] = swear(
+                    structure,
+                    lambda x: self.request.matrix.plan.apply(snapshot, x),
+                    like,
+                    epsilon(problem),
+                    self.REFINEMENTS,
+                )
         return self._oaths[snapshot]
+
+    def oaths(self, snapshot: Snapshot) -> list[Oath]:
+        return [self._oaths[snapshot]] if snapshot in self._oaths else []
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B without refinement."""
@@ -274,6 +286,9 @@ class ByBlocks(Solver):
                 if not ok:
                     reasons[column] = f"the block over {label}: {part.reason[column]}"
         return SolveResult(x, converged, iterations, residual, tuple(reasons), partial=partial)
+
+    def oaths(self, snapshot: Snapshot) -> list[Oath]:
+        return [oath for _, _, solver, _ in self.parts for oath in solver.oaths(snapshot)]
 
     def approximate(self, snapshot: Snapshot, b: Tensor) -> Tensor:
         """A⁻¹ B, block by block."""

@@ -20,6 +20,7 @@ from curvalg.problem import parameters as params_
 from curvalg.problem.corrections import Corrected
 from curvalg.problem.data import call_model
 from curvalg.problem.process import LOCK
+from curvalg.problem.sharded import require_unsharded
 from curvalg.problem.snapshot import Slot
 
 
@@ -106,6 +107,7 @@ class ModuleModel:
     """
 
     def __init__(self, module: nn.Module, params: params_.Selection, rule: Rule | None) -> None:
+        require_unsharded(module)
         self.module = module
         self.rule = rule
         self.chosen = params_.select(module, params)

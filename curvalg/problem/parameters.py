@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from curvalg.errors import ProblemError, ProblemTypeError, VectorError
+from curvalg.problem.sharded import require_whole
 from curvalg.problem.snapshot import Slot
 
 
@@ -204,10 +205,11 @@ def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters that curvature can be computed for, tied ones once.
 
     Raises:
-        ProblemError: complex, integer, uninitialised or empty parameters.
+        ProblemError: complex, integer, uninitialised, sharded or empty parameters.
     """
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, p in parameters.items():
+        require_whole(name, p)
         if isinstance(p, UninitializedParameter):
             raise ProblemError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
         if not isinstance(p, Tensor):
@@ -256,6 +258,7 @@ class Forms:
         for name, form in self._forms.items():
             if name not in live:
                 raise ProblemError(f"parameter {name!r} is gone; make a new Problem")
+            require_whole(name, live[name])
             if (now := _form(live[name])) != form:
                 raise ProblemError(
                     f"parameter {name!r} was {_shown(form)} when the Problem was made and is {_shown(now)} now; make a new "

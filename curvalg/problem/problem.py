@@ -80,8 +80,9 @@ class Problem:
             Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
             a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
         verify: check each route once, on one batch, before it is believed: calls against the live model, tangents against
-            gradients, second derivatives against a central difference and each other. Costs a few gradients at the first
-            product; False leaves it out.
+            gradients, second derivatives against a central difference and each other, structured inverses against products of
+            their matrix. Costs a few gradients at the first product, and one product with three columns at the first
+            structured solve; False leaves it out.
         progress: show a progress bar for passes over the data.
 
     A problem is at one state: parameters, buffers, flags, attributes, hooks and submodules of model and loss, the objects of

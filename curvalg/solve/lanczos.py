@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvalg.solve.orthogonal import complete, grown, orthonormalise, small
+from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.result import Matmul
 
 
@@ -166,6 +167,7 @@ def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
     """With a pending block from given rows, filled up with random ones; there is none before."""
     room = krylov.basis.shape[1] - krylov.basis.shape[0]
     if len(start) and room:
+        start = scaled(start, -exponents(start.T)[:, None])
         lengths = start.norm(dim=1, keepdim=True)
         directions, _, _ = orthonormalise(start / lengths.clamp_min(torch.finfo(start.dtype).tiny), krylov.basis, 0.0)
         krylov = replace(krylov, basis=grown(krylov.basis, directions[:room], capacity))

@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from curvalg.solve.orthogonal import grown, small
+from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.result import Matmul
 
 COARSE = 0.5
@@ -153,8 +154,10 @@ def standard_error(each: Tensor) -> Tensor:
     if len(each) < 2:
         return torch.full_like(each[0], torch.nan)
     widened = float(stdtrit(len(each) - 1, 0.975) / stdtrit(1e9, 0.975))
-    error: Tensor = widened * each.std(0) / len(each) ** 0.5
-    return error
+    rows = each.reshape(len(each), -1)
+    unit = exponents(rows)
+    error: Tensor = widened * scaled(scaled(rows, -unit).std(0), unit) / len(each) ** 0.5
+    return error.reshape(each.shape[1:])
 
 
 def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -171,6 +173,88 @@ def test_products_look_once_and_reports_are_made_when_asked_for(problem, monkeyp
     calls.clear()
     asked @ b
     assert calls  # a tolerance that was named is kept by every product
+
+
+def problem_of(verify: bool) -> Problem:
+    torch.manual_seed(0)
+    return Problem(nn.Linear(7, 3), nn.MSELoss(), (torch.randn(9, 7), torch.randn(9, 3)), verify=verify)
+
+
+def counting(monkeypatch) -> list[int]:
+    """The columns of products by sums, which the matrices here are."""
+    calls, apply = [], SumPlan.apply
+    monkeypatch.setattr(SumPlan, "apply", lambda *args: calls.append(args[2].shape[1]) or apply(*args))
+    return calls
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_user_may_leave_the_look_out(verify, monkeypatch):
+    op, b = inverse(LowRank(random(N, 3)) + Identity).lower(problem_of(verify)), random(N, 1, seed=4).float()
+    calls = counting(monkeypatch)
+    x = op @ b
+    assert calls == ([3] if verify else [])
+    calls.clear()
+    assert op.solve(b).ok and len(calls) >= 1  # a report has residuals in any case
+    calls.clear()
+    assert torch.equal(op @ b, x) and not calls
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\b(?:inf|[0-9.]+e[+-][0-9]+)", line)]
+
+
+def figures(op) -> list[str]:
+    return [line.strip() for line in op.explain().splitlines() if "relative errors" in line or "not compared" in line]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_reports_say_what_was_verified_with_its_figures(name):
+    expr, b = of_form(name, 1e2)[0], random(N, 1, seed=4).float()
+    op = inverse(expr).lower(problem_of(True))
+    assert not figures(op)  # nothing was solved yet
+    op @ b
+    (line,) = figures(op)
+    assert line.startswith("verified: products and solves agree with products of the matrix; relative errors ")
+    product, solve, allowed = numbers(line)
+    assert product <= allowed and solve <= allowed and 0 < allowed < 1e-5
+    trusting = inverse(expr).lower(problem_of(False))
+    trusting @ b
+    assert figures(trusting) == [
+        "not verified, as verify=False asks: products and solves were not compared with the matrix"
+    ]
+    assert "nothing was verified" in trusting.explain() and "verified: products" not in trusting.explain()
+
+
+def test_reports_name_the_largest_error_of_blocks(monkeypatch):
+    blocks = [Block(("weight",), registry.build("ggn") + 1e-1 * Identity), Block(("bias",), 3 * Identity)]
+    op = inverse(block_diagonal(blocks)).lower(problem_of(True))
+    op @ random(N, 1, seed=4).float()
+    assert len(figures(op)) == 1
+
+
+@pytest.mark.parametrize("plant", [wrong_solves, wrong_matrix, not_finite])
+def test_reports_say_what_was_refuted(plant, problem, monkeypatch):
+    at, planted = forms.Form.at, {}
+
+    def planting(self, snapshot):
+        structure = at(self, snapshot)
+        if id(structure) not in planted:
+            planted[id(structure)] = plant(structure)
+        return structure
+
+    monkeypatch.setattr(forms.Form, "at", planting)
+    for problem, refuses in ((problem_of(True), True), (problem_of(False), False)):
+        op = inverse(of_form("eigenbasis", 1e2)[0]).lower(problem)
+        if refuses:
+            with pytest.raises(ConvergenceError):
+                op @ random(N, 1).float()
+            (line,) = figures(op)
+            assert line.startswith("refuted: it does not agree with products of the matrix")
+            assert max(numbers(line)) > 1e-2
+        elif plant is not not_finite:
+            op @ random(N, 1).float()  # at the user's word
+    with pytest.raises(ConvergenceError):  # a report looks at residuals, and meets the tolerance or says so
+        op.solve(random(N, 1).float())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
