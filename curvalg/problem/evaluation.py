@@ -72,7 +72,7 @@ class Evaluation:
     def output(self) -> tuple[Tensor, OutputForm]:
         """z without a graph, by one model call.
 
-        A model that differentiates inside its forward (by its inputs, as forces; or by its weights) is called with gradients on.
+        A model that differentiates inside its forward (by its inputs, as forces, or by weights) is called with gradients on.
         """
         structure = self.snapshot.structure
         if not structure.differentiates:
