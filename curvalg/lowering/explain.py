@@ -59,10 +59,12 @@ def _verified(op: CurvatureOperator) -> list[str]:
     if not problem.verify:
         left = "calls, tangents, second derivatives and structured inverses"
         return [f"nothing was verified: {left} are not verified with verify=False"]
-    routes = sorted({str(route if isinstance(route, str) else route[0]) for route, _ in op.snapshot.sworn})
+    right = [route for (route, _), wrong in op.snapshot.sworn.items() if wrong is None]
+    right = [route for (route, _), (wrong, _) in op.snapshot.sworn.items() if wrong is None]
+    routes = sorted({str(route if isinstance(route, str) else route[0]) for route in right})
     found = [text for key, text in _OATHS.items() if key in structure.sworn and key not in structure.notes]
     found += [{"symmetric": "products are symmetric"}.get(r, f"tangents by {r} agree with gradients") for r in routes]
-    lines = [f"verified on one batch: {'; '.join(found)}"] if found else []
+    lines = [f"verified where each operation occurs first: {'; '.join(found)}"] if found else []
     return lines + [f"not verified, {topic}: {note}" for topic, note in structure.notes.items()]
 
 

@@ -27,7 +27,7 @@ from curvalg.lowering.timing import LONG, fastest, timed
 from curvalg.problem import Batch, Evaluation, Problem, Snapshot
 from curvalg.problem.data import OrderError
 from curvalg.problem.evaluation import FORWARD_AD, backward
-from curvalg.problem.oaths import few_rows, must_swear, swear_curvature, swear_symmetric
+from curvalg.problem.oaths import RouteError, few_rows, swear_curvature, swear_symmetric, verdict
 from curvalg.problem.reverse import twice_backward
 
 Recording: TypeAlias = SinglePass | Staged | Headed
@@ -104,6 +104,9 @@ class Linearization:
             if self._named["program"] in problem.recalled:  # of an earlier run, which had all recordings by now
                 self.prepare(problem, snapshot)
             self._try_linearized(problem, snapshot, rows[:1])
+        return self._attempt(problem, snapshot, rows)
+
+    def _attempt(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         try:
             return self._product(problem, snapshot, rows)
         except OrderError:
@@ -114,14 +117,18 @@ class Linearization:
             self._ordered = self.keeping = False
             self.notes["budget"] = "no batch kept: the loader gives the samples in another order each time"
             return self._product(problem, snapshot, rows)
-        except CurvalgError:
+        except CurvalgError as error:
             self._forget(problem)
-            raise
+            if not isinstance(error, RouteError) and not self._reroute(problem, error):
+                raise
+            return self._attempt(problem, snapshot, rows)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
             self._forget(problem)
             if rows.shape[0] == 1 or self.asked == 1:
-                raise
+                if not self._reroute(problem, error):
+                    raise
+                return self._attempt(problem, snapshot, rows)
             self.asked = 1
             result = self._product(problem, snapshot, rows)
             self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
@@ -129,6 +136,23 @@ class Linearization:
         except BaseException:  # an interruption must not leave half of a shuffled pass behind
             self._forget(problem)
             raise
+
+    def _reroute(self, problem: Problem, error: Exception) -> bool:
+        """Whether tangents are taken by another route from now on: this one failed on a batch unlike the first (an expert
+        that the first gave no rows), where it was found right.
+        """
+        if self.sweep.curved or not any(words in str(error) for words in ("derivative", "forward AD")):
+            return False
+        failed = {ForwardAD.ROUTE: "no_forward_ad", TwoStage.ROUTE: "no_double_backward"}.get(self.route)
+        of = problem.whole if self._shared and problem.whole is not None else problem
+        if failed is None or getattr(of, failed) is not None:
+            return False
+        setattr(of, failed, str(error).strip().splitlines()[0])
+        if self._shared:
+            linearization(of, of.snapshot(), self.sweep).drop()
+        self.drop()
+        self._shared = self._measured = False
+        return True
 
     def _forget(self, problem: Problem) -> None:
         """Drop what an unfinished pass recorded where the next pass could not tell which batch is which."""
@@ -280,7 +304,7 @@ class Linearization:
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         recorded = self._recorded(evaluation, columns)
         if self.sweep.curved and not isinstance(recorded, Headed):
-            swear_curvature(evaluation)
+            swear_curvature(evaluation, recorded.graphs())
             if evaluation.problem.model.composite and not self._composite:  # it was recorded with wrong derivatives
                 self._composite = True
                 recorded = self._recorded(evaluation, columns)
@@ -290,17 +314,20 @@ class Linearization:
 
     def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
         """Once a state, on a few rows where these can be recorded without the others: two products cost little there."""
-        if not must_swear(evaluation, ("symmetric", str(self.sweep))):
-            return
-        if (few := few_rows(evaluation)) is not evaluation:
-            # Some models take batches of one size.
-            with suppress(CurvalgError, RuntimeError, ValueError, TypeError):
-                recorded = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, keep=False)
 
-        def multiply(directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            return backward(recorded.gradients, recorded.leaves, directions, retain_graph=True)
+        def check() -> None:
+            sample = recorded
+            if (few := few_rows(evaluation)) is not evaluation:
+                # Some models take batches of one size.
+                with suppress(CurvalgError, RuntimeError, ValueError, TypeError):
+                    sample = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, keep=False)
 
-        swear_symmetric(multiply, evaluation, self.sweep, lambda: self._size(recorded.batch))
+            def multiply(directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
+                return backward(sample.gradients, sample.leaves, directions, retain_graph=True)
+
+            swear_symmetric(multiply, evaluation, self.sweep, lambda: self._size(sample.batch))
+
+        verdict(evaluation, ("symmetric", str(self.sweep)), check, recorded.graphs())
 
     def _size(self, batch: Batch) -> float:
         """‖z‖ (‖u‖ + ‖u̇(z)‖): what terms make of a tangent as large as the output."""
@@ -321,9 +348,12 @@ class Linearization:
         if not self._measured:
             self._measured = True
             return self._measure_route(evaluation, columns)
+        found = graph(evaluation)
         if self.route == ForwardAD.ROUTE:
-            return ForwardAD(evaluation, keep)
-        return TwoStage(evaluation, None, keep)
+            check = partial(evaluation.wrong_forward_ad, found[0], found[1], retain=True)
+            if verdict(evaluation, FORWARD_AD, check, [found[0]]) is None:
+                return ForwardAD(evaluation, keep, found)
+        return TwoStage(evaluation, None, keep, found)
 
     def _keep(self, problem: Problem, recorded: Recording) -> None:
         if not self.keeping:
@@ -351,8 +381,9 @@ class Linearization:
         # With several columns it would call the model for each of them.
         races = self.races and columns == 1
         forward = problem.no_forward_ad is None and not (twice and (known == TwoStage.ROUTE or not races))
-        if forward and must_swear(evaluation, FORWARD_AD):
-            problem.no_forward_ad = evaluation.wrong_forward_ad(z, leaves, retain=True)
+        if forward:
+            check = partial(evaluation.wrong_forward_ad, z, leaves, retain=True)
+            problem.no_forward_ad = verdict(evaluation, FORWARD_AD, check, [z])
             forward = problem.no_forward_ad is None
         possible: dict[str, Staged] = {}
         if forward:

@@ -38,7 +38,7 @@ class Transient(Staged):
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
         """Jᵀu̇ for one rate, shape (1, D)."""
         self._batch = None  # released before the model call, which is the peak
-        return self.evaluation.pull(rates[0])[None]
+        return self.evaluation.pull(rates[0], pushed=True)[None]
 
 
 class ForwardAD(Pushed):

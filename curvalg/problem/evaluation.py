@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -23,12 +24,13 @@ from curvalg.problem.graph import nodes
 from curvalg.problem.layers import record_layers
 from curvalg.problem.model import called_wrongly, explain_failure, recording
 from curvalg.problem.oaths import (
-    must_swear,
+    RouteError,
     owned,
     random_cotangent,
     random_directions,
     swear_graph,
     swear_output,
+    verdict,
     wrong_tangent,
 )
 from curvalg.problem.outputs import OutputForm, require_finite_output
@@ -191,7 +193,7 @@ class Evaluation:
         swear_graph(self, z, leaves)
         swear_output(self, z.detach(), earlier)
         if not z.requires_grad:
-            _warn_constant()
+            self._warn_constant()
             z = z + 0 * sum(leaf.sum() for leaf in leaves)
         return z, leaves, form
 
@@ -203,10 +205,8 @@ class Evaluation:
         """
         gradients = backward([z], leaves, [u], create_graph=True)
         if all(g is None for g in gradients):
-            _warn_constant()
-        if not self.problem.twice_differentiable:
-            _require_second_derivatives(gradients)
-            self.problem.twice_differentiable = True
+            self._warn_constant()
+        _require_second_derivatives(gradients)  # of every batch: each may take another branch of the model
         return gradients
 
     def batch(self, z: Tensor, form: OutputForm, layers: Callable[[], Recorded] | None = None) -> Batch:
@@ -287,12 +287,25 @@ class Evaluation:
             )
         return total
 
-    def pull(self, cotangent: Tensor) -> Tensor:
-        """Jᵀu, shape (D,), by one model call and one backward."""
+    def pull(self, cotangent: Tensor, *, pushed: bool = False) -> Tensor:
+        """Jᵀu, shape (D,), by one model call and one backward.
+
+        Args:
+            cotangent: u.
+            pushed: whether u was made of a tangent; its graph tells whether forward AD was verified for all that is in it.
+
+        Raises:
+            RouteError: the tangent was wrong.
+        """
         z, leaves, _ = self.record()
+        if pushed and self.problem.no_forward_ad is None:
+            check = partial(self.wrong_forward_ad, z, leaves, retain=True)
+            self.problem.no_forward_ad = verdict(self, FORWARD_AD, check, [z])
+            if self.problem.no_forward_ad is not None:
+                raise RouteError(f"forward AD is wrong on batch {self.sample.index}: {self.problem.no_forward_ad}")
         gradients = backward([z], leaves, [cotangent])
         if all(g is None for g in gradients):
-            _warn_constant()
+            self._warn_constant()
         return self.gather(gradients)
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -321,10 +334,12 @@ class Evaluation:
 
     def _wrong_forward_ad(self, earlier: Tensor) -> str | None:
         """Why forward AD must not be used at this state; it is compared with a gradient once."""
-        if not must_swear(self, FORWARD_AD):
-            return None
-        z, leaves, _ = self.record(once=True, earlier=earlier)
-        return self.wrong_forward_ad(z, leaves, retain=False)
+
+        def check() -> str | None:
+            z, leaves, _ = self.record(once=True, earlier=earlier)
+            return self.wrong_forward_ad(z, leaves, retain=False)
+
+        return verdict(self, FORWARD_AD, check)
 
     def wrong_forward_ad(self, z: Tensor, leaves: Sequence[Tensor], *, retain: bool) -> str | None:
         """Why forward AD must not be used, by the graph of z: ⟨u, J v⟩ differs from ⟨Jᵀu, v⟩, or it has no J v.
@@ -350,22 +365,24 @@ class Evaluation:
             primal, form = self.run(duals)
             z, tangent = forward_ad.unpack_dual(primal)
             if tangent is None:
-                _warn_constant()
+                self._warn_constant()
             if tangent is None or tangent._is_zerotensor():
                 tangent = torch.zeros_like(z)
             return self.batch(z, form), tangent.detach()
 
+    def _warn_constant(self) -> None:
+        """Some batches may leave a block of parameters out; whoever leaves out all may have given the wrong ones."""
+        if self.problem.whole is not None:
+            return
+        warnings.warn(
+            f"the model's output on batch {self.sample.index} does not depend on the chosen parameters, so its part of every "
+            "curvature matrix is zero. A model given as a function must use the parameters it is passed",
+            CurvalgWarning,
+            stacklevel=3,
+        )
+
 
 FORWARD_AD = "forward AD"
-
-
-def _warn_constant() -> None:
-    warnings.warn(
-        "the model's output does not depend on the chosen parameters, so every curvature matrix is zero. A model given as "
-        "a function must use the parameters it is passed",
-        CurvalgWarning,
-        stacklevel=3,
-    )
 
 
 def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:

@@ -23,6 +23,11 @@ def nodes(roots: Iterable[Tensor | GradientEdge | None]) -> Iterator[Any]:
         todo.extend(parent for parent, _ in node.next_functions)
 
 
+def operations(roots: Iterable[Tensor | GradientEdge | None]) -> frozenset[str]:
+    """Names of the operations in the graphs of some tensors."""
+    return frozenset(node.name() for node in nodes(roots))
+
+
 def coarsest_dtype(z: Tensor) -> torch.dtype:
     """The floating dtype of the largest rounding error among all intermediate results that a graph tells of."""
     found = {z.dtype}

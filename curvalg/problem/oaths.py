@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from curvalg.errors import LossError, ProblemError
-from curvalg.problem.graph import coarsest_dtype, nodes
+from curvalg.problem.graph import coarsest_dtype, nodes, operations
 
 if TYPE_CHECKING:
     from curvalg.problem.evaluation import Evaluation
@@ -28,14 +29,36 @@ if TYPE_CHECKING:
     from curvalg.problem.problem import Problem
 
 
-def must_swear(evaluation: Evaluation, route: Hashable) -> bool:
-    """Whether a route has not been verified at this state; it counts as verified from now on."""
+class RouteError(ProblemError):
+    """A route that was right on other batches is wrong on this one; another is taken by now."""
+
+
+def verdict(
+    evaluation: Evaluation,
+    route: Hashable,
+    check: Callable[[], str | None],
+    graphs: Iterable[Tensor | GradientEdge | None] = (),
+) -> str | None:
+    """Why a route must not be used at this state for these parameters, or None.
+
+    It is found out once, and again on a batch whose graph has operations that no verified one had: rows that go to an expert
+    of their own, a branch that the first batch does not take.
+
+    Args:
+        evaluation: of the batch at hand.
+        route: its name.
+        check: what is wrong with it on this batch, or None.
+        graphs: what its operations are told from.
+    """
     problem, sworn = evaluation.problem, evaluation.snapshot.sworn
+    if not problem.verify:
+        return None
     oath = (route, tuple(problem.layout.names))
-    if not problem.verify or oath in sworn:
-        return False
-    sworn.add(oath)
-    return True
+    reason, known = sworn.get(oath, (None, None))
+    if known is None or (reason is None and not (found := operations(graphs)) <= known):
+        reason = check()
+        sworn[oath] = reason, (operations(graphs) if known is None else known | found)
+    return reason
 
 
 def rounding(evaluation: Evaluation, z: Tensor) -> float:
@@ -276,8 +299,10 @@ def few_rows(evaluation: Evaluation) -> Evaluation:
     return type(evaluation)(problem, evaluation.snapshot, sample.head(ROWS))
 
 
-def swear_curvature(evaluation: Evaluation) -> None:
+def swear_curvature(evaluation: Evaluation, graphs: Iterable[Tensor | GradientEdge]) -> None:
     """Once a structure: second derivatives of the model are those of its gradient, by a central difference in float64.
+
+    Once more on a batch whose graphs have operations that no verified one had.
 
     Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h for a random cotangent u and a random w, on a
     few rows. Where they differ, normalisations are written in elementary operations and compared again.
@@ -286,10 +311,9 @@ def swear_curvature(evaluation: Evaluation) -> None:
         ProblemError: they are not.
     """
     problem, structure = evaluation.problem, evaluation.snapshot.structure
-    if not problem.verify or "curvature" in structure.sworn or problem.autocast is not None:
+    if not problem.verify or problem.autocast is not None or (found := operations(graphs)) <= structure.curved:
         return
-    structure.sworn.add("curvature")
-    few = few_rows(evaluation)
+    few = few_rows(evaluation) if "curvature" not in structure.sworn else evaluation  # new ones may be in its last rows
     try:
         error = _curvature_error(few)
     except _FAILURES:
@@ -303,7 +327,6 @@ def swear_curvature(evaluation: Evaluation) -> None:
     if error is None:
         structure.notes["second derivatives"] = "no central difference: the model does not run in float64"
     elif error > ALLOWED:
-        structure.sworn.discard("curvature")
         problem.model.composite = False
         raise ProblemError(
             "the second derivatives of the model are wrong: the derivative of its gradient by double backward differs from a "
@@ -311,6 +334,8 @@ def swear_curvature(evaluation: Evaluation) -> None:
             "Function (a straight-through estimator, a checkpoint) gives a gradient that is not a derivative. First-order "
             "matrices (ggn, covariance) need none; Problem(verify=False) leaves this check out"
         )
+    structure.sworn.add("curvature")
+    structure.curved |= found
 
 
 def _curvature_error(evaluation: Evaluation) -> float | None:

@@ -185,7 +185,6 @@ class Problem:
         # Why tangents J v are not taken by these routes.
         self.no_forward_ad: str | None = None
         self.no_double_backward: str | None = None
-        self.twice_differentiable = False
         self._strict_order = False
         self._writes_inputs: bool | None = None
         # Of large outputs: whether the model ends in a linear layer and why not; weights of layers known not to be the last.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError, StaleError
-from curvalg.problem.oaths import must_swear, random_cotangent, random_directions, wrong_tangent
+from curvalg.problem.oaths import random_cotangent, random_directions, verdict, wrong_tangent
 
 if TYPE_CHECKING:
     from curvalg.problem.evaluation import Evaluation
@@ -142,16 +142,19 @@ def _sworn(
     """The route, or why it must not be used."""
     try:
         route = kind(evaluation, z, leaves)
-        if must_swear(evaluation, kind.NAME):
-            reason = oath(evaluation, route, z, leaves)
-            if reason is not None:
-                evaluation.snapshot.sworn.discard((kind.NAME, tuple(evaluation.problem.layout.names)))
-                return reason
     except StaleError:
         raise
-    except (ProblemError, RuntimeError, NotImplementedError) as error:
-        return str(error).strip().splitlines()[0]
-    return route
+    except _FAILURES as error:
+        return _first_line(error)
+    reason = verdict(evaluation, kind.NAME, lambda: oath(evaluation, route, z, leaves), [z])
+    return route if reason is None else reason
+
+
+_FAILURES = (ProblemError, RuntimeError, NotImplementedError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def oath(evaluation: Evaluation, route: TwiceBackward | Rows, z: Tensor, leaves: Sequence[Tensor]) -> str | None:
@@ -164,4 +167,10 @@ def oath(evaluation: Evaluation, route: TwiceBackward | Rows, z: Tensor, leaves:
     else:
         u = random_cotangent(z.detach(), seed=3)
         gradients = backward([z], leaves, [u], retain_graph=True)
-    return wrong_tangent(evaluation, z, u, route.push(v), gradients, v)
+    try:
+        tangent = route.push(v)
+    except StaleError:
+        raise
+    except _FAILURES as error:
+        return _first_line(error)
+    return wrong_tangent(evaluation, z, u, tangent, gradients, v)

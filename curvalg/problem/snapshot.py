@@ -53,6 +53,8 @@ class Structure:
         self.totals: Totals | None = None
         self.sworn: set[str] = set()
         """What has been verified at this structure."""
+        self.curved: frozenset[str] = frozenset()
+        """Operations whose second derivatives have been verified."""
         self.effects = SideEffects(self.settings, self.functions, own)
         self.differentiates = False
         """Whether the model takes derivatives in its forward, which fails without gradients."""
@@ -104,8 +106,9 @@ class Snapshot:
         # Comparing happens in every product: everything that can be looked up beforehand is.
         places = {id(owner[key]): (owner, key, once[id(owner[key])]) for _, owner, key in reversed(slots)}
         self._watched = list(places.values())
-        self.sworn: set[Any] = set()
-        """Routes that have been verified at this state."""
+        self.sworn: dict[Any, tuple[str | None, frozenset[str]]] = {}
+        """Routes, for which parameters -> why each must not be used at this state (None where it was found right), and the
+        operations that it was verified on."""
         self.restrictions: dict[tuple[str, ...], Any] = {}
         """The problem over some of its parameters, at this state."""
 

@@ -69,7 +69,14 @@ def test_a_drawn_problem(seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reference = Reference(drawn)
-    if not torch.isfinite(reference.total) or not torch.isfinite(reference.gradient).all():
+    try:
+        finite = torch.isfinite(reference.total) and torch.isfinite(reference.gradient).all()
+    except RuntimeError as error:  # the model writes in place into what its own backward pass needs
+        assert "modified by an inplace operation" in str(error)
+        with pytest.raises(CurvalgError):
+            Problem(drawn.model, drawn.loss, drawn.batches, **drawn.options).gradient()
+        return
+    if not finite:
         pytest.skip("the loss is not finite there")
     route = r.choice(ROUTES)
     with warnings.catch_warnings():
