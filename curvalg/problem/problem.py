@@ -79,9 +79,9 @@ class Problem:
         output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB).
             Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
             a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
-        verify: check each route once, on one batch, before it is believed: calls against the live model, tangents against
-            gradients, second derivatives against a central difference and each other, structured inverses against products of
-            their matrix. Costs a few gradients at the first product, and one product with three columns at the first
+        verify: check each route once before it is believed, on the first batch and on every later one with an operation that
+            none before it had: calls against the live model, tangents against gradients, second derivatives against a central
+            difference and each other, structured inverses against products of their matrix. Costs a few gradients at the first product, and one product with three columns at the first
             structured solve; False leaves it out.
         progress: show a progress bar for passes over the data.
 
