@@ -81,8 +81,8 @@ class Problem:
             a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
         verify: check each route once before it is believed, on the first batch and on every later one with an operation that
             none before it had: calls against the live model, tangents against gradients, second derivatives against a central
-            difference and each other, structured inverses against products of their matrix. Costs a few gradients at the first product, and one product with three columns at the first
-            structured solve; False leaves it out.
+            difference and each other, structured inverses against products of their matrix. Costs a few gradients at the first
+            product, and one product with three columns at the first structured solve; False leaves it out.
         progress: show a progress bar for passes over the data.
 
     A problem is at one state: parameters, buffers, flags, attributes, hooks and submodules of model and loss, the objects of
