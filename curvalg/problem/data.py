@@ -91,6 +91,11 @@ class Data:
         random = (data.RandomSampler, data.WeightedRandomSampler, data.SubsetRandomSampler)
         return not any(isinstance(sampler, random) for sampler in samplers)
 
+    @property
+    def contents(self) -> Fingerprint | None:
+        """What a loader gave in the first pass, without the order; None before, and for data in memory."""
+        return None if self.fixed or self._reference is None else total(self._reference)[:-1]
+
     def forget(self) -> None:
         """What the first pass gave is no longer what later ones are compared with."""
         self._reference = None
