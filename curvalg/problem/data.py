@@ -75,6 +75,10 @@ class Data:
             )
         self.single = one_batch
         self.source = [data] if one_batch else data
+        if target is not None and not callable(target):
+            raise ProblemTypeError(
+                f"target is a function of a batch, got {target!r}; write target=lambda batch: batch[{target!r}]"
+            )
         self.target = target
         self.needs_target = needs_target
         # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
@@ -115,7 +119,7 @@ class Data:
         """
         start, prints = 0, []
         for index, raw in enumerate(self._raw()):
-            batch = trees.place(raw, device)
+            batch = trees.place(_without_nested(raw), device)
             target = self._target(batch)
             count = trees.rows(target) if target is not None else trees.rows(batch)
             if count is None:
@@ -205,6 +209,18 @@ def call_model(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS})
     return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch)
+
+
+def _without_nested(batch: Any) -> Any:
+    """Raises:
+    ProblemError: a batch with a nested tensor, whose rows have no common shape.
+    """
+    if any(t.is_nested for t in trees.tensors(batch)):
+        raise ProblemError(
+            "a batch has a nested tensor (torch.nested), whose rows differ in shape; pad them with "
+            "torch.nested.to_padded_tensor(t, 0.0) and have the model or the loss mask the padding"
+        )
+    return batch
 
 
 def _countless(batch: Any) -> str:
