@@ -16,6 +16,7 @@ from curvalg import (
     OptionError,
     Problem,
     ProblemError,
+    StaleError,
     Term,
     VectorError,
     block_diagonal,
@@ -98,6 +99,20 @@ def test_nested_tensors_are_refused_by_name(case, layout):
 def test_two_batches_in_a_tuple(case):
     with pytest.raises(LossError, match=r"several batches are a list \[\.\.\.\]"):
         Problem(case.model, case.loss, (case.batches[0], case.batches[0])).value()
+
+
+def test_a_forward_that_breaks_its_own_backward_in_place():
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)).mul_(2))
+
+    problem = Problem(Doubling(), nn.CrossEntropyLoss(), (torch.randn(6, 4), torch.arange(6) % 3))
+    with pytest.raises(StaleError, match=r"backward\(\) fails as well, the model's forward does that: write t \* 2"):
+        problem.gradient()
 
 
 def test_masked_arrays_are_no_leaves(case):
