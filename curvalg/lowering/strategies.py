@@ -175,10 +175,17 @@ class Direct(Solver):
     def _tolerance(self, b: Tensor, unit: Tensor) -> Tensor:
         """What residuals of B, scaled by powers of two, are to be below."""
         atol = scaled(torch.full_like(b[:1], float(self.request.node.atol)), -unit)[0]
-        return atol + self.request.rtol * b.norm(dim=0)
+        tolerance: Tensor = atol + self.request.rtol * b.norm(dim=0)
+        return tolerance
 
     def _warn(self, accepted: Tensor, residual: Tensor, b: Tensor) -> None:
-        """Say so once where solves that rounding excuses have left much of b."""
+        """Say so once where solves that rounding excuses have left much of b, and the matrix was built by products.
+
+        Its entries are rounded then, and with them x along the smallest eigenvalues. Of arrays that were given x is right, and
+        the residual is rounding of the products alone.
+        """
+        if not self.form.rows:
+            return
         relative = torch.where(accepted, residual / b.norm(dim=0), 0.0)
         if self._warned or not bool((relative > max(LARGE, self.request.noise)).any()):
             return

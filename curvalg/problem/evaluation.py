@@ -441,9 +441,9 @@ def _explained() -> Iterator[None]:
         if "modified by an inplace operation" in str(error):
             raise StaleError(
                 "a tensor that a backward pass needs was changed in place. Where loss(model(X), y).backward() fails as well, "
-                "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was changed "
-                "after the operator was lowered (the data, or a plain attribute of the model): call problem.close() and "
-                "operator.refresh(), or pass cache=0"
+                "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was "
+                "changed after the operator was lowered (the data, or a plain attribute of the model): call problem.close() "
+                "and operator.refresh(), or pass cache=0"
             ) from error
         if cure := explain_failure(error):
             raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
