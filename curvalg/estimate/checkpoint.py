@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,8 +138,8 @@ class Checkpoint:
         differences = list(_differences(_described(header["subject"], header["algorithm"], header["options"]), asked))
         if differences:
             raise CheckpointError(
-                f"{self.place.given} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, or name "
-                "another file"
+                f"{self.place.given} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, "
+                "name another file, or delete this one"
             )
         state = State(tensors, header["numbers"])
         if not algorithm.fits(state):
@@ -217,8 +217,21 @@ def _described(subject: Options, name: str, options: Options) -> dict[str, Any]:
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
     for name in {**stored, **asked}:
         left, right = stored.get(name), asked.get(name)
-        if not _equal(left, right):
+        if _are_sums(left) and _are_sums(right):
+            if not same_sums(left, right):
+                yield f"{name} differs"
+        elif not _equal(left, right):
             yield f"{name} differs (stored: {_shown(left)}, asked: {_shown(right)})"
+
+
+def _are_sums(value: Any) -> TypeGuard[list[list[float]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+
+
+def same_sums(left: list[list[float]], right: list[list[float]]) -> bool:
+    """Whether sums, each with how far rounding may take it, are the same."""
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and all(abs(a - b) <= max(most, others) for (a, most), (b, others) in pairs)
 
 
 def _equal(left: Any, right: Any) -> bool:

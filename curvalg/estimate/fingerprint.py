@@ -10,8 +10,12 @@ from curvalg.estimate.checkpoint import digest
 from curvalg.estimate.state import Options
 from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
+from curvalg.expr.term import NamedExpr
 from curvalg.lowering import CurvatureOperator
+from curvalg.lowering.rounding import noise
 from curvalg.problem import Problem, trees
+from curvalg.problem.fingerprint import TOLERANCE, Fingerprint
+from curvalg.problem.numbers import numbers
 
 
 def of_operator(op: CurvatureOperator) -> Options:
@@ -44,10 +48,33 @@ def _of_problem(op: CurvatureOperator) -> Options:
         "number of samples": problem.num_samples,
         "rows of the data": problem.totals.rows,
         "what a sample is": problem.samples,
+        **_numbers(op),
         "contents of the data": _data(problem),
     }
 
 
-def _data(problem: Problem) -> str | None:
-    """Of data that lie in memory; those of a loader are known by their numbers only."""
-    return digest(*trees.tensors(problem.data.source)) if problem.data.fixed else None
+def _numbers(op: CurvatureOperator) -> Options:
+    """What model and loss compute, which may differ by rounding: of another machine, number of threads, or batches."""
+    if not _needs_model(op.expr):
+        return {}
+    problem, kept = op.problem, op.problem.kept(op.snapshot)
+    if "numbers" not in kept:
+        kept["numbers"] = numbers(problem)
+    tolerance = max(torch.finfo(problem.dtype).eps ** 0.5, noise(problem))
+    return {name: _sums(found, tolerance) for name, found in kept["numbers"].items()}
+
+
+def _needs_model(expr: Expr) -> bool:
+    return isinstance(expr, NamedExpr) or any(map(_needs_model, expr.children))
+
+
+def _data(problem: Problem) -> str | list[list[float]] | None:
+    """Of data that lie in memory their bits; of a loader the sums that its passes are compared by."""
+    if problem.data.fixed:
+        return digest(*trees.tensors(problem.data.source))
+    return None if (found := problem.data.contents) is None else _sums(found, TOLERANCE)
+
+
+def _sums(found: Fingerprint, tolerance: float) -> list[list[float]]:
+    """Sums, each with how far another run's may be from it; see :func:`curvalg.estimate.checkpoint.same_sums`."""
+    return [[value, tolerance * (most + tolerance)] for value, most in found]

@@ -183,10 +183,12 @@ def _packed(parts: Mapping[int, Mark]) -> State:
 
 def _unpacked(state: State) -> dict[int, Mark]:
     parts: dict[int, Mark] = {}
-    for i in state.numbers["parts"]:  # type: ignore[union-attr]
+    found = state.numbers["parts"]
+    assert _are_counts(found)  # as fits() made sure
+    for i in found:
         start = f"{i}/"
         tensors = {name.removeprefix(start): t for name, t in state.tensors.items() if name.startswith(start)}
         numbers = {name.removeprefix(start): value for name, value in state.numbers.items() if name.startswith(start)}
         history = list(tensors.pop("history"))
-        parts[int(i)] = Mark(tensors, numbers, history, len(history))
+        parts[i] = Mark(tensors, numbers, history, len(history))
     return parts

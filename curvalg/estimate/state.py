@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-Number: TypeAlias = int | float | str | list[int] | list[float] | list[str] | None
+Number: TypeAlias = int | float | str | list[int] | list[float] | list[str] | list[list[float]] | None
 Options: TypeAlias = dict[str, Number]
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.node import Expr, Space
+from curvalg.expr.node import Expr, Space, require_hashable
 
 T = TypeVar("T")
 
@@ -48,6 +48,9 @@ class Composite(Expr):
     """A node with parts. What is found of it once counts neither for equality nor in a pickle."""
 
     def __post_init__(self) -> None:
+        for part in self._inner:
+            if not part._inner:
+                require_hashable(part)
         depth = 1 + max((child.depth for child in self.children), default=0)
         if depth > MAX_DEPTH:
             raise ExpressionError(

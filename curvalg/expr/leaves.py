@@ -102,6 +102,8 @@ def _dtype(array: Any) -> str:
 def _array(value: Any, what: str, *ndims: int) -> Any:
     if not all(hasattr(value, name) for name in ("ndim", "shape", "dtype")):
         raise OptionError(f"{what} must be a torch tensor or a NumPy array, got {type(value).__name__}")
+    if hasattr(value, "mask") and hasattr(value, "filled"):  # NumPy's masked arrays
+        raise OptionError(f"{what} must be plain numbers, got a masked array; fill the masked entries with .filled(0)")
     if "complex" in str(value.dtype):
         raise OptionError(f"{what} must be real, got dtype {value.dtype}")
     if value.ndim not in ndims:

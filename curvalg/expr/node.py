@@ -35,6 +35,19 @@ def refusing_depth() -> Iterator[None]:
         ) from error
 
 
+def require_hashable(expr: Expr) -> None:
+    """Raises:
+    ExpressionError: a term, or an option of it, cannot be hashed, and so not be told from others.
+    """
+    try:
+        hash(expr)
+    except TypeError as error:
+        raise ExpressionError(
+            f"{type(expr).__name__} cannot be hashed ({error}); a term is a frozen dataclass with hashable options: "
+            "@dataclass(frozen=True), and tuples instead of lists"
+        ) from error
+
+
 class Expr:
     """An unbound linear operator: it knows no model, no data and no torch.
 

@@ -11,7 +11,7 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.composite import Composite, Side
 from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
 from curvalg.expr.facts import Facts, LossFacts, Tri
-from curvalg.expr.node import Expr
+from curvalg.expr.node import Expr, require_hashable
 from curvalg.expr.scalars import as_coefficient
 from curvalg.expr.spaces import shape, side, square
 from curvalg.expr.transposes import symmetric_form
@@ -102,6 +102,8 @@ def add(pairs: Iterable[tuple[Expr, Any]]) -> Expr:
     typed: Expr | None = None
     for expr, scale in pairs:
         scale = as_coefficient(scale)
+        if not expr._inner:
+            require_hashable(expr)
         parts: Mapping[Expr, Fraction] = {expr: Fraction(1)}
         if isinstance(expr, Sum):
             parts, shift = expr.coefficients, shift + scale * expr.shift

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from typing import Any
 
 import optree
@@ -11,6 +12,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.node import Expr
+from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
 from curvalg.problem import Batch, trees
 
 OURS = ("curvalg", "curvalg_plugins")
@@ -29,7 +31,7 @@ def call(term: Expr, method: str, *given: Any) -> Any:
         ExpressionError: it wrote into an argument, which other terms of a sum, or the user, see as well.
     """
     function = getattr(term, method)
-    if type(term).__module__.partition(".")[0] in OURS:
+    if is_ours(term):
         return function(*given)
     before = {id(t): _version(t) for t in _tensors(given)}
     result = function(*given)
@@ -41,6 +43,39 @@ def call(term: Expr, method: str, *given: Any) -> Any:
             "and your data share it. Write t * 2 instead of t.mul_(2), or clone it first"
         )
     return result
+
+
+def is_ours(term: Expr) -> bool:
+    """Whether the term is tested here."""
+    return type(term).__module__.partition(".")[0] in OURS
+
+
+def require_defined(term: NamedExpr) -> None:
+    """Refuse a term without the methods that its matrix is made of, as where their names are misspelt.
+
+    Raises:
+        ExpressionError: it lacks them.
+    """
+    kinds = [kind for kind in (DatasetTerm, Term, MatrixTerm) if isinstance(term, kind)]
+    if not kinds:
+        return
+    base = kinds[0]
+    names = ("accumulate", "finish") if base is MatrixTerm else ("cotangent", "cotangent_dot")
+    lacking = [name for name in names if getattr(type(term), name) is getattr(base, name)]
+    if not lacking or (base is not MatrixTerm and len(lacking) == 1):
+        return
+    raise ExpressionError(
+        f"{named(term)} does not define {' or '.join(lacking)}, of which its matrix is made; it defines "
+        f"{', '.join(_methods(type(term))) or 'no method'}. Methods of a {base.__name__}: "
+        f"{', '.join(dict.fromkeys(name for kind in base.__mro__ if kind in _KINDS for name in _methods(kind)))}"
+    )
+
+
+_KINDS = NamedExpr, Term, DatasetTerm, MatrixTerm
+
+
+def _methods(kind: type) -> list[str]:
+    return [name for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")]
 
 
 def _tensors(given: tuple[Any, ...]) -> list[Tensor]:

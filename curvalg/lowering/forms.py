@@ -5,11 +5,13 @@ A form makes inverses, square roots, traces and spectra exact. A newcomer is one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from curvalg.errors import ExpressionError
 from curvalg.expr import (
     BlockDiagonal,
     Diagonal,
@@ -23,6 +25,7 @@ from curvalg.expr import (
     add,
 )
 from curvalg.expr.term import DatasetTerm, Term
+from curvalg.lowering.contract import is_ours, named
 from curvalg.lowering.dual import Columns, Dual
 from curvalg.lowering.form import Form, Matrix, Offer, Rule, affine
 from curvalg.lowering.holding import held
@@ -30,6 +33,7 @@ from curvalg.lowering.kernel import is_kernel, kernel
 from curvalg.lowering.leaves import tensor
 from curvalg.lowering.places import Places
 from curvalg.lowering.priors import damped_by_name
+from curvalg.lowering.rounding import epsilon, noise
 from curvalg.lowering.structures import (
     Basis,
     Blocks,
@@ -253,12 +257,35 @@ def _dual(matrix: Matrix) -> Offer:
     return Form(
         "dual",
         cost,
-        lambda snapshot: Dual(Columns(problem, snapshot, entries), shift, what),
+        lambda snapshot: _compared(Dual(Columns(problem, snapshot, entries), shift, what), matrix, snapshot),
         singular=singular,
         rows=columns,
         # Sums of squares, by a backward pass for every column of a row.
         diagonal_rows=None if any(term.centred for _, term in entries) else columns // problem.totals.rows,
     )
+
+
+def _compared(dual: Dual, matrix: Matrix, snapshot: Snapshot) -> Dual:
+    """The form, after a look at whether the columns that somebody's terms give make the matrix that their products are of.
+
+    Raises:
+        ExpressionError: they do not.
+    """
+    problem = matrix.problem
+    others = [term for _, term in dual.columns.entries if not is_ours(term)]
+    if not problem.verify or not others:
+        return dual
+    x = torch.randn(matrix.size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x.to(problem.device, problem.dtype)
+    plan = getattr(matrix.plan, "otherwise", matrix.plan)  # which may take products from the factor itself
+    right = plan.apply(snapshot, x)
+    error, size = float((dual.multiply(x) - right).norm()), float(right.norm())
+    if not error <= max(epsilon(problem) ** 0.5, noise(problem)) * size:
+        raise ExpressionError(
+            f"{', '.join(map(named, others))}: the columns of factor do not make the matrix that products give (they differ by "
+            f"{error / size if size else math.inf:.1e}); correct factor, or leave it out"
+        )
+    return dual
 
 
 def _kernel(matrix: Matrix) -> Offer:
@@ -327,7 +354,7 @@ def dense(matrix: Matrix, snapshot: Snapshot) -> Structure:
     if shift:
         values = values.clone()
         values.diagonal().add_(shift)
-    return Dense(values, matrix.facts, str(expr))
+    return Dense(values, matrix.facts, str(expr), epsilon(problem))
 
 
 def _build(matrix: Matrix, snapshot: Snapshot) -> Tensor:

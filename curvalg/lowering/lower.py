@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvalg.errors import ExpressionError
-from curvalg.expr.node import Expr
+from curvalg.expr.node import Expr, require_hashable
 from curvalg.lowering.operator import CurvatureOperator, Preconditioner
 from curvalg.problem import Problem
 
@@ -12,11 +12,5 @@ def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None
     """Bind an expression to a problem; see :meth:`curvalg.Expr.lower`."""
     if not isinstance(problem, Problem):
         raise ExpressionError(f"expected a curvalg.Problem to lower on, got {type(problem).__name__}")
-    try:
-        hash(expr)
-    except TypeError as error:
-        raise ExpressionError(
-            f"{type(expr).__name__} cannot be hashed ({error}); a term is a frozen dataclass with hashable options: "
-            "@dataclass(frozen=True)"
-        ) from error
+    require_hashable(expr)
     return CurvatureOperator(expr, problem, preconditioner)

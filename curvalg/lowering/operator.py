@@ -213,7 +213,9 @@ class CurvatureOperator(TorchOperator):
 
         Returns:
             The result, ``x`` in the kind and shape of b. After Ctrl-C an iterative solve gives its best iterates, with
-            ``partial=True``.
+            ``partial=True``. A direct solve also counts as converged where its residual is above the tolerance, but no more
+            than rounding of the products; ``reason`` says so, and more than 1e-2 ‖b‖ is warned of once, where the matrix was
+            built by products: it is singular to working precision.
 
         Raises:
             ExpressionError: the operator is not an inverse.

@@ -14,6 +14,7 @@ from curvalg.expr.node import Expr
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.bind import unbound
+from curvalg.lowering.contract import require_defined
 from curvalg.lowering.factored import MOST_COLUMNS, FactoredPlan
 from curvalg.lowering.form import Found, Matrix, affine, multiple
 from curvalg.lowering.forms import find
@@ -162,6 +163,7 @@ def _(expr: alg.ZeroExpr, problem: Problem, plan: Planning) -> Plan:
 
 
 def _validate(term: NamedExpr, problem: Problem) -> None:
+    require_defined(term)
     term.validate(problem.facts)
     if term.numbered:
         problem.number_samples()

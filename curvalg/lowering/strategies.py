@@ -6,6 +6,7 @@ alone. A newcomer is one function and one row of ``STRATEGIES`` (or of :data:`cu
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from curvalg.errors import FactsError
+from curvalg.errors import CurvalgWarning, FactsError
 from curvalg.expr import Facts, Inverse, ZeroExpr
 from curvalg.lowering.form import Form, Matrix
 from curvalg.lowering.forms import FORMS, matrix_blocks
@@ -26,8 +27,11 @@ from curvalg.problem import Problem, Snapshot
 from curvalg.solve import SolveResult, cg, minres
 from curvalg.solve.columns import OVERFLOW
 from curvalg.solve.powers import exponents, scaled
-from curvalg.solve.result import CONVERGED
+from curvalg.solve.result import CONVERGED, ROUNDING
 from curvalg.solve.trail import INTERRUPTED, Trail
+
+LARGE = 1e-2
+"""Residuals relative to ‖b‖ above which a solve that rounding excuses is worth a warning."""
 
 Preconditioning = Callable[[Snapshot, Tensor], Tensor]
 """R (n, K) -> P⁻¹ R."""
@@ -122,6 +126,7 @@ class Direct(Solver):
     """
 
     REFINEMENTS = 3
+    _warned = False
 
     def __init__(self, request: Request, form: Form) -> None:
         self.request, self.form, self.name, self.cost = request, form, form.name, form.cost
@@ -144,7 +149,12 @@ class Direct(Solver):
             reason = f"refinement stalled in {b.dtype}"
         x = scaled(x, unit)
         converged &= torch.isfinite(x).all(0)
-        reasons = tuple(CONVERGED if ok else reason for ok in converged.tolist())
+        above = residual > self._tolerance(b, unit)  # nowhere where no residual was looked at
+        self._warn(converged & above, residual, b)
+        reasons = tuple(
+            (ROUNDING if high else CONVERGED) if ok else reason
+            for ok, high in zip(converged.tolist(), above.tolist(), strict=True)
+        )
         return SolveResult(x, converged, iterations, scaled(residual, unit), reasons)
 
     def _refined(
@@ -152,8 +162,7 @@ class Direct(Solver):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x with the smallest residual that refinement reaches; the norms; which of them will do."""
         request, structure = self.request, self.form.at(snapshot)
-        atol = scaled(torch.full_like(b[:1], float(request.node.atol)), -unit)[0]
-        tolerance = atol + request.rtol * b.norm(dim=0)
+        tolerance = self._tolerance(b, unit)
         r = b - request.matrix.plan.apply(snapshot, x)
         best = r.norm(dim=0)
         for _ in range(self.REFINEMENTS):
@@ -167,6 +176,31 @@ class Direct(Solver):
             if not bool(better.any()):
                 break
         return x, best, torch.isfinite(best) & ((best <= tolerance) | oath.accepts(x, b, r))
+
+    def _tolerance(self, b: Tensor, unit: Tensor) -> Tensor:
+        """What residuals of B, scaled by powers of two, are to be below."""
+        atol = scaled(torch.full_like(b[:1], float(self.request.node.atol)), -unit)[0]
+        tolerance: Tensor = atol + self.request.rtol * b.norm(dim=0)
+        return tolerance
+
+    def _warn(self, accepted: Tensor, residual: Tensor, b: Tensor) -> None:
+        """Say so once where solves that rounding excuses have left much of b, and the matrix was built by products.
+
+        Its entries are rounded then, and with them x along the smallest eigenvalues. Of arrays that were given x is right, and
+        the residual is rounding of the products alone.
+        """
+        if not self.form.rows:
+            return
+        relative = torch.where(accepted, residual / b.norm(dim=0), 0.0)
+        if self._warned or not bool((relative > max(LARGE, self.request.noise)).any()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self.name} solved {self.request.matrix.expr} as exactly as products in {b.dtype} allow, but the residual is "
+            f"{float(relative.max()):.1e} ‖b‖: the matrix is singular to working precision; increase the damping",
+            CurvalgWarning,
+            stacklevel=2,
+        )
 
     def _sworn(self, snapshot: Snapshot, like: Tensor) -> Oath:
         if snapshot not in self._oaths:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from torch import Tensor
 
 from curvalg.errors import VectorError, VectorTypeError
@@ -56,12 +57,15 @@ def parse(x: Vector, domain: Space, codomain: Space) -> Operand:
     """
     if isinstance(x, Tensor):
         return _from_tensor(x, domain)
+    if isinstance(x, np.ma.MaskedArray):
+        raise VectorTypeError("expected numbers, got a masked array; fill the masked entries with x.filled(0)")
     if isinstance(x, (np.ndarray, np.generic)):
         return _from_numpy(np.asarray(x), domain)
     if isinstance(x, (Mapping, list, tuple)):
         return _from_tree(x, domain, codomain)
+    sparse = "; write x.toarray()" if issparse(x) else ""
     raise VectorTypeError(
-        f"expected a NumPy array, a tensor, or a dict or list of tensors in parameter layout, got {describe(x)}"
+        f"expected a NumPy array, a tensor, or a dict or list of tensors in parameter layout, got {describe(x)}{sparse}"
     )
 
 

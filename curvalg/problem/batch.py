@@ -84,6 +84,11 @@ class Batch:
             raise LossError("this quantity needs a loss, but the problem was made with loss=None")
         return self._make_point()
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether the problem has a loss."""
+        return self._loss is not None
+
     def evaluate_loss(self) -> None:
         """Have the loss at this output ready: a callable is recorded, which vmap forbids inside of it."""
         if self._loss is not None:

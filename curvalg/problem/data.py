@@ -75,6 +75,10 @@ class Data:
             )
         self.single = one_batch
         self.source = [data] if one_batch else data
+        if target is not None and not callable(target):
+            raise ProblemTypeError(
+                f"target is a function of a batch, got {target!r}; write target=lambda batch: batch[{target!r}]"
+            )
         self.target = target
         self.needs_target = needs_target
         # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
@@ -90,6 +94,11 @@ class Data:
         data = torch.utils.data
         random = (data.RandomSampler, data.WeightedRandomSampler, data.SubsetRandomSampler)
         return not any(isinstance(sampler, random) for sampler in samplers)
+
+    @property
+    def contents(self) -> Fingerprint | None:
+        """What a loader gave in the first pass, without the order; None before, and for data in memory."""
+        return None if self.fixed or self._reference is None else total(self._reference)[:-1]
 
     def forget(self) -> None:
         """What the first pass gave is no longer what later ones are compared with."""
@@ -110,7 +119,7 @@ class Data:
         """
         start, prints = 0, []
         for index, raw in enumerate(self._raw()):
-            batch = trees.place(raw, device)
+            batch = trees.place(_without_nested(raw), device)
             target = self._target(batch)
             count = trees.rows(target) if target is not None else trees.rows(batch)
             if count is None:
@@ -200,6 +209,18 @@ def call_model(model: Callable[..., Any], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS})
     return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch)
+
+
+def _without_nested(batch: Any) -> Any:
+    """Raises:
+    ProblemError: a batch with a nested tensor, whose rows have no common shape.
+    """
+    if any(t.is_nested for t in trees.tensors(batch)):
+        raise ProblemError(
+            "a batch has a nested tensor (torch.nested), whose rows differ in shape; pad them with "
+            "torch.nested.to_padded_tensor(t, 0.0) and have the model or the loss mask the padding"
+        )
+    return batch
 
 
 def _countless(batch: Any) -> str:

@@ -275,12 +275,16 @@ class Evaluation:
 
     def gradient(self) -> Tensor:
         """∇L of the batch, shape (D,)."""
+        return self.pulled(lambda batch: batch.loss_gradient)
+
+    def pulled(self, cotangent_of: Callable[[Batch], Tensor]) -> Tensor:
+        """Jᵀu for u = cotangent_of(batch), shape (D,); by one model call, in chunks of positions where outputs are large."""
         if (found := record_head(self, once=True)) is None:
             z, leaves, form = self.record(once=True)
-            return self.gather(backward([z], leaves, [self.batch(z, form).loss_gradient]))
+            return self.gather(backward([z], leaves, [cotangent_of(self.batch(z, form))]))
         head, leaves = found
         total = torch.zeros(self.problem.size, dtype=self.problem.dtype, device=self.problem.device)
-        cotangent = head.pull(lambda batch: batch.loss_gradient, total)
+        cotangent = head.pull(cotangent_of, total)
         if head.hidden.requires_grad:
             self.problem.layout.add_(
                 total[None], [g if g is None else g[None] for g in backward([head.hidden], leaves, [cotangent])]
@@ -453,8 +457,10 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise StaleError(
-                "a tensor that a recording needs was changed in place after the operator was lowered (the data, or a plain "
-                "attribute of the model); call problem.close() and operator.refresh(), or pass cache=0"
+                "a tensor that a backward pass needs was changed in place. Where loss(model(X), y).backward() fails as well, "
+                "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was "
+                "changed after the operator was lowered (the data, or a plain attribute of the model): call problem.close() "
+                "and operator.refresh(), or pass cache=0"
             ) from error
         if cure := explain_failure(error):
             raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error

@@ -59,9 +59,7 @@ def _close(left: tuple[float, float], right: tuple[float, float]) -> bool:
 
 def _hash(t: Tensor) -> Tensor:
     """One number for every row, on the CPU."""
-    if t.is_nested:
-        t = t.to_padded_tensor(0.0)
-    elif t.layout != torch.strided:
+    if t.layout != torch.strided:
         t = t.to_dense()
     if not t.numel():
         return torch.zeros(0, dtype=torch.float64)

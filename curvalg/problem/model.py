@@ -240,6 +240,10 @@ def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> M
     Raises:
         ProblemError: neither a module nor a function, or a selection that does not fit.
     """
+    if forward is not None and not callable(forward):
+        raise ProblemTypeError(
+            f"forward is a function of the model and a batch, got {forward!r}; write forward=lambda model, batch: ..."
+        )
     if isinstance(model, nn.Module):
         return ModuleModel(unwrap(model), params, forward)
     if callable(model):

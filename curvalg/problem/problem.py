@@ -148,6 +148,7 @@ class Problem:
         """The problem over all parameters, where this one is over some of them."""
         self.shared: set[Any] = set()
         """Sweeps and factors that several blocks have in common: recorded once for all of them."""
+        _one_of("verify", verify, (True, False))
         self.verify = bool(verify)
         self._structure = self._make_structure()
         _one_of("samples", samples, ("item", "position"))
@@ -165,7 +166,8 @@ class Problem:
         self.compiler = compiler(compile)
         self.cache = cache
         self.output_memory = _output_memory(output_memory)
-        self.progress = progress
+        _one_of("progress", progress, (True, False))
+        self.progress = bool(progress)
         self.draws = DrawGuard(randomness, self.device)
         self._reset()
 

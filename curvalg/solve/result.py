@@ -12,6 +12,8 @@ Matmul = Callable[[Tensor], Tensor]
 """X (n, K) -> A X (n, K), for any K."""
 
 CONVERGED = "converged"
+ROUNDING = "converged: what is left is rounding of the products"
+"""Of a direct solve whose residual is above the tolerance, but as small as it can be."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class SolveResult:
 
     Args:
         x: the solution or, where not converged, the iterate of the smallest residual seen; shape of b.
-        converged: whether the true residual met the tolerance, shape (K,).
+        converged: whether the true residual met the tolerance, shape (K,). Of a direct solver also where ‖b − A x‖ is no more
+            than rounding of the products, a few units of ε (‖A‖ ‖x‖ + ‖b‖): of an ill-conditioned matrix no x does better, and
+            the residual relative to ‖b‖ may be larger than was asked for; ``reason`` says so then.
         iterations: iterations spent, shape (K,); 0 for a direct solver.
         residual: true residual ‖b − A x‖, recomputed, shape (K,).
         reason: why each column ended.

@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from torch import nn
 
 from curvalg import Problem, VectorError, registry
@@ -121,6 +122,8 @@ def test_results_carry_no_graph_and_operands_keep_theirs(op):
         (lambda n: torch.full((n,), torch.nan), "NaN or infinite"),
         (lambda n: np.full(n, np.inf), "NaN or infinite"),
         (lambda n: np.array(["a"] * n), "numeric"),
+        (lambda n: np.ma.masked_array(np.ones(n), np.arange(n) > 3), "fill the masked entries"),
+        (lambda n: csr_array(np.eye(n)), r"write .*toarray\(\)"),
         (lambda n: torch.ones(n, dtype=torch.complex64), "complex"),
         (lambda n: {"0.weight": torch.ones(5, 4)}, "missing"),
         (lambda n: [torch.ones(n)], "tensors in the order"),

@@ -8,7 +8,21 @@ import torch
 from torch import nn
 from zoo import make
 
-from curvalg import Diagonal, ExpressionError, MatrixTerm, Problem, ProblemError, Term, VectorError, registry
+from curvalg import (
+    Diagonal,
+    ExpressionError,
+    LossError,
+    MatrixTerm,
+    OptionError,
+    Problem,
+    ProblemError,
+    StaleError,
+    Term,
+    VectorError,
+    block_diagonal,
+    inverse,
+    registry,
+)
 
 
 @pytest.fixture
@@ -57,6 +71,10 @@ def test_a_type_error_inside_the_forward_is_not_blamed_on_the_call(case):
         ({"columns": "all"}, "columns is"),
         ({"samples": "token"}, "samples is one of"),
         ({"randomness": "ignore"}, "randomness is"),
+        ({"target": "y"}, r"target is a function .*target=lambda batch: batch\['y'\]"),
+        ({"forward": "x"}, "forward is a function .*forward=lambda model, batch: "),
+        ({"verify": "x"}, "verify is one of"),
+        ({"progress": "no"}, "progress is one of"),
     ],
 )
 def test_options(case, options, message):
@@ -68,6 +86,38 @@ def test_numpy_integers_are_integers(case):
     problem = Problem(case.model, case.loss, case.batches, cache=np.int64(10**9), columns=np.int64(2))
     registry.build("ggn_mc", samples=2).lower(problem)
     assert problem.cache == 10**9
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name(case, layout):
+    nested = torch.nested.nested_tensor([torch.ones(3).double(), torch.ones(4).double()], layout=layout)
+    with pytest.raises(ProblemError, match=r"nested tensor.*to_padded_tensor"):
+        Problem(case.model, case.loss, [(nested, torch.zeros(2, dtype=torch.long))]).value()
+
+
+def test_two_batches_in_a_tuple(case):
+    with pytest.raises(LossError, match=r"several batches are a list \[\.\.\.\]"):
+        Problem(case.model, case.loss, (case.batches[0], case.batches[0])).value()
+
+
+def test_a_forward_that_breaks_its_own_backward_in_place():
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)).mul_(2))
+
+    problem = Problem(Doubling(), nn.CrossEntropyLoss(), (torch.randn(6, 4), torch.arange(6) % 3))
+    with pytest.raises(StaleError, match=r"backward\(\) fails as well, the model's forward does that: write t \* 2"):
+        problem.gradient()
+
+
+def test_masked_arrays_are_no_leaves(case):
+    with pytest.raises(OptionError, match="fill the masked entries"):
+        Diagonal(np.ma.masked_array(np.ones(3), [True, False, False]))
 
 
 def test_sparse_operands_and_complex_leaves(case):
@@ -93,8 +143,35 @@ def test_terms_that_break_the_contract(case):
     class Unfrozen(Term):
         k: int = 1
 
-    with pytest.raises(ExpressionError, match="frozen"):
-        Unfrozen().lower(problem)
+    for combine in (
+        lambda term: term.lower(problem),
+        lambda term: term + registry.build("ggn"),
+        lambda term: 2 * term,
+        lambda term: term @ term,
+        inverse,
+        lambda term: block_diagonal({"*": term}),
+    ):
+        with pytest.raises(ExpressionError, match=r"Unfrozen cannot be hashed.*frozen=True"):
+            combine(Unfrozen())
+
+    @dataclass(frozen=True)
+    class Misspelt(Term):
+        def cotangent_dots(self, batch, tangent):
+            return tangent
+
+    for expr in (Misspelt(), Misspelt() + registry.build("ggn"), Misspelt().T):
+        with pytest.raises(
+            ExpressionError, match=r"misspelt .*does not define cotangent or cotangent_dot.*it defines cotangent_dots"
+        ):
+            expr.lower(problem)
+
+    @dataclass(frozen=True)
+    class Unfinished(MatrixTerm):
+        def accumulate(self, batch, prepared=None):
+            return batch.output.sum()
+
+    with pytest.raises(ExpressionError, match=r"unfinished .*does not define finish"):
+        Unfinished().lower(problem)
 
     @dataclass(frozen=True)
     class Lazy(MatrixTerm):

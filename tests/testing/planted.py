@@ -381,8 +381,17 @@ class Misspelt(Term):
         return tangent
 
 
+@dataclass(frozen=True)
+class Empty(Term):
+    """Gives no cotangent at all."""
+
+    def cotangent_dot(self, batch, tangent):
+        return None
+
+
 PLANTED = [
-    ("substance", Misspelt(), "zeros on all.*names of the methods"),
+    ("substance", Empty(), "zeros on all.*names of the methods"),
+    ("substance", Misspelt(), "does not define cotangent or cotangent_dot.*defines cotangent_dots"),
     ("value", ForgottenOption(2.0), "compare=False"),
     ("value", Unhashable(), "tuples, not lists"),
     ("value", MadeAgain(), "a copy that is equal"),

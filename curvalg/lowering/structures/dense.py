@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curvalg.errors import FactsError
 from curvalg.expr.facts import Facts
 from curvalg.lowering.structures.base import Eigh, Function, Structure
 from curvalg.lowering.structures.bases import MatrixBasis
@@ -21,11 +22,12 @@ class Dense(Structure):
         matrix: (n, n), float64.
         facts: what is known of it.
         what: for messages.
+        epsilon: unit of rounding of the entries, relative to the largest.
     """
 
-    def __init__(self, matrix: Tensor, facts: Facts, what: str) -> None:
+    def __init__(self, matrix: Tensor, facts: Facts, what: str, epsilon: float = 0.0) -> None:
         super().__init__(matrix.shape[0])
-        self.matrix, self.facts, self.what = matrix, facts, what
+        self.matrix, self.facts, self.what, self.epsilon = matrix, facts, what, epsilon
         self._solve: Callable[[Tensor], Tensor] | None = None
         self._spectral: Spectral | None = None
 
@@ -55,6 +57,14 @@ class Dense(Structure):
         return self.matrix.diagonal().clone()
 
     def logdet(self) -> float:
+        if not self.facts.positive_definite and self.facts.symmetric and self.size:
+            values = torch.linalg.eigvalsh(self.matrix).abs()
+            noise = max(self.epsilon, self.size * torch.finfo(torch.float64).eps) * float(values.max())
+            if zeros := int((values <= noise).sum()):
+                raise FactsError(
+                    f"logdet needs a matrix without zero eigenvalues, but {self.what} has {zeros} that are zero to working "
+                    "precision, whose logarithms would be rounding errors; add damping, c * Identity"
+                )
         return float(torch.linalg.slogdet(self.matrix).logabsdet)
 
     def eigh(self) -> Eigh | None:

@@ -39,7 +39,7 @@ def real_target(name: str, target: object) -> Tensor:
     if not isinstance(target, Tensor):
         raise LossError(
             f"{name}: expected the target to be one tensor, got {type(target).__name__}; "
-            "pass Problem's target= to pick it from a batch."
+            "pass Problem's target= to pick it from a batch (a tuple is one batch: several batches are a list [...])."
         )
     if target.is_complex():
         raise LossError(f"{name}: expected a real target, got {target.dtype}; split it into real and imaginary parts.")

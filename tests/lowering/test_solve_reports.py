@@ -1,0 +1,46 @@
+"""What a direct solve says where rounding leaves more than the tolerance."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from curvalg import CurvalgWarning, Identity, Problem, inverse, registry
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return Problem(model, nn.CrossEntropyLoss(), (torch.randn(20, 4).double(), torch.randint(0, 3, (20,))))
+
+
+def shifted(problem, by=0.0):
+    """H − λmax I, which is singular."""
+    hessian = registry.build("hessian")
+    return hessian - (float(torch.linalg.eigvalsh(hessian.lower(problem).to_dense())[-1]) + by) * Identity
+
+
+def test_a_singular_matrix_is_warned_of_once(problem):
+    op = inverse(shifted(problem), solver="dense").lower(problem)
+    b = torch.randn(problem.size, 8, generator=torch.Generator().manual_seed(0)).double()
+    with pytest.warns(CurvalgWarning, match="singular to working precision; increase the damping"):
+        result = op.solve(b)
+    relative = result.residual / b.norm(dim=0)
+    assert result.ok and float(relative.max()) > 1e-2
+    assert all(reason.startswith("converged: what is left is rounding") for reason in result.reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.solve(b)
+
+
+def test_an_ordinary_matrix_is_not(problem):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = (
+            inverse(shifted(problem, by=1.0), solver="dense").lower(problem).solve(torch.ones(problem.size).double())
+        )
+    assert result.ok and set(result.reason) == {"converged"}
