@@ -20,7 +20,8 @@ class ArrayLeaf(Expr):
     """A matrix given by arrays (torch tensors or NumPy arrays).
 
     Leaves compare by a token made at construction, which pickling keeps: comparing the arrays would be slow and, on
-    equal numbers from different origins, misleading. Arrays are kept by reference; do not write into them afterwards.
+    equal numbers from different origins, misleading. Arrays are copied, so that a leaf stays what it is when they are written
+    into afterwards.
     """
 
     def __init__(self) -> None:
@@ -109,7 +110,7 @@ def _array(value: Any, what: str, *ndims: int) -> Any:
     if value.ndim not in ndims:
         expected = " or ".join(f"{n}-d" for n in ndims)
         raise OptionError(f"{what} must be {expected}, got shape {tuple(value.shape)}")
-    return value
+    return value.clone() if hasattr(value, "clone") else value.copy()
 
 
 def _square(value: Any, what: str) -> Any:

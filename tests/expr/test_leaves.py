@@ -102,3 +102,24 @@ def test_rounding_does_not_take_symmetry_away():
     off = gram.double().clone()
     off[3, 7] += 1e-7 * float(gram.abs().max())
     assert Kronecker(off).facts().symmetric is None
+
+
+@pytest.mark.parametrize(
+    "kind", [np.ones, lambda shape: torch.ones(shape, dtype=torch.float64)], ids=["numpy", "torch"]
+)
+@pytest.mark.parametrize(
+    ("leaf", "shapes"),
+    [
+        (Diagonal, [(3,)]),
+        (Kronecker, [(2, 2), (3, 3)]),
+        (LowRank, [(5, 2), (2, 2), (5, 2)]),
+        (Eigenbasis, [(3, 3), (3,)]),
+        (lambda a, b, values: Eigenbasis(Kronecker(a, b), values), [(2, 2), (3, 3), (6,)]),
+    ],
+)
+def test_a_leaf_stays_what_it_is_when_its_arrays_are_written_into(leaf: Any, shapes: Any, kind: Any) -> None:
+    arrays = [kind(shape) for shape in shapes]
+    made = leaf(*arrays)
+    for array in arrays:
+        array *= 2
+    assert all(bool((array == 1).all()) for array in made.arrays)
