@@ -304,7 +304,7 @@ class Linearization:
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         recorded = self._recorded(evaluation, columns)
         if self.sweep.curved and not isinstance(recorded, Headed):
-            swear_curvature(evaluation, recorded.graphs())
+            swear_curvature(evaluation)
             if evaluation.problem.model.composite and not self._composite:  # it was recorded with wrong derivatives
                 self._composite = True
                 recorded = self._recorded(evaluation, columns)

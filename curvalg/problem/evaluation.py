@@ -20,7 +20,7 @@ from curvalg.problem import trees
 from curvalg.problem.batch import Batch
 from curvalg.problem.data import Sample
 from curvalg.problem.find_head import record_head
-from curvalg.problem.graph import nodes
+from curvalg.problem.graph import nodes, operations
 from curvalg.problem.layers import record_layers
 from curvalg.problem.model import called_wrongly, explain_failure, recording
 from curvalg.problem.oaths import (
@@ -56,6 +56,8 @@ class Evaluation:
         self.problem = problem
         self.snapshot = snapshot
         self.sample = sample
+        self.operations: frozenset[str] = frozenset()
+        """Of the last recorded call; conversions of dtypes are none."""
 
     def run(
         self, tensors: Sequence[Tensor], sample: Sample | None = None, *, once: bool = False
@@ -190,6 +192,7 @@ class Evaluation:
         leaves = [p.requires_grad_() for p in self.values()]
         with watch(leaves), owned(self):
             z, form = self._recordable(leaves, once=once)
+        self.operations = operations([z])
         swear_graph(self, z, leaves)
         swear_output(self, z.detach(), earlier)
         if not z.requires_grad:

@@ -24,8 +24,8 @@ def nodes(roots: Iterable[Tensor | GradientEdge | None]) -> Iterator[Any]:
 
 
 def operations(roots: Iterable[Tensor | GradientEdge | None]) -> frozenset[str]:
-    """Names of the operations in the graphs of some tensors."""
-    return frozenset(node.name() for node in nodes(roots))
+    """Names of the operations in the graphs of some tensors, but for conversions of dtypes."""
+    return frozenset(node.name() for node in nodes(roots)) - {"ToCopyBackward0"}
 
 
 def coarsest_dtype(z: Tensor) -> torch.dtype:

@@ -273,7 +273,7 @@ def _dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
 
 # -- second derivatives -----------------------------------------------------------------------------------------------------
 
-ROWS = 8
+ROWS = 2
 """Rows of a batch that second derivatives are compared on, where these can be computed alone."""
 SMALL = 2**20
 """Rows times parameters below which a call costs as much for few rows as for all."""
@@ -299,10 +299,10 @@ def few_rows(evaluation: Evaluation) -> Evaluation:
     return type(evaluation)(problem, evaluation.snapshot, sample.head(ROWS))
 
 
-def swear_curvature(evaluation: Evaluation, graphs: Iterable[Tensor | GradientEdge]) -> None:
+def swear_curvature(evaluation: Evaluation) -> None:
     """Once a structure: second derivatives of the model are those of its gradient, by a central difference in float64.
 
-    Once more on a batch whose graphs have operations that no verified one had.
+    Once more on a batch whose graph has operations that no verified one had, and on all rows where the few lack some.
 
     Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h for a random cotangent u and a random w, on a
     few rows. Where they differ, normalisations are written in elementary operations and compared again.
@@ -311,15 +311,19 @@ def swear_curvature(evaluation: Evaluation, graphs: Iterable[Tensor | GradientEd
         ProblemError: they are not.
     """
     problem, structure = evaluation.problem, evaluation.snapshot.structure
-    if not problem.verify or problem.autocast is not None or (found := operations(graphs)) <= structure.curved:
+    found = evaluation.operations
+    if not problem.verify or problem.autocast is not None or found <= structure.curved:
         return
-    few = few_rows(evaluation) if "curvature" not in structure.sworn else evaluation  # new ones may be in its last rows
+    few = few_rows(evaluation)
     try:
         error = _curvature_error(few)
     except _FAILURES:
         if few is evaluation:
             raise
         few = evaluation  # a model that takes batches of one size
+        error = _curvature_error(few)
+    if error is not None and error <= ALLOWED and not found <= few.operations | structure.curved:
+        few = evaluation
         error = _curvature_error(few)
     if error is not None and error > ALLOWED and not problem.model.composite:
         problem.model.composite = True
@@ -403,6 +407,7 @@ def _difference(evaluation: Evaluation, seed: int, *, hold: bool) -> float | Non
     cut = Constants()
     with cut.taken():
         z = call(leaves)
+    evaluation.operations = operations([z])
     if coarsest_dtype(z) != torch.float64:
         return None
     u = random_cotangent(z.detach(), seed)
