@@ -342,11 +342,14 @@ class Evaluation:
     def _wrong_forward_ad(self, earlier: Tensor) -> str | None:
         """Why forward AD must not be used at this state; it is compared with a gradient once."""
 
+        graph: list[Tensor] = []
+
         def check() -> str | None:
             z, leaves, _ = self.record(once=True, earlier=earlier)
+            graph.append(z)
             return self.wrong_forward_ad(z, leaves, retain=False)
 
-        return verdict(self, FORWARD_AD, check)
+        return verdict(self, FORWARD_AD, check, graph)
 
     def wrong_forward_ad(self, z: Tensor, leaves: Sequence[Tensor], *, retain: bool) -> str | None:
         """Why forward AD must not be used, by the graph of z: ⟨u, J v⟩ differs from ⟨Jᵀu, v⟩, or it has no J v.
