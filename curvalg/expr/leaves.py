@@ -6,6 +6,7 @@ import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, TypeVar
 
 from curvalg.errors import OptionError
@@ -264,6 +265,13 @@ class Eigenbasis(ArrayLeaf):
         size = basis.size if isinstance(basis, Kronecker) else basis.shape[0]
         if values.shape[0] != size:
             raise OptionError(f"basis has {size} columns but there are {values.shape[0]} values")
+
+    @cached_property
+    def digest(self) -> str:
+        """Of a basis that is an array: the same for the same numbers in the same dtype."""
+        basis: Any = self.basis
+        array = basis.detach().cpu().double().numpy() if hasattr(basis, "detach") else basis
+        return hashlib.sha256(f"{_dtype(basis)} {array.shape}".encode() + array.tobytes()).hexdigest()
 
     @property
     def size(self) -> int:

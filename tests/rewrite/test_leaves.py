@@ -100,7 +100,7 @@ APART: dict[str, Expr] = {
     "beyond all floats": Diagonal(ONES) / 10**400 + Diagonal(ONES),
     "product of two kinds": Diagonal(ONES) @ Diagonal(torch.ones(3)),
     "factors of other sizes": Kronecker(np.eye(2), np.eye(3)) @ Kronecker(np.eye(3), np.eye(2)),
-    "two bases": Eigenbasis(np.eye(3), ONES) + Eigenbasis(np.eye(3), ONES),
+    "two bases": Eigenbasis(np.eye(3), ONES) + Eigenbasis(np.eye(3)[[1, 0, 2]], ONES),
     "a shift between two bases": U + X + Identity,
     "a shift beside something else": U + A + Identity,
     "a shift beside a diagonal": D + Identity,

@@ -37,10 +37,10 @@ def _diagonals(expr: Expr) -> Hashable | None:
 
 
 def _eigenbases(expr: Expr) -> Hashable | None:
-    """What two matrices in one eigenbasis share: the same Kronecker leaf, or the same array."""
+    """What two matrices in one eigenbasis share: the same Kronecker leaf, or an array of the same numbers."""
     if not isinstance(expr, Eigenbasis) or (kind := _kind(expr)) is None:
         return None
-    return kind, expr.basis if isinstance(expr.basis, Kronecker) else id(expr.basis)
+    return kind, expr.basis if isinstance(expr.basis, Kronecker) else expr.digest
 
 
 def _kroneckers(expr: Expr) -> Hashable | None:
