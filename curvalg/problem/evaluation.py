@@ -127,10 +127,17 @@ class Evaluation:
             with switches, problem.casting(), effects.undone(problem.draws.mode):
                 return model()
 
+        def watched() -> Any:
+            before = effects.known and effects.intact()
+            raw = call()
+            if before and not effects.intact():  # by what only some calls do, as those with gradients
+                effects.forgive()
+            return raw
+
         try:
-            raw = problem.draws.run(call, self.sample.index)
+            raw = problem.draws.run(watched, self.sample.index)
             if not effects.known and effects.learn():  # a tensor that the graph needs was put back
-                raw = problem.draws.run(call, self.sample.index)
+                raw = problem.draws.run(watched, self.sample.index)
             return raw
         except UserWarning as warning:
             if (cure := explain_failure(warning)) is None:

@@ -83,7 +83,16 @@ class SideEffects:
                 )
         self._settings.restore_tensors()
         self._tensors += [(holder, key, tensor) for _, holder, key, tensor in written]
-        # What a call appends to lists or counts in closures makes nothing stale; where it changes the output, two calls differ.
+        self.forgive()
+        return bool(written)
+
+    def intact(self) -> bool:
+        """Whether nothing that is watched of the model differs from the structure."""
+        return self._settings.intact() and self._functions.intact()
+
+    def forgive(self) -> None:
+        """What a call appends to lists or counts in closures makes nothing stale; where it changes the output, two calls
+        differ.
+        """
         self._settings.forgive()
         self._functions.forgive()
-        return bool(written)

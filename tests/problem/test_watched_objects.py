@@ -264,3 +264,26 @@ def test_objects_that_a_call_writes_into_make_nothing_stale():
     first = op @ v
     model(torch.randn(2, 3).double())
     assert torch.equal(op @ v, first)
+
+
+def test_what_only_some_calls_write_makes_nothing_stale():
+    """Calls with gradients leave something behind that the first one, without, did not."""
+
+    class Remembering(Scaled):
+        def forward(self, x):
+            z = self.layer(x)
+            if z.requires_grad:
+                self.cache.last = z.detach()
+                self.cache.calls.append(len(x))
+            return z
+
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    model = Remembering(None, cache=types.SimpleNamespace(last=None, calls=[]))
+    problem = Problem(model, nn.MSELoss(), (x, y))
+    problem.value()
+    op, V = registry.build("hessian").lower(problem), torch.randn(6, 3).double()
+    for _ in range(3):
+        assert torch.allclose(op @ V, expected(x) @ V)
+    model.layer.weight.data.mul_(2)
+    with pytest.raises(StaleError):
+        op @ V
