@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from curvalg.expr import restrict as restrict
     from curvalg.expr import sqrt as sqrt
     from curvalg.lowering import CurvatureOperator as CurvatureOperator
-    from curvalg.lowering.structures import Eigh as Eigh
+    from curvalg.lowering.matrices import Eigh as Eigh
     from curvalg.problem import Batch as Batch
     from curvalg.problem import LayerRecord as LayerRecord
     from curvalg.problem import Layout as Layout
@@ -114,7 +114,7 @@ _HOME: dict[str, str] = {
     **dict.fromkeys(_EXPR, "curvalg.expr"),
     "parse": "curvalg.registry.parse",
     "CurvatureOperator": "curvalg.lowering",
-    "Eigh": "curvalg.lowering.structures",
+    "Eigh": "curvalg.lowering.matrices",
     "Batch": "curvalg.problem",
     "LayerRecord": "curvalg.problem",
     "Layout": "curvalg.problem",

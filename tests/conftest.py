@@ -11,7 +11,7 @@ from dense import Case, Dense
 from zoo import make
 
 from curvalg import Problem
-from curvalg.lowering.ways import Ways
+from curvalg.lowering.race import Ways
 
 NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
 """Whether the thorough versions of random tests run."""

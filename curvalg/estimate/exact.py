@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvalg.estimate.result import Eigenpairs
 from curvalg.estimate.target import Target
-from curvalg.lowering.structures import Eigh
+from curvalg.lowering.matrices import Eigh
 from curvalg.solve.ends import Which, wanted
 from curvalg.solve.orthogonal import small
 

@@ -12,10 +12,11 @@ from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
 from curvalg.expr.term import NamedExpr
 from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.rounding import noise
-from curvalg.problem import Problem, trees
-from curvalg.problem.fingerprint import TOLERANCE, Fingerprint
-from curvalg.problem.numbers import numbers
+from curvalg.lowering.inverses.rounding import noise
+from curvalg.problem import Problem
+from curvalg.problem.data.fingerprint import TOLERANCE, Fingerprint
+from curvalg.problem.data.numbers import numbers
+from curvalg.tensors import trees
 
 
 def of_operator(op: CurvatureOperator) -> Options:

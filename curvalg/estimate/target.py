@@ -19,7 +19,7 @@ from curvalg.estimate.state import Options
 from curvalg.estimate.unit import Finite, Unit
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
-from curvalg.lowering.rounding import noise
+from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem
 

@@ -21,8 +21,8 @@ from curvalg.expr import Expr, Identity, inverse
 from curvalg.expr.term import Term
 from curvalg.expr.terms import Covariance, Hessian
 from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.dual import Columns
-from curvalg.lowering.rounding import default_rtol, epsilon
+from curvalg.lowering.inverses.rounding import default_rtol, epsilon
+from curvalg.lowering.low_rank.gram import Columns
 from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from curvalg.errors import ExpressionError, ProblemError
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout
-from curvalg.problem.memory import free_memory
+from curvalg.tensors.memory import free_memory
 
 
 class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no types

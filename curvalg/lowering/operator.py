@@ -14,21 +14,21 @@ from curvalg.errors import ConvergenceError, ExpressionError, OptionError, Vecto
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr, refusing_depth
-from curvalg.lowering.bind import bind, unbound
+from curvalg.lowering.blocks.complete_blocks import resolve
+from curvalg.lowering.blocks.outputs import output_sizes
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
-from curvalg.lowering.finite import require_finite
-from curvalg.lowering.form import Form, Matrix
-from curvalg.lowering.forms import find
-from curvalg.lowering.outputs import output_sizes
-from curvalg.lowering.plan import InversePlan, Plan, SumPlan
-from curvalg.lowering.planner import plan
-from curvalg.lowering.resolve import resolve
-from curvalg.lowering.structures import Dense
+from curvalg.lowering.inverses.forms import find
+from curvalg.lowering.inverses.offer import Form, Matrix
+from curvalg.lowering.matrices import Dense
+from curvalg.lowering.plans.bind import bind, unbound
+from curvalg.lowering.plans.nodes import InversePlan, Plan, SumPlan
+from curvalg.lowering.plans.planner import plan
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
+from curvalg.tensors.finite import require_finite
 
 Quantity: TypeAlias = Literal["trace", "diagonal", "logdet", "eigh"]
 Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None

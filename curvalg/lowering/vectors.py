@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvalg.errors import VectorError, VectorTypeError
 from curvalg.problem import Layout
-from curvalg.problem.trees import describe
+from curvalg.tensors.trees import describe
 
 Vector = np.ndarray | Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 

@@ -2,12 +2,12 @@
 
 from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.find_head import has_large_outputs, push_hidden, record_head
-from curvalg.problem.head import Head
+from curvalg.problem.large_outputs.find_head import has_large_outputs, push_hidden, record_head
+from curvalg.problem.large_outputs.head import Head
 from curvalg.problem.layers import LayerRecord
-from curvalg.problem.parameters import Layout
+from curvalg.problem.model.parameters import Layout
 from curvalg.problem.problem import Problem
-from curvalg.problem.snapshot import Snapshot
+from curvalg.problem.state.snapshot import Snapshot
 
 __all__ = [
     "Batch",

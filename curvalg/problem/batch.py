@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import LossError
-from curvalg.problem.noise import uniforms
-from curvalg.problem.outputs import OutputForm
+from curvalg.problem.model.outputs import OutputForm
+from curvalg.tensors.uniforms import uniforms
 
 if TYPE_CHECKING:
+    from curvalg.losses import Loss, LossPoint
     from curvalg.problem.layers import LayerRecord, Recorded
-    from curvalg.problem.losses import Loss, LossPoint
 
 Samples = Literal["item", "position"]
 
@@ -230,7 +230,7 @@ class Batch:
         return self._draws[key]
 
     def uniform(self, samples: int, seed: int) -> Tensor:
-        """The uniform numbers that draws are made of, (samples, *noise shape of the loss); see :mod:`curvalg.problem.noise`."""
+        """The uniform numbers that draws are made of, (samples, *noise shape of the loss)."""
         z = self.output
         return uniforms(seed, samples, self._start, self._point.noise_shape, z.dtype, z.device)
 

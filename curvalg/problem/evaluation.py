@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -13,17 +12,17 @@ from weakref import ref
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError, StaleError
-from curvalg.problem import trees
+from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError
 from curvalg.problem.batch import Batch
-from curvalg.problem.data import Sample
-from curvalg.problem.find_head import record_head
-from curvalg.problem.graph import nodes, operations
+from curvalg.problem.data.batches import Sample
+from curvalg.problem.large_outputs.find_head import record_head
 from curvalg.problem.layers import record_layers
-from curvalg.problem.model import called_wrongly, explain_failure, recording
-from curvalg.problem.oaths import (
+from curvalg.problem.model.model import called_wrongly, recording
+from curvalg.problem.model.outputs import OutputForm, require_finite_output
+from curvalg.problem.per_sample import per_sample_gradients
+from curvalg.problem.state.snapshot import Snapshot
+from curvalg.problem.verification.oaths import (
     RouteError,
     owned,
     random_cotangent,
@@ -33,10 +32,10 @@ from curvalg.problem.oaths import (
     verdict,
     wrong_tangent,
 )
-from curvalg.problem.outputs import OutputForm, require_finite_output
-from curvalg.problem.per_sample import per_sample_gradients
-from curvalg.problem.reverse import reverse_tangents
-from curvalg.problem.snapshot import Snapshot
+from curvalg.problem.verification.reverse import reverse_tangents
+from curvalg.tensors import trees
+from curvalg.tensors.backward import backward, explain_failure
+from curvalg.tensors.graph import operations, require_second_derivatives
 
 if TYPE_CHECKING:
     from curvalg.problem.layers import Recorded
@@ -216,7 +215,7 @@ class Evaluation:
         gradients = backward([z], leaves, [u], create_graph=True)
         if all(g is None for g in gradients):
             self._warn_constant()
-        _require_second_derivatives(gradients)  # of every batch: each may take another branch of the model
+        require_second_derivatives(gradients)  # of every batch: each may take another branch of the model
         return gradients
 
     def batch(self, z: Tensor, form: OutputForm, layers: Callable[[], Recorded] | None = None) -> Batch:
@@ -400,131 +399,3 @@ class Evaluation:
 
 
 FORWARD_AD = "forward AD"
-
-
-def _require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
-    # torch.autograd.grad never runs the node that would raise, when it does not lead to the inputs: the branch is cut
-    # without a word.
-    for node in nodes(gradients):
-        if node.name() in ("torch::autograd::Error", "Error"):
-            raise ProblemError(
-                "an operation of the model can be differentiated only once (once_differentiable?), but curvature needs its "
-                "second derivative; write its backward with differentiable operations"
-            )
-
-
-def backward(
-    outputs: Sequence[Tensor | GradientEdge | None],
-    inputs: Sequence[Tensor] | Sequence[GradientEdge],
-    cotangents: Sequence[Tensor],
-    *,
-    create_graph: bool = False,
-    retain_graph: bool | None = None,
-    batched: bool = False,
-) -> list[Tensor | None]:
-    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero, edges stand for tensors that are gone.
-
-    With ``batched`` all cotangents have a leading axis, and so do the results.
-
-    Raises:
-        ProblemError: autograd fails for a known reason that has a cure.
-    """
-    given = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
-    live = [(o, c) for o, c in given if isinstance(o, GradientEdge) or o.requires_grad]
-    if not live:
-        return [None] * len(inputs)
-    with _explained():
-        return list(
-            torch.autograd.grad(
-                [o for o, _ in live],  # type: ignore[arg-type]
-                tuple(inputs),  # type: ignore[arg-type]
-                [c if isinstance(o, GradientEdge) else c.to(o.dtype) for o, c in live],
-                create_graph=create_graph,
-                retain_graph=retain_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-        )
-
-
-def backward_from(
-    edge: GradientEdge, inputs: Sequence[Tensor], cotangent: Tensor, *, retain_graph: bool
-) -> list[Tensor | None]:
-    """cotangentᵀ ∂/∂inputs of the tensor whose gradient arrives at an edge.
-
-    Raises:
-        ProblemError: autograd fails for a known reason that has a cure.
-    """
-    with _explained():
-        return list(torch.autograd.grad(edge, tuple(inputs), cotangent, retain_graph=retain_graph, allow_unused=True))
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Raises:
-    StaleError: a tensor that a graph needs was changed in place.
-    ProblemError: autograd fails for another known reason that has a cure.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):
-            raise StaleError(
-                "a tensor that a backward pass needs was changed in place. Where loss(model(X), y).backward() fails as well, "
-                "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was "
-                "changed after the operator was lowered (the data, or a plain attribute of the model): call problem.close() "
-                "and operator.refresh(), or pass cache=0"
-            ) from error
-        if cure := explain_failure(error):
-            raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
-        raise
-
-
-def backward_columns(
-    z: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor, *, batched: bool | None = None
-) -> tuple[list[Tensor | None], bool]:
-    """Jᵀs for cotangents (K, *z.shape), each result with a leading axis of length K; the graph stays.
-
-    Args:
-        z: the output.
-        inputs: what to differentiate with respect to.
-        cotangents: s.
-        batched: one backward pass for all columns, or one after the other; None: whichever is faster, measured here.
-
-    Returns:
-        The results, and whether columns are better batched.
-    """
-
-    def one(c: Tensor) -> list[Tensor | None]:
-        return backward([z], inputs, [c], retain_graph=True)
-
-    first: list[list[Tensor | None]] = []
-    single = 0.0
-    if batched is None and len(cotangents) > 1:
-        start = time.perf_counter()
-        first = [one(cotangents[0])]
-        _synchronize(z)
-        single = time.perf_counter() - start
-        # Batching saves calls, no arithmetic: where a column is real work there is nothing to gain (and vmap copies).
-        batched = None if single < OVERHEAD else False
-    if batched is not False and len(cotangents) > 1:
-        start = time.perf_counter()
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                found = backward([z], inputs, [cotangents], retain_graph=True, batched=True)
-            _synchronize(z)
-            return found, batched is True or time.perf_counter() - start < len(cotangents) * single
-        except (RuntimeError, NotImplementedError, ProblemError):
-            pass  # whatever is wrong beyond batching is raised below
-    columns = zip(*(first + [one(c) for c in cotangents[len(first) :]]), strict=True)
-    return [torch.stack(some) if (some := [g for g in column if g is not None]) else None for column in columns], False
-
-
-OVERHEAD = 2e-3
-"""Seconds of a backward pass above which it is work rather than calls."""
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

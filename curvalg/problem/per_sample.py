@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from curvalg.errors import CurvalgError, ProblemError
-from curvalg.problem import trees
 from curvalg.problem.batch import Batch
-from curvalg.problem.data import Sample, call_model
-from curvalg.problem.model import Model, ModuleModel, recording
-from curvalg.problem.noise import uniforms
+from curvalg.problem.data.batches import Sample, call_model
+from curvalg.problem.model.model import Model, ModuleModel, recording
+from curvalg.tensors import trees
+from curvalg.tensors.backward import backward
+from curvalg.tensors.uniforms import uniforms
 
 if TYPE_CHECKING:
     from curvalg.problem.evaluation import Evaluation
@@ -233,7 +234,6 @@ def _one_by_one(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Grad
 
 
 def _masked(evaluation: Evaluation, cotangent: Tensor, masks: list[Tensor]) -> Gradients:
-    from curvalg.problem.evaluation import backward
 
     z, leaves, _ = evaluation.record()
     rows = []

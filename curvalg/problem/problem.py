@@ -20,24 +20,24 @@ from tqdm.auto import tqdm
 from curvalg.errors import LossError, ProblemError, StaleError
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.term import Term
-from curvalg.problem import parameters as params_
-from curvalg.problem import trees
+from curvalg.losses import CallableLoss, Loss, LossPoint, resolve_loss
 from curvalg.problem.batch import Batch, Samples
-from curvalg.problem.budget import FRACTION, Budget
-from curvalg.problem.data import Data, OrderError, Sample
+from curvalg.problem.data.batches import Data, OrderError, Sample
+from curvalg.problem.data.process import LOCK
+from curvalg.problem.data.randomness import DrawGuard, Randomness
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.find_head import is_made_in_chunks
-from curvalg.problem.losses import CallableLoss, Loss, LossPoint, resolve_loss
-from curvalg.problem.memory import free_memory
-from curvalg.problem.model import ModuleModel, differentiable, make_model, recording
-from curvalg.problem.oaths import swear_loss
-from curvalg.problem.parameters import Layout
-from curvalg.problem.precision import accumulating, casting, compiler
-from curvalg.problem.process import LOCK
-from curvalg.problem.randomness import DrawGuard, Randomness
-from curvalg.problem.snapshot import Slot, Snapshot, Structure
-from curvalg.problem.sums import BatchSum
+from curvalg.problem.kept.budget import FRACTION, Budget
+from curvalg.problem.large_outputs.find_head import is_made_in_chunks
+from curvalg.problem.model import parameters as params_
+from curvalg.problem.model.model import ModuleModel, differentiable, make_model, recording
+from curvalg.problem.model.parameters import Layout
+from curvalg.problem.model.precision import accumulating, casting, compiler
+from curvalg.problem.state.snapshot import Slot, Snapshot, Structure
 from curvalg.problem.totals import Totals, count
+from curvalg.problem.verification.oaths import swear_loss
+from curvalg.tensors import trees
+from curvalg.tensors.memory import free_memory
+from curvalg.tensors.sums import BatchSum
 
 T = TypeVar("T")
 WORKSPACE = 2 * 2**30
@@ -381,7 +381,7 @@ class Problem:
     # -- evaluation -----------------------------------------------------------------------------------------------------
 
     def differentiating(self) -> AbstractContextManager[Any]:
-        """Where products may be taken; see :func:`curvalg.problem.model.differentiable`."""
+        """Where products may be taken; see :func:`curvalg.problem.model.model.differentiable`."""
         return differentiable(self.device)
 
     def casting(self) -> AbstractContextManager[Any]:

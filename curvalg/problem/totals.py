@@ -10,12 +10,12 @@ import torch
 from tqdm.auto import tqdm
 
 from curvalg.errors import ProblemError
-from curvalg.problem.data import Sample
+from curvalg.losses import CallableLoss, Loss, infer_reduction
+from curvalg.losses.additive import check_additive, check_additive_pair
+from curvalg.losses.base import Reduction
+from curvalg.problem.data.batches import Sample
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.losses import CallableLoss, Loss, infer_reduction
-from curvalg.problem.losses.additive import check_additive, check_additive_pair
-from curvalg.problem.losses.base import Reduction
-from curvalg.problem.model import recording
+from curvalg.problem.model.model import recording
 
 if TYPE_CHECKING:
     from curvalg.problem.problem import Problem

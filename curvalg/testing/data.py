@@ -14,7 +14,8 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgError, VectorError
 from curvalg.expr.term import DatasetTerm, Term
-from curvalg.problem import Problem, trees
+from curvalg.problem import Problem
+from curvalg.tensors import trees
 from curvalg.testing.outcome import Failure, require_close
 from curvalg.testing.problems import UNSUITABLE, make
 from curvalg.testing.subject import COLUMNS, Case, Subject, on_problems

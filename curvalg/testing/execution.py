@@ -11,8 +11,9 @@ from torch import Tensor
 
 from curvalg.expr import GGN, Expr, Hessian, LossHessian, restrict
 from curvalg.expr.term import DatasetTerm, Term
-from curvalg.lowering.columns import mapped
-from curvalg.problem import Batch, trees
+from curvalg.problem import Batch
+from curvalg.tensors import trees
+from curvalg.tensors.columns import mapped
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
 from curvalg.testing.subject import COLUMNS, Case, on_problems
 from curvalg.testing.variants import batches, counted, variant

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from curvalg.expr import Expr, Identity, NamedExpr
 from curvalg.expr.term import DatasetTerm, MatrixTerm
-from curvalg.problem import Batch, Problem, trees
+from curvalg.problem import Batch, Problem
+from curvalg.tensors import trees
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
 from curvalg.testing.subject import Case, on_problems
 from curvalg.testing.variants import batches, counted, rebatched

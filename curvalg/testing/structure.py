@@ -8,7 +8,7 @@ from torch import Tensor
 from curvalg.errors import LossError
 from curvalg.expr import block_diagonal, restrict
 from curvalg.expr.term import Term
-from curvalg.lowering.sweep import defines
+from curvalg.lowering.sweeps.sweep import defines
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
 from curvalg.testing.subject import Case, on_problems
 from curvalg.testing.variants import batches, jacobian

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.problem import Batch, Layout, Problem, trees
-from curvalg.problem.data import Data, call_model
-from curvalg.problem.evaluation import backward
-from curvalg.problem.parameters import Forms
+from curvalg.problem import Batch, Layout, Problem
+from curvalg.problem.data.batches import Data, call_model
+from curvalg.problem.model.parameters import Forms
+from curvalg.tensors import trees
+from curvalg.tensors.backward import backward
 from curvalg.testing.outcome import NotApplicable
 
 

@@ -11,7 +11,7 @@ from zoo import ZOO, make
 
 from curvalg import CurvalgError, Identity, Problem, inverse, registry
 from curvalg.estimate import eigsh, trace
-from curvalg.problem import trees
+from curvalg.tensors import trees
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 TERMS = [name for name in registry.names() if name != "empirical_fisher"]

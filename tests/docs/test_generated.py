@@ -16,7 +16,7 @@ from curvalg_docs.problem import small_problem
 
 from curvalg import registry
 from curvalg.expr.terms import ALIASES
-from curvalg.lowering.strategies import STRATEGIES
+from curvalg.lowering.inverses.solvers import STRATEGIES
 from curvalg.rewrite import LAWS
 
 TERMS = sorted(set(registry.names()) - set(ALIASES))

@@ -80,7 +80,7 @@ RUNS = {
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch):
     """Routes are not raced, so that a run that begins anew gives the same bits."""
-    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: run() is None)
+    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from spectra import SPECTRA, matrix
 from curvalg import CheckpointError, ConvergenceError, CurvalgWarning, CurvatureOperator, Diagonal, Problem, registry
 from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import eigsh
-from curvalg.lowering.linearization import AMORTISED
+from curvalg.lowering.sweeps.linearization import AMORTISED
 
 A = matrix(SPECTRA["clustered"]).numpy()
 
@@ -272,14 +272,14 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured
         clocks["fastest"] = itertools.cycle([1.0, 2.0] if first else [2.0, 1.0])
         clocks["timed"] = itertools.cycle([1.0, 2.0, 2.0] if first else [2.0, 1.0, 1.0])  # the second way runs twice
         times = [1.0, 2.0, 3.0] if which == "first" else [3.0, 2.0, 1.0]
-        monkeypatch.setattr("curvalg.lowering.ways.race", lambda *runs: times[: len(runs)])
+        monkeypatch.setattr("curvalg.lowering.race.race", lambda *runs: times[: len(runs)])
 
     def solve(path=None):
         op = registry.build("ggn").lower(network())
         return eigsh(op, 6, which="LA", tol=1e-5, block=block, checkpoint=path)
 
     for name in ("fastest", "timed"):
-        monkeypatch.setattr(f"curvalg.lowering.linearization.{name}", clock(name))
+        monkeypatch.setattr(f"curvalg.lowering.sweeps.linearization.{name}", clock(name))
     monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)  # what is measured in a pass that is made again
     favour(favoured)
     whole = solve()

@@ -10,8 +10,8 @@ from torch import nn
 from zoo import make
 
 from curvalg import FactsError, Identity, Problem, inverse, losses, registry, sqrt
-from curvalg.lowering import factors
-from curvalg.lowering.factors import factor_of
+from curvalg.lowering.low_rank import factor as factors
+from curvalg.lowering.low_rank.factor import factor_of
 
 TERMS = ["ggn", "ggn_mc", "fisher", "fisher_mc", "covariance", "centered_covariance"]
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -10,7 +10,7 @@ from structures import JointKronecker
 from torch import nn
 
 from curvalg import Identity, Problem, block_diagonal, inverse, registry, sqrt
-from curvalg.lowering import forms
+from curvalg.lowering.inverses import forms
 
 
 def plan_of(op):

@@ -19,7 +19,7 @@ from curvalg import (
     registry,
     restrict,
 )
-from curvalg.lowering import forms
+from curvalg.lowering.inverses import forms
 
 GGN = registry.build("ggn")
 HESSIAN = registry.build("hessian")

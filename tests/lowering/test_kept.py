@@ -15,7 +15,7 @@ from torch import nn
 from zoo import ZOO, make
 
 from curvalg import Identity, Problem, ProblemError, Term, block_diagonal, registry
-from curvalg.lowering.linearization import AMORTISED
+from curvalg.lowering.sweeps.linearization import AMORTISED
 
 MODES = {
     "fresh, looped": {"cache": 0, "columns": "loop"},

@@ -21,7 +21,7 @@ from curvalg import (
     restrict,
 )
 from curvalg.cli.problems import digits
-from curvalg.lowering import forms
+from curvalg.lowering.inverses import forms
 
 GGN = registry.build("ggn")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from curvalg import CheckpointError, Identity, Problem, block_diagonal, inverse, registry
 from curvalg.estimate import checkpoint as checkpoints
-from curvalg.lowering.factored import FactoredPlan
+from curvalg.lowering.plans.low_rank import FactoredPlan
 
 GGN = registry.build("ggn")
 CASES = {
@@ -30,9 +30,9 @@ def problem():
 @pytest.fixture(autouse=True)
 def _no_clock(monkeypatch):
     """Every run chooses the same routes; that choices are recalled has tests of its own."""
-    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: run() is None)
-    monkeypatch.setattr("curvalg.lowering.linearization.AMORTISED", 10**9)
-    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", 10**9)
+    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
+    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.AMORTISED", 10**9)
+    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 10**9)
     monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)
 
 
@@ -48,7 +48,7 @@ class Counter:
     """Interrupts a product, once, and counts them."""
 
     def __init__(self, monkeypatch):
-        from curvalg.lowering.linearization import Linearization
+        from curvalg.lowering.sweeps.linearization import Linearization
 
         self.left, self.count, product = 0, 0, Linearization.product
 
@@ -86,7 +86,7 @@ def test_a_resumed_solve_gives_the_same_bits(name, at, tmp_path, monkeypatch):
 
 def test_blocks_go_on_in_the_block_that_was_interrupted(tmp_path, monkeypatch):
     p = problem()
-    monkeypatch.setattr("curvalg.lowering.forms.DENSE_LIMIT", 10)
+    monkeypatch.setattr("curvalg.lowering.inverses.forms.DENSE_LIMIT", 10)
     counter = Counter(monkeypatch)
     op, b, path = CASES["blocks"].lower(p), right_sides(p), tmp_path / "run.safetensors"
     whole = op.solve(b)
@@ -144,7 +144,7 @@ def test_progress(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("at", [2, 5, 11])
 def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, monkeypatch, take_way):
     """Before another way is tried, at the product that tries it, and after it."""
-    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", 7)
+    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 7)
     take_way("factored")
     p, left = problem(), [0]
     b, path, apply = right_sides(p)[:, :1], tmp_path / "run.safetensors", FactoredPlan.apply

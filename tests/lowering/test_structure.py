@@ -301,7 +301,7 @@ def test_roots_of_what_has_fast_solves_only_are_dense_while_that_is_possible(pro
     (a, A), (b, B) = low_rank(dense), diagonal(dense)
     root = sqrt(a.T @ a + b).lower(problem).to_dense()
     close(root @ root, A.T @ A + B)
-    monkeypatch.setattr("curvalg.lowering.forms.DENSE_LIMIT", 10)
+    monkeypatch.setattr("curvalg.lowering.inverses.forms.DENSE_LIMIT", 10)
     with pytest.raises(FactsError, match="no exact form"):
         sqrt(a + b).lower(problem)
 

@@ -21,10 +21,10 @@ from curvalg import (
     inverse,
     registry,
 )
-from curvalg.lowering import form as forms
-from curvalg.lowering.plan import SumPlan
-from curvalg.lowering.structures import Blocks, Structure
-from curvalg.lowering.sworn import swear
+from curvalg.lowering.inverses import offer as forms
+from curvalg.lowering.inverses.verified import swear
+from curvalg.lowering.matrices import Blocks, Structure
+from curvalg.lowering.plans.nodes import SumPlan
 
 N = 24
 

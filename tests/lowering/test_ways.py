@@ -8,11 +8,13 @@ from test_exactness import close
 from zoo import ZOO
 
 from curvalg import Identity, ProblemError, registry
-from curvalg.lowering import factored, timing, ways
-from curvalg.lowering.factors import Factor
-from curvalg.lowering.linearization import Linearization
-from curvalg.lowering.planner import PATIENCE
-from curvalg.lowering.recorded import SinglePass
+from curvalg.lowering import race as ways
+from curvalg.lowering import timing
+from curvalg.lowering.low_rank.factor import Factor
+from curvalg.lowering.plans import low_rank as factored
+from curvalg.lowering.plans.planner import PATIENCE
+from curvalg.lowering.sweeps.linearization import Linearization
+from curvalg.lowering.sweeps.recordings import SinglePass
 
 WAYS = ["ordinary", "factored", "multiplied out"]
 SUMS = {
@@ -28,7 +30,7 @@ SUMS = {
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", 0)
+    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 0)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -58,7 +60,7 @@ def test_the_way_is_told_and_what_it_keeps(way, problem_of, vectors, take_way):
 
 
 def test_the_first_columns_take_the_ordinary_way(problem_of, vectors, monkeypatch, take_way):
-    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", PATIENCE)
+    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", PATIENCE)
     take_way("factored")
     op = registry.build("ggn").lower(problem_of("mlp"))
     v = vectors(op.shape[1])[:, 0]
@@ -101,7 +103,7 @@ def test_a_way_that_differs_is_not_taken(problem_of, dense_of, vectors, monkeypa
 
 def test_a_budget_that_does_not_suffice_is_told_and_may_grow(problem_of, dense_of, vectors, take_way, monkeypatch):
     take_way("factored")
-    monkeypatch.setattr("curvalg.lowering.factors.SMALL", 0)  # so that one of the ways stays impossible
+    monkeypatch.setattr("curvalg.lowering.low_rank.factor.SMALL", 0)  # so that one of the ways stays impossible
     dense, problem = dense_of("cnn"), problem_of("cnn", cache=2000)
     op = registry.build("covariance").lower(problem)
     V = vectors(dense.D)
@@ -192,7 +194,7 @@ class Clock:
             return original(recorded, rows, chunk)
 
         monkeypatch.setattr(SinglePass, "multiply", multiply)
-        monkeypatch.setattr("curvalg.lowering.linearization.fastest", fastest)
+        monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", fastest)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_columns_are_measured_anew_for_wider_operands(problem_of, vectors):
 
 
 def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatch):
-    monkeypatch.setattr("curvalg.lowering.planner.PATIENCE", PATIENCE)
+    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", PATIENCE)
     monkeypatch.setattr(
         ways, "race", lambda *runs: list(range(len(runs)))
     )  # the ordinary way, wherever it may be taken
@@ -250,7 +252,7 @@ def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatc
 
 def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, monkeypatch):
     """A training step changes the matrix, not what is fast."""
-    monkeypatch.setattr("curvalg.lowering.linearization.AMORTISED", 4)
+    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.AMORTISED", 4)
     problem = problem_of("mlp")
     ops = [registry.build(name).lower(problem) for name in ("ggn", "hessian")]
     for op in ops:
@@ -263,7 +265,7 @@ def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, m
         q.data.copy_(p)
     expected = [op.expr.lower(fresh) @ vectors(problem.size, 3) for op in ops]
     monkeypatch.setattr(ways, "race", lambda *runs: pytest.fail("measured again"))
-    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: pytest.fail("measured again"))
+    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: pytest.fail("measured again"))
     for op, product in zip(ops, expected, strict=True):
         op.refresh()
         for _ in range(4):

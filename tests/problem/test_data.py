@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from curvalg.errors import ProblemError
-from curvalg.problem import trees
-from curvalg.problem.data import Data
-from curvalg.problem.fingerprint import fingerprint, same_order, same_rows, total
+from curvalg.problem.data.batches import Data
+from curvalg.problem.data.fingerprint import fingerprint, same_order, same_rows, total
+from curvalg.tensors import trees
 
 CPU = torch.device("cpu")
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))

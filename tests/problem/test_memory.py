@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from curvalg import registry
-from curvalg.problem.memory import free_memory
+from curvalg.tensors.memory import free_memory
 
 CPU = torch.device("cpu")
 

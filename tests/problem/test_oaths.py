@@ -380,7 +380,7 @@ def test_random_numbers_of_a_models_own_are_refused(name, term):
 
 @pytest.mark.parametrize("name", ["own torch generator", "own NumPy generator", "own RandomState"])
 def test_own_generators_are_replayed_where_draws_are_frozen(name):
-    from curvalg.problem.watch import read_generator
+    from curvalg.problem.state.watch import read_generator
 
     model = RANDOM[name]()
     before = read_generator(model.generator)
@@ -502,7 +502,7 @@ class Strange(nn.Module):
 
 def test_columns_are_compared_at_every_state(monkeypatch):
     """What was chosen at one state is remembered, and may be wrong at another."""
-    monkeypatch.setattr("curvalg.lowering.linearization.fastest", lambda run: (run(), 1.0)[1])  # wide is cheap
+    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: (run(), 1.0)[1])  # wide is cheap
     model = Strange()
     X, Y, V = torch.randn(6, 3).double(), torch.randn(6, 2).double(), torch.randn(8, 5).double()
     problem = Problem(model, nn.MSELoss(), (X, Y))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvalg.errors import LossError, ProblemError
-from curvalg.problem import trees
-from curvalg.problem.losses import CallableLoss, infer_reduction
-from curvalg.problem.losses.additive import check_additive, check_additive_pair
-from curvalg.problem.losses.blocks import square_roots
-from curvalg.problem.outputs import OutputForm
+from curvalg.losses import CallableLoss, infer_reduction
+from curvalg.losses.additive import check_additive, check_additive_pair
+from curvalg.losses.blocks import square_roots
+from curvalg.problem.model.outputs import OutputForm
+from curvalg.tensors import trees
 
 Z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.tensor([0, 2, 1, 1, 0, 2])

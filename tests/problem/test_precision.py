@@ -12,8 +12,8 @@ from torch import nn
 from curvalg import CheckpointError, Problem, ProblemError, block_diagonal, registry
 from curvalg.estimate import eigsh
 from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.linearization import AMORTISED
-from curvalg.problem.sums import BatchSum
+from curvalg.lowering.sweeps.linearization import AMORTISED
+from curvalg.tensors.sums import BatchSum
 
 TERMS = ["ggn", "hessian", "covariance", "centered_covariance", "ggn_class", "kfac", "ggn_diagonal", "jacobian"]
 CE = nn.CrossEntropyLoss()
@@ -147,7 +147,9 @@ def test_a_compiled_program_is_checked_and_told(take_way, monkeypatch):
     take_way("ordinary")
     clock = iter([])
     for clocked in ("fastest", "timed"):
-        monkeypatch.setattr(f"curvalg.lowering.linearization.{clocked}", lambda run: run() is not None and next(clock))
+        monkeypatch.setattr(
+            f"curvalg.lowering.sweeps.linearization.{clocked}", lambda run: run() is not None and next(clock)
+        )
     v = torch.randn(Problem(net(), CE, data(40, 20)).size)
     problem = Problem(net(), CE, data(40, 20), compile="aot_eager")
     op = registry.build("ggn").lower(problem)

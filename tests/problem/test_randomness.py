@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from curvalg.errors import ProblemError
-from curvalg.problem.randomness import DrawGuard
+from curvalg.problem.data.randomness import DrawGuard
 
 CPU = torch.device("cpu")
 DRAWS = {
@@ -111,7 +111,7 @@ def test_a_call_without_draws_costs_little(monkeypatch):
     guard, calls = DrawGuard("refuse", CPU), []
     guard.run(lambda: None, 0)
     monkeypatch.setattr(
-        "curvalg.problem.randomness._numpy_full", lambda: pytest.fail("all of NumPy's state was copied")
+        "curvalg.problem.data.randomness._numpy_full", lambda: pytest.fail("all of NumPy's state was copied")
     )
     sys.setprofile(lambda frame, event, _: calls.append(event) if event in ("call", "c_call") else None)
     try:

@@ -20,10 +20,11 @@ from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined, DenseUse, Routing
 from curvalg.problem.layers.vectors import Explicit
 from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, settle
-from curvalg.problem.model import ModuleModel
-from curvalg.problem.oaths import random_cotangent
-from curvalg.problem.outputs import OutputForm
+from curvalg.problem.model.model import ModuleModel
+from curvalg.problem.model.outputs import OutputForm
 from curvalg.problem.per_sample import refuse_batch_statistics, row_gradients
+from curvalg.problem.verification.oaths import random_cotangent
+from curvalg.tensors.backward import backward_columns
 
 if TYPE_CHECKING:
     from curvalg.problem.evaluation import Evaluation
@@ -208,7 +209,6 @@ class Recorded:
 
     def _pull(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Gradients (K, *output.shape) with respect to the outputs of all uses that the output depends on."""
-        from curvalg.problem.evaluation import backward_columns  # imports this package
 
         notes = self.problem.layer_notes
         needed = [i for i, use in enumerate(self._uses) if any(name not in notes for name in use.roles.values())]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError
-from curvalg.problem.noise import uniforms
+from curvalg.tensors.backward import backward
+from curvalg.tensors.uniforms import uniforms
 
 if TYPE_CHECKING:
     from curvalg.problem.layers.recorded import Recorded
@@ -72,7 +73,6 @@ def _note_unseen(recorded: Recorded) -> None:
 
 
 def _gradients(recorded: Recorded, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
-    from curvalg.problem.evaluation import backward  # imports this package
 
     leaves = [recorded.leaves[name] for name in names]
     found = backward([recorded.z], leaves, [cotangent], retain_graph=True)

@@ -21,7 +21,7 @@ from curvalg import (
     registry,
 )
 from curvalg.expr.inverses import SOLVERS
-from curvalg.lowering.strategies import STRATEGIES
+from curvalg.lowering.inverses.solvers import STRATEGIES
 
 SIZE = 8
 """Parameters of the small problem that the examples are for: a weight 2 x 3 and a bias."""

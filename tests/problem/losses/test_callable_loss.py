@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvalg.errors import CurvalgWarning, LossError
-from curvalg.problem.losses import CallableLoss, CrossEntropy, infer_reduction, resolve_loss
+from curvalg.losses import CallableLoss, CrossEntropy, infer_reduction, resolve_loss
 
 
 def quartic(output, target):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvalg.errors import CurvalgWarning, LossError
-from curvalg.problem.losses import MSE, BCEWithLogits, Huber, KLDiv, PoissonNLL, SmoothL1
+from curvalg.losses import MSE, BCEWithLogits, Huber, KLDiv, PoissonNLL, SmoothL1
 
 
 def quiet_kl(**options):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from curvalg.errors import LossError
-from curvalg.problem.losses import GaussianNLL
+from curvalg.losses import GaussianNLL
 
 
 class Prediction(NamedTuple):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvalg.errors import CurvalgWarning, LossError
-from curvalg.problem.losses import (
+from curvalg.losses import (
     MSE,
     NLL,
     BCEWithLogits,
@@ -24,7 +24,7 @@ from curvalg.problem.losses import (
     SmoothL1,
     resolve_loss,
 )
-from curvalg.problem.losses.resolve import FUNCTIONS, TABLE
+from curvalg.losses.from_torch import FUNCTIONS, TABLE
 
 PAIRS = [
     (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, BCEWithLogits),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvalg.errors import LossError
-from curvalg.problem.losses import CrossEntropy, KLDivWithLogits
+from curvalg.losses import CrossEntropy, KLDivWithLogits
 
 N, C = 4, 3
 SHAPES = [((N, C), 1), ((N, C, 2), 1), ((N, C, 2, 2), 1), ((N, 2, C), -1), ((N, C), -1)]

@@ -1,0 +1,1 @@
+"""Block-diagonals, sub-matrices and rows of blocks."""

@@ -1,0 +1,159 @@
+"""A matrix that is to be put into a structured form, and what a form offers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Protocol, TypeAlias
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from curvalg.errors import FactsError
+from curvalg.expr import Expr, Facts, IdentityExpr, Inverse, SquareRoot, Sum, ZeroExpr
+from curvalg.lowering.blocks.outputs import output_sizes
+from curvalg.lowering.blocks.submatrices import inside
+from curvalg.lowering.matrices import Structure
+from curvalg.problem import Problem, Snapshot
+from curvalg.rewrite import simplify
+
+
+class Product(Protocol):
+    """What may be done with a matrix as it stands: multiply."""
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        """The product with x (n, K)."""
+        ...
+
+
+class Matrix:
+    """A square matrix to be put into a structured form.
+
+    Args:
+        expr: the expression.
+        problem: restricted already where the matrix is inside a restriction or a block.
+        planner: gives the products of any expression on any problem.
+        spectral: whether functions such as a square root are asked for, so that a form which gives solves only is none.
+        found: forms that were found before, of this matrix and others.
+    """
+
+    def __init__(
+        self,
+        expr: Expr,
+        problem: Problem,
+        planner: Callable[[Expr, Problem], Product],
+        spectral: bool = False,
+        found: Found | None = None,
+    ) -> None:
+        self.expr, self.problem, self._planner, self.spectral = expr, problem, planner, spectral
+        self.found: Found = {} if found is None else found
+
+    @property
+    def facts(self) -> Facts:
+        """Given the loss."""
+        return self.expr.facts(self.problem.facts)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of rows."""
+        if self.expr.domain == "outputs":
+            return sum(output_sizes(self.problem, self.problem.snapshot()))
+        params = self.expr.domain_params
+        return self.problem.size if params is None else self.problem.restricted(params).size
+
+    @cached_property
+    def plan(self) -> Product:
+        """Its products."""
+        return self._planner(self.expr, self.problem)
+
+    def localised(self) -> Matrix:
+        """This matrix on the problem over its own parameters, where it is a sub-matrix that can be seen so."""
+        expr, problem = inside(self.expr, self.problem)
+        return self if problem is self.problem else self.of(simplify(expr, problem.facts).expr, problem)
+
+    def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> Matrix:
+        """Another matrix, on the same problem or a restriction of it; asked for as much as this one, or for more."""
+        return Matrix(expr, problem or self.problem, self._planner, self.spectral or spectral, self.found)
+
+
+class Form:
+    """A structured form on offer.
+
+    Args:
+        name: of the form.
+        cost: predicted, in words.
+        make: at a snapshot; made once for each.
+        spectral: whether functions such as a square root can be taken, not only the inverse.
+        singular: why the matrix certainly has no inverse, if so.
+        rows: of the matrix that has to be built by products or factorised for it; 0 where its structure is given.
+        diagonal_rows: the same where only the diagonal or the trace is asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cost: str,
+        make: Callable[[Snapshot], Structure],
+        *,
+        spectral: bool = True,
+        singular: str | None = None,
+        rows: int = 0,
+        diagonal_rows: int | None = None,
+    ) -> None:
+        self.name, self.cost, self.spectral, self.singular, self._make = name, cost, spectral, singular, make
+        self.rows = rows
+        self.diagonal_rows = rows if diagonal_rows is None else diagonal_rows
+        # Lives with the plan, and so with the operator: dampings tried one after the other do not pile up.
+        self._made: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
+
+    def at(self, snapshot: Snapshot) -> Structure:
+        """The structure at a snapshot."""
+        with snapshot.lock:
+            if snapshot not in self._made:
+                self._made[snapshot] = self._make(snapshot)
+            return self._made[snapshot]
+
+
+Found: TypeAlias = "dict[tuple[Hashable, ...], tuple[Form | None, list[str]]]"
+"""Matrix and question -> the form that was found, and a line for each that declined before it."""
+
+Offer = Form | str
+Rule = Callable[[Matrix], Offer]
+
+
+def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
+    """An expression as Σ cᵢ Aᵢ + shift · I."""
+    if expr.domain is None:
+        return [], multiple(expr)
+    if isinstance(expr, ZeroExpr):
+        return [], 0.0
+    if isinstance(expr, Sum):
+        sized = [(float(c), part) for part, c in expr.coefficients.items() if part.domain is not None]
+        sizeless = [float(c) * multiple(part) for part, c in expr.coefficients.items() if part.domain is None]
+        return sized, sum(sizeless, float(expr.shift))
+    return [(1.0, expr)], 0.0
+
+
+def multiple(expr: Expr) -> float:
+    """c of an expression without a size of its own, all of which are c · I: sqrt(2 * Identity).
+
+    Raises:
+        FactsError: the inverse of zero, or the square root of a negative number.
+    """
+    if isinstance(expr, IdentityExpr):
+        return 1.0
+    parts = [multiple(child) for child in expr.children]
+    if isinstance(expr, Sum):
+        return sum(
+            (float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift)
+        )
+    if isinstance(expr, Inverse):
+        if not parts[0]:
+            raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")
+        return 1 / parts[0]
+    if isinstance(expr, SquareRoot):
+        if parts[0] < 0:
+            raise FactsError(f"{expr.expr} is {parts[0]:.3g} * Identity, so it has no real square root")
+        return math.sqrt(parts[0])
+    return math.prod(parts) if not isinstance(expr, ZeroExpr) else 0.0

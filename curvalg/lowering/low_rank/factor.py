@@ -1,0 +1,388 @@
+"""The columns V of Gauss-Newton forms A = V Vᵀ, held as layer inputs and output deltas instead of D × M numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.term import Term
+from curvalg.lowering.sweeps.contract import call
+from curvalg.problem import Batch, Layout, Problem, Snapshot
+from curvalg.problem.layers import LayerRecord, Recorded, record_layers
+from curvalg.problem.layers.record import bytes_of
+from curvalg.problem.problem import WORKSPACE
+from curvalg.tensors import trees
+from curvalg.tensors.sums import BatchSum
+
+Groups = tuple[tuple[str, ...], ...]
+"""Disjoint groups of parameter names."""
+
+
+SMALL = 2**24
+"""Bytes of V up to which it may be multiplied out: beyond, reading it takes as long as the layers do."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some columns of one batch.
+
+    Args:
+        start: number of its first column among all M.
+        columns: how many per row.
+        rows: of the batch.
+        records: the layers.
+    """
+
+    start: int
+    columns: int
+    rows: int
+    records: list[LayerRecord]
+    _splits: dict[Groups, list[tuple[LayerRecord, dict[str, int]]]] = field(default_factory=dict, compare=False)
+
+    @property
+    def stop(self) -> int:
+        """One past its last column."""
+        return self.start + self.columns * self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of inputs and deltas."""
+        return sum(record.nbytes for record in self.records)
+
+    def split(self, groups: Groups) -> list[tuple[LayerRecord, dict[str, int]]]:
+        """What each layer has in the groups, with the number of the group of each of its parameters."""
+        if groups not in self._splits:
+            owner = {name: g for g, names in enumerate(groups) for name in names}
+            parts = [record.select(tuple(owner)) for record in self.records]
+            self._splits[groups] = [(part, {n: owner[n] for n in part.params}) for part in parts if part is not None]
+        return self._splits[groups]
+
+
+class Factor:
+    """V (D × M) with Σ_t V_t V_tᵀ = Σ_t A_t over some terms, at one snapshot.
+
+    Column (k, n) of a batch is Jₙᵀ sₖₙ; columns lie batch by batch, within a batch k by k. What fits the problem's budget is
+    kept; other products push and pull the vectors through the model, and the Gram matrix is made group by group.
+
+    Args:
+        problem: whose budget decides; not held.
+        terms: each with a factor.
+    """
+
+    def __init__(self, problem: Problem, terms: tuple[Term, ...]) -> None:
+        self.terms = terms
+        self.device, self.dtype = problem.device, problem.dtype
+        self._sum_dtype = problem.accumulate
+        self.nbytes = 0
+        self.chunks: list[Chunk] = []
+        self.complete = False
+        self._sizes: list[tuple[int, int]] | None = None
+        self._owner: list[Tensor] = []
+        self._active: list[Tensor] = []
+        self._gram: Tensor | None = None
+        self._matrix: Tensor | None = None
+        self.refused: int | None = None  # the budget that did not suffice
+        self._sharing: WeakSet[Factor] = WeakSet()
+        """Factors over some of the parameters, which share inputs and deltas."""
+
+    # -- what the columns are -------------------------------------------------------------------------------------------
+
+    def cotangents(self, batch: Batch) -> Tensor:
+        """s of all terms, shape (columns, *output.shape)."""
+        parts = []
+        for term in self.terms:
+            columns = call(term, "factor", batch)
+            if columns is None or columns.shape[1:] != batch.output.shape:
+                raise ExpressionError(
+                    f"{term.label}.factor must return a tensor of shape (columns, {', '.join(map(str, batch.output.shape))}), "
+                    f"got {trees.describe(columns)}"
+                )
+            parts.append(columns)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _note(self, batch: Batch) -> None:
+        """Remember which term each column is of, and which columns are not zero."""
+        parts = (
+            [call(term, "factor", batch) for term in self.terms] if len(self.terms) > 1 else [self.cotangents(batch)]
+        )
+        for number, columns in enumerate(parts):
+            assert columns is not None
+            flat = columns.reshape(columns.shape[0], columns.shape[1], math.prod(columns.shape[2:]))
+            self._active.append((flat != 0).any(2).reshape(-1))
+            self._owner.append(torch.full((flat.shape[0] * flat.shape[1],), number, device=self.device))
+
+    @property
+    def owner(self) -> Tensor:
+        """The number of the term that each column belongs to (M,)."""
+        return torch.cat(self._owner)
+
+    @property
+    def active(self) -> Tensor:
+        """Which columns are not zero (M,): a sample of no share has none."""
+        return torch.cat(self._active)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(columns per row, rows) of every batch; known after :meth:`prepare`."""
+        assert self._sizes is not None
+        return self._sizes
+
+    @property
+    def size(self) -> int:
+        """M; known after :meth:`prepare`."""
+        return sum(columns * rows for columns, rows in self.sizes)
+
+    # -- passes over the data ---------------------------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Release inputs and deltas and V (not the Gram matrix)."""
+        for other in self._sharing:
+            other.drop()
+        self._sharing.clear()
+        self.chunks, self.nbytes, self.complete = [], 0, False
+        self._matrix = None
+
+    def share(self, source: Factor, problem: Problem) -> None:
+        """Take inputs and deltas of a factor over all parameters, where it keeps them."""
+        if not source.complete:
+            return
+        names = tuple(problem.layout.names)
+        for chunk in source.chunks:
+            parts = [part for record in chunk.records if (part := record.select(names)) is not None]
+            self.chunks.append(Chunk(chunk.start, chunk.columns, chunk.rows, parts))
+        self._sizes, self._owner, self._active = source._sizes, source._owner, source._active
+        self.complete = True
+        source._sharing.add(self)
+
+    def drop_matrix(self) -> None:
+        """Release V alone."""
+        if self._matrix is not None:
+            self.nbytes -= bytes_of(self._matrix)
+            self._matrix = None
+
+    def matrix(self, problem: Problem, snapshot: Snapshot) -> Tensor | None:
+        """Vᵀ (M, D), made once and kept; None where it is large or beyond the budget."""
+        self.prepare(problem, snapshot)
+        if self._matrix is None and self.complete:
+            nbytes = self.size * problem.size * self.dtype.itemsize
+            if nbytes <= SMALL and problem.budget.reserve(self, nbytes):
+                self._matrix = torch.zeros(self.size, problem.size, dtype=self.dtype, device=self.device)
+                for chunk in self.chunks:
+                    rows = self._matrix[chunk.start : chunk.stop]
+                    for record in chunk.records:
+                        for name, gradients in record.explicit().items():
+                            rows[:, problem.layout.slices[name]] = gradients.reshape(rows.shape[0], -1)
+        return self._matrix
+
+    def prepare(self, problem: Problem, snapshot: Snapshot) -> None:
+        """Count the columns; keep inputs and deltas if they fit."""
+        limit = problem.budget.limit
+        if self._sizes is None or not (self.complete or limit in (0, self.refused)):
+            for _ in self._walk(problem, snapshot, 0):
+                pass
+        problem.budget.touch(self)
+
+    def _walk(self, problem: Problem, snapshot: Snapshot, start: int) -> Iterator[Chunk]:
+        """All chunks from a column on, kept ones as they are; the first pass keeps what fits."""
+        if self.complete:
+            problem.budget.touch(self)
+            yield from (chunk for chunk in self.chunks if chunk.stop > start)
+            return
+        first, at = self._sizes is None, 0
+        keeping = start == 0 and problem.budget.limit > 0
+        sizes: list[tuple[int, int]] = []
+        self.drop()
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            number = len(sizes)
+            if self._sizes is not None and at + math.prod(self._sizes[number]) <= start:
+                sizes.append(self._sizes[number])
+                at += math.prod(sizes[-1])
+                continue
+            recorded = record_layers(evaluation)
+            if first:
+                self._note(recorded.batch)
+            columns, rows = self.cotangents(recorded.batch), recorded.batch.output.shape[0]
+            sizes.append((columns.shape[0], rows))
+            for k, records in _slices(recorded, columns, _half(problem)):
+                chunk = Chunk(at + k * rows, records[0].columns, rows, records)
+                if keeping:
+                    keeping = problem.budget.reserve(self, chunk.nbytes)
+                    self.chunks.append(chunk)
+                    if not keeping:
+                        self.refused = problem.budget.limit
+                        self.drop()
+                yield chunk
+            at += math.prod(sizes[-1])
+        self._sizes = sizes
+        self.complete = keeping
+        if keeping:
+            self.refused = None
+
+    # -- products ---------------------------------------------------------------------------------------------------------
+
+    def push(self, problem: Problem, snapshot: Snapshot, x: Tensor) -> Tensor:
+        """Vᵀ X for X (D, P), shape (M, P)."""
+        self.prepare(problem, snapshot)
+        if not self.complete:
+            return torch.stack([self._push_through(problem, snapshot, column) for column in x.unbind(1)], 1)
+        return self.push_groups(problem.layout, (tuple(problem.layout.names),), x)[0]
+
+    def push_groups(self, layout: Layout, groups: Groups, x: Tensor) -> Tensor:
+        """V_gᵀ X_g for the rows of each group of parameters, shape (groups, M, P), from kept inputs and deltas."""
+        directions = layout.unflatten_rows(x.T.contiguous())
+        result = x.new_zeros(len(groups), self.size, x.shape[1])
+        for chunk in self.chunks:
+            for record, owner in chunk.split(groups):
+                one = set(owner.values())
+                parts = [(one.pop(), record.project(directions))] if len(one) == 1 else None
+                for group, inner in parts or ((owner[n], t) for n, t in record.project_each(directions).items()):
+                    result[group, chunk.start : chunk.stop] += inner.reshape(x.shape[1], -1).T
+        return result
+
+    def _push_through(self, problem: Problem, snapshot: Snapshot, x: Tensor) -> Tensor:
+        parts = []
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            batch, tangent = evaluation.push(x)
+            columns = self.cotangents(batch)
+            products = columns * tangent
+            parts.append(products.reshape(*columns.shape[:2], -1).sum(2).reshape(-1))
+        return torch.cat(parts).to(x.dtype)
+
+    def pull(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
+        """V Y for Y (M, P), shape (D, P)."""
+        self.prepare(problem, snapshot)
+        if not self.complete:
+            return torch.stack([self._pull_through(problem, snapshot, column) for column in y.unbind(1)], 1)
+        return self.pull_groups(problem.layout, (tuple(problem.layout.names),), y[None])
+
+    def pull_groups(self, layout: Layout, groups: Groups, y: Tensor) -> Tensor:
+        """V_g Y_g for each group, together (D, P), from kept inputs and deltas; Y (groups, M, P)."""
+        columns = y.shape[2]
+        found = {name: BatchSum(self._sum_dtype) for name in layout.names}
+        for chunk in self.chunks:
+            weights = y[:, chunk.start : chunk.stop].mT.reshape(len(groups), columns, chunk.columns, chunk.rows)
+            for record, owner in chunk.split(groups):
+                one = set(owner.values())
+                if len(one) == 1:
+                    values = record.combine(weights[one.pop()])
+                else:
+                    values = record.combine_each({name: weights[group] for name, group in owner.items()})
+                for name, value in values.items():
+                    found[name].add(value)
+        parts = [
+            y.new_zeros(columns, size) if (value := found[name].value) is None else value.reshape(columns, -1)
+            for name, size in zip(layout.names, layout.sizes, strict=True)
+        ]
+        return torch.cat(parts, 1).T
+
+    def _pull_through(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
+        total, at = problem.sum(), 0
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            batch = evaluation.evaluate()
+            columns = self.cotangents(batch)
+            count = math.prod(columns.shape[:2])
+            weights = y[at : at + count].reshape(*columns.shape[:2], *[1] * (columns.ndim - 2))
+            total.add(batch.vjp((weights.to(columns.dtype) * columns).sum(0)))
+            at += count
+        return total.value  # type: ignore[no-any-return]
+
+    def gram(self, problem: Problem, snapshot: Snapshot) -> Tensor:
+        """Vᵀ V (M, M), computed once and kept.
+
+        Where not all inputs and deltas fit, as many columns as do are held while one pass makes their products with all
+        later ones.
+        """
+        if self._gram is not None:
+            return self._gram
+        self.prepare(problem, snapshot)
+        size, limit = self.size, _half(problem)
+        gram = torch.empty(size, size, dtype=self.dtype, device=self.device)
+        start = 0
+        while start < size:
+            held: list[Chunk] = []
+            used, full, stop = 0, False, start
+            for chunk in self._walk(problem, snapshot, start):
+                if chunk.start < start:
+                    continue
+                for other in held:
+                    _fill(gram, other, chunk)
+                full = full or bool(held and used + chunk.nbytes > limit and not self.complete)
+                if not full:
+                    _fill(gram, chunk, chunk)
+                    held.append(chunk)
+                    used, stop = used + chunk.nbytes, chunk.stop
+            start = stop
+        self._gram = gram
+        return gram
+
+    def squares(self, problem: Problem, snapshot: Snapshot, weights: dict[Term, float]) -> Tensor:
+        """The diagonal of Σ_t c_t V_t V_tᵀ (D,), of terms that are not centred; c may have any sign."""
+        self.prepare(problem, snapshot)
+        layout = problem.layout
+        dtype = self._sum_dtype or self.dtype
+        total = torch.zeros(layout.size, dtype=dtype, device=self.device)
+        for evaluation in problem.evaluations(snapshot, order_matters=True):
+            recorded = record_layers(evaluation)
+            for term in self.terms:
+                columns = term.factor(recorded.batch)
+                assert columns is not None
+                for _, records in _slices(recorded, columns, _half(problem)):
+                    for record in records:
+                        for name, value in record.squares().items():
+                            total[layout.slices[name]] += weights[term] * value.reshape(-1)
+        return total.to(self.dtype)
+
+
+def _half(problem: Problem) -> int:
+    """Bytes of inputs and deltas that may be held while a Gram matrix is made, for each of its two sides."""
+    return (problem.budget.limit or WORKSPACE) // 2
+
+
+def _slices(recorded: Recorded, columns: Tensor, limit: int) -> Iterator[tuple[int, list[LayerRecord]]]:
+    """Records of as many columns at a time as fit the limit."""
+    count = columns.shape[0]
+    width = count
+    if count > 1:
+        # The bytes of one column tell those of all: inputs are shared, deltas are not.
+        one = recorded.records(columns[:1])
+        deltas = sum(record.nbytes - record.input_bytes for record in one)
+        shared = sum(record.input_bytes for record in one)
+        del one
+        width = max(1, min(count, (limit - shared) // max(1, deltas)))
+    for at in range(0, count, width):
+        yield at, recorded.records(columns[at : at + width])
+
+
+def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:
+    """The blocks of two chunks, and their mirror image."""
+    block: Tensor | None = None
+    others = {record.params: record for record in right.records}
+    for record in left.records:
+        part = record.gram(others[record.params])
+        block = part if block is None else block.add_(part)
+    assert block is not None
+    flat = block.reshape(left.stop - left.start, right.stop - right.start)
+    gram[left.start : left.stop, right.start : right.stop] = flat
+    if left is not right:
+        gram[right.start : right.stop, left.start : left.stop] = flat.T
+
+
+def factor_of(problem: Problem, snapshot: Snapshot, terms: tuple[Term, ...]) -> Factor:
+    """The factor of some terms, shared by all that ask for it."""
+    kept = problem.kept(snapshot)
+    key = ("factor", terms, tuple(problem.layout.names))
+    if key not in kept:
+        kept[key] = Factor(problem, terms)
+    factor: Factor = kept[key]
+    whole = problem.whole
+    if not factor.complete and whole is not None and ("factor", terms) in whole.shared and problem.data.ordered:
+        source = factor_of(whole, snapshot, terms)
+        source.prepare(whole, snapshot)
+        factor.share(source, problem)
+    return factor

@@ -1,0 +1,207 @@
+"""The dual form: functions of V Vᵀ + c I through the small Gram matrix VᵀV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvalg.expr.term import Term
+from curvalg.lowering.low_rank.factor import Factor, factor_of
+from curvalg.lowering.matrices import Basis, Eigh, Spectral, Structure, singular
+from curvalg.lowering.matrices.base import Function
+from curvalg.problem import Problem, Snapshot
+from curvalg.solve import factorize
+
+SINGLE = 1e4
+"""The largest ‖K‖ / c for which a float32 factorisation with refinement is enough; above, float64."""
+
+
+class Columns:
+    """W = V T: the columns of a weighted sum of terms, each scaled by the root of its coefficient, some centred.
+
+    A centred term is V (I − 11ᵀ/N) Vᵀ with 1 over its active columns, so its columns are V (I − γ 11ᵀ).
+
+    Args:
+        problem: the problem.
+        snapshot: the state.
+        entries: (positive coefficient, term).
+    """
+
+    def __init__(self, problem: Problem, snapshot: Snapshot, entries: Sequence[tuple[float, Term]]) -> None:
+        # One order of the terms, so that sums written in any order share what is kept.
+        self.entries = sorted(entries, key=lambda entry: repr(entry[1]))
+        self.problem, self.snapshot = problem, snapshot
+        self.factor: Factor = factor_of(problem, snapshot, tuple(term for _, term in self.entries))
+        self._mixing: tuple[Tensor, list[tuple[Tensor, float]]] | None = None
+
+    def _mix(self) -> tuple[Tensor, list[tuple[Tensor, float]]]:
+        """The scale of every column, and (1, γ) of every centred term."""
+        if self._mixing is None:
+            self.factor.prepare(self.problem, self.snapshot)
+            owner, active = self.factor.owner, self.factor.active
+            roots = torch.tensor([math.sqrt(c) for c, _ in self.entries], dtype=torch.float64, device=owner.device)
+            centred = []
+            for number, (_, term) in enumerate(self.entries):
+                if term.centred:
+                    ones = ((owner == number) & active).double()
+                    count = float(ones.sum())
+                    if count:
+                        root = math.sqrt(max(0.0, 1 - count / self.problem.totals.count))
+                        centred.append((ones, (1 - root) / count))
+            self._mixing = roots[owner], centred
+        return self._mixing
+
+    def transform(self, y: Tensor) -> Tensor:
+        """T Y for Y (M, P); T is symmetric."""
+        scale, centred = self._mix()
+        for ones, gamma in centred:
+            one = ones.to(y.dtype)
+            y = y - gamma * torch.outer(one, one @ y)
+        return scale.to(y.dtype)[:, None] * y
+
+    def analyse(self, x: Tensor) -> Tensor:
+        """Wᵀ X for X (D, P), in the problem's precision."""
+        own = x.to(self.problem.dtype)
+        return self.transform(self.factor.push(self.problem, self.snapshot, own)).to(x.dtype)
+
+    def synthesise(self, y: Tensor) -> Tensor:
+        """W Y for Y (M, P)."""
+        own = self.transform(y).to(self.problem.dtype)
+        return self.factor.pull(self.problem, self.snapshot, own).to(y.dtype)
+
+    def gram(self) -> Tensor:
+        """WᵀW (M, M)."""
+        gram = self.factor.gram(self.problem, self.snapshot)
+        scale, centred = self._mix()
+        if not centred and bool((scale == 1).all()):
+            return gram
+        return self.transform(self.transform(gram.double()).T).to(gram.dtype)
+
+
+class GramBasis(Basis):
+    """Q = W P κ^(−1/2) for eigenpairs K P = P κ of the Gram matrix with κ > 0."""
+
+    def __init__(self, columns: Columns, vectors: Tensor, values: Tensor) -> None:
+        self._columns, self.vectors, self.roots = columns, vectors, values.sqrt()
+
+    def analyse(self, x: Tensor) -> Tensor:
+        inner = self.vectors.T @ self._columns.analyse(x).to(self.vectors.dtype)
+        return (inner / self.roots[:, None]).to(x.dtype)
+
+    def synthesise(self, y: Tensor) -> Tensor:
+        inner = self.vectors @ (y.to(self.vectors.dtype) / self.roots[:, None])
+        return self._columns.synthesise(inner.to(y.dtype))
+
+    def squares(self, weights: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for at in range(0, len(self.roots), 64):
+            positions = torch.arange(at, min(at + 64, len(self.roots)), device=self.roots.device)
+            part = self.columns(positions).square() @ weights[positions].to(self._columns.problem.dtype)
+            total = part if total is None else total.add_(part)
+        return torch.zeros(self._columns.problem.size) if total is None else total
+
+    def columns(self, positions: Tensor) -> Tensor:
+        inner = self.vectors[:, positions] / self.roots[positions]
+        return self._columns.synthesise(inner.to(self._columns.problem.dtype))
+
+
+class Dual(Structure):
+    """W Wᵀ + c I with W (D × M), M < D.
+
+    (W Wᵀ + c I)⁻¹ = c⁻¹ (I − W (WᵀW + c I)⁻¹ Wᵀ); the non-zero eigenvalues are those of WᵀW. The Gram matrix is kept on the
+    problem, so that another damping costs one factorisation.
+
+    Args:
+        columns: W.
+        shift: c ≥ 0.
+        what: for messages.
+    """
+
+    def __init__(self, columns: Columns, shift: float, what: str) -> None:
+        super().__init__(columns.problem.size)
+        self.columns, self.shift, self.what = columns, shift, what
+        self._solve: Callable[[Tensor], Tensor] | None = None
+        self._spectrum: Tensor | None = None
+        self._spectral: Spectral | None = None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.columns.synthesise(self.columns.analyse(x)).add_(x, alpha=self.shift)
+
+    def _factorized(self) -> Callable[[Tensor], Tensor]:
+        if self._solve is None:
+            if self.shift <= 0:
+                raise singular(self.what, self.size - self.columns.factor.size)
+            gram = self.columns.gram()
+            condition = float(gram.norm()) / self.shift
+            damped = gram.to(torch.float64 if condition > SINGLE else gram.dtype, copy=True)
+            damped.diagonal().add_(self.shift)
+            self._solve = factorize(damped, positive_definite=True)
+            self.precision = damped.dtype
+        return self._solve
+
+    def solve(self, b: Tensor) -> Tensor:
+        inner = self._factorized()
+        y = inner(self.columns.analyse(b).to(self.precision))
+        return (b - self.columns.synthesise(y.to(b.dtype))) / self.shift
+
+    def _values(self) -> Tensor:
+        """Eigenvalues of the Gram matrix above its rounding noise, ascending."""
+        if self._spectrum is None:
+            gram = self.columns.gram()
+            values = torch.linalg.eigvalsh(gram.double())
+            self._spectrum = values[values > _noise(gram, float(values[-1]))]
+        return self._spectrum
+
+    def spectral(self) -> Spectral:
+        """All eigenpairs; a full eigendecomposition of the Gram matrix."""
+        if self._spectral is None:
+            gram = self.columns.gram()
+            values, vectors = torch.linalg.eigh(gram.double())
+            keep = values > _noise(gram, float(values[-1]))
+            values, vectors = values[keep], vectors[:, keep]
+            basis = GramBasis(self.columns, vectors, values)
+            self._spectral = Spectral(self.size, values + self.shift, basis, self.shift, self.what)
+        return self._spectral
+
+    def mapped(self, function: Function, name: str) -> Structure:
+        return self.spectral().mapped(function, name)
+
+    def trace(self) -> float:
+        if not any(term.centred for _, term in self.columns.entries):
+            return float(self.diagonal().double().sum())  # needs no Gram matrix
+        return float(self.columns.gram().diagonal().double().sum()) + self.size * self.shift
+
+    def logdet(self) -> float:
+        values = self._values()
+        rest = self.size - len(values)
+        if rest and not self.shift:
+            return -math.inf
+        return float((values + self.shift).log().sum()) + (rest * math.log(self.shift) if rest else 0.0)
+
+    def diagonal(self) -> Tensor:
+        entries = self.columns.entries
+        centred = [(c, term) for c, term in entries if term.centred]
+        if centred:
+            return self.spectral().diagonal()
+        weights = {term: c for c, term in entries}
+        factor = self.columns.factor
+        return factor.squares(self.columns.problem, self.columns.snapshot, weights) + self.shift
+
+    def eigh(self) -> Eigh:
+        values = self._values() + self.shift
+        rest = self.size - len(values)
+        return Eigh(values, self.shift, rest, lambda positions: self._vectors(positions, len(values)))
+
+    def _vectors(self, positions: Tensor, count: int) -> Tensor:
+        pairs = self.spectral().eigh()
+        return pairs.make(positions + len(pairs.eigenvalues) - count)  # aligned at the largest
+
+
+def _noise(gram: Tensor, largest: float) -> float:
+    """Eigenvalues of a Gram matrix below this are its rounding errors: independent ones of an entry's size in every entry."""
+    size = gram.shape[0]
+    entry = torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
+    return 8 * math.sqrt(size) * entry + size * torch.finfo(torch.float64).eps * largest

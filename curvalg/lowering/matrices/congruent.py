@@ -1,0 +1,68 @@
+"""A Kronecker product damped by a diagonal on one side, which is diagonal after a change of variables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvalg.lowering.matrices.base import Eigh, Function, Structure, singular
+from curvalg.lowering.matrices.bases import KroneckerBasis, kronecker
+
+
+class Congruent(Structure):
+    """B ⊗ A + I ⊗ D for symmetric B, A and a positive diagonal D: M (b aᵀ + 1) Mᵀ with M = Q_B ⊗ D^{1/2} Q.
+
+    Q diag(a) Qᵀ is D^{-1/2} A D^{-1/2}, and Q_B diag(b) Q_Bᵀ is B. M is not orthogonal, so these are no eigenvalues.
+
+    Args:
+        output: B, float64.
+        inputs: A, float64.
+        damping: the diagonal of D, positive, float64.
+        what: for messages.
+    """
+
+    def __init__(self, output: Tensor, inputs: Tensor, damping: Tensor, what: str) -> None:
+        super().__init__(len(output) * len(inputs))
+        self.output, self.inputs, self.damping, self.what = output, inputs, damping, what
+        self._eigen: tuple[Tensor, KroneckerBasis] | None = None
+
+    @property
+    def _weights(self) -> Tensor:
+        """D for every row (n, 1)."""
+        return self.damping.repeat(len(self.output))[:, None]
+
+    def _decomposed(self) -> tuple[Tensor, KroneckerBasis]:
+        """b aᵀ + 1, flat, and the basis Q_B ⊗ Q."""
+        if self._eigen is None:
+            root = self.damping.sqrt()
+            b, left = torch.linalg.eigh(self.output)
+            a, right = torch.linalg.eigh(self.inputs / torch.outer(root, root))
+            self._eigen = torch.outer(b, a).reshape(-1) + 1, KroneckerBasis([left, right])
+        return self._eigen
+
+    def multiply(self, x: Tensor) -> Tensor:
+        product = kronecker([self.output, self.inputs], x.double())
+        return (product + self._weights * x.double()).to(x.dtype)
+
+    def solve(self, b: Tensor) -> Tensor:
+        values, basis = self._decomposed()
+        zeros = int((values.abs() <= torch.finfo(torch.float64).eps * values.abs().max()).sum())
+        if zeros:
+            raise singular(self.what, zeros)
+        root = self._weights.sqrt()
+        return (basis.synthesise(basis.analyse(b.double() / root) / values[:, None]) / root).to(b.dtype)
+
+    def mapped(self, function: Function, name: str) -> None:
+        return None
+
+    def trace(self) -> float:
+        return float(self.output.trace() * self.inputs.trace() + len(self.output) * self.damping.sum())
+
+    def diagonal(self) -> Tensor:
+        return torch.outer(self.output.diagonal(), self.inputs.diagonal()).reshape(-1) + self._weights[:, 0]
+
+    def logdet(self) -> float:
+        return float(self._decomposed()[0].abs().log().sum() + len(self.output) * self.damping.log().sum())
+
+    def eigh(self) -> Eigh | None:
+        return None

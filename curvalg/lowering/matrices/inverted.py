@@ -1,0 +1,37 @@
+"""The inverse of a structured matrix whose eigenvalues are not known."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from curvalg.lowering.matrices.base import Eigh, Function, Structure
+
+
+class Inverted(Structure):
+    """A⁻¹, by the solves of A."""
+
+    def __init__(self, inner: Structure) -> None:
+        super().__init__(inner.size)
+        self.inner = inner
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.inner.solve(x)
+
+    def solve(self, b: Tensor) -> Tensor:
+        return self.inner.multiply(b)
+
+    def mapped(self, function: Function, name: str) -> None:
+        return None
+
+    def trace(self) -> None:
+        return None
+
+    def diagonal(self) -> None:
+        return None
+
+    def logdet(self) -> float | None:
+        inner = self.inner.logdet()
+        return None if inner is None else -inner
+
+    def eigh(self) -> Eigh | None:
+        return None

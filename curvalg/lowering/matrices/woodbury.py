@@ -1,0 +1,91 @@
+"""A low-rank update of a structured matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import FactsError
+from curvalg.lowering.matrices.base import Eigh, Function, Structure
+from curvalg.solve import factorize
+
+
+class Woodbury(Structure):
+    """B + L C Rᵀ, inverted as B⁻¹ − B⁻¹ L (I + C Rᵀ B⁻¹ L)⁻¹ C Rᵀ B⁻¹, which needs no inverse of C.
+
+    Woodbury, 1950; Golub and Van Loan, Matrix Computations, §2.1.4.
+
+    Args:
+        base: B, with a cheap solve.
+        left: L (n, r).
+        core: C (r, r).
+        right: R (n, r).
+        otherwise: the same matrix in another form, for a B without an inverse (the sum may have one); None: there is none.
+    """
+
+    def __init__(
+        self,
+        base: Structure,
+        left: Tensor,
+        core: Tensor,
+        right: Tensor,
+        otherwise: Callable[[], Structure] | None = None,
+    ) -> None:
+        super().__init__(base.size)
+        self.base, self.left, self.core, self.right = base, left, core, right
+        self._inner: Tensor | None = None
+        self._make_other = otherwise
+        self._other: Structure | None = None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        left, core, right = (t.to(x.dtype) for t in (self.left, self.core, self.right))
+        return self.base.multiply(x) + left @ (core @ (right.T @ x))
+
+    def _capacitance(self) -> tuple[Tensor, Tensor]:
+        """B⁻¹ L, and I + C Rᵀ B⁻¹ L."""
+        if self._inner is None:
+            self._inner = self.base.solve(self.left.double())
+        eye = torch.eye(self.core.shape[0], dtype=torch.float64, device=self.core.device)
+        return self._inner, eye + self.core.double() @ (self.right.double().T @ self._inner)
+
+    def _otherwise(self) -> Structure | None:
+        """What answers where B has no inverse; None where it has."""
+        if self._inner is None and self._other is None:
+            try:
+                self._capacitance()
+            except FactsError:
+                if self._make_other is None:
+                    raise
+                self._other = self._make_other()
+        return self._other
+
+    def solve(self, b: Tensor) -> Tensor:
+        if (other := self._otherwise()) is not None:
+            return other.solve(b)
+        inner, capacitance = self._capacitance()
+        first = self.base.solve(b.double())
+        projected = self.core.double() @ (self.right.double().T @ first)
+        solved = factorize(capacitance, positive_definite=None)(projected)
+        return (first - inner @ solved).to(b.dtype)
+
+    def mapped(self, function: Function, name: str) -> None:
+        return None
+
+    def trace(self) -> float | None:
+        base = self.base.trace()
+        return None if base is None else base + float(((self.left @ self.core) * self.right).double().sum())
+
+    def diagonal(self) -> Tensor | None:
+        base = self.base.diagonal()
+        return None if base is None else base + ((self.left @ self.core) * self.right).sum(1)
+
+    def logdet(self) -> float | None:
+        if (other := self._otherwise()) is not None:
+            return other.logdet()
+        base = self.base.logdet()
+        return None if base is None else base + float(torch.linalg.slogdet(self._capacitance()[1]).logabsdet)
+
+    def eigh(self) -> Eigh | None:
+        return None

@@ -1,0 +1,154 @@
+"""Binding: the matrices that need passes over the data become structured leaves, made once and kept on the problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+from curvalg.errors import CurvalgError, ExpressionError
+from curvalg.expr import (
+    Block,
+    BlockDiagonal,
+    Inverse,
+    Restriction,
+    inverse,
+    restrict,
+)
+from curvalg.expr.composite import settled
+from curvalg.expr.node import Expr
+from curvalg.expr.term import MatrixTerm
+from curvalg.lowering.blocks.complete_blocks import resolve
+from curvalg.lowering.blocks.submatrices import block_problem, is_local, submatrix
+from curvalg.lowering.inverses.offer import Matrix, Product
+from curvalg.lowering.plans.computed import Computed, compute
+from curvalg.lowering.sweeps.contract import call
+from curvalg.problem import Evaluation, Problem, Snapshot
+from curvalg.problem.layers import record_layers
+from curvalg.rewrite import simplify
+
+Planner = Callable[[Expr, Problem], Product]
+
+
+def unbound(expr: Expr) -> list[Expr]:
+    """Everything in an expression that needs a pass over the data to become a matrix, each once.
+
+    Matrices of preconditioners are included.
+    """
+    if not expr.children:
+        return [expr] if isinstance(expr, MatrixTerm) else []
+    return settled(expr, "unbound", _unbound)
+
+
+def _unbound(expr: Expr) -> list[Expr]:
+    if isinstance(expr, get_args(Computed)):
+        return [expr]
+    return list(dict.fromkeys(term for part in expr._inner for term in unbound(part)))
+
+
+def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem | None = None) -> Expr:
+    """The expression with everything unbound replaced by what it finishes as.
+
+    Matrices are kept on the problem, so that an expression that differs only in other parts reuses them.
+
+    Args:
+        expr: resolved and simplified.
+        problem: restricted already where the expression is inside a restriction or a block.
+        snapshot: the state.
+        planner: gives products.
+        whole: the problem over all parameters; None: the same.
+    """
+    whole = whole or problem
+    if not unbound(expr):
+        return expr
+    if isinstance(expr, MatrixTerm):
+        _accumulate([expr], problem, snapshot)
+        return resolve(problem.kept(snapshot)["matrix", expr], problem)
+    if isinstance(expr, Computed):
+        return _computed(expr, problem, snapshot, planner, whole)
+    if isinstance(expr, Restriction):
+        # The methods of a term see the restricted problem only; the finished matrix is square in it already.
+        on = problem.restricted(expr.params) if is_local(expr.expr) else problem
+        return submatrix(bind(expr.expr, on, snapshot, planner, whole), expr.params, on)
+    if isinstance(expr, BlockDiagonal) and isinstance(expr.what, tuple):
+        blocks = [
+            Block(b.params, bind(b.expr, block_problem(problem, b), snapshot, planner, whole), joint=b.joint)
+            for b in expr.what
+        ]
+        return BlockDiagonal(tuple(blocks), None, expr.complete)
+    _accumulate(_matrix_terms_here(expr), problem, snapshot)
+    if isinstance(expr, Inverse):
+        options = expr.options
+        if expr.preconditioner is not None:
+            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot, planner, whole)
+        return inverse(bind(expr.expr, problem, snapshot, planner, whole), **options)
+    return expr.rebuild(tuple(bind(child, problem, snapshot, planner, whole) for child in expr.children))
+
+
+def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem) -> Expr:
+    """The leaf of a diagonal or a Nyström approximation, which take products with what is inside."""
+    params = expr.domain_params
+    kept = problem.kept(snapshot)
+    if ("matrix", expr) not in kept:
+        inner = simplify(bind(expr.expr, problem, snapshot, planner, whole), problem.facts).expr
+        matrix = Matrix(inner, problem, planner)
+        leaf = compute(expr, matrix, snapshot, whole)
+        kept["matrix", expr] = leaf if params is None else restrict(leaf, params)
+    return kept["matrix", expr]  # type: ignore[no-any-return]
+
+
+def _matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
+    """Matrix terms of an expression outside of restrictions and blocks; one pass serves all of them."""
+    if isinstance(expr, MatrixTerm):
+        return [expr]
+    if isinstance(expr, (Restriction, BlockDiagonal)):
+        return []
+    return list(dict.fromkeys(term for child in expr.children for term in _matrix_terms_here(child)))
+
+
+def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -> None:
+    kept = problem.kept(snapshot)
+    missing = [term for term in terms if ("matrix", term) not in kept]
+    if not missing:
+        return
+    preparing = [t for t in missing if type(t).prepare is not MatrixTerm.prepare]
+    prepared = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
+    stats = _sum(missing, problem, snapshot, lambda term, batch: call(term, "accumulate", batch, prepared.get(term)))
+    for term in missing:
+        matrix = term.finish(stats[term], problem.layout, prepared.get(term))
+        if not isinstance(matrix, Expr):
+            raise ExpressionError(f"{term.label}.finish must return an expression, got {type(matrix).__name__}")
+        if unbound(matrix):
+            raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} needs data itself")
+        kept["matrix", term] = matrix
+
+
+def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: Any) -> dict[MatrixTerm, Any]:
+    sums = {term: problem.sum() for term in terms}
+    layers = any(term.uses_layers for term in terms)
+    for evaluation in _pass(problem, snapshot) if terms else ():
+        if layers and evaluation.sample.index == 0:
+            _rehearse(terms, evaluation, method)
+        recorded = record_layers(evaluation) if layers else None
+        batch = evaluation.evaluate() if recorded is None else recorded.batch
+        for term in terms:
+            sums[term].add(method(term, batch))
+    return {term: total.value for term, total in sums.items()}
+
+
+def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation, method: Any) -> None:
+    """The first row alone: a term that refuses the model's layers does so before a pass over the data."""
+    problem, sample = evaluation.problem, evaluation.sample
+    if sample.rows == 1 or problem.draws.mode == "frozen" or problem.layer_checks:  # known already
+        return
+    try:
+        recorded = record_layers(Evaluation(problem, evaluation.snapshot, sample.head(1)))
+    except CurvalgError:  # whatever is wrong with the model, the whole batch tells it better
+        return
+    if recorded.batch.output.shape[0] == 1:
+        for term in terms:
+            method(term, recorded.batch)
+
+
+def _pass(problem: Problem, snapshot: Snapshot) -> Iterator[Any]:
+    with problem.differentiating():
+        yield from problem.evaluations(snapshot)

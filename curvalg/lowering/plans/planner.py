@@ -1,0 +1,399 @@
+"""From expressions to plans: one rule per kind of node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import singledispatch
+
+import curvalg.expr as alg
+from curvalg.errors import ExpressionError, FactsError, VectorError
+from curvalg.expr.leaves import ArrayLeaf
+from curvalg.expr.node import Expr
+from curvalg.expr.term import MatrixTerm, NamedExpr, Term
+from curvalg.expr.terms import Jacobian, LossHessian
+from curvalg.lowering.blocks.rows import Places
+from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
+from curvalg.lowering.inverses.forms import find
+from curvalg.lowering.inverses.offer import Found, Matrix, affine, multiple
+from curvalg.lowering.inverses.preconditioners import Given, given_preconditioner
+from curvalg.lowering.inverses.solvers import Preconditioning, Request, choose
+from curvalg.lowering.plans.bind import unbound
+from curvalg.lowering.plans.computed import Computed
+from curvalg.lowering.plans.low_rank import MOST_COLUMNS, FactoredPlan
+from curvalg.lowering.plans.nodes import (
+    BlocksPlan,
+    InversePlan,
+    LeafPlan,
+    OutputPlan,
+    Plan,
+    ProductPlan,
+    RootPlan,
+    SubmatrixPlan,
+    SumPlan,
+    SweepPlan,
+    Unbound,
+    ZeroPlan,
+    as_float,
+)
+from curvalg.lowering.sweeps.contract import require_defined
+from curvalg.lowering.sweeps.sweep import Sweep
+from curvalg.lowering.sweeps.transposed import transposed
+from curvalg.problem import Problem
+from curvalg.problem.model import parameters as params_
+from curvalg.rewrite import simplify
+
+
+def plan(expr: Expr, problem: Problem, given: Given = None) -> Plan:
+    """The plan of a simplified expression on a problem.
+
+    Args:
+        expr: an expression.
+        problem: the problem, restricted already where the expression is inside a restriction.
+        given: a preconditioner for inverses that name none: an operator or a function, v -> P⁻¹ v.
+
+    Raises:
+        ExpressionError: a node that cannot be lowered.
+    """
+    return Planning(given)(expr, problem)
+
+
+class Planning:
+    """The planning of one expression, in which equal parts are planned once.
+
+    Args:
+        given: a preconditioner for inverses that name none.
+    """
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self._plans: dict[tuple[Expr, Problem], Plan] = {}
+        self._forms: Found = {}
+
+    def __call__(self, expr: Expr, problem: Problem) -> Plan:
+        for node in [*self._inverses_in(expr, problem), expr]:
+            if (node, problem) not in self._plans:
+                self._plans[node, problem] = _rule(node, problem, self)
+        return self._plans[expr, problem]
+
+    def _inverses_in(self, expr: Expr, problem: Problem) -> list[Expr]:
+        """Inverses that the plan will meet and that have none yet, innermost first: planned so, they take no stack."""
+        found: dict[Expr, None] = {}
+        todo = list(expr.children) if isinstance(expr, _TRANSPARENT) else []
+        while todo:
+            node = todo.pop()
+            if isinstance(node, _TRANSPARENT) and node not in found and (node, problem) not in self._plans:
+                found[node] = None
+                todo += node.children
+        return [node for node in reversed(found) if isinstance(node, alg.Inverse)]
+
+    def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> Matrix:
+        """A matrix to be put into a structured form."""
+        return Matrix(expr, problem, self, spectral, self._forms)
+
+
+_TRANSPARENT = (alg.Sum, alg.Product, alg.Inverse)
+
+
+@singledispatch
+def _rule(expr: Expr, problem: Problem, plan: Planning) -> Plan:
+    raise ExpressionError(f"{expr} cannot be lowered: there is no rule for {type(expr).__name__}")
+
+
+@_rule.register
+def _(expr: alg.Inverse, problem: Problem, plan: Planning) -> Plan:
+    if expr.domain is None:
+        return SumPlan((), multiple(expr))
+    if unbound(expr):
+        return Unbound(expr)
+    request = Request(expr, plan.matrix(expr.expr, problem), _preconditioning(expr, problem, plan.given))
+    solver, chain = choose(request)
+    return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem))
+
+
+def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preconditioning | None:
+    """R -> P⁻¹ R from the expression's own preconditioner, else from the one given when lowering.
+
+    Raises:
+        ExpressionError: the preconditioner's own inverse is iterative, so that it is no fixed linear map.
+    """
+    if expr.preconditioner is None:
+        return None if given is None else given_preconditioner(given)
+    inverse = plan(simplify(alg.inverse(expr.preconditioner), problem.facts).expr, problem)
+    todo: list[Plan] = [inverse]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, InversePlan):
+            if node.solver.iterative:
+                raise ExpressionError(
+                    f"the preconditioner {expr.preconditioner} would itself be inverted by {node.solver.name}, which is no "
+                    "fixed linear map; choose one with a structured inverse, such as nystrom(A, rank) + c * Identity, "
+                    "diagonal_part(A) or block_diagonal(A), damped"
+                )
+            node.checked = False
+        todo.extend(node.inner)
+    return inverse.apply
+
+
+@_rule.register
+def _(expr: alg.SquareRoot, problem: Problem, plan: Planning) -> Plan:
+    if expr.domain is None:
+        return SumPlan((), multiple(expr))
+    if unbound(expr):
+        return Unbound(expr)
+    form, chain = find(plan.matrix(expr.expr, problem, spectral=True))
+    if form is None:
+        raise FactsError(
+            f"sqrt({expr.expr}) has no exact form: {'; '.join(chain)}. Square roots need a structured matrix: a diagonal, "
+            "Kronecker factors, blocks, few output directions, or at most 4096 symmetric rows"
+        )
+    return RootPlan(expr, form, tuple(chain))
+
+
+@_rule.register
+def _(expr: alg.IdentityExpr, problem: Problem, plan: Planning) -> Plan:
+    return SumPlan((), 1.0)
+
+
+@_rule.register
+def _(expr: alg.ZeroExpr, problem: Problem, plan: Planning) -> Plan:
+    rows = problem if expr.codomain_params is None else problem.restricted(expr.codomain_params)
+    return ZeroPlan(rows, expr.codomain)
+
+
+def _validate(term: NamedExpr, problem: Problem) -> None:
+    require_defined(term)
+    term.validate(problem.facts)
+    if term.numbered:
+        problem.number_samples()
+
+
+@_rule.register
+def _(expr: Term, problem: Problem, plan: Planning) -> Plan:
+    _validate(expr, problem)
+    return _swept(problem, Sweep(((1.0, expr),)), expr)
+
+
+@_rule.register
+def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
+    _validate(expr, problem)
+    return Unbound(expr)
+
+
+@_rule.register(alg.DiagonalPart)
+@_rule.register(alg.DiagonalEstimate)
+@_rule.register(alg.Nystrom)
+def _(expr: Computed, problem: Problem, plan: Planning) -> Plan:
+    if not unbound(expr.expr):
+        plan(expr.expr, problem)  # what cannot be lowered is refused now, not at the first product
+    return Unbound(expr)
+
+
+@_rule.register
+def _(expr: ArrayLeaf, problem: Problem, plan: Planning) -> Plan:
+    if expr.size != problem.size:
+        raise VectorError(f"{expr} is {expr.size} x {expr.size}, but the problem has {problem.size} parameters")
+    return LeafPlan(expr)
+
+
+@_rule.register
+def _(expr: Jacobian, problem: Problem, plan: Planning) -> Plan:
+    _validate(expr, problem)
+    return OutputPlan(problem, "jacobian")
+
+
+@_rule.register
+def _(expr: LossHessian, problem: Problem, plan: Planning) -> Plan:
+    _validate(expr, problem)
+    return OutputPlan(problem, "loss_hessian")
+
+
+@_rule.register
+def _(expr: alg.Transpose, problem: Problem, plan: Planning) -> Plan:
+    inner = expr.expr
+    if isinstance(inner, Jacobian):
+        return OutputPlan(problem, "jacobian.T")
+    if isinstance(inner, ArrayLeaf):
+        plan(inner, problem)
+        return LeafPlan(inner, transpose=True)
+    if isinstance(inner, Term):
+        _validate(inner, problem)
+        return SweepPlan(problem, Sweep(((1.0, transposed(inner)),)), expr)
+    if isinstance(inner, MatrixTerm):
+        _validate(inner, problem)
+        return Unbound(expr)
+    raise ExpressionError(f"the transpose of {type(inner).__name__} cannot be lowered ({expr})")
+
+
+@_rule.register
+def _(expr: alg.Product, problem: Problem, plan: Planning) -> Plan:
+    return ProductPlan(tuple(plan(factor, problem) for factor in expr.factors))
+
+
+@_rule.register
+def _(expr: alg.Sum, problem: Problem, plan: Planning) -> Plan:
+    sweeps: dict[Problem, list[tuple[float, Term]]] = {}
+    fused: dict[Problem, list[tuple[Expr, Fraction]]] = {}
+    parts: list[tuple[float, Plan]] = []
+    for child, coefficient in _by_last_factor(expr.coefficients).items():
+        part = plan(child, problem)
+        if isinstance(part, FactoredPlan) and isinstance(part.otherwise, SweepPlan):
+            part = part.otherwise  # alone it has ways of its own, but fused it costs next to nothing
+        if isinstance(part, SweepPlan):  # a restricted term runs on a problem of its own
+            entries = [(as_float(coefficient) * c, term) for c, term in part.sweep.entries]
+            sweeps.setdefault(part.problem, []).extend(entries)
+            fused.setdefault(part.problem, []).append((child, coefficient))
+        else:
+            parts.append((as_float(coefficient), part))
+    parts = [*(_sweep(on, entries, fused[on]) for on, entries in sweeps.items()), *parts]
+    if len(parts) == 1 and parts[0][0] == 1 and not expr.shift:
+        return parts[0][1]
+    return SumPlan(tuple(parts), as_float(expr.shift))
+
+
+def _sweep(
+    problem: Problem, entries: Sequence[tuple[float, Term]], summands: Sequence[tuple[Expr, Fraction]]
+) -> tuple[float, Plan]:
+    if len(entries) == 1:  # a number in front of the pass, so that another one shares the recordings
+        return entries[0][0], _swept(problem, Sweep(((1.0, entries[0][1]),)), summands[0][0])
+    return 1.0, _swept(problem, Sweep(tuple(entries)), alg.add(summands))
+
+
+PATIENCE = 16
+"""Columns after which a whole matrix is tried in factored form: recording and comparing it takes about as long."""
+
+
+def _swept(problem: Problem, sweep: Sweep, expr: Expr) -> Plan:
+    """A sweep, with the other ways that terms of few output directions have."""
+    ordinary = SweepPlan(problem, sweep, expr)
+    if not _has_factor(sweep.entries, problem) or not _may_be_factored(problem):
+        return ordinary
+    return FactoredPlan(problem, _in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
+
+
+def _may_be_factored(problem: Problem) -> bool:
+    return (
+        bool(problem.factored)
+        and problem.budget.limit > 0
+        and problem.data.ordered
+        and not problem.model.batch_statistics
+    )
+
+
+def _has_factor(entries: Sequence[tuple[float, Expr]], problem: Problem) -> bool:
+    """Whether all terms have columns V with V Vᵀ = A."""
+    return all(
+        isinstance(part, Term) and type(part).factor is not Term.factor and part.facts(problem.facts).psd is True
+        for _, part in entries
+    )
+
+
+def _in_order(entries: Sequence[tuple[float, Expr]]) -> list[tuple[float, Term]]:
+    """One order of the terms, so that sums written in any order share what is kept."""
+    return sorted([(c, part) for c, part in entries if isinstance(part, Term)], key=lambda entry: repr(entry[1]))
+
+
+def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
+    """A @ C + B @ C as (A + B) @ C: products with one last factor share its result, and so one input."""
+    groups: dict[Expr, list[tuple[Expr, Fraction]]] = {}
+    result: dict[Expr, Fraction] = {}
+    for child, c in coefficients.items():
+        if isinstance(child, alg.Product):
+            groups.setdefault(child.factors[-1], []).append((alg.multiply(child.factors[:-1]), c))
+        else:
+            result[child] = c
+    for last, heads in groups.items():
+        joint = alg.add(heads) if len(heads) > 1 else heads[0][0]
+        combined = alg.multiply([joint, last])
+        scale = Fraction(1) if len(heads) > 1 else heads[0][1]
+        for part, c in combined.coefficients.items() if isinstance(combined, alg.Sum) else [(combined, Fraction(1))]:
+            result[part] = result.get(part, Fraction(0)) + scale * c
+    return result
+
+
+@_rule.register
+def _(expr: alg.Restriction, problem: Problem, plan: Planning) -> Plan:
+    restricted = problem.restricted(expr.params)
+    inner = expr.expr
+    if is_inside(inner, restricted, problem):
+        return plan(inner, restricted)
+    # A sub-matrix of an inverse or a product is not the inverse or product of sub-matrices.
+    return SubmatrixPlan(
+        plan(inner, problem),
+        problem.size,
+        places(problem, params_.match(expr.params, problem.layout.names)),
+        domain=inner.domain == "parameters",
+        codomain=inner.codomain == "parameters",
+        label=", ".join(expr.params),
+    )
+
+
+@_rule.register
+def _(expr: alg.BlockDiagonal, problem: Problem, plan: Planning) -> Plan:
+    blocks = expr.what
+    if not expr.complete or isinstance(blocks, alg.Expr):
+        raise AssertionError("block-diagonals are resolved before they are planned")
+    factored = _factorable(blocks, problem)
+    plans = [
+        (
+            block_places(problem, block),
+            plan(block.expr, block_problem(problem, block)),
+            ", ".join(block.params),
+        )
+        for block in blocks
+    ]
+    _share([part for _, part, _ in plans], blocks, problem)
+    if len(factored) < 2:
+        return BlocksPlan(tuple(plans))
+    return _with_factored(blocks, factored, plans, problem)
+
+
+def _share(plans: Sequence[Plan], blocks: Sequence[alg.Block], problem: Problem) -> None:
+    """Note what several blocks have in common, so that it is recorded once for all of them."""
+    found: Counter[object] = Counter()
+    for part, block in zip(plans, blocks, strict=True):
+        todo, mine = [part], set[object]()
+        while todo:
+            node = todo.pop()
+            if isinstance(node, SweepPlan) and node.problem.whole is problem:
+                mine.add(("sweep", node.sweep.key))
+            todo.extend(node.inner)
+        entries, _ = affine(block.expr)
+        if entries and _has_factor(entries, problem):
+            mine.add(("factor", tuple(term for _, term in _in_order(entries))))
+        found.update(mine)
+    problem.shared |= {what for what, count in found.items() if count > 1}
+
+
+def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:
+    """Which blocks are of one sum of terms with few output directions, so that their products can be taken together."""
+    if not _may_be_factored(problem):
+        return []
+    sums: dict[frozenset[tuple[float, Expr]], list[int]] = {}
+    for number, block in enumerate(blocks):
+        parts, _ = affine(block.expr)
+        if parts and _has_factor(parts, problem) and not block.joint:
+            sums.setdefault(frozenset(parts), []).append(number)
+    if not sums:
+        return []
+    entries, numbers = max(sums.items(), key=lambda item: len(item[1]))
+    few = len(numbers) > 1 and sum(problem.factor_columns(t) for _, t in entries if isinstance(t, Term)) <= MOST_COLUMNS
+    return numbers if few else []
+
+
+def _with_factored(
+    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[Places, Plan, str]], problem: Problem
+) -> Plan:
+    names = problem.layout.names
+    groups = tuple(blocks[i].params for i in factored)
+    chosen = [name for name in names if any(name in group for group in groups)]
+    on = problem if len(chosen) == len(names) else problem.restricted(chosen)
+    parts = [affine(blocks[i].expr) for i in factored]
+    entries = _in_order(parts[0][0])
+    alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
+    joint = FactoredPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone), patience=0)
+    if len(factored) == len(blocks):
+        return joint
+    rest = [plans[i] for i in range(len(blocks)) if i not in factored]
+    return BlocksPlan(((places(problem, chosen), joint, f"{len(groups)} groups"), *rest))

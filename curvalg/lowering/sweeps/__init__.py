@@ -1,0 +1,1 @@
+"""Passes over the data: sums of local terms, recorded once and multiplied many times."""

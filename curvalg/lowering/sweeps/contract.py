@@ -1,0 +1,122 @@
+"""Calls of terms, which may be anybody's code: what they are given stays as it is, and what they return fits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from typing import Any
+
+import optree
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+
+from curvalg.errors import ExpressionError
+from curvalg.expr.node import Expr
+from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
+from curvalg.problem import Batch
+from curvalg.tensors import trees
+
+OURS = ("curvalg", "curvalg_plugins")
+"""Packages whose terms are tested here, so that products need not look after them."""
+
+
+def call(term: Expr, method: str, *given: Any) -> Any:
+    """What a method of a term returns.
+
+    Args:
+        term: the term.
+        method: its name.
+        given: its arguments.
+
+    Raises:
+        ExpressionError: it wrote into an argument, which other terms of a sum, or the user, see as well.
+    """
+    function = getattr(term, method)
+    if is_ours(term):
+        return function(*given)
+    before = {id(t): _version(t) for t in _tensors(given)}
+    result = function(*given)
+    # What a batch makes when it is first asked for has not been written into before.
+    written = [t for t in _tensors(given) if _version(t) != before.get(id(t), 0)]
+    if written:
+        raise ExpressionError(
+            f"{named(term)}.{method} writes into a tensor that it was given (of shape {tuple(written[0].shape)}); other terms "
+            "and your data share it. Write t * 2 instead of t.mul_(2), or clone it first"
+        )
+    return result
+
+
+def is_ours(term: Expr) -> bool:
+    """Whether the term is tested here."""
+    return type(term).__module__.partition(".")[0] in OURS
+
+
+def require_defined(term: NamedExpr) -> None:
+    """Refuse a term without the methods that its matrix is made of, as where their names are misspelt.
+
+    Raises:
+        ExpressionError: it lacks them.
+    """
+    kinds = [kind for kind in (DatasetTerm, Term, MatrixTerm) if isinstance(term, kind)]
+    if not kinds:
+        return
+    base = kinds[0]
+    names = ("accumulate", "finish") if base is MatrixTerm else ("cotangent", "cotangent_dot")
+    lacking = [name for name in names if getattr(type(term), name) is getattr(base, name)]
+    if not lacking or (base is not MatrixTerm and len(lacking) == 1):
+        return
+    raise ExpressionError(
+        f"{named(term)} does not define {' or '.join(lacking)}, of which its matrix is made; it defines "
+        f"{', '.join(_methods(type(term))) or 'no method'}. Methods of a {base.__name__}: "
+        f"{', '.join(dict.fromkeys(name for kind in base.__mro__ if kind in _KINDS for name in _methods(kind)))}"
+    )
+
+
+_KINDS = NamedExpr, Term, DatasetTerm, MatrixTerm
+
+
+def _methods(kind: type) -> list[str]:
+    return [name for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+def _tensors(given: tuple[Any, ...]) -> list[Tensor]:
+    found: list[Any] = []
+    for part in given:
+        if isinstance(part, Batch):
+            found += [*vars(part).values(), *trees.tensors(part.target)]
+        else:
+            found += [part] if isinstance(part, Tensor) else optree.tree_leaves(part, namespace=trees.NAMESPACE)
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+def _version(t: Tensor) -> int:
+    while is_functorch_wrapped_tensor(t):  # several columns at a time: the count is that of the tensor behind
+        t = get_unwrapped(t)
+    return 0 if t.is_inference() else t._version
+
+
+def named(term: Expr) -> str:
+    """A term with the distribution that it comes from."""
+    package = type(term).__module__.partition(".")[0]
+    found = importlib.metadata.packages_distributions().get(package)
+    label = getattr(term, "label", type(term).__name__)
+    return f"{label} (of the distribution {found[0]})" if found else f"{label} (of the module {type(term).__module__})"
+
+
+def fitting(term: Expr, method: str, value: Any, like: Tensor) -> Tensor:
+    """A tensor that a term returned for a batch.
+
+    Raises:
+        ExpressionError: another kind, shape, dtype or device. Autograd broadcasts a wrong shape without a word.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        raise ExpressionError(
+            f"{named(term)}.{method} must return a tensor of the output's shape {tuple(like.shape)} or None, got "
+            f"{trees.describe(value)}"
+        )
+    if value.device != like.device or value.dtype != like.dtype:
+        raise ExpressionError(
+            f"{named(term)}.{method} must return {like.dtype} on {like.device} as the output is, got {value.dtype} on "
+            f"{value.device}"
+        )
+    return value

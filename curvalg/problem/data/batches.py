@@ -1,0 +1,236 @@
+"""The data of a problem: any re-iterable of batches, read the same way in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvalg.errors import ProblemError, ProblemTypeError
+from curvalg.problem.data.fingerprint import Fingerprint, fingerprint, same_order, same_rows, total
+from curvalg.problem.data.randomness import LoaderStream, own_generators
+from curvalg.tensors import trees
+
+TARGET_KEYS = ("target", "targets", "label", "labels", "y")
+"""Keys that name the target in a batch that is a mapping."""
+
+
+class OrderError(ProblemError):
+    """The samples came in another order than in the pass before."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch as read: what the model gets, what the loss gets, and where it stands in the data set.
+
+    Args:
+        batch: the whole batch on the problem's device.
+        target: the target, or None.
+        rows: number of samples.
+        start: running number of its first sample.
+        index: running number of the batch.
+    """
+
+    batch: Any
+    target: Any
+    rows: int
+    start: int
+    index: int
+
+    def head(self, rows: int) -> Sample:
+        """The first rows: of every tensor whose leading axis has the length of the batch."""
+
+        def cut(tree: Any) -> Any:
+            return trees.tensor_map(lambda t: t[:rows] if t.ndim and t.shape[0] == self.rows else t, tree)
+
+        return Sample(cut(self.batch), cut(self.target), rows, self.start, self.index)
+
+
+class Data:
+    """Batches of a data set.
+
+    Args:
+        data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any other re-iterable of batches.
+        target: ``target(batch)`` for batches whose target cannot be told from their form.
+        needs_target: whether a missing target is an error.
+
+    Raises:
+        ProblemError: a one-shot iterator, or something that is not iterable.
+    """
+
+    def __init__(self, data: Any, target: Callable[[Any], Any] | None, needs_target: bool) -> None:
+        if isinstance(data, Iterator):
+            raise ProblemError(
+                f"data is a {type(data).__name__} that can be read only once, but every product reads it again; pass "
+                "list(data), a DataLoader, or an object whose __iter__ starts anew"
+            )
+        one_batch = isinstance(data, (tuple, Mapping, Tensor))
+        if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
+            raise ProblemTypeError(
+                f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}"
+            )
+        self.single = one_batch
+        self.source = [data] if one_batch else data
+        if target is not None and not callable(target):
+            raise ProblemTypeError(
+                f"target is a function of a batch, got {target!r}; write target=lambda batch: batch[{target!r}]"
+            )
+        self.target = target
+        self.needs_target = needs_target
+        # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
+        self.fixed = isinstance(self.source, list)
+        self._stream = LoaderStream()
+        self._reference: list[Fingerprint] | None = None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of the samples is the data set's own."""
+        samplers = [getattr(self.source, name, None) for name in ("sampler", "batch_sampler")]
+        samplers.append(getattr(samplers[1], "sampler", None))
+        data = torch.utils.data
+        random = (data.RandomSampler, data.WeightedRandomSampler, data.SubsetRandomSampler)
+        return not any(isinstance(sampler, random) for sampler in samplers)
+
+    @property
+    def contents(self) -> Fingerprint | None:
+        """What a loader gave in the first pass, without the order; None before, and for data in memory."""
+        return None if self.fixed or self._reference is None else total(self._reference)[:-1]
+
+    def forget(self) -> None:
+        """What the first pass gave is no longer what later ones are compared with."""
+        self._reference = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": LoaderStream()}
+
+    def read(self, device: torch.device, *, order_matters: bool = False) -> Iterator[Sample]:
+        """One pass.
+
+        Args:
+            device: where the tensors are moved to.
+            order_matters: whether another order than in the first pass is an error.
+
+        Raises:
+            ProblemError: no data, a batch without a target, or data that differ from the first pass.
+        """
+        start, prints = 0, []
+        for index, raw in enumerate(self._raw()):
+            batch = trees.place(_without_nested(raw), device)
+            target = self._target(batch)
+            count = trees.rows(target) if target is not None else trees.rows(batch)
+            if count is None:
+                raise ProblemError(f"cannot tell the number of samples in a batch that is a {_countless(batch)}")
+            if not self.fixed:
+                prints.append(fingerprint(raw, count))
+                if order_matters:
+                    self._compare_order(prints)
+            if count:
+                yield Sample(batch, target, count, start, index)
+            start += count
+        if not start:
+            raise ProblemError(
+                _ONCE if self._reference else "the data are empty: there is no batch with a sample in it"
+            )
+        if self._reference is None:
+            self._reference = prints
+        if not same_rows(total(prints), total(self._reference)):
+            raise ProblemError(
+                "the data differ from the first pass over them (random augmentation, a stateful data set, or shuffling "
+                "with per-batch padding), so every product would be of another matrix. Turn that off, or pass "
+                "list(loader) to fix one pass"
+            )
+
+    def _raw(self) -> Iterator[Any]:
+        if self.fixed:
+            yield from self.source
+            return
+        generators = own_generators(self.source)
+        states = [generator.get_state() for generator in generators]
+        try:
+            with self._stream.step():
+                iterator = iter(self.source)
+            while True:
+                with self._stream.step():
+                    try:
+                        batch = next(iterator)
+                    except StopIteration:
+                        return
+                yield batch
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    def _compare_order(self, prints: list[Fingerprint]) -> None:
+        """Compare the last batch so far with the same batch of the first pass, row by row."""
+        last = len(prints) - 1
+        if self._reference is None:
+            return
+        if last >= len(self._reference) or not same_order(prints[last], self._reference[last]):
+            raise OrderError(
+                "the loader gives the samples in another order than in its first pass, or other samples, and this quantity "
+                "depends on the order. Pass shuffle=False, or list(loader) to fix one pass"
+            )
+
+    def _target(self, batch: Any) -> Any:
+        if self.target is not None:
+            return self.target(batch)
+        if isinstance(batch, Mapping):
+            found = [key for key in TARGET_KEYS if key in batch]
+            if len(found) == 1:
+                return batch[found[0]]
+            hint = f"the keys are {list(batch)}"
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[1]
+        else:
+            hint = f"it is a {trees.describe(batch)}"
+            if self.fixed and isinstance(batch, Tensor):
+                hint += " (a list is read as a list of batches; one batch is a tuple (X, y))"
+            elif (
+                self.single
+                and isinstance(batch, tuple)
+                and batch
+                and all(isinstance(part, (tuple, list, Mapping)) for part in batch)
+            ):
+                hint += " (a tuple is read as one batch; a list of batches is written [...])"
+        if not self.needs_target:
+            return None
+        raise ProblemError(
+            f"cannot tell the target of a batch: {hint}. Batches are pairs (X, y) or mappings with one of the keys "
+            f"{list(TARGET_KEYS)}; for others pass forward=lambda model, batch: ... and target=lambda batch: ..."
+        )
+
+
+def call_model(model: Callable[..., Any], batch: Any) -> Any:
+    """The model on a batch: ``model(X)`` for pairs, keywords for mappings, the whole batch otherwise."""
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS})
+    return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch)
+
+
+def _without_nested(batch: Any) -> Any:
+    """Raises:
+    ProblemError: a batch with a nested tensor, whose rows have no common shape.
+    """
+    if any(t.is_nested for t in trees.tensors(batch)):
+        raise ProblemError(
+            "a batch has a nested tensor (torch.nested), whose rows differ in shape; pad them with "
+            "torch.nested.to_padded_tensor(t, 0.0) and have the model or the loss mask the padding"
+        )
+    return batch
+
+
+def _countless(batch: Any) -> str:
+    """A batch whose samples cannot be counted, and what to do."""
+    if any(isinstance(leaf, np.ndarray) for leaf in trees.leaves(batch)):
+        return f"{trees.describe(batch)}: convert NumPy arrays to tensors with torch.from_numpy"
+    return f"{trees.describe(batch)}: its tensors need a leading axis over the samples"
+
+
+_ONCE = (
+    "the data can be read only once: there was a first pass over them, but the next one gives no samples, as when __iter__ "
+    "returns the same iterator each time. Pass list(data), a DataLoader, or an object whose __iter__ starts anew"
+)

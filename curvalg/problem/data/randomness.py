@@ -1,0 +1,188 @@
+"""Random state: nothing of the user's is advanced, and a model's own draws are refused or replayed."""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Generator
+
+from curvalg.errors import ProblemError
+from curvalg.problem.data.process import LOCK
+
+T = TypeVar("T")
+Randomness = Literal["refuse", "frozen"]
+
+
+def _device_generators(device: torch.device) -> list[Generator]:
+    """The generators that layers on this device draw from."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    return generators
+
+
+class _NumPyState:
+    """NumPy's global random state, read cheaply.
+
+    ``np.random.get_state`` takes tens of microseconds, as long as a small model. Where the state in memory has not moved
+    since it was last read in full, a comparison of that memory does.
+    """
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._full: dict[str, Any] = {}
+
+    def save(self, *, exactly: bool) -> tuple[bytes | None, dict[str, Any]]:
+        """The state now; ``exactly`` reads all of it."""
+        memory = _numpy_memory()
+        # A second number of a normal pair waits outside of that memory, and goes without a trace in it.
+        if exactly or memory is None or memory != self._memory or self._full.get("has_gauss"):
+            self._memory, self._full = memory, _numpy_full()
+        return memory, self._full
+
+    def restore(self, saved: tuple[bytes | None, dict[str, Any]], *, exactly: bool) -> bool:
+        """Go back to a saved state; whether anything had been drawn since, which ``exactly`` does not ask."""
+        memory, full = saved
+        if exactly:
+            moved = True
+        elif memory is None or full["has_gauss"]:
+            moved = pickle.dumps(_numpy_full()) != pickle.dumps(full)
+        else:
+            moved = _numpy_memory() != memory
+        if moved:
+            np.random.set_state(full)
+        return moved
+
+
+def _numpy_full() -> dict[str, Any]:
+    return np.random.get_state(legacy=False)
+
+
+def _seed_numpy(key: int) -> None:
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is np.random.MT19937:
+        np.random.seed(key)
+    else:  # np.random.seed refuses all others
+        fresh = type(generator)(key).state
+        np.random.set_state({**fresh, "has_gauss": 0, "gauss": 0.0})
+
+
+def _numpy_memory() -> bytes | None:
+    """Key and position of the Mersenne twister; None for other generators, whose state is behind pointers."""
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, _TWISTER_BYTES)
+
+
+_TWISTER_BYTES = 624 * 4 + 4
+
+
+class DrawGuard:
+    """Runs calls of the user's code so that they either draw no random numbers, or the same ones each time.
+
+    Watched are the generators of torch on the device, Python's ``random`` and NumPy's global state.
+
+    Args:
+        mode: "refuse" raises when a call draws; "frozen" seeds each call by its key and restores the state.
+        device: where the model computes.
+    """
+
+    def __init__(self, mode: Randomness, device: torch.device) -> None:
+        if mode not in ("refuse", "frozen"):
+            raise ProblemError(f"randomness is 'refuse' or 'frozen', got {mode!r}")
+        self.mode = mode
+        self.device = device
+        self._numpy = _NumPyState()
+
+    def run(self, call: Callable[[], T], key: int) -> T:
+        """The result of a call, with the random state left as it was.
+
+        Raises:
+            ProblemError: the call draws random numbers and the mode is "refuse".
+        """
+        with LOCK:
+            return self._run(call, key)
+
+    def _run(self, call: Callable[[], T], key: int) -> T:
+        frozen = self.mode == "frozen"
+        generators = _device_generators(self.device)
+        states = [generator.get_state() for generator in generators]
+        python = random.getstate()
+        numpy = self._numpy.save(exactly=frozen)
+        try:
+            if frozen:
+                for generator in generators:
+                    generator.manual_seed(key)
+                random.seed(key)
+                _seed_numpy(key)
+            result = call()
+        finally:
+            drawn = []
+            for generator, state in zip(generators, states, strict=True):
+                if not torch.equal(generator.get_state(), state):
+                    generator.set_state(state)
+                    drawn.append("torch")
+            if random.getstate() != python:
+                random.setstate(python)
+                drawn.append("Python's random")
+            if self._numpy.restore(numpy, exactly=frozen):
+                drawn.append("NumPy")
+        if drawn and not frozen:
+            raise ProblemError(
+                f"the model (or a loss that is a callable) draws random numbers from {' and '.join(drawn)} (dropout in "
+                "training mode?), so every product would be of another matrix. Call model.eval(), or pass "
+                "randomness='frozen' to replay the same draws in every product. If it draws none, another thread did meanwhile"
+            )
+        return result
+
+
+def _global_state() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), _numpy_full()
+
+
+def _set_global_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    np.random.set_state(state[2])
+
+
+class LoaderStream:
+    """The random numbers that a data loader draws, kept apart from the user's.
+
+    A loader draws from the global generators (order, augmentation, worker seeds). Each step of it runs on a stream of
+    its own, which goes on from pass to pass, and the user's state is put back after every step.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[Any, ...] | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Run one step of the loader on its own stream."""
+        with LOCK:
+            user = _global_state()
+            if self._state is not None:
+                _set_global_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = _global_state()
+                _set_global_state(user)
+
+
+def own_generators(loader: Any) -> list[Generator]:
+    """Generator objects of the user's that a data loader advances."""
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, Generator)}.values())

@@ -1,0 +1,1 @@
+"""Outputs of vocabulary size, made and dropped chunk by chunk."""

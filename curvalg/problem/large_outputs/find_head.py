@@ -1,0 +1,125 @@
+"""Finding the last linear layer of a model, so that outputs of vocabulary size need not be made.
+
+A batch is taken this way where its outputs would be larger than ``Problem(output_memory=...)``, its loss is one of softmax
+probabilities, and the model returns the outputs of a linear layer with nothing but movements in between. The first such batch
+of a problem is tried without derivatives; what it tells about the model is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from curvalg.losses.softmax import SoftmaxLoss
+from curvalg.problem.large_outputs.deferred import Deferred, Deferring
+from curvalg.problem.large_outputs.head import Head, why_not_a_head
+
+if TYPE_CHECKING:
+    from curvalg.expr.term import Term
+    from curvalg.problem.evaluation import Evaluation
+
+
+def has_large_outputs(evaluation: Evaluation) -> bool:
+    """Whether the outputs of the batch may be larger than is held at a time, as far as can be told without the model."""
+    problem, target = evaluation.problem, evaluation.sample.target
+    if not isinstance(problem.loss, SoftmaxLoss) or not isinstance(target, Tensor):
+        return False
+    classes = 1 if target.is_floating_point() else problem.most_classes
+    return target.numel() * classes * max(4, problem.dtype.itemsize) > problem.output_memory
+
+
+def is_made_in_chunks(evaluation: Evaluation, term: Term) -> bool:
+    """Whether a product with the term needs no whole output of the batch."""
+    sample = evaluation.sample
+    if term.acts_on == "batch" or not has_large_outputs(evaluation) or not _tried(evaluation):
+        return False
+    several = isinstance(sample.target, Tensor) and sample.target.ndim > 1 and not sample.target.is_floating_point()
+    return term.acts_on == "positions" or evaluation.problem.samples == "position" or not several
+
+
+def record_head(evaluation: Evaluation, *, graph: bool = True, once: bool = False) -> tuple[Head, list[Tensor]] | None:
+    """The last layer, its input with a graph from the leaves, by one model call; None where outputs are to be made.
+
+    ``problem.no_head`` then says why, unless they are small.
+
+    Args:
+        evaluation: the batch.
+        graph: whether there is to be a graph at all.
+        once: whether one backward through it is all that follows.
+    """
+    if not has_large_outputs(evaluation) or not _tried(evaluation):
+        return None
+    leaves = [p.requires_grad_(graph) for p in evaluation.values()]
+    try:
+        with torch.set_grad_enabled(graph):
+            found = _call(evaluation, leaves, once=once)
+    except Exception:  # whatever is wrong with the model on these data, the ordinary call tells it better
+        return None
+    if isinstance(found, str):
+        return None
+    return found, leaves
+
+
+def push_hidden(evaluation: Evaluation, vector: Tensor, names: Collection[str]) -> Tensor:
+    """ḣ = J v of the input h of the last layer, of its shape; one model call by forward AD, without the layer.
+
+    Args:
+        evaluation: the batch.
+        vector: v (D,).
+        names: parameters that h depends on. A dual tensor copies its tangent, and the last layer's is the largest.
+
+    Raises:
+        NotImplementedError: an operation of the model has no forward AD.
+        RuntimeError: the same.
+    """
+    tangents = evaluation.problem.layout.tangents(vector)
+    with forward_ad.dual_level():
+        given = zip(evaluation.problem.layout.names, evaluation.values(), tangents, strict=True)
+        duals = [forward_ad.make_dual(p, t) if name in names else p for name, p, t in given]
+        found = _call(evaluation, duals)
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        h, tangent = forward_ad.unpack_dual(found.hidden)
+        none = tangent is None or tangent._is_zerotensor()
+        result: Tensor = torch.zeros_like(h) if none else tangent.detach()
+        return result
+
+
+def _tried(evaluation: Evaluation) -> bool:
+    """Whether the model ends in a linear layer, told by calling it on the first batch that asks."""
+    problem = evaluation.problem
+    if problem.ends_in_head is None:
+        problem.ends_in_head = False
+        try:
+            with torch.no_grad():
+                first = found = _call(evaluation, evaluation.values())
+                # The outputs of inner layers may be as large; now that it is known which these are, they are left alone.
+                if isinstance(first, str) and problem.inner_layers:
+                    found = _call(evaluation, evaluation.values())
+        except Exception as error:
+            problem.no_head = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return False
+        problem.ends_in_head = isinstance(found, Head)
+        problem.no_head = None if isinstance(first, Head) or problem.ends_in_head else first
+    return problem.ends_in_head
+
+
+def _call(evaluation: Evaluation, tensors: Sequence[Tensor], *, once: bool = False) -> Head | str:
+    """The last layer with these tensors for the chosen parameters, or why there is none."""
+    problem, state = evaluation.problem, evaluation.snapshot.state
+    weights = {id(t): name for name, t in state.items()}
+    weights |= {id(t): name for t, name in zip(tensors, problem.layout.names, strict=True)}
+    deferring = Deferring(weights, problem.output_memory, problem.inner_layers)
+    with deferring, problem.guarding_inputs(evaluation.sample.batch) as batch:
+        raw = evaluation.call(tensors, batch, once=once)
+    problem.inner_layers |= deferring.used.keys()
+    if deferring.used:
+        layer, function = list(deferring.used.items())[-1]
+        return f"the outputs of the layer {layer!r} go into {function}"
+    if not isinstance(raw, Deferred):
+        return "the model does not return the outputs of a linear layer as one tensor"
+    return why_not_a_head(raw, evaluation) or Head(raw, evaluation)

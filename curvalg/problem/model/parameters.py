@@ -1,0 +1,276 @@
+"""Which parameters a problem is about, and how they lie in a flat vector."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from curvalg.errors import ProblemError, ProblemTypeError, VectorError
+from curvalg.problem.model.sharded import require_whole
+from curvalg.problem.state.snapshot import Slot
+
+
+class Layout:
+    """Names, shapes and flat positions of the chosen parameters, in the order of ``named_parameters()``.
+
+    Args:
+        parameters: name -> tensor; only shapes and dtypes are kept.
+
+    >>> import torch
+    >>> layout = Layout({"w": torch.zeros(2, 3), "b": torch.zeros(2)})
+    >>> layout.slices["b"], layout.unflatten(torch.arange(8.0))["b"]
+    (slice(6, 8, None), tensor([6., 7.]))
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in parameters.items()}
+        self.dtypes: dict[str, torch.dtype] = {name: p.dtype for name, p in parameters.items()}
+        self.sizes: list[int] = [p.numel() for p in parameters.values()]
+        ends = list(itertools.accumulate(self.sizes))
+        self.slices: dict[str, slice] = {
+            name: slice(end - size, end) for name, end, size in zip(parameters, ends, self.sizes, strict=True)
+        }
+        # One dtype for all vectors: the widest of the parameters', and never below float32, in which sums are kept.
+        self.dtype: torch.dtype = reduce(torch.promote_types, self.dtypes.values(), torch.float32)
+        # Casting tensors that have the right dtype already costs more than all else for a small network.
+        self.uniform = set(self.dtypes.values()) == {self.dtype}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters in flat order."""
+        return list(self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Number of scalars, D."""
+        return sum(self.sizes)
+
+    def flatten(self, tree: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """A vector (D,), or a matrix (D, K) where every tensor has a trailing column axis of length K.
+
+        Args:
+            tree: name -> tensor, or tensors in the order of ``names``.
+
+        Raises:
+            VectorError: missing or unknown names, or shapes that do not fit.
+        """
+        tensors = self._ordered(tree)
+        columns = {tuple(t.shape[len(shape) :]) for t, shape in zip(tensors, self.shapes.values(), strict=True)}
+        fits = all(t.shape[: len(shape)] == shape for t, shape in zip(tensors, self.shapes.values(), strict=True))
+        if not fits or len(columns) != 1 or len(trailing := columns.pop()) > 1:
+            came = {name: tuple(t.shape) for name, t in zip(self.names, tensors, strict=True)}
+            expected = {name: tuple(shape) for name, shape in self.shapes.items()}
+            raise VectorError(
+                f"expected tensors of shapes {expected}, all with or all without one trailing column axis; got {came}"
+            )
+        flat = [t.reshape(size, *trailing) for t, size in zip(tensors, self.sizes, strict=True)]
+        return torch.cat([t.to(self._common(flat)) for t in flat])
+
+    def _common(self, tensors: Sequence[Tensor]) -> torch.dtype:
+        return reduce(torch.promote_types, (t.dtype for t in tensors), self.dtype)
+
+    def _ordered(self, tree: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
+        if isinstance(tree, Mapping):
+            missing, unknown = self.shapes.keys() - tree.keys(), tree.keys() - self.shapes.keys()
+            if missing or unknown:
+                raise VectorError(
+                    f"expected one tensor per parameter {self.names}; missing {sorted(missing)}, unknown {sorted(unknown)}"
+                )
+            tensors = [tree[name] for name in self.shapes]
+        else:
+            tensors = list(tree)
+        if len(tensors) != len(self.shapes) or not all(isinstance(t, Tensor) for t in tensors):
+            kinds = [type(t).__name__ for t in tensors]
+            raise VectorError(f"expected {len(self.shapes)} tensors in the order {self.names}, got {kinds}")
+        return tensors
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector (D,), or of a matrix (D, K) with the column axis kept last, in parameter shapes.
+
+        Raises:
+            VectorError: the leading axis is not D.
+        """
+        if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
+            raise VectorError(
+                f"expected a tensor of shape ({self.size},) or ({self.size}, K), got {tuple(vector.shape)}"
+            )
+        parts = vector.split(self.sizes)
+        return {n: t.reshape((*s, *t.shape[1:])) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
+
+    def unflatten_rows(self, rows: Tensor) -> dict[str, Tensor]:
+        """Vectors (K, D) as one tensor (K, *shape) per parameter, views in the vectors' dtype."""
+        parts = zip(self.shapes.items(), rows.split(self.sizes, 1), strict=True)
+        return {name: part.reshape(rows.shape[0], *shape) for (name, shape), part in parts}
+
+    def tangents(self, vector: Tensor) -> list[Tensor]:
+        """A vector (D,) as one tensor per parameter, in the parameter's shape and dtype."""
+        parts = zip(vector.split(self.sizes), self.shapes.values(), strict=True)
+        tensors = [t.reshape(shape) for t, shape in parts]
+        if self.uniform and vector.dtype == self.dtype:
+            return tensors
+        return [t.to(dtype) for t, dtype in zip(tensors, self.dtypes.values(), strict=True)]
+
+    def gather(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """Gradients of the parameters (None: zero) as one vector (D,)."""
+        flat = [
+            torch.zeros(size, dtype=self.dtype, device=device) if g is None else g.reshape(-1)
+            for g, size in zip(gradients, self.sizes, strict=True)
+        ]
+        return torch.cat(flat if self.uniform else [t.to(self.dtype) for t in flat])
+
+    def add_(self, total: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients (K, *shape) of the parameters (None: zero) to vectors (K, D), in place and without another vector."""
+        for g, place in zip(gradients, self.slices.values(), strict=True):
+            if g is not None:
+                total[:, place] += g.reshape(len(total), -1)
+
+    def __repr__(self) -> str:
+        return f"Layout({self.size} parameters in {len(self.shapes)} tensors, {self.dtype})"
+
+
+def slots(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[Slot]:
+    """Where the tensors of a module are: one name per (module, slot), a module under two names once, tied tensors twice."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, owner, key)
+        for prefix, child in module.named_modules()
+        for owner in (getattr(child, kind),)
+        for key, t in owner.items()
+        if t is not None
+    ]
+
+
+Selection = None | str | Sequence[str] | Mapping[str, Tensor]
+
+
+def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
+    """The chosen parameters of a module, tied ones once, in the order of ``named_parameters()``.
+
+    Raises:
+        ProblemError: a name or pattern that matches nothing, a tensor that is not the model's, nothing to choose.
+    """
+    every = dict(module.named_parameters(remove_duplicate=False))
+    if params is None:
+        chosen = {id(p) for p in every.values() if p.requires_grad}
+        if not chosen:
+            raise ProblemError(
+                "the model has no parameter with requires_grad=True; unfreeze some, or name the parameters with params="
+            )
+    elif isinstance(params, Mapping):
+        own = {id(p) for p in every.values()}
+        foreign = [name for name, p in params.items() if id(p) not in own]
+        if foreign or not params:
+            raise ProblemError(
+                f"params= as a dict must hold parameters of the model itself; {foreign or 'it is empty'}. Pass names instead"
+            )
+        chosen = {id(p) for p in params.values()}
+    else:
+        if not isinstance(params, Iterable):
+            raise ProblemTypeError(f"params is None, names or glob patterns, or a dict, got {type(params).__name__}")
+        chosen = {id(every[name]) for name in match([params] if isinstance(params, str) else params, list(every))}
+    return check({name: p for name, p in module.named_parameters() if id(p) in chosen})
+
+
+def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The names that match any of the names or glob patterns, in their own order.
+
+    Raises:
+        ProblemError: a pattern that matches none.
+    """
+    matched: set[str] = set()
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ProblemTypeError(f"parameters are chosen by name or glob pattern, got {pattern!r}")
+        hits = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"the parameters are {', '.join(names)}"
+            raise ProblemError(f"no parameter matches {pattern!r}; {hint}")
+        matched.update(hits)
+    if not matched:
+        raise ProblemError("expected at least one parameter name or pattern, got none")
+    return [name for name in names if name in matched]
+
+
+def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters that curvature can be computed for, tied ones once.
+
+    Raises:
+        ProblemError: complex, integer, uninitialised, sharded or empty parameters.
+    """
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, p in parameters.items():
+        require_whole(name, p)
+        if isinstance(p, UninitializedParameter):
+            raise ProblemError(f"parameter {name!r} is not initialised yet; run the model once on a batch first")
+        if not isinstance(p, Tensor):
+            raise ProblemError(f"expected a tensor for parameter {name!r}, got {type(p).__name__}")
+        if p.is_meta:
+            raise ProblemError(
+                f"parameter {name!r} is on the meta device, where there are no numbers; load the model first (to_empty and "
+                "load_state_dict)"
+            )
+        if p.is_complex():
+            raise ProblemError(
+                f"parameter {name!r} is complex ({p.dtype}); curvature is defined for real parameters here. Parametrise "
+                "by real and imaginary parts (torch.view_as_real)"
+            )
+        if not p.is_floating_point():
+            raise ProblemError(f"parameter {name!r} has dtype {p.dtype}; only floating-point parameters have curvature")
+        unique.setdefault(id(p), (name, p))
+    devices = {p.device for _, p in unique.values()}
+    if len(devices) > 1:
+        raise ProblemError(
+            f"the chosen parameters lie on several devices {sorted(map(str, devices))}; choose those on one"
+        )
+    if not unique or not math.fsum(p.numel() for _, p in unique.values()):
+        raise ProblemError("there are no parameters to compute curvature for")
+    return dict(unique.values())
+
+
+class Forms:
+    """Shape, dtype and device that the chosen parameters had when the problem was made.
+
+    ``module.double()`` and ``module.cuda()`` change the tensors themselves, so that they cannot be asked later.
+
+    Args:
+        chosen: the parameters by name.
+    """
+
+    def __init__(self, chosen: Mapping[str, Tensor]) -> None:
+        self._forms = {name: _form(p) for name, p in chosen.items()}
+
+    def checked(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The chosen of all live parameters.
+
+        Raises:
+            ProblemError: one is gone or has another form.
+        """
+        for name, form in self._forms.items():
+            if name not in live:
+                raise ProblemError(f"parameter {name!r} is gone; make a new Problem")
+            require_whole(name, live[name])
+            if (now := _form(live[name])) != form:
+                raise ProblemError(
+                    f"parameter {name!r} was {_shown(form)} when the Problem was made and is {_shown(now)} now; make a new "
+                    "Problem"
+                )
+        return {name: live[name] for name in self._forms}
+
+
+def _form(p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return p.shape, p.dtype, p.device
+
+
+def _shown(form: tuple[torch.Size, torch.dtype, torch.device]) -> str:
+    shape, dtype, device = form
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)} on {device}"

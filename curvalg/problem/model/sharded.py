@@ -1,0 +1,41 @@
+"""Models of which this process has a part only: refused by name, with what to do."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from curvalg.errors import ProblemError
+from curvalg.tensors.distributed import is_distributed, is_part
+
+
+def require_unsharded(module: nn.Module) -> None:
+    """Refuse a model of which this process has a part only, whichever parameters are chosen.
+
+    Raises:
+        ProblemError: it is wrapped by FSDP, or has parameters or buffers that are DTensors.
+    """
+    for name, child in module.named_modules():
+        if is_distributed(child, "FullyShardedDataParallel"):
+            what = f"the module {name!r}" if name else "the model"
+            raise ProblemError(
+                f"{what} is wrapped by FullyShardedDataParallel, so that each process has a part of it; gather the parameters "
+                "first (a full state dict, FullyShardedDataParallel.state_dict_type), load them into an unsharded copy of "
+                "the model, and make the Problem of that"
+            )
+    for name, p in module.named_parameters():
+        require_whole(name, p)
+    for name, b in module.named_buffers():
+        require_whole(name, b, "buffer")
+
+
+def require_whole(name: str, tensor: object, kind: str = "parameter") -> None:
+    """Refuse a part of a tensor.
+
+    Raises:
+        ProblemError: it is a DTensor.
+    """
+    if is_part(tensor):
+        raise ProblemError(
+            f"{kind} {name!r} is a DTensor, a part of a tensor that is spread over processes; gather the full {kind}s first "
+            "(full_tensor(), or the full state dict of FSDP), and make the Problem of an unsharded copy of the model"
+        )

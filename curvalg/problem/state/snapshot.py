@@ -1,0 +1,136 @@
+"""The state that numbers are computed at, and whether the live model, loss and data are still at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from curvalg.errors import StaleError
+from curvalg.problem.state.side_effects import SideEffects
+from curvalg.problem.state.watch import Watch
+from curvalg.tensors.bits import Bits
+
+if TYPE_CHECKING:
+    from curvalg.losses import Loss
+    from curvalg.problem.totals import Totals
+
+Slot = tuple[str, Mapping[str, Any], str]
+"""A place that holds a tensor: its name, the dict that owns it, the key in that dict."""
+
+
+class Structure:
+    """All of a state but the numbers in parameters and buffers: attributes, hooks, submodules, flags, the loss, the data.
+
+    What is counted on the whole data set belongs to it.
+
+    Args:
+        modules: the modules of the model, by name.
+        others: (name, object) of what else the numbers depend on: the user's loss and functions.
+        source: the batches, or what gives them.
+        loss: what the user's loss means now.
+        refreshes: how often the problem was refreshed before.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[str, nn.Module]],
+        others: Sequence[tuple[str, Any]],
+        source: Any,
+        loss: Loss | None,
+        refreshes: int,
+    ) -> None:
+        own = [module for _, module in modules]
+        self.settings = Watch([(f"attribute of {name}", m) for name, m in modules], exactly=True, modules=own)
+        self.functions = Watch(others, exactly=True, modules=own)
+        self.data = Watch([("data", getattr(source, "dataset", source))], exactly=False, inside=(Dataset,))
+        self._flags = [(m, m.training, tuple(m._modules.values())) for m in own]
+        self.loss = loss
+        self.refreshes = refreshes
+        self.totals: Totals | None = None
+        self.sworn: set[str] = set()
+        """What has been verified at this structure."""
+        self.curved: frozenset[str] = frozenset()
+        """Operations whose second derivatives have been verified."""
+        self.effects = SideEffects(self.settings, self.functions, own)
+        self.differentiates = False
+        """Whether the model takes derivatives in its forward, which fails without gradients."""
+        self.notes: dict[str, str] = {}
+        """What could not be verified, and why, by topic."""
+        self.epsilon: float | None = None
+        """The largest rounding error among the dtypes that the model computes in, once a graph has told."""
+        self._read = False
+
+    def intact(self) -> bool:
+        """Whether all of it is as it was."""
+        for module, training, children in self._flags:
+            if module.training is not training or tuple(module._modules.values()) != children:
+                return False
+        return self.settings.intact() and self.functions.intact() and self.data.intact()
+
+    def has_read(self) -> None:
+        """The data were read to the end: what that changed of them (a cache that a data set fills) does not count."""
+        if not self._read:
+            self._read = True
+            self.data.forgive()
+
+    def changed(self) -> list[str]:
+        """What is different now."""
+        names = [*self.settings.changed(), *self.functions.changed(), *self.data.changed()]
+        if any(module.training is not training for module, training, _ in self._flags):
+            names.append("training flags")
+        if any(tuple(module._modules.values()) != children for module, _, children in self._flags):
+            names.append("submodules")
+        return names
+
+
+class Snapshot:
+    """Private copies of all parameters and buffers, selected or not, at a structure.
+
+    Args:
+        structure: all else that makes up the state.
+        slots: where the live tensors are.
+        lock: the problem's.
+    """
+
+    def __init__(self, structure: Structure, slots: Sequence[Slot], lock: AbstractContextManager[Any]) -> None:
+        self.structure = structure
+        self.lock = lock
+        """Held while what is kept at the state is made, changed or multiplied: by one thread at a time."""
+        once = {id(owner[key]): Bits(owner[key]) for _, owner, key in reversed(slots)}
+        # Tied tensors stay tied: one copy for all their names.
+        self.state: dict[str, Tensor] = {name: once[id(owner[key])].copy for name, owner, key in slots}
+        # Comparing happens in every product: everything that can be looked up beforehand is.
+        places = {id(owner[key]): (owner, key, once[id(owner[key])]) for _, owner, key in reversed(slots)}
+        self._watched = list(places.values())
+        self.sworn: dict[Any, tuple[str | None, frozenset[str]]] = {}
+        """Routes, for which parameters -> why each must not be used at this state (None where it was found right), and the
+        operations that it was verified on."""
+        self.restrictions: dict[tuple[str, ...], Any] = {}
+        """The problem over some of its parameters, at this state."""
+
+    def intact(self) -> bool:
+        """Whether nothing that is watched changed; a fast form of :meth:`changed` that does not say what."""
+        for owner, key, bits in self._watched:
+            if key not in owner or (live := owner[key]) is None or not bits.intact(live):
+                return False
+        return self.structure.intact()
+
+    def changed(self, slots: Sequence[Slot]) -> list[str]:
+        """Names of what differs now, tensors bit for bit."""
+        live = {name: owner[key] for name, owner, key in slots}
+        names = sorted(live.keys() ^ self.state.keys())
+        names += [n for n, t in live.items() if n in self.state and not Bits(t, self.state[n]).equal(t)]
+        return [*names, *self.structure.changed()]
+
+    def stale(self, slots: Callable[[], Sequence[Slot]]) -> StaleError:
+        """What to raise when it is not intact."""
+        names = self.changed(slots())
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return StaleError(
+            f"the model, loss or data changed after the operator was lowered ({shown or 'another device'}); call "
+            "operator.refresh() to go on at the new state, or lower the expression again"
+        )

@@ -1,0 +1,1 @@
+"""What is verified before it is believed, and what replaces what fails."""

@@ -1,0 +1,1 @@
+"""Tensors and nothing else: trees of them, sums over batches, columns, graphs, uniforms, memory."""

@@ -1,0 +1,161 @@
+"""Backward passes through autograd graphs, with the causes of known failures and their cures."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvalg.errors import ProblemError, StaleError
+
+
+def backward(
+    outputs: Sequence[Tensor | GradientEdge | None],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+    batched: bool = False,
+) -> list[Tensor | None]:
+    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero, edges stand for tensors that are gone.
+
+    With ``batched`` all cotangents have a leading axis, and so do the results.
+
+    Raises:
+        ProblemError: autograd fails for a known reason that has a cure.
+    """
+    given = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
+    live = [(o, c) for o, c in given if isinstance(o, GradientEdge) or o.requires_grad]
+    if not live:
+        return [None] * len(inputs)
+    with _explained():
+        return list(
+            torch.autograd.grad(
+                [o for o, _ in live],  # type: ignore[arg-type]
+                tuple(inputs),  # type: ignore[arg-type]
+                [c if isinstance(o, GradientEdge) else c.to(o.dtype) for o, c in live],
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        )
+
+
+def backward_from(
+    edge: GradientEdge, inputs: Sequence[Tensor], cotangent: Tensor, *, retain_graph: bool
+) -> list[Tensor | None]:
+    """cotangentᵀ ∂/∂inputs of the tensor whose gradient arrives at an edge.
+
+    Raises:
+        ProblemError: autograd fails for a known reason that has a cure.
+    """
+    with _explained():
+        return list(torch.autograd.grad(edge, tuple(inputs), cotangent, retain_graph=retain_graph, allow_unused=True))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raises:
+    StaleError: a tensor that a graph needs was changed in place.
+    ProblemError: autograd fails for another known reason that has a cure.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise StaleError(
+                "a tensor that a backward pass needs was changed in place. Where loss(model(X), y).backward() fails as well, "
+                "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was "
+                "changed after the operator was lowered (the data, or a plain attribute of the model): call problem.close() "
+                "and operator.refresh(), or pass cache=0"
+            ) from error
+        if cure := explain_failure(error):
+            raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
+        raise
+
+
+def backward_columns(
+    z: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor, *, batched: bool | None = None
+) -> tuple[list[Tensor | None], bool]:
+    """Jᵀs for cotangents (K, *z.shape), each result with a leading axis of length K; the graph stays.
+
+    Args:
+        z: the output.
+        inputs: what to differentiate with respect to.
+        cotangents: s.
+        batched: one backward pass for all columns, or one after the other; None: whichever is faster, measured here.
+
+    Returns:
+        The results, and whether columns are better batched.
+    """
+
+    def one(c: Tensor) -> list[Tensor | None]:
+        return backward([z], inputs, [c], retain_graph=True)
+
+    first: list[list[Tensor | None]] = []
+    single = 0.0
+    if batched is None and len(cotangents) > 1:
+        start = time.perf_counter()
+        first = [one(cotangents[0])]
+        _synchronize(z)
+        single = time.perf_counter() - start
+        # Batching saves calls, no arithmetic: where a column is real work there is nothing to gain (and vmap copies).
+        batched = None if single < OVERHEAD else False
+    if batched is not False and len(cotangents) > 1:
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                found = backward([z], inputs, [cotangents], retain_graph=True, batched=True)
+            _synchronize(z)
+            return found, batched is True or time.perf_counter() - start < len(cotangents) * single
+        except (RuntimeError, NotImplementedError, ProblemError):
+            pass  # whatever is wrong beyond batching is raised below
+    columns = zip(*(first + [one(c) for c in cotangents[len(first) :]]), strict=True)
+    return [torch.stack(some) if (some := [g for g in column if g is not None]) else None for column in columns], False
+
+
+OVERHEAD = 2e-3
+"""Seconds of a backward pass above which it is work rather than calls."""
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def explain_failure(error: Exception) -> str | None:
+    """A cure for failures of autograd that are known, else None."""
+    message = str(error)
+    for part, cure in _KNOWN_FAILURES.items():
+        if part in message:
+            return cure
+    return None
+
+
+REENTRANT = "None of the inputs have requires_grad=True"
+_KNOWN_FAILURES: dict[str, str] = {
+    REENTRANT: (
+        "reentrant activation checkpointing drops the parameters inside it here; use "
+        "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+    ),
+    "Checkpointing is not compatible with .grad()": (
+        "reentrant activation checkpointing cannot be differentiated twice; use torch.utils.checkpoint.checkpoint(..., "
+        "use_reentrant=False)"
+    ),
+    "use_reentrant": (
+        "reentrant activation checkpointing cannot be differentiated twice; use torch.utils.checkpoint.checkpoint(..., "
+        "use_reentrant=False)"
+    ),
+    "_thnn_fused": "a fused recurrent layer cannot be differentiated twice on this device",
+    "is not implemented for": "an operation of the model lacks a second derivative; replace it by one that has it",
+    "double backward": "an operation of the model lacks a second derivative; replace it by one that has it",
+    "derivative for": "an operation of the model lacks a second derivative; replace it by one that has it",
+}

@@ -1,0 +1,53 @@
+"""Sums over batches: the one place where they are added, and where a data-parallel run will need its one all-reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.tensors import trees
+
+
+class BatchSum:
+    """What batches give, added one after the other.
+
+    Args:
+        dtype: that floating-point numbers are added in; None: their own.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._dtypes: list[torch.dtype] | None = None
+        self._value: Any = None
+        self._ours = False
+
+    def add(self, part: Any) -> None:
+        """One more tensor, or pytree of tensors; None adds nothing."""
+        if part is None:
+            return
+        if self._dtypes is None and self._dtype is not None:
+            self._dtypes = [t.dtype for t in trees.tensors(part)]
+        wide = self._widened(part)
+        if self._value is None:
+            self._value = wide
+            self._ours = wide is not part and isinstance(part, Tensor)
+        elif self._ours and isinstance(wide, Tensor) and wide.dtype == self._value.dtype:
+            self._value.add_(wide)  # the sum is ours alone: no further buffer of its size
+        else:
+            self._value = trees.add(self._value, wide)
+            self._ours = True
+
+    def _widened(self, part: Any) -> Any:
+        if self._dtype is None:
+            return part
+        return trees.tensor_map(lambda t: t.to(self._dtype) if t.is_floating_point() else t, part)
+
+    @property
+    def value(self) -> Any:
+        """The sum in the dtypes that its parts had; None of nothing."""
+        if self._dtypes is None:
+            return self._value
+        dtypes = iter(self._dtypes)
+        return trees.tensor_map(lambda t: t.to(next(dtypes)), self._value)
