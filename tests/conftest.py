@@ -11,7 +11,7 @@ from dense import Case, Dense
 from zoo import make
 
 from curvalg import Problem
-from curvalg.lowering.race import Ways
+from curvalg.lowering.race import Race
 
 NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
 """Whether the thorough versions of random tests run."""
@@ -71,10 +71,10 @@ def counted_model(problem_of):
 @pytest.fixture
 def take_way(monkeypatch):
     """way -> from now on it is taken wherever it is possible, whatever is faster."""
-    choose = Ways.choose
+    choose = Race.choose
 
     def take(way: str) -> None:
-        def chosen(self: Ways, problem: Problem, ways, x: torch.Tensor, *, insist: bool = False) -> str:
+        def chosen(self: Race, problem: Problem, ways, x: torch.Tensor, *, insist: bool = False) -> str:
             chosen, wide = choose(self, problem, ways, x, insist=insist), x.shape[1] > 1
             if self._names[wide] in problem.recalled:
                 return chosen
@@ -82,6 +82,6 @@ def take_way(monkeypatch):
             problem.choices[self._names[wide]] = self._chosen[wide]
             return self._chosen[wide]
 
-        monkeypatch.setattr(Ways, "choose", chosen)
+        monkeypatch.setattr(Race, "choose", chosen)
 
     return take

@@ -11,7 +11,7 @@ import typer
 from curvalg.cli.report import BAD_INPUT, FAILED, PARTIAL, Report, stdout
 
 if TYPE_CHECKING:  # importing it would import NumPy and SciPy for every command
-    from curvalg.cli.eigs import End
+    from curvalg.cli.run_eigs import End
     from curvalg.estimate import Result
 
 app = typer.Typer(
@@ -84,7 +84,7 @@ def terms(
 ) -> None:
     """List the terms that expressions are made of, with their options and where they come from."""
     from curvalg import registry
-    from curvalg.cli.terms import terms_table
+    from curvalg.cli.list_terms import terms_table
 
     report: Report = context.obj
     with report.exits(BAD_INPUT):
@@ -131,7 +131,7 @@ def eigs(
 ) -> None:
     """Eigenvalues of a symmetric expression on a problem, each with its true residual."""
     from curvalg import parse
-    from curvalg.cli import eigs as command
+    from curvalg.cli import run_eigs as command
     from curvalg.cli.load import load_problem
 
     report: Report = context.obj
@@ -165,7 +165,7 @@ def eigs(
     _finish(pairs)
 
 
-class Scale(str, Enum):
+class DensityAxis(str, Enum):
     """The axis of a density."""
 
     linear = "linear"
@@ -179,7 +179,7 @@ def density(
     problem: ProblemName,
     probes: Annotated[int, typer.Option(min=1, help="Random vectors.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each.")] = 50,
-    scale: Annotated[Scale, typer.Option(help="The axis: λ, or |λ| on a logarithmic one.")] = Scale.linear,
+    scale: Annotated[DensityAxis, typer.Option(help="The axis: λ, or |λ| on a logarithmic one.")] = DensityAxis.linear,
     outliers: Annotated[int, typer.Option(min=0, help="Eigenvalues to compute one by one first.")] = 0,
     seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the density (png, pdf, svg).")] = None,
@@ -188,7 +188,7 @@ def density(
 ) -> None:
     """The density of the eigenvalues of a symmetric expression, by stochastic Lanczos quadrature."""
     from curvalg import parse
-    from curvalg.cli import density as command
+    from curvalg.cli import run_density as command
     from curvalg.cli.load import load_problem
     from curvalg.estimate import spectral_density
 
@@ -247,7 +247,7 @@ def estimate(
 ) -> None:
     """One number of an expression on a problem, with its standard error."""
     from curvalg import parse
-    from curvalg.cli import estimate as command
+    from curvalg.cli import run_estimate as command
     from curvalg.cli.load import load_problem
     from curvalg.registry.spec import did_you_mean
 

@@ -11,7 +11,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from curvalg.cli.problems import BUILT_IN
+from curvalg.cli.list_problems import BUILT_IN
 from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem import Problem
 

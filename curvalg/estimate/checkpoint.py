@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 import curvalg
 from curvalg.errors import CheckpointError, CurvalgWarning
-from curvalg.estimate.place import Place
+from curvalg.estimate.place import RunFile
 from curvalg.estimate.state import Named, Options, State
-from curvalg.estimate.unit import Unit
+from curvalg.estimate.unit import PowerOfTwo
 
 FORMAT = 4
 KEY = "curvalg"
@@ -70,9 +70,9 @@ class Checkpoint:
         path: str | os.PathLike[str],
         subject: Options,
         choices: Choices | None = None,
-        unit: Unit | None = None,
+        unit: PowerOfTwo | None = None,
     ) -> None:
-        self.place, self.subject, self._choices, self._unit = Place(path), subject, choices or Choices({}, {}), unit
+        self.place, self.subject, self._choices, self._unit = RunFile(path), subject, choices or Choices({}, {}), unit
         self.path = self.place.path
         self._marked: tuple[dict[str, Any], int | None] = {}, None
         self._next = time.monotonic() + INTERVAL

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvalg.estimate.result import Estimate, Result, axes
 from curvalg.estimate.smooth import SCALES, bumps, even_grid, extent, floor_of, papyan_width
-from curvalg.solve.quadrature import Rule, standard_error
+from curvalg.solve.quadrature import GaussRules, standard_error
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Density(Result):
     width: float
     floor: float
     size: int
-    rule: Rule = field(repr=False)
+    rule: GaussRules = field(repr=False)
 
     @classmethod
-    def of(cls, rule: Rule, outliers: Tensor, look: Look, size: int, made: Result) -> Density:
+    def of(cls, rule: GaussRules, outliers: Tensor, look: Look, size: int, made: Result) -> Density:
         """The curve of rules on the complement of outliers; ``made`` tells how they were made."""
         share = (size - len(outliers)) / size
         nodes, weights = rule.nodes, rule.weights * share

@@ -21,7 +21,7 @@ from curvalg.estimate.slq import StochasticLanczos
 from curvalg.estimate.smooth import SCALES
 from curvalg.estimate.target import Target, require_symmetric, target
 from curvalg.solve.orthogonal import orthonormalise, small
-from curvalg.solve.quadrature import Rule
+from curvalg.solve.quadrature import GaussRules
 
 Scale = Literal["linear", "log"]
 
@@ -125,7 +125,7 @@ def _made(method: str, products: int, seconds: float, partial: bool = False) -> 
     return Result(method=method, products=products, seconds=seconds, converged=not partial, partial=partial)
 
 
-def _exact(given: Target, outliers: int, products: int) -> tuple[Rule, Tensor] | None:
+def _exact(given: Target, outliers: int, products: int) -> tuple[GaussRules, Tensor] | None:
     """All eigenvalues as one rule and the outliers, where structure gives them for no more than so many products."""
     if given.operator is None:
         return None
@@ -140,7 +140,7 @@ def _exact(given: Target, outliers: int, products: int) -> tuple[Rule, Tensor] |
     order = values[:-1].abs().argsort(descending=True, stable=True)
     peaks, counts[order[:outliers]] = values[order[:outliers]], 0.0
     left = float(counts.sum())
-    rule = Rule(values[None], counts[None] / left, (values[None], counts[None] / left))
+    rule = GaussRules(values[None], counts[None] / left, (values[None], counts[None] / left))
     return rule, peaks.sort().values
 
 

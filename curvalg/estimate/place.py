@@ -38,7 +38,7 @@ Stamp = tuple[int, int, int] | None
 """What tells one file from another in the same place; None where there is none."""
 
 
-class Place:
+class RunFile:
     """A file that a run writes whole, again and again.
 
     Symbolic links are followed once, so that what they point to is replaced and they stay. While a run holds the place, there
@@ -181,7 +181,7 @@ def require_place(path: str | os.PathLike[str] | None) -> None:
         CheckpointError: it is one, or another run writes there.
     """
     if path is not None:
-        Place(path)
+        RunFile(path)
 
 
 def _same(file: IO[str], path: Path) -> bool:

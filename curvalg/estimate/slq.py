@@ -13,7 +13,7 @@ from curvalg.estimate.run import Outcome
 from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
 from curvalg.solve import quadrature
-from curvalg.solve.quadrature import Recurrences, Rule
+from curvalg.solve.quadrature import GaussRules, Recurrences
 
 KEPT = 2**27
 """Numbers that the bases of all probes together may take (0.5 GiB in float32). Where they would take more, only the last two
@@ -48,7 +48,7 @@ class StochasticLanczos:
     name: str
     locked: Tensor = field(repr=False)
     before: int = 0
-    enough: Callable[[Rule], bool] | None = None
+    enough: Callable[[GaussRules], bool] | None = None
     most: int = 0
 
     @property
@@ -119,7 +119,7 @@ class StochasticLanczos:
         """Of the probes that are wanted now."""
         return self.before + _integer(state.numbers["wanted"]) * self.steps
 
-    def rule(self, state: State) -> Rule:
+    def rule(self, state: State) -> GaussRules:
         """Of all probes as far as they are; at least one step must have been made."""
         alphas, betas = state.tensors["finished alphas"], state.tensors["finished betas"]
         if (going := self._going(state)) is not None:
@@ -128,7 +128,7 @@ class StochasticLanczos:
         made, back = quadrature.rule(alphas, betas), self.target.back
         return replace(made, nodes=back(made.nodes), coarse=(back(made.coarse[0]), made.coarse[1]))
 
-    def result(self, outcome: Outcome) -> Rule:
+    def result(self, outcome: Outcome) -> GaussRules:
         """The rule where a run ended; an interruption before the first step stays one."""
         if outcome.partial and not self._finished(outcome.state) and "basis" not in outcome.state.tensors:
             raise KeyboardInterrupt

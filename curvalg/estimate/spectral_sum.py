@@ -20,7 +20,7 @@ from curvalg.estimate.result import Estimate
 from curvalg.estimate.run import run
 from curvalg.estimate.slq import StochasticLanczos
 from curvalg.estimate.target import Target, require_symmetric
-from curvalg.solve.quadrature import Rule
+from curvalg.solve.quadrature import GaussRules
 
 OnFail = Literal["raise", "warn"]
 LONGER = 5
@@ -129,11 +129,11 @@ def spectral_sum(
     file = given.checkpoint(effort.checkpoint)
     size, (probes, steps) = given.size, effort.split(given.size)
 
-    def measured(rule: Rule) -> tuple[float, float]:
+    def measured(rule: GaussRules) -> tuple[float, float]:
         value, error, bias = rule.mean(function)
         return size * value, size * (error + bias)
 
-    def enough(rule: Rule) -> bool:
+    def enough(rule: GaussRules) -> bool:
         value, error = measured(rule)
         return error <= (effort.tol or 0.0) * abs(value)
 

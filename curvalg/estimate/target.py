@@ -13,10 +13,10 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, VectorError
-from curvalg.estimate import fingerprint
+from curvalg.estimate import run_identity as fingerprint
 from curvalg.estimate.checkpoint import Checkpoint, Choices, digest
 from curvalg.estimate.state import Options
-from curvalg.estimate.unit import Finite, Unit
+from curvalg.estimate.unit import Finite, PowerOfTwo
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
 from curvalg.lowering.inverses.rounding import noise
@@ -56,14 +56,14 @@ class Target:
     psd: bool | None = None
     half: float = 0.0
     """Relative error of products of models in half precision; 0 for others."""
-    unit: Unit | None = None
+    unit: PowerOfTwo | None = None
     """That products are in; None where they are what they are."""
 
     def in_units(self) -> Target:
         """The same with products in a unit of their own, which a run finds out; of a target that has one, itself."""
         if self.unit is not None:
             return self
-        unit = Unit(self.name, self.space.dtype)
+        unit = PowerOfTwo(self.name, self.space.dtype)
         multiply, adjoint = (unit.measuring(product) for product in (self.multiply, self.adjoint))
         return replace(self, multiply=multiply, adjoint=adjoint, unit=unit)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, OptionError
-from curvalg.estimate import fingerprint
+from curvalg.estimate import run_identity as fingerprint
 from curvalg.estimate.estimating import OnFail, exactly
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.target import Path, Target, choices_of, require_problem, target
@@ -22,7 +22,7 @@ from curvalg.expr.term import Term
 from curvalg.expr.terms import Covariance, Hessian
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import default_rtol, epsilon
-from curvalg.lowering.low_rank.gram import Columns
+from curvalg.lowering.low_rank.gram import WeightedFactor
 from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
 
@@ -138,7 +138,7 @@ def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C:
     facts = solve.facts
     if isinstance(C, Term) and type(C).factor is not Term.factor and problem.data.ordered:
         with problem.differentiating():
-            columns = Columns(problem, solve.snapshot, [(1.0, C)])
+            columns = WeightedFactor(problem, solve.snapshot, [(1.0, C)])
             columns.factor.prepare(problem, solve.snapshot)
         size = columns.factor.size
 

@@ -57,7 +57,7 @@ class Finite:
         return result, largest
 
 
-class Unit:
+class PowerOfTwo:
     """2^exponent, near the norm of an operator.
 
     It is found from the first product that is not zero, which costs nothing, and is 1 at ordinary scales. Powers of two are

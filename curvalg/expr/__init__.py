@@ -1,17 +1,18 @@
 """Unbound expressions: nodes, the algebra, terms, facts and printing. Imports no torch."""
 
-from curvalg.expr.blocks import Block, BlockDiagonal, Partition, block_diagonal
-from curvalg.expr.constants import Identity, IdentityExpr, Zero, ZeroExpr
 from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.inverses import SOLVERS, Inverse, inverse
-from curvalg.expr.leaves import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalEstimate, DiagonalPart, Nystrom, diagonal_part, nystrom
-from curvalg.expr.products import Product, multiply
-from curvalg.expr.restrictions import Restriction, restrict
-from curvalg.expr.roots import SquareRoot, inv_sqrt, sqrt
+from curvalg.expr.nodes.approximations import DiagonalEstimate, DiagonalPart, Nystrom, diagonal_part, nystrom
+from curvalg.expr.nodes.arrays import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
+from curvalg.expr.nodes.block_diagonal import Block, BlockDiagonal, Partition, block_diagonal
+from curvalg.expr.nodes.constants import Identity, IdentityExpr, Zero, ZeroExpr
+from curvalg.expr.nodes.inverse import SOLVERS, Inverse, inverse
+from curvalg.expr.nodes.products import Product, multiply
+from curvalg.expr.nodes.restrictions import Restriction, restrict
+from curvalg.expr.nodes.roots import SquareRoot, inv_sqrt, sqrt
+from curvalg.expr.nodes.sums import Sum, add
+from curvalg.expr.nodes.transposes import Transpose, transpose
 from curvalg.expr.scalars import as_coefficient
-from curvalg.expr.sums import Sum, add
 from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import (
     GGN,
@@ -25,7 +26,6 @@ from curvalg.expr.terms import (
     MonteCarloGGN,
     Residual,
 )
-from curvalg.expr.transposes import Transpose, transpose
 
 __all__ = [
     "GGN",

@@ -162,7 +162,7 @@ class Expr:
                 f"expected an expression right of @, got {type(other).__name__}: an unbound expression cannot be "
                 "applied to a vector; write expr.lower(problem) @ vector"
             )
-        from curvalg.expr.products import multiply
+        from curvalg.expr.nodes.products import multiply
 
         return multiply([self, other])
 
@@ -172,14 +172,14 @@ class Expr:
         )
 
     def __pow__(self, exponent: int) -> Expr:
-        from curvalg.expr.products import power
+        from curvalg.expr.nodes.products import power
 
         return power(self, exponent)
 
     @property
     def T(self) -> Expr:
         """The transpose."""
-        from curvalg.expr.transposes import transpose
+        from curvalg.expr.nodes.transposes import transpose
 
         return transpose(self)
 
@@ -240,7 +240,7 @@ class Expr:
 
 
 def _add(pairs: list[tuple[Expr, Any]]) -> Expr:
-    from curvalg.expr.sums import add
+    from curvalg.expr.nodes.sums import add
 
     return add(pairs)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from curvalg.errors import ExpressionError, OptionError
-from curvalg.expr.composite import Side
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.composite import Side
 
 
 def side(expr: Expr, which: Literal["domain", "codomain"]) -> Side:

@@ -7,16 +7,16 @@ True
 
 from __future__ import annotations
 
-from curvalg.losses.base import Loss, LossPoint
-from curvalg.losses.binary import BCEWithLogits
 from curvalg.losses.callable import NLL, CallableLoss
-from curvalg.losses.cross_entropy import CrossEntropy
+from curvalg.losses.closed_forms.binary import BCEWithLogits
+from curvalg.losses.closed_forms.cross_entropy import CrossEntropy
+from curvalg.losses.closed_forms.gaussian import GaussianNLL
+from curvalg.losses.closed_forms.kl_div import KLDiv, KLDivWithLogits
+from curvalg.losses.closed_forms.poisson import PoissonNLL
+from curvalg.losses.closed_forms.regression import MSE, Huber, SmoothL1
 from curvalg.losses.from_torch import resolve_loss
-from curvalg.losses.gaussian import GaussianNLL
 from curvalg.losses.infer import infer_reduction
-from curvalg.losses.kl_div import KLDiv, KLDivWithLogits
-from curvalg.losses.poisson import PoissonNLL
-from curvalg.losses.regression import MSE, Huber, SmoothL1
+from curvalg.losses.loss import Loss, LossPoint
 
 __all__ = [
     "MSE",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import LossError
-from curvalg.losses.base import Reduction, Structure
 from curvalg.losses.calls import call, name_of
+from curvalg.losses.loss import Reduction, Structure
 from curvalg.tensors import trees
 
 Fn = Callable[[Any, Any], Any]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from curvalg.errors import CurvalgWarning, LossError
 from curvalg.expr.facts import LossFacts
-from curvalg.losses.base import Loss, LossPoint, Structure, rows, width
-from curvalg.losses.blocks import square_roots
 from curvalg.losses.calls import call, name_of
-from curvalg.losses.checks import check_reduction, floating
-from curvalg.losses.cross_entropy import CrossEntropy
+from curvalg.losses.closed_forms.cross_entropy import CrossEntropy
+from curvalg.losses.loss import Loss, LossPoint, Structure, rows, width
+from curvalg.losses.output_blocks import square_roots
+from curvalg.losses.validation import check_reduction, floating
 from curvalg.tensors import trees
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from curvalg.errors import LossError
-from curvalg.losses.base import Structure
+from curvalg.losses.loss import Structure
 
 
 def name_of(fn: Callable[..., Any]) -> str:

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvalg.errors import LossError, LossTypeError
-from curvalg.losses.base import Loss
-from curvalg.losses.binary import BCEWithLogits
 from curvalg.losses.callable import NLL, CallableLoss
-from curvalg.losses.checks import check_reduction
-from curvalg.losses.cross_entropy import CrossEntropy
-from curvalg.losses.gaussian import GaussianNLL
-from curvalg.losses.kl_div import KLDiv
-from curvalg.losses.poisson import PoissonNLL
-from curvalg.losses.regression import MSE, Huber, SmoothL1
+from curvalg.losses.closed_forms.binary import BCEWithLogits
+from curvalg.losses.closed_forms.cross_entropy import CrossEntropy
+from curvalg.losses.closed_forms.gaussian import GaussianNLL
+from curvalg.losses.closed_forms.kl_div import KLDiv
+from curvalg.losses.closed_forms.poisson import PoissonNLL
+from curvalg.losses.closed_forms.regression import MSE, Huber, SmoothL1
+from curvalg.losses.loss import Loss
+from curvalg.losses.validation import check_reduction
 
 TABLE: dict[type[nn.Module], Callable[[Any], Loss]] = {
     nn.BCEWithLogitsLoss: BCEWithLogits.from_module,

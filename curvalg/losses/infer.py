@@ -19,8 +19,8 @@ from curvalg.losses.additive import (
     tolerance_of,
     whole_and_parts,
 )
-from curvalg.losses.base import Reduction, Structure
 from curvalg.losses.calls import name_of
+from curvalg.losses.loss import Reduction, Structure
 
 
 def infer_reduction(fn: Callable[[Any, Any], Any], output: Structure, target: Structure) -> Reduction:

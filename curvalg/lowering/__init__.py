@@ -1,6 +1,5 @@
 """Lowering: from expressions and problems to operators."""
 
-from curvalg.lowering.lower import lower
-from curvalg.lowering.operator import CurvatureOperator
+from curvalg.lowering.operator import CurvatureOperator, lower
 
 __all__ = ["CurvatureOperator", "lower"]

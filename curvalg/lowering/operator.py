@@ -13,13 +13,13 @@ from torch import Tensor
 from curvalg.errors import ConvergenceError, ExpressionError, OptionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
-from curvalg.expr.node import Expr, refusing_depth
+from curvalg.expr.node import Expr, refusing_depth, require_hashable
 from curvalg.lowering.blocks.complete_blocks import resolve
-from curvalg.lowering.blocks.outputs import output_sizes
+from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.inverses.forms import find
-from curvalg.lowering.inverses.offer import Form, Matrix
-from curvalg.lowering.matrices import Dense
+from curvalg.lowering.inverses.offer import BoundMatrix, Form
+from curvalg.lowering.matrices import DenseMatrix
 from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.nodes import InversePlan, Plan, SumPlan
 from curvalg.lowering.plans.planner import plan
@@ -305,7 +305,7 @@ class CurvatureOperator(TorchOperator):
             return None
         with self.problem.differentiating():
             self._bind()
-            return find(Matrix(self._resolved, self.problem, plan))[0]
+            return find(BoundMatrix(self._resolved, self.problem, plan))[0]
 
     def to_dense(self) -> Tensor:
         self._require_memory()
@@ -313,8 +313,8 @@ class CurvatureOperator(TorchOperator):
         with self.problem.differentiating(), self.problem.lock:
             self._bind()
             if self.expr.domain == self.expr.codomain == "outputs":
-                form, _ = find(Matrix(self._resolved, self.problem, plan), asked="kernel")
-                if form is not None and isinstance(structure := form.at(self.snapshot), Dense):
+                form, _ = find(BoundMatrix(self._resolved, self.problem, plan), asked="kernel")
+                if form is not None and isinstance(structure := form.at(self.snapshot), DenseMatrix):
                     return structure.matrix.to(self.problem.dtype)
             if (matrix := self._plan.dense(self.snapshot)) is not None:
                 return require_finite(matrix, self.expr)
@@ -396,3 +396,11 @@ def _preconditioned(expr: Expr, by: Expr) -> Expr:
     if isinstance(expr, Inverse) and expr.preconditioner is None:
         return inverse(expr.expr, **{**expr.options, "preconditioner": by})
     return expr
+
+
+def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None) -> CurvatureOperator:
+    """Bind an expression to a problem; see :meth:`curvalg.Expr.lower`."""
+    if not isinstance(problem, Problem):
+        raise ExpressionError(f"expected a curvalg.Problem to lower on, got {type(problem).__name__}")
+    require_hashable(expr)
+    return CurvatureOperator(expr, problem, preconditioner)

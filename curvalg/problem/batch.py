@@ -16,7 +16,7 @@ from curvalg.tensors.uniforms import uniforms
 
 if TYPE_CHECKING:
     from curvalg.losses import Loss, LossPoint
-    from curvalg.problem.layers import LayerRecord, Recorded
+    from curvalg.problem.layers import LayerRecord, RecordedLayers
 
 Samples = Literal["item", "position"]
 
@@ -60,7 +60,7 @@ class Batch:
         number: Callable[[], None],
         pullback: Callable[[Tensor], Tensor],
         per_sample: Callable[[Batch], dict[str, Tensor]],
-        layers: Callable[[], Recorded],
+        layers: Callable[[], RecordedLayers],
     ) -> None:
         self.output = output
         self.target = target

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgError, CurvalgWarning, ProblemError
 from curvalg.problem.batch import Batch
-from curvalg.problem.data.batches import Sample
+from curvalg.problem.data.batches import ReadBatch
 from curvalg.problem.large_outputs.find_head import record_head
 from curvalg.problem.layers import record_layers
 from curvalg.problem.model.model import called_wrongly, recording
@@ -38,7 +38,7 @@ from curvalg.tensors.backward import backward, explain_failure
 from curvalg.tensors.graph import operations, require_second_derivatives
 
 if TYPE_CHECKING:
-    from curvalg.problem.layers import Recorded
+    from curvalg.problem.layers import RecordedLayers
     from curvalg.problem.problem import Problem
 
 
@@ -51,7 +51,7 @@ class Evaluation:
         sample: the batch as read.
     """
 
-    def __init__(self, problem: Problem, snapshot: Snapshot, sample: Sample) -> None:
+    def __init__(self, problem: Problem, snapshot: Snapshot, sample: ReadBatch) -> None:
         self.problem = problem
         self.snapshot = snapshot
         self.sample = sample
@@ -59,7 +59,7 @@ class Evaluation:
         """Of the last recorded call; conversions of dtypes are none."""
 
     def run(
-        self, tensors: Sequence[Tensor], sample: Sample | None = None, *, once: bool = False
+        self, tensors: Sequence[Tensor], sample: ReadBatch | None = None, *, once: bool = False
     ) -> tuple[Tensor, OutputForm]:
         """z for the given tensors in place of the chosen parameters; calls the model once.
 
@@ -218,7 +218,7 @@ class Evaluation:
         require_second_derivatives(gradients)  # of every batch: each may take another branch of the model
         return gradients
 
-    def batch(self, z: Tensor, form: OutputForm, layers: Callable[[], Recorded] | None = None) -> Batch:
+    def batch(self, z: Tensor, form: OutputForm, layers: Callable[[], RecordedLayers] | None = None) -> Batch:
         """What terms see, given z (its graph is not kept).
 
         Args:

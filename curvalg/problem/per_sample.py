@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem.batch import Batch
-from curvalg.problem.data.batches import Sample, call_model
+from curvalg.problem.data.batches import ReadBatch, call_model
 from curvalg.problem.model.model import Model, ModuleModel, recording
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward
@@ -218,7 +218,7 @@ def _by_torch_func(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> G
 
     def gradient(rows: list[Tensor], own: Tensor) -> list[Tensor]:
         given = iter([t if dim is None else t[None] for t, dim in zip(rows, dims, strict=True)])
-        row = Sample(trees.tensor_map(lambda _: next(given), sample.batch), None, 1, 0, sample.index)
+        row = ReadBatch(trees.tensor_map(lambda _: next(given), sample.batch), None, 1, 0, sample.index)
         pull = torch.func.vjp(lambda ps: evaluation.run(ps, row)[0], leaves)[1]
         return pull(own[None])[0]  # type: ignore[no-any-return]
 

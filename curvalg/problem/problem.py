@@ -22,7 +22,7 @@ from curvalg.expr.facts import LossFacts
 from curvalg.expr.term import Term
 from curvalg.losses import CallableLoss, Loss, LossPoint, resolve_loss
 from curvalg.problem.batch import Batch, Samples
-from curvalg.problem.data.batches import Data, OrderError, Sample
+from curvalg.problem.data.batches import Data, OrderError, ReadBatch
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard, Randomness
 from curvalg.problem.evaluation import Evaluation
@@ -32,12 +32,12 @@ from curvalg.problem.model import parameters as params_
 from curvalg.problem.model.model import ModuleModel, differentiable, make_model, recording
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.precision import accumulating, casting, compiler
-from curvalg.problem.state.snapshot import Slot, Snapshot, Structure
+from curvalg.problem.state.snapshot import Configuration, Slot, Snapshot
 from curvalg.problem.totals import Totals, count
 from curvalg.problem.verification.oaths import swear_loss
 from curvalg.tensors import trees
+from curvalg.tensors.batch_sums import BatchSum
 from curvalg.tensors.memory import free_memory
-from curvalg.tensors.sums import BatchSum
 
 T = TypeVar("T")
 WORKSPACE = 2 * 2**30
@@ -317,12 +317,12 @@ class Problem:
             self._new_structure()
         return self
 
-    def _make_structure(self) -> Structure:
+    def _make_structure(self) -> Configuration:
         loss, reduction = self._given
         resolved = None if loss is None else resolve_loss(loss, reduction)
         others = [("loss", loss), ("forward", self.model.rule), ("target", self.data.target), *self.model.functions()]
         with LOCK:
-            return Structure(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
+            return Configuration(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
 
     def _new_structure(self) -> None:
         self.data.forget()
@@ -408,7 +408,7 @@ class Problem:
                 ) from error
             raise
 
-    def read(self, order_matters: bool = False) -> Iterator[Sample]:
+    def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
         """One pass over the data, batch by batch on the problem's device."""
         yield from self.data.read(self.device, order_matters=order_matters)
         self._structure.has_read()
@@ -475,7 +475,7 @@ class Problem:
         if self._writes_inputs is None:
             self._writes_inputs = written
 
-    def loss_point(self, output: Any, sample: Sample) -> LossPoint[Any]:
+    def loss_point(self, output: Any, sample: ReadBatch) -> LossPoint[Any]:
         """The loss at one output; a loss that is the user's code is guarded like the model."""
         loss = self._need_loss()
         if not isinstance(loss, CallableLoss):

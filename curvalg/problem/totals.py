@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from curvalg.errors import ProblemError
 from curvalg.losses import CallableLoss, Loss, infer_reduction
 from curvalg.losses.additive import check_additive, check_additive_pair
-from curvalg.losses.base import Reduction
-from curvalg.problem.data.batches import Sample
+from curvalg.losses.loss import Reduction
+from curvalg.problem.data.batches import ReadBatch
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import recording
 
@@ -66,7 +66,7 @@ def count(problem: Problem) -> Totals:
     return Totals(rows, samples, float(samples) if mean else 1.0, denominator if mean else 1.0, loss)
 
 
-def _judge(problem: Problem, loss: CallableLoss, sample: Sample, before: list[Any]) -> CallableLoss:
+def _judge(problem: Problem, loss: CallableLoss, sample: ReadBatch, before: list[Any]) -> CallableLoss:
     """A callable with its reduction known, after trying whether it adds up within this batch and with the one before.
 
     Raises:

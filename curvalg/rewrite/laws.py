@@ -23,7 +23,15 @@ from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 from curvalg.expr.terms import GGN, Fisher, Jacobian, LossHessian, MonteCarloFisher
 from curvalg.rewrite.engine import Law
-from curvalg.rewrite.rules import blocks, inverses, leaves, partitions, parts, restrictions, roots, terms, transposes
+from curvalg.rewrite.rules import approximation_rules as parts
+from curvalg.rewrite.rules import array_rules as leaves
+from curvalg.rewrite.rules import block_rules as blocks
+from curvalg.rewrite.rules import inverse_rules as inverses
+from curvalg.rewrite.rules import partition_rules as partitions
+from curvalg.rewrite.rules import restriction_rules as restrictions
+from curvalg.rewrite.rules import root_rules as roots
+from curvalg.rewrite.rules import term_rules as terms
+from curvalg.rewrite.rules import transpose_rules as transposes
 from curvalg.rewrite.witness import (
     COARSE,
     CROSSED,

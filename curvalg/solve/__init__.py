@@ -3,6 +3,6 @@
 from curvalg.solve.cg import cg
 from curvalg.solve.direct import factorize
 from curvalg.solve.minres import minres
-from curvalg.solve.result import Matmul, SolveResult
+from curvalg.solve.solve_result import Matmul, SolveResult
 
 __all__ = ["Matmul", "SolveResult", "cg", "factorize", "minres"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import Columns, ended
-from curvalg.solve.result import Matmul, SolveResult
+from curvalg.solve.open_columns import OpenColumns, ended
+from curvalg.solve.solve_result import Matmul, SolveResult
 from curvalg.solve.trail import Trail
 
 NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
@@ -49,11 +49,11 @@ def cg(
     >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([1.0000, 0.5000, 0.2500])
     """
-    columns = Columns(matmul, b, x0, rtol, atol, preconditioner, noise)
+    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise)
     return ended(columns, trail, lambda: _iterate(columns, maxiter, trail), maxiter)
 
 
-def _iterate(columns: Columns, maxiter: int, trail: Trail | None) -> None:
+def _iterate(columns: OpenColumns, maxiter: int, trail: Trail | None) -> None:
     if trail is not None and trail.start is not None:
         first, (x, r, p, rz) = columns.resume(trail.start), columns.own(trail.start, "x", "r", "p", "rz")
     else:

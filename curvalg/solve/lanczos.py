@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvalg.solve.orthogonal import complete, grown, orthonormalise, small
 from curvalg.solve.powers import exponents, scaled
-from curvalg.solve.result import Matmul
+from curvalg.solve.solve_result import Matmul
 
 
 @dataclass(frozen=True)

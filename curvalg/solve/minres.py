@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvalg.solve.columns import RUNAWAY, STAGNATED, Columns, ended, same
-from curvalg.solve.result import Matmul, SolveResult
+from curvalg.solve.open_columns import RUNAWAY, STAGNATED, OpenColumns, ended, same
+from curvalg.solve.solve_result import Matmul, SolveResult
 from curvalg.solve.trail import Trail
 
 AUDIT = 25
@@ -103,11 +103,11 @@ def minres(
     >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    columns = Columns(matmul, b, x0, rtol, atol, preconditioner, noise)
+    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise)
     return ended(columns, trail, lambda: _iterate(columns, preconditioner, maxiter, trail), maxiter)
 
 
-def _iterate(columns: Columns, preconditioner: Matmul | None, maxiter: int, trail: Trail | None) -> None:
+def _iterate(columns: OpenColumns, preconditioner: Matmul | None, maxiter: int, trail: Trail | None) -> None:
     apply = columns.apply
     if trail is not None and trail.start is not None:
         first, (x, target) = columns.resume(trail.start), columns.own(trail.start, "x", "target")
@@ -159,7 +159,7 @@ def _iterate(columns: Columns, preconditioner: Matmul | None, maxiter: int, trai
 
 
 def _restarted(
-    state: _Recurrence, r: Tensor, restart: Tensor, target: Tensor, columns: Columns, apply: Matmul
+    state: _Recurrence, r: Tensor, restart: Tensor, target: Tensor, columns: OpenColumns, apply: Matmul
 ) -> Tensor:
     """Start the recurrences of refuted columns anew from their true residuals; the new targets."""
     fresh = _Recurrence(r[:, restart], apply)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvalg.solve.orthogonal import grown, small
 from curvalg.solve.powers import exponents, scaled
-from curvalg.solve.result import Matmul
+from curvalg.solve.solve_result import Matmul
 
 COARSE = 0.5
 """Share of the steps whose rule a rule is compared with, for an estimate of its error."""
@@ -114,7 +114,7 @@ def first_column(alphas: Tensor, betas: Tensor, function: Callable[[Tensor], Ten
 
 
 @dataclass(frozen=True)
-class Rule:
+class GaussRules:
     """Gauss rules of several random vectors, with those of fewer steps to compare with.
 
     Args:
@@ -137,13 +137,13 @@ class Rule:
         return value, error, abs(value - float(fewer.mean()))
 
 
-def rule(alphas: Tensor, betas: Tensor) -> Rule:
+def rule(alphas: Tensor, betas: Tensor) -> GaussRules:
     """The rules of tridiagonal matrices, (j, p) each with j ≥ 1."""
     fewer = max(1, int(COARSE * len(alphas)))
     nodes, weights = gauss(alphas[:fewer], betas[:fewer])
     if len(alphas) == 1 and bool(betas.any()):
         weights = torch.full_like(weights, torch.nan)
-    return Rule(*gauss(alphas, betas), (nodes, weights))
+    return GaussRules(*gauss(alphas, betas), (nodes, weights))
 
 
 def standard_error(each: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from curvalg.solve.ends import Which, surpassed, unrivalled, wanted
 from curvalg.solve.lanczos import Krylov, Ritz, begin, compress, extend, rebuild, ritz
 from curvalg.solve.orthogonal import combine, small
-from curvalg.solve.result import Matmul
+from curvalg.solve.solve_result import Matmul
 
 SEARCH, CHALLENGE, DONE, STAGNATED = "search", "challenge", "done", "stagnated"
 

@@ -53,7 +53,7 @@ def as_integers(t: Tensor) -> Tensor:
     return t.view(_INTEGERS[t.element_size()]) if t.dtype.is_floating_point else t
 
 
-class Sample:
+class SampledBits:
     """Some elements of a tensor, and whether they are still the same: for data, of which no copy is kept.
 
     Version counters miss writes through NumPy and ``.data``; those reach many elements, as a rule.

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvalg.errors import ConformanceError as ConformanceError
-    from curvalg.testing.checks import CHECKS as CHECKS
+    from curvalg.testing.checks.table import CHECKS as CHECKS
     from curvalg.testing.conformance import check_term as check_term
     from curvalg.testing.parametrize import parametrize_terms as parametrize_terms
     from curvalg.testing.problems import default_problems as default_problems
 
 _HOME = {
-    "CHECKS": "curvalg.testing.checks",
+    "CHECKS": "curvalg.testing.checks.table",
     "ConformanceError": "curvalg.errors",
     "check_term": "curvalg.testing.conformance",
     "default_problems": "curvalg.testing.problems",

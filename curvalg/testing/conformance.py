@@ -10,7 +10,7 @@ from curvalg.errors import ConformanceError
 from curvalg.expr import Expr
 from curvalg.problem import Problem
 from curvalg.registry.spec import did_you_mean
-from curvalg.testing.checks import BASIC, CHECKS, WITHOUT_NUMBERS
+from curvalg.testing.checks.table import BASIC, CHECKS, WITHOUT_NUMBERS
 from curvalg.testing.outcome import NotApplicable
 from curvalg.testing.subject import Subject
 

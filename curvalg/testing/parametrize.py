@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvalg.errors import ConformanceError, CurvalgError
 from curvalg.expr import Expr
-from curvalg.testing.checks import BASIC, CHECKS, WITHOUT_NUMBERS
+from curvalg.testing.checks.table import BASIC, CHECKS, WITHOUT_NUMBERS
 from curvalg.testing.conformance import checked_names, run
 from curvalg.testing.outcome import NotApplicable
 from curvalg.testing.subject import Subject

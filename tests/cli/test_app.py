@@ -61,7 +61,7 @@ def test_a_terminal_without_greek_letters(process) -> None:
 
 
 def test_unforeseen_errors_say_how_to_see_where(run, tiny, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.cli.eigs.solve", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("curvalg.cli.run_eigs.solve", lambda *_, **__: 1 / 0)
     result = run("eigs", "ggn", "--problem", tiny, "--k", 1)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: unexpected ZeroDivisionError: division by zero\n")

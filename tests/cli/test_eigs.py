@@ -130,7 +130,7 @@ def test_an_eigensolver_that_gives_up(run, tiny, monkeypatch) -> None:
     def give_up(*_: object, **__: object) -> None:
         raise ConvergenceError("1 of 3 eigenpairs reached tol=0.0001", None)
 
-    monkeypatch.setattr("curvalg.cli.eigs.eigsh", give_up)
+    monkeypatch.setattr("curvalg.cli.run_eigs.eigsh", give_up)
     result = run("eigs", "ggn", "--problem", tiny, "--k", 3)
     assert result.exit_code == 1
     assert "1 of 3 eigenpairs" in result.stderr

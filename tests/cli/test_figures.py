@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from curvalg import Problem, parse
-from curvalg.cli.eigs import solve
 from curvalg.cli.figures import draw_pairs, tensor_weights
+from curvalg.cli.run_eigs import solve
 
 
 def test_a_picture_of_the_digits(run, tmp_path: Path) -> None:

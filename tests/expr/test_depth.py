@@ -11,8 +11,8 @@ import torch
 
 from curvalg import ExpressionError, Facts, Identity, Problem, Term, inverse, parse, registry
 from curvalg.expr import GGN, Expr, Hessian, Jacobian, sqrt
-from curvalg.expr.composite import MAX_DEPTH
-from curvalg.expr.products import MAX_FACTORS
+from curvalg.expr.nodes.composite import MAX_DEPTH
+from curvalg.expr.nodes.products import MAX_FACTORS
 from curvalg.rewrite import rewrite
 from curvalg.rewrite.engine import Law
 

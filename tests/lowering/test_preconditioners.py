@@ -20,7 +20,7 @@ from curvalg import (
     registry,
     restrict,
 )
-from curvalg.cli.problems import digits
+from curvalg.cli.list_problems import digits
 from curvalg.lowering.inverses import forms
 
 GGN = registry.build("ggn")

@@ -8,7 +8,7 @@ from torch import nn
 
 from curvalg import CheckpointError, Identity, Problem, block_diagonal, inverse, registry
 from curvalg.estimate import checkpoint as checkpoints
-from curvalg.lowering.plans.low_rank import FactoredPlan
+from curvalg.lowering.plans.low_rank_plan import LowRankPlan
 
 GGN = registry.build("ggn")
 CASES = {
@@ -147,7 +147,7 @@ def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, mo
     monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 7)
     take_way("factored")
     p, left = problem(), [0]
-    b, path, apply = right_sides(p)[:, :1], tmp_path / "run.safetensors", FactoredPlan.apply
+    b, path, apply = right_sides(p)[:, :1], tmp_path / "run.safetensors", LowRankPlan.apply
 
     def counted(plan, *args):
         left[0] -= 1
@@ -155,7 +155,7 @@ def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, mo
             raise KeyboardInterrupt
         return apply(plan, *args)
 
-    monkeypatch.setattr(FactoredPlan, "apply", counted)
+    monkeypatch.setattr(LowRankPlan, "apply", counted)
     p = problem()
     whole = CASES["cg"].lower(p).solve(b)
     left[0] = at

@@ -8,10 +8,10 @@ from test_exactness import close
 from zoo import ZOO
 
 from curvalg import Identity, ProblemError, registry
+from curvalg.lowering import race as timing
 from curvalg.lowering import race as ways
-from curvalg.lowering import timing
 from curvalg.lowering.low_rank.factor import Factor
-from curvalg.lowering.plans import low_rank as factored
+from curvalg.lowering.plans import low_rank_plan as factored
 from curvalg.lowering.plans.planner import PATIENCE
 from curvalg.lowering.sweeps.linearization import Linearization
 from curvalg.lowering.sweeps.recordings import SinglePass

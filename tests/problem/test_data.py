@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from curvalg.errors import ProblemError
 from curvalg.problem.data.batches import Data
-from curvalg.problem.data.fingerprint import fingerprint, same_order, same_rows, total
+from curvalg.problem.data.row_hashes import fingerprint, same_order, same_rows, total
 from curvalg.tensors import trees
 
 CPU = torch.device("cpu")

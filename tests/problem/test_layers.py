@@ -10,7 +10,7 @@ from zoo import make
 
 from curvalg import Problem, ProblemError, registry
 from curvalg.problem.layers import record_layers
-from curvalg.problem.layers import table as table_
+from curvalg.problem.layers import registrations as table_
 
 D = torch.float64
 
@@ -235,7 +235,7 @@ def test_composites(case, problem_of):
 
 def test_pair_and_explicit_gram_forms_agree(monkeypatch):
     """Whichever is cheaper by count is taken; here each is forced."""
-    from curvalg.problem.layers import dense
+    from curvalg.problem.layers.kinds import affine as dense
 
     for cost in (lambda *_: 0, lambda *_: 10**18):
         monkeypatch.setattr(dense, "pair_flops", cost)

@@ -14,7 +14,7 @@ from torch import nn
 from curvalg.errors import LossError, ProblemError
 from curvalg.losses import CallableLoss, infer_reduction
 from curvalg.losses.additive import check_additive, check_additive_pair
-from curvalg.losses.blocks import square_roots
+from curvalg.losses.output_blocks import square_roots
 from curvalg.problem.model.outputs import OutputForm
 from curvalg.tensors import trees
 

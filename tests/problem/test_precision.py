@@ -13,7 +13,7 @@ from curvalg import CheckpointError, Problem, ProblemError, block_diagonal, regi
 from curvalg.estimate import eigsh
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.sweeps.linearization import AMORTISED
-from curvalg.tensors.sums import BatchSum
+from curvalg.tensors.batch_sums import BatchSum
 
 TERMS = ["ggn", "hessian", "covariance", "centered_covariance", "ggn_class", "kfac", "ggn_diagonal", "jacobian"]
 CE = nn.CrossEntropyLoss()

@@ -6,20 +6,20 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import singledispatch
 
-from curvalg.expr.blocks import BlockDiagonal
-from curvalg.expr.composite import settled
-from curvalg.expr.constants import IdentityExpr, ZeroExpr
-from curvalg.expr.inverses import Inverse
-from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalEstimate, DiagonalPart, Nystrom
-from curvalg.expr.products import Product
-from curvalg.expr.restrictions import Restriction
-from curvalg.expr.roots import SquareRoot
+from curvalg.expr.nodes.approximations import DiagonalEstimate, DiagonalPart, Nystrom
+from curvalg.expr.nodes.arrays import ArrayLeaf
+from curvalg.expr.nodes.block_diagonal import BlockDiagonal
+from curvalg.expr.nodes.composite import settled
+from curvalg.expr.nodes.constants import IdentityExpr, ZeroExpr
+from curvalg.expr.nodes.inverse import Inverse
+from curvalg.expr.nodes.products import Product
+from curvalg.expr.nodes.restrictions import Restriction
+from curvalg.expr.nodes.roots import SquareRoot
+from curvalg.expr.nodes.sums import Sum
+from curvalg.expr.nodes.transposes import Transpose
 from curvalg.expr.show.text import changed, join, number, text
-from curvalg.expr.sums import Sum
 from curvalg.expr.term import NamedExpr
-from curvalg.expr.transposes import Transpose
 
 SMALL = Fraction(1, 100)
 """Decimals below are written with a power of ten: 10^{-3}, but 0.05."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 from functools import singledispatch
 
-from curvalg.expr.blocks import Block, BlockDiagonal
-from curvalg.expr.constants import Identity
 from curvalg.expr.node import Expr
-from curvalg.expr.parts import DiagonalEstimate, DiagonalPart
-from curvalg.expr.restrictions import Restriction
-from curvalg.expr.roots import SquareRoot
+from curvalg.expr.nodes.approximations import DiagonalEstimate, DiagonalPart
+from curvalg.expr.nodes.block_diagonal import Block, BlockDiagonal
+from curvalg.expr.nodes.constants import Identity
+from curvalg.expr.nodes.restrictions import Restriction
+from curvalg.expr.nodes.roots import SquareRoot
+from curvalg.expr.nodes.sums import Sum
 from curvalg.expr.show.text import changed, number, patterns, text
-from curvalg.expr.sums import Sum
 
 Branch = tuple[str, Expr]
 """What stands before a child, and the child."""

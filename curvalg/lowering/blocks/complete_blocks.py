@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, BlockDiagonal, Expr, Inverse, Restriction, Zero, inverse, restrict
-from curvalg.expr.composite import settled
+from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import NamedExpr
 from curvalg.lowering.blocks.submatrices import block_problem, inside, is_local, partition, submatrix
 from curvalg.problem import Problem

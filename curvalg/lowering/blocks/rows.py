@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Places:
+class RowRanges:
     """Rows by contiguous ranges, which are copied several times faster than by their indices.
 
     Args:

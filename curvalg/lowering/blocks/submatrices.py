@@ -8,10 +8,10 @@ from fractions import Fraction
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, Expr, Partition
-from curvalg.expr.leaves import ArrayLeaf
+from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import MatrixTerm, Term
 from curvalg.expr.terms import Jacobian, LossHessian
-from curvalg.lowering.blocks.rows import Places, merged
+from curvalg.lowering.blocks.rows import RowRanges, merged
 from curvalg.problem import Problem
 from curvalg.problem.model import parameters as params_
 
@@ -84,12 +84,12 @@ def submatrix(whole: Expr, params: tuple[str, ...], problem: Problem) -> Expr:
     return alg.restrict(whole, params)
 
 
-def places(problem: Problem, names: Sequence[str]) -> Places:
+def places(problem: Problem, names: Sequence[str]) -> RowRanges:
     """Where parameters lie, one after the other."""
-    return Places(merged([problem.layout.slices[name] for name in names]))
+    return RowRanges(merged([problem.layout.slices[name] for name in names]))
 
 
-def block_places(problem: Problem, block: Block) -> Places:
+def block_places(problem: Problem, block: Block) -> RowRanges:
     """Where a block lies, in the order of its rows.
 
     A joint block lies as the rows of [W | b]: all inputs of an output, then its bias.
@@ -106,7 +106,7 @@ def block_places(problem: Problem, block: Block) -> Places:
             f"a joint block is a weight (out, ...) and its bias (out,), in this order; {list(block.params)} are "
             f"{dict(zip(names, shapes, strict=True))}"
         )
-    return Places(tuple(problem.layout.slices[name] for name in names), outputs=shapes[0][0])
+    return RowRanges(tuple(problem.layout.slices[name] for name in names), outputs=shapes[0][0])
 
 
 def block_problem(problem: Problem, block: Block) -> Problem:

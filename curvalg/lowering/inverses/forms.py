@@ -25,27 +25,27 @@ from curvalg.expr import (
     add,
 )
 from curvalg.expr.term import DatasetTerm, Term
-from curvalg.lowering.blocks.rows import Places
+from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
-from curvalg.lowering.inverses.offer import Form, Matrix, Offer, Rule, affine
+from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule, affine
 from curvalg.lowering.inverses.priors import damped_by_name
 from curvalg.lowering.inverses.rounding import epsilon, noise
-from curvalg.lowering.low_rank.gram import Columns, Dual
+from curvalg.lowering.low_rank.gram import Gram, WeightedFactor
 from curvalg.lowering.low_rank.kernel import is_kernel, kernel
 from curvalg.lowering.matrices import (
     Basis,
     Blocks,
-    Dense,
-    Factorized,
+    DenseMatrix,
     Inverted,
     KroneckerBasis,
+    KroneckerLU,
     MatrixBasis,
     Spectral,
     Structure,
     UnitBasis,
     Woodbury,
 )
-from curvalg.lowering.matrices.leaves import tensor
+from curvalg.lowering.matrices.array_leaves import tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.problem.kept.holding import held
@@ -56,7 +56,7 @@ DENSE_LIMIT = 4096
 """The most rows of a matrix that is built and factorised."""
 
 
-def _diagonal(matrix: Matrix) -> Offer:
+def _diagonal(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     diagonals = [(c, part) for c, part in parts if isinstance(part, Diagonal)]
     if len(diagonals) < len(parts):
@@ -74,7 +74,7 @@ def _diagonal(matrix: Matrix) -> Offer:
     return Form("diagonal", "a division", make)
 
 
-def _kronecker(matrix: Matrix) -> Offer:
+def _kronecker(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(leaf := parts[0][1], Kronecker):
         return damped_by_name(matrix)
@@ -90,12 +90,14 @@ def _kronecker(matrix: Matrix) -> Offer:
     return Form(
         "kronecker",
         f"LU factorisations of {shown} once",
-        lambda _: Factorized([tensor(f, like) for f in leaf.factors], scale),
+        lambda _: KroneckerLU([tensor(f, like) for f in leaf.factors], scale),
         spectral=False,
     )
 
 
-def _kronecker_spectral(matrix: Matrix, snapshot: Snapshot, leaf: Kronecker, scale: float, shift: float) -> Structure:
+def _kronecker_spectral(
+    matrix: BoundMatrix, snapshot: Snapshot, leaf: Kronecker, scale: float, shift: float
+) -> Structure:
     like = torch.empty(0, dtype=torch.float64, device=matrix.problem.device)
 
     def decompose() -> list[tuple[Tensor, Tensor]]:
@@ -110,7 +112,7 @@ def _kronecker_spectral(matrix: Matrix, snapshot: Snapshot, leaf: Kronecker, sca
     return Spectral(matrix.size, scale * values + shift, basis, what=str(matrix.expr))
 
 
-def _eigenbasis(matrix: Matrix) -> Offer:
+def _eigenbasis(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(leaf := parts[0][1], Eigenbasis):
         return "the matrix is not one Eigenbasis and the identity"
@@ -129,11 +131,11 @@ def _eigenbasis(matrix: Matrix) -> Offer:
     return Form("eigenbasis", "two changes of basis and a division", make)
 
 
-def _blocks(matrix: Matrix) -> Offer:
+def _blocks(matrix: BoundMatrix) -> Offer:
     blocks = matrix_blocks(matrix)
     if isinstance(blocks, str):
         return blocks
-    forms: list[tuple[Places, Form]] = []
+    forms: list[tuple[RowRanges, Form]] = []
     for places, block, label in blocks:
         form, chain = find(block)
         if form is None:
@@ -153,7 +155,7 @@ def _blocks(matrix: Matrix) -> Offer:
     )
 
 
-def matrix_blocks(matrix: Matrix) -> list[tuple[Places, Matrix, str]] | str:
+def matrix_blocks(matrix: BoundMatrix) -> list[tuple[RowRanges, BoundMatrix, str]] | str:
     """(where it lies, block, names) of a block-diagonal matrix that covers everything, else why it is none."""
     expr = matrix.expr
     if not isinstance(expr, BlockDiagonal) or isinstance(expr.what, Expr) or not expr.complete:
@@ -168,7 +170,7 @@ def matrix_blocks(matrix: Matrix) -> list[tuple[Places, Matrix, str]] | str:
     ]
 
 
-def _woodbury(matrix: Matrix) -> Offer:
+def _woodbury(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     updates = [(c, part) for c, part in parts if isinstance(part, LowRank)]
     others = [(part, c) for c, part in parts if not isinstance(part, LowRank)]
@@ -212,7 +214,7 @@ def _stacked(updates: Sequence[tuple[float, LowRank]], like: Tensor) -> tuple[Te
     return torch.cat(lefts, 1), torch.block_diag(*cores), torch.cat(rights, 1)
 
 
-def _low_rank_spectral(matrix: Matrix, updates: Sequence[tuple[float, LowRank]], shift: float) -> Structure:
+def _low_rank_spectral(matrix: BoundMatrix, updates: Sequence[tuple[float, LowRank]], shift: float) -> Structure:
     left, core, _ = _stacked(updates, torch.empty(0, dtype=torch.float64, device=matrix.problem.device))
     orthonormal, triangle = torch.linalg.qr(left)
     inner = triangle @ core @ triangle.T
@@ -221,7 +223,7 @@ def _low_rank_spectral(matrix: Matrix, updates: Sequence[tuple[float, LowRank]],
     return Spectral(matrix.size, values + shift, basis, shift, str(matrix.expr))
 
 
-def _dual(matrix: Matrix) -> Offer:
+def _dual(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     problem = matrix.problem
     if not parts or not all(isinstance(part, Term) for _, part in parts):
@@ -257,7 +259,7 @@ def _dual(matrix: Matrix) -> Offer:
     return Form(
         "dual",
         cost,
-        lambda snapshot: _compared(Dual(Columns(problem, snapshot, entries), shift, what), matrix, snapshot),
+        lambda snapshot: _compared(Gram(WeightedFactor(problem, snapshot, entries), shift, what), matrix, snapshot),
         singular=singular,
         rows=columns,
         # Sums of squares, by a backward pass for every column of a row.
@@ -265,7 +267,7 @@ def _dual(matrix: Matrix) -> Offer:
     )
 
 
-def _compared(dual: Dual, matrix: Matrix, snapshot: Snapshot) -> Dual:
+def _compared(dual: Gram, matrix: BoundMatrix, snapshot: Snapshot) -> Gram:
     """The form, after a look at whether the columns that somebody's terms give make the matrix that their products are of.
 
     Raises:
@@ -288,7 +290,7 @@ def _compared(dual: Dual, matrix: Matrix, snapshot: Snapshot) -> Dual:
     return dual
 
 
-def _kernel(matrix: Matrix) -> Offer:
+def _kernel(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     problem = matrix.problem
     if len(parts) != 1 or not is_kernel(parts[0][1]):
@@ -302,7 +304,7 @@ def _kernel(matrix: Matrix) -> Offer:
     def make(snapshot: Snapshot) -> Structure:
         values = parts[0][0] * kernel(problem, snapshot)
         values.diagonal().add_(shift)
-        return Dense(values, matrix.facts, str(matrix.expr))
+        return DenseMatrix(values, matrix.facts, str(matrix.expr))
 
     cost = (
         f"J J.T of M = {n} outputs once from layer inputs and deltas ({_bytes(need)} in float64), then a factorisation"
@@ -310,7 +312,7 @@ def _kernel(matrix: Matrix) -> Offer:
     return Form("kernel", cost, make)
 
 
-def _function(matrix: Matrix) -> Offer:
+def _function(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(outer := parts[0][1], (Inverse, SquareRoot)):
         return "the matrix is not a function of another and the identity"
@@ -335,7 +337,7 @@ def _function(matrix: Matrix) -> Offer:
     )
 
 
-def _dense(matrix: Matrix) -> Offer:
+def _dense(matrix: BoundMatrix) -> Offer:
     n = matrix.size
     if n > DENSE_LIMIT:
         return f"{n} rows are more than {DENSE_LIMIT}"
@@ -345,7 +347,7 @@ def _dense(matrix: Matrix) -> Offer:
     return Form("dense", cost, lambda snapshot: dense(matrix, snapshot), spectral=bool(facts.symmetric), rows=n)
 
 
-def dense(matrix: Matrix, snapshot: Snapshot) -> Structure:
+def dense(matrix: BoundMatrix, snapshot: Snapshot) -> Structure:
     """The matrix built by products, float64; kept without its shift, for the next damping."""
     expr, problem = matrix.expr, matrix.problem
     _, shift = affine(expr)
@@ -354,10 +356,10 @@ def dense(matrix: Matrix, snapshot: Snapshot) -> Structure:
     if shift:
         values = values.clone()
         values.diagonal().add_(shift)
-    return Dense(values, matrix.facts, str(expr), epsilon(problem))
+    return DenseMatrix(values, matrix.facts, str(expr), epsilon(problem))
 
 
-def _build(matrix: Matrix, snapshot: Snapshot) -> Tensor:
+def _build(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor:
     problem, n = matrix.problem, matrix.size
     eye = torch.eye(n, dtype=problem.dtype, device=problem.device)
     columns = [matrix.plan.apply(snapshot, eye[:, at : at + 256]) for at in range(0, n, 256)]
@@ -365,7 +367,7 @@ def _build(matrix: Matrix, snapshot: Snapshot) -> Tensor:
     return (built + built.T) / 2 if matrix.facts.symmetric else built
 
 
-FORMS: dict[str, Rule] = {
+FORMS: dict[str, OfferRule] = {
     "diagonal": _diagonal,
     "kronecker": _kronecker,
     "eigenbasis": _eigenbasis,
@@ -379,7 +381,7 @@ FORMS: dict[str, Rule] = {
 """All forms, in the order in which they are tried."""
 
 
-def find(matrix: Matrix, exclude: Sequence[str] = (), asked: str = "auto") -> tuple[Form | None, list[str]]:
+def find(matrix: BoundMatrix, exclude: Sequence[str] = (), asked: str = "auto") -> tuple[Form | None, list[str]]:
     """The first form on offer, and a line for each one that declined before it."""
     key = matrix.expr, matrix.problem, matrix.spectral, tuple(exclude), asked
     if key not in matrix.found:
@@ -388,7 +390,7 @@ def find(matrix: Matrix, exclude: Sequence[str] = (), asked: str = "auto") -> tu
     return form, list(chain)
 
 
-def _find(matrix: Matrix, exclude: Sequence[str], asked: str) -> tuple[Form | None, list[str]]:
+def _find(matrix: BoundMatrix, exclude: Sequence[str], asked: str) -> tuple[Form | None, list[str]]:
     chain: list[str] = []
     for name, rule in FORMS.items():
         if name in exclude or asked not in ("auto", name):

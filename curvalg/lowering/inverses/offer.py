@@ -12,14 +12,14 @@ from torch import Tensor
 
 from curvalg.errors import FactsError
 from curvalg.expr import Expr, Facts, IdentityExpr, Inverse, SquareRoot, Sum, ZeroExpr
-from curvalg.lowering.blocks.outputs import output_sizes
+from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.blocks.submatrices import inside
 from curvalg.lowering.matrices import Structure
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import simplify
 
 
-class Product(Protocol):
+class Multiplies(Protocol):
     """What may be done with a matrix as it stands: multiply."""
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class Product(Protocol):
         ...
 
 
-class Matrix:
+class BoundMatrix:
     """A square matrix to be put into a structured form.
 
     Args:
@@ -42,7 +42,7 @@ class Matrix:
         self,
         expr: Expr,
         problem: Problem,
-        planner: Callable[[Expr, Problem], Product],
+        planner: Callable[[Expr, Problem], Multiplies],
         spectral: bool = False,
         found: Found | None = None,
     ) -> None:
@@ -63,18 +63,18 @@ class Matrix:
         return self.problem.size if params is None else self.problem.restricted(params).size
 
     @cached_property
-    def plan(self) -> Product:
+    def plan(self) -> Multiplies:
         """Its products."""
         return self._planner(self.expr, self.problem)
 
-    def localised(self) -> Matrix:
+    def localised(self) -> BoundMatrix:
         """This matrix on the problem over its own parameters, where it is a sub-matrix that can be seen so."""
         expr, problem = inside(self.expr, self.problem)
         return self if problem is self.problem else self.of(simplify(expr, problem.facts).expr, problem)
 
-    def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> Matrix:
+    def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> BoundMatrix:
         """Another matrix, on the same problem or a restriction of it; asked for as much as this one, or for more."""
-        return Matrix(expr, problem or self.problem, self._planner, self.spectral or spectral, self.found)
+        return BoundMatrix(expr, problem or self.problem, self._planner, self.spectral or spectral, self.found)
 
 
 class Form:
@@ -119,7 +119,7 @@ Found: TypeAlias = "dict[tuple[Hashable, ...], tuple[Form | None, list[str]]]"
 """Matrix and question -> the form that was found, and a line for each that declined before it."""
 
 Offer = Form | str
-Rule = Callable[[Matrix], Offer]
+OfferRule = Callable[[BoundMatrix], Offer]
 
 
 def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:

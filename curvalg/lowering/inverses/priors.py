@@ -6,14 +6,14 @@ import torch
 
 from curvalg.expr import BlockDiagonal, Kronecker
 from curvalg.lowering.blocks.submatrices import block_places
-from curvalg.lowering.inverses.offer import Form, Matrix, Offer, affine
+from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, affine
 from curvalg.lowering.matrices import Blocks, Congruent
-from curvalg.lowering.matrices.leaves import tensor
+from curvalg.lowering.matrices.array_leaves import tensor
 
 _OTHER = "the matrix is not one Kronecker product and the identity"
 
 
-def damped_by_name(matrix: Matrix) -> Offer:
+def damped_by_name(matrix: BoundMatrix) -> Offer:
     """B ⊗ A over [W | b] plus c₁ I for the weight and c₂ I for the bias, where both are positive."""
     parts, shift = affine(matrix.expr)
     joint = [(c, part) for c, part in parts if isinstance(part, BlockDiagonal) and len(part.children) == 1]

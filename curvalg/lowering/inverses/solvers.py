@@ -17,17 +17,17 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgWarning, FactsError
 from curvalg.expr import Facts, Inverse, ZeroExpr
-from curvalg.lowering.blocks.rows import Places
+from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.inverses.forms import FORMS, matrix_blocks
-from curvalg.lowering.inverses.offer import Form, Matrix
+from curvalg.lowering.inverses.offer import BoundMatrix, Form
 from curvalg.lowering.inverses.rounding import default_rtol, epsilon, noise
 from curvalg.lowering.inverses.verified import Oath, swear, trusted
 from curvalg.lowering.lines import alike, indent
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import SolveResult, cg, minres
-from curvalg.solve.columns import OVERFLOW
+from curvalg.solve.open_columns import OVERFLOW
 from curvalg.solve.powers import exponents, scaled
-from curvalg.solve.result import CONVERGED, ROUNDING
+from curvalg.solve.solve_result import CONVERGED, ROUNDING
 from curvalg.solve.trail import INTERRUPTED, Trail
 
 LARGE = 1e-2
@@ -38,7 +38,7 @@ Preconditioning = Callable[[Snapshot, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Request:
+class InverseRequest:
     """An inverse to be planned.
 
     Args:
@@ -48,7 +48,7 @@ class Request:
     """
 
     node: Inverse
-    matrix: Matrix
+    matrix: BoundMatrix
     preconditioner: Preconditioning | None = field(default=None, compare=False)
 
     @property
@@ -128,7 +128,7 @@ class Direct(Solver):
     REFINEMENTS = 3
     _warned = False
 
-    def __init__(self, request: Request, form: Form) -> None:
+    def __init__(self, request: InverseRequest, form: Form) -> None:
         self.request, self.form, self.name, self.cost = request, form, form.name, form.cost
         if request.preconditioner is not None:
             self.cost += "; the preconditioner is not needed"
@@ -234,7 +234,7 @@ class Iterative(Solver):
         method: the kernel.
     """
 
-    def __init__(self, request: Request, name: str, method: Callable[..., SolveResult]) -> None:
+    def __init__(self, request: InverseRequest, name: str, method: Callable[..., SolveResult]) -> None:
         self.request, self.name, self.method = request, name, method
         self.iterative = True
         helped = " preconditioned" if request.preconditioner else ""
@@ -259,11 +259,11 @@ class Iterative(Solver):
         )
 
 
-Strategy = Callable[[Request], Solver | str]
+Strategy = Callable[[InverseRequest], Solver | str]
 
 
 def _form(name: str) -> Strategy:
-    def strategy(request: Request) -> Solver | str:
+    def strategy(request: InverseRequest) -> Solver | str:
         offer = FORMS[name](request.matrix)
         if not isinstance(offer, Form):
             return offer
@@ -284,7 +284,7 @@ class ByBlocks(Solver):
 
     name = "blocks"
 
-    def __init__(self, request: Request, parts: Sequence[tuple[Places, str, Solver, list[str]]]) -> None:
+    def __init__(self, request: InverseRequest, parts: Sequence[tuple[RowRanges, str, Solver, list[str]]]) -> None:
         self.request, self.parts = request, parts
         self.iterative = any(solver.iterative for _, _, solver, _ in parts)
         counts: dict[str, int] = {}
@@ -332,14 +332,14 @@ class ByBlocks(Solver):
         return x
 
 
-def _blocks(request: Request) -> Solver | str:
+def _blocks(request: InverseRequest) -> Solver | str:
     blocks = matrix_blocks(request.matrix)
     if isinstance(blocks, str):
         return blocks
     options = {**request.node.options, "solver": "auto", "preconditioner": None}
     # ‖r‖ ≤ atol over all blocks where each keeps its part.
     options["atol"] = request.node.atol / len(blocks) ** 0.5
-    parts: list[tuple[Places, str, Solver, list[str]]] = []
+    parts: list[tuple[RowRanges, str, Solver, list[str]]] = []
     for places, block, label in blocks:
         if isinstance(block.expr, ZeroExpr):
             raise FactsError(
@@ -354,14 +354,14 @@ def _blocks(request: Request) -> Solver | str:
     return solver
 
 
-def _cg(request: Request) -> Solver | str:
+def _cg(request: InverseRequest) -> Solver | str:
     forced = request.node.solver == "cg" and request.facts.symmetric is not False
     if forced or request.facts.positive_definite:
         return Iterative(request, "cg", cg)
     return f"positive definiteness is {_tri(request.facts.positive_definite)}"
 
 
-def _minres(request: Request) -> Solver | str:
+def _minres(request: InverseRequest) -> Solver | str:
     if request.facts.symmetric or (request.node.solver == "minres" and request.facts.symmetric is None):
         return Iterative(request, "minres", minres)
     return f"symmetry is {_tri(request.facts.symmetric)}"
@@ -380,7 +380,7 @@ STRATEGIES: dict[str, Strategy] = {
 """All strategies, in the order in which they are tried."""
 
 
-def choose(request: Request) -> tuple[Solver, list[str]]:
+def choose(request: InverseRequest) -> tuple[Solver, list[str]]:
     """The first strategy that accepts, and a line for each one tried.
 
     Raises:

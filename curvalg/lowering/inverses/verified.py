@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvalg.lowering.blocks.rows import Places
+from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.matrices import Blocks, Structure
 from curvalg.solve.powers import norms
 
@@ -163,7 +163,7 @@ def _blocks(structure: Structure, take: Take = lambda x: x) -> Iterator[tuple[Ta
         yield from _blocks(block, _inside(take, places))
 
 
-def _inside(take: Take, places: Places) -> Take:
+def _inside(take: Take, places: RowRanges) -> Take:
     return lambda x: places.take(take(x))
 
 

@@ -14,11 +14,11 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.term import Term
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Batch, Layout, Problem, Snapshot
-from curvalg.problem.layers import LayerRecord, Recorded, record_layers
+from curvalg.problem.layers import LayerRecord, RecordedLayers, record_layers
 from curvalg.problem.layers.record import bytes_of
 from curvalg.problem.problem import WORKSPACE
 from curvalg.tensors import trees
-from curvalg.tensors.sums import BatchSum
+from curvalg.tensors.batch_sums import BatchSum
 
 Groups = tuple[tuple[str, ...], ...]
 """Disjoint groups of parameter names."""
@@ -344,7 +344,7 @@ def _half(problem: Problem) -> int:
     return (problem.budget.limit or WORKSPACE) // 2
 
 
-def _slices(recorded: Recorded, columns: Tensor, limit: int) -> Iterator[tuple[int, list[LayerRecord]]]:
+def _slices(recorded: RecordedLayers, columns: Tensor, limit: int) -> Iterator[tuple[int, list[LayerRecord]]]:
     """Records of as many columns at a time as fit the limit."""
     count = columns.shape[0]
     width = count

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, factor_of
 from curvalg.lowering.matrices import Basis, Eigh, Spectral, Structure, singular
-from curvalg.lowering.matrices.base import Function
+from curvalg.lowering.matrices.structure import Function
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import factorize
 
@@ -19,7 +19,7 @@ SINGLE = 1e4
 """The largest ‖K‖ / c for which a float32 factorisation with refinement is enough; above, float64."""
 
 
-class Columns:
+class WeightedFactor:
     """W = V T: the columns of a weighted sum of terms, each scaled by the root of its coefficient, some centred.
 
     A centred term is V (I − 11ᵀ/N) Vᵀ with 1 over its active columns, so its columns are V (I − γ 11ᵀ).
@@ -84,7 +84,7 @@ class Columns:
 class GramBasis(Basis):
     """Q = W P κ^(−1/2) for eigenpairs K P = P κ of the Gram matrix with κ > 0."""
 
-    def __init__(self, columns: Columns, vectors: Tensor, values: Tensor) -> None:
+    def __init__(self, columns: WeightedFactor, vectors: Tensor, values: Tensor) -> None:
         self._columns, self.vectors, self.roots = columns, vectors, values.sqrt()
 
     def analyse(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class GramBasis(Basis):
         return self._columns.synthesise(inner.to(self._columns.problem.dtype))
 
 
-class Dual(Structure):
+class Gram(Structure):
     """W Wᵀ + c I with W (D × M), M < D.
 
     (W Wᵀ + c I)⁻¹ = c⁻¹ (I − W (WᵀW + c I)⁻¹ Wᵀ); the non-zero eigenvalues are those of WᵀW. The Gram matrix is kept on the
@@ -120,7 +120,7 @@ class Dual(Structure):
         what: for messages.
     """
 
-    def __init__(self, columns: Columns, shift: float, what: str) -> None:
+    def __init__(self, columns: WeightedFactor, shift: float, what: str) -> None:
         super().__init__(columns.problem.size)
         self.columns, self.shift, self.what = columns, shift, what
         self._solve: Callable[[Tensor], Tensor] | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvalg.expr import Expr, Transpose
-from curvalg.expr.products import Product
+from curvalg.expr.nodes.products import Product
 from curvalg.expr.term import Term
 from curvalg.expr.terms import Jacobian
 from curvalg.lowering.low_rank.factor import factor_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvalg.lowering.matrices.base import Eigh, Function, Structure, singular
 from curvalg.lowering.matrices.bases import KroneckerBasis, kronecker
+from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
 
 
 class Congruent(Structure):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvalg.lowering.matrices.base import Eigh, Function, Structure
+from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 
 
 class Inverted(Structure):

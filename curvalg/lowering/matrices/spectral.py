@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
-from curvalg.lowering.matrices.base import Eigh, Function, Structure, singular
 from curvalg.lowering.matrices.bases import Basis
+from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
 
 
 class Spectral(Structure):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
-from curvalg.lowering.matrices.base import Eigh, Function, Structure
+from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 from curvalg.solve import factorize
 
 

@@ -14,19 +14,19 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
-from curvalg.expr.composite import settled
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.submatrices import block_problem, is_local, submatrix
-from curvalg.lowering.inverses.offer import Matrix, Product
+from curvalg.lowering.inverses.offer import BoundMatrix, Multiplies
 from curvalg.lowering.plans.computed import Computed, compute
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.layers import record_layers
 from curvalg.rewrite import simplify
 
-Planner = Callable[[Expr, Problem], Product]
+Planner = Callable[[Expr, Problem], Multiplies]
 
 
 def unbound(expr: Expr) -> list[Expr]:
@@ -90,7 +90,7 @@ def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Pla
     kept = problem.kept(snapshot)
     if ("matrix", expr) not in kept:
         inner = simplify(bind(expr.expr, problem, snapshot, planner, whole), problem.facts).expr
-        matrix = Matrix(inner, problem, planner)
+        matrix = BoundMatrix(inner, problem, planner)
         leaf = compute(expr, matrix, snapshot, whole)
         kept["matrix", expr] = leaf if params is None else restrict(leaf, params)
     return kept["matrix", expr]  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from curvalg.expr import BlockDiagonal, Diagonal, DiagonalEstimate, DiagonalPart
 from curvalg.expr.term import Term
 from curvalg.lowering.blocks.submatrices import block_problem, is_local
 from curvalg.lowering.inverses.forms import DENSE_LIMIT, find
-from curvalg.lowering.inverses.offer import Matrix, affine
+from curvalg.lowering.inverses.offer import BoundMatrix, affine
 from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.problem import Problem, Snapshot
 
@@ -30,13 +30,13 @@ Computed: TypeAlias = DiagonalPart | DiagonalEstimate | Nystrom
 
 
 @singledispatch
-def compute(expr: Expr, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> Diagonal | LowRank:
+def compute(expr: Expr, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) -> Diagonal | LowRank:
     """The leaf that an expression becomes, given the matrix inside and the problem of which its own may be a part."""
     raise AssertionError(f"{type(expr).__name__} is not made from products")
 
 
 @compute.register
-def _(expr: DiagonalPart, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
+def _(expr: DiagonalPart, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
     """From a structured form, from the columns of Gauss-Newton forms, else by one product a parameter."""
     matrix = matrix.localised()
     values = _by_structure(matrix, snapshot)
@@ -46,7 +46,7 @@ def _(expr: DiagonalPart, matrix: Matrix, snapshot: Snapshot, whole: Problem) ->
 
 
 @compute.register
-def _(expr: DiagonalEstimate, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
+def _(expr: DiagonalEstimate, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
     """From a structured form, else the mean of v ∘ A v over random signs v."""
     matrix = matrix.localised()
     if (values := _by_structure(matrix, snapshot)) is not None:
@@ -61,12 +61,12 @@ def _(expr: DiagonalEstimate, matrix: Matrix, snapshot: Snapshot, whole: Problem
     return Diagonal((total / expr.probes).to(problem.dtype))
 
 
-def _by_structure(matrix: Matrix, snapshot: Snapshot) -> Tensor | None:
+def _by_structure(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor | None:
     form, _ = find(matrix, exclude=("dual", "dense"))
     return None if form is None else form.at(snapshot).diagonal()
 
 
-def _by_columns(matrix: Matrix, snapshot: Snapshot) -> Tensor | None:
+def _by_columns(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor | None:
     """Sums of squared per-sample directions; no product."""
     parts, shift = affine(matrix.expr)
     weights: dict[Term, float] = {}
@@ -82,7 +82,7 @@ def _by_columns(matrix: Matrix, snapshot: Snapshot) -> Tensor | None:
     return total + shift
 
 
-def _by_products(matrix: Matrix, snapshot: Snapshot) -> Tensor:
+def _by_products(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor:
     n, problem = matrix.size, matrix.problem
     if n > DENSE_LIMIT:
         warnings.warn(
@@ -101,7 +101,7 @@ def _by_products(matrix: Matrix, snapshot: Snapshot) -> Tensor:
 
 
 @compute.register
-def _(expr: Nystrom, matrix: Matrix, snapshot: Snapshot, whole: Problem) -> LowRank:
+def _(expr: Nystrom, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) -> LowRank:
     """U Λ Uᵀ = (AΩ)(ΩᵀAΩ)⁺(AΩ)ᵀ by the shifted Cholesky form of Frangella, Tropp and Udell (arXiv 2110.02820, Alg. 2.1).
 
     Raises:
@@ -145,7 +145,7 @@ def _cholesky(omega: Tensor, product: Tensor, shift: float) -> Tensor | None:
     return None if int(info) else triangle
 
 
-def _size_of_parts(matrix: Matrix, whole: Problem, snapshot: Snapshot) -> float:
+def _size_of_parts(matrix: BoundMatrix, whole: Problem, snapshot: Snapshot) -> float:
     """About Σ |cᵢ| ‖Aᵢ‖_F of a matrix Σ cᵢ Aᵢ + c I, each over all parameters where it is a part of such a matrix."""
     parts, shift = affine(matrix.expr)
     total = abs(shift)

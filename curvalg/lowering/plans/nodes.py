@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError
-from curvalg.expr.inverses import Inverse
-from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
-from curvalg.expr.roots import SquareRoot
-from curvalg.lowering.blocks.outputs import output_sizes
-from curvalg.lowering.blocks.rows import Places
+from curvalg.expr.nodes.arrays import ArrayLeaf
+from curvalg.expr.nodes.inverse import Inverse
+from curvalg.expr.nodes.roots import SquareRoot
+from curvalg.lowering.blocks.output_rows import output_sizes
+from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.inverses.offer import Form
 from curvalg.lowering.inverses.solvers import Solver
 from curvalg.lowering.inverses.verified import report
 from curvalg.lowering.lines import alike, indent
-from curvalg.lowering.matrices import Structure, leaves
+from curvalg.lowering.matrices import Structure
+from curvalg.lowering.matrices import array_leaves as leaves
 from curvalg.lowering.sweeps.linearization import Linearization, linearization
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.problem import Evaluation, Layout, Problem, Snapshot
@@ -285,7 +286,7 @@ class OutputPlan(Plan):
 class BlocksPlan(Plan):
     """Blocks over disjoint groups of parameters; what no block covers is zero."""
 
-    blocks: tuple[tuple[Places, Plan, str], ...]
+    blocks: tuple[tuple[RowRanges, Plan, str], ...]
 
     @property
     def inner(self) -> tuple[Plan, ...]:
@@ -319,7 +320,7 @@ class SubmatrixPlan(Plan):
 
     whole: Plan
     size: int
-    places: Places
+    places: RowRanges
     domain: bool
     codomain: bool
     label: str

@@ -9,19 +9,19 @@ from functools import singledispatch
 
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError, FactsError, VectorError
-from curvalg.expr.leaves import ArrayLeaf
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
-from curvalg.lowering.blocks.rows import Places
+from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
 from curvalg.lowering.inverses.forms import find
-from curvalg.lowering.inverses.offer import Found, Matrix, affine, multiple
+from curvalg.lowering.inverses.offer import BoundMatrix, Found, affine, multiple
 from curvalg.lowering.inverses.preconditioners import Given, given_preconditioner
-from curvalg.lowering.inverses.solvers import Preconditioning, Request, choose
+from curvalg.lowering.inverses.solvers import InverseRequest, Preconditioning, choose
 from curvalg.lowering.plans.bind import unbound
 from curvalg.lowering.plans.computed import Computed
-from curvalg.lowering.plans.low_rank import MOST_COLUMNS, FactoredPlan
+from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
 from curvalg.lowering.plans.nodes import (
     BlocksPlan,
     InversePlan,
@@ -88,9 +88,9 @@ class Planning:
                 todo += node.children
         return [node for node in reversed(found) if isinstance(node, alg.Inverse)]
 
-    def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> Matrix:
+    def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> BoundMatrix:
         """A matrix to be put into a structured form."""
-        return Matrix(expr, problem, self, spectral, self._forms)
+        return BoundMatrix(expr, problem, self, spectral, self._forms)
 
 
 _TRANSPARENT = (alg.Sum, alg.Product, alg.Inverse)
@@ -107,7 +107,7 @@ def _(expr: alg.Inverse, problem: Problem, plan: Planning) -> Plan:
         return SumPlan((), multiple(expr))
     if unbound(expr):
         return Unbound(expr)
-    request = Request(expr, plan.matrix(expr.expr, problem), _preconditioning(expr, problem, plan.given))
+    request = InverseRequest(expr, plan.matrix(expr.expr, problem), _preconditioning(expr, problem, plan.given))
     solver, chain = choose(request)
     return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem))
 
@@ -238,7 +238,7 @@ def _(expr: alg.Sum, problem: Problem, plan: Planning) -> Plan:
     parts: list[tuple[float, Plan]] = []
     for child, coefficient in _by_last_factor(expr.coefficients).items():
         part = plan(child, problem)
-        if isinstance(part, FactoredPlan) and isinstance(part.otherwise, SweepPlan):
+        if isinstance(part, LowRankPlan) and isinstance(part.otherwise, SweepPlan):
             part = part.otherwise  # alone it has ways of its own, but fused it costs next to nothing
         if isinstance(part, SweepPlan):  # a restricted term runs on a problem of its own
             entries = [(as_float(coefficient) * c, term) for c, term in part.sweep.entries]
@@ -269,7 +269,7 @@ def _swept(problem: Problem, sweep: Sweep, expr: Expr) -> Plan:
     ordinary = SweepPlan(problem, sweep, expr)
     if not _has_factor(sweep.entries, problem) or not _may_be_factored(problem):
         return ordinary
-    return FactoredPlan(problem, _in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
+    return LowRankPlan(problem, _in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
 
 
 def _may_be_factored(problem: Problem) -> bool:
@@ -383,7 +383,7 @@ def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:
 
 
 def _with_factored(
-    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[Places, Plan, str]], problem: Problem
+    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[RowRanges, Plan, str]], problem: Problem
 ) -> Plan:
     names = problem.layout.names
     groups = tuple(blocks[i].params for i in factored)
@@ -392,7 +392,7 @@ def _with_factored(
     parts = [affine(blocks[i].expr) for i in factored]
     entries = _in_order(parts[0][0])
     alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
-    joint = FactoredPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone), patience=0)
+    joint = LowRankPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone), patience=0)
     if len(factored) == len(blocks):
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]

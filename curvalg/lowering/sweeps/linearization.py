@@ -17,12 +17,12 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
+from curvalg.lowering.race import LONG, fastest, timed
+from curvalg.lowering.sweeps.chunked import ChunkedRecording, record_headed
 from curvalg.lowering.sweeps.contract import call
-from curvalg.lowering.sweeps.large_outputs import Headed, record_headed
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph, graph_bytes
 from curvalg.lowering.sweeps.sweep import Sweep, prepare
 from curvalg.lowering.sweeps.tangents import ForwardAD, Linearized, Transient, decline_linearized
-from curvalg.lowering.timing import LONG, fastest, timed
 from curvalg.problem import Batch, Evaluation, Problem, Snapshot
 from curvalg.problem.data.batches import OrderError
 from curvalg.problem.evaluation import FORWARD_AD
@@ -31,7 +31,7 @@ from curvalg.problem.verification.reverse import twice_backward
 from curvalg.tensors.backward import backward
 from curvalg.tensors.columns import chunked, mapped
 
-Recording: TypeAlias = SinglePass | Staged | Headed
+Recording: TypeAlias = SinglePass | Staged | ChunkedRecording
 MOST_COLUMNS = 64
 """The most columns in one batched backward pass."""
 WIDTHS = (2, 4, 16, MOST_COLUMNS)
@@ -165,7 +165,7 @@ class Linearization:
         if self._single_pass:
             result = problem.sum()
             for single in self.recordings(problem, snapshot, rows.shape[0]):
-                assert isinstance(single, (SinglePass, Headed))
+                assert isinstance(single, (SinglePass, ChunkedRecording))
                 result.add(single.multiply(rows, self._columns(problem, single, rows)))
                 del single  # a fresh graph is released before the next batch is recorded
             return result.value  # type: ignore[no-any-return]
@@ -188,7 +188,7 @@ class Linearization:
                 tangents.clear()
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
             chunk = self._columns(problem, recorded, rows)
-            if isinstance(recorded, Headed):
+            if isinstance(recorded, ChunkedRecording):
                 total.add(recorded.multiply(rows, chunk))
                 self.route = recorded.route
                 del recorded
@@ -247,10 +247,12 @@ class Linearization:
         """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
         return self.asked or MOST_COLUMNS
 
-    def _staged(self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool) -> Iterator[Staged | Headed]:
+    def _staged(
+        self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool
+    ) -> Iterator[Staged | ChunkedRecording]:
         """The recordings of a sweep that is not a single pass."""
         for recorded in self.recordings(problem, snapshot, columns, again=again):
-            assert isinstance(recorded, (Staged, Headed))
+            assert isinstance(recorded, (Staged, ChunkedRecording))
             yield recorded
             del recorded  # not held while the next is recorded
 
@@ -304,7 +306,7 @@ class Linearization:
 
     def _record(self, evaluation: Evaluation, columns: int) -> Recording:
         recorded = self._recorded(evaluation, columns)
-        if self.sweep.curved and not isinstance(recorded, Headed):
+        if self.sweep.curved and not isinstance(recorded, ChunkedRecording):
             swear_curvature(evaluation)
             if evaluation.problem.model.composite and not self._composite:  # it was recorded with wrong derivatives
                 self._composite = True
@@ -423,7 +425,7 @@ class Linearization:
         """After many products: tangents by a linearised program, if it is verified and faster."""
         if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
             return
-        if any(isinstance(r, Headed) for r in self.batches.values()):
+        if any(isinstance(r, ChunkedRecording) for r in self.batches.values()):
             return
         self._tried = True
         choice = self._named["program"]
@@ -498,7 +500,7 @@ class Linearization:
         """Columns at a time: one, a width, or a quarter of it; as chosen before, or what costs least a column."""
 
         def run(part: Tensor, chunk: int) -> Tensor:
-            if isinstance(recorded, (SinglePass, Headed)):
+            if isinstance(recorded, (SinglePass, ChunkedRecording)):
                 return recorded.multiply(part, chunk)
             tangent = recorded.tangent(part, chunk)
             return recorded.finish(part, tangent, chunk)

@@ -44,7 +44,7 @@ class Cotangent(torch.autograd.Function):
         return ctx.rate(tangent), None, None
 
 
-class Recorded(ABC):
+class RecordedBatch(ABC):
     """A batch in the form in which products are taken.
 
     Args:
@@ -82,7 +82,7 @@ class Recorded(ABC):
     def graphs(self) -> Iterable[Tensor | GradientEdge]:
         """Tensors whose graphs are kept, or edges where the tensors themselves are not."""
 
-    def over(self, problem: Problem) -> Recorded | None:
+    def over(self, problem: Problem) -> RecordedBatch | None:
         """The same recording for some of its parameters, sharing its graph; None where that cannot be had."""
         return None
 
@@ -118,7 +118,7 @@ def graph(evaluation: Evaluation) -> Graph:
     return z, leaves, batch
 
 
-class Staged(Recorded):
+class Staged(RecordedBatch):
     """A recording whose product has two stages: all tangents, then the result for the rates made of them."""
 
     @abstractmethod
@@ -130,7 +130,7 @@ class Staged(Recorded):
         """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
 
 
-class SinglePass(Recorded):
+class SinglePass(RecordedBatch):
     """z, u = Cotangent(z) and G = J(θ)ᵀu: one backward of G along v is (∂_v J)ᵀu + Jᵀu̇.
 
     Args:
@@ -289,7 +289,7 @@ class Pushed(Staged):
         return chunked(product, chunk, rates)
 
 
-def graph_bytes(recorded: Recorded) -> int:
+def graph_bytes(recorded: RecordedBatch) -> int:
     """Memory that the graphs of a recorded batch hold, as far as autograd's nodes tell: distinct storages, each once."""
     roots = list(recorded.graphs())
     storages: dict[int, int] = {}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError, ProblemTypeError
-from curvalg.problem.data.fingerprint import Fingerprint, fingerprint, same_order, same_rows, total
 from curvalg.problem.data.randomness import LoaderStream, own_generators
+from curvalg.problem.data.row_hashes import Fingerprint, fingerprint, same_order, same_rows, total
 from curvalg.tensors import trees
 
 TARGET_KEYS = ("target", "targets", "label", "labels", "y")
@@ -24,7 +24,7 @@ class OrderError(ProblemError):
 
 
 @dataclass(frozen=True)
-class Sample:
+class ReadBatch:
     """One batch as read: what the model gets, what the loss gets, and where it stands in the data set.
 
     Args:
@@ -41,13 +41,13 @@ class Sample:
     start: int
     index: int
 
-    def head(self, rows: int) -> Sample:
+    def head(self, rows: int) -> ReadBatch:
         """The first rows: of every tensor whose leading axis has the length of the batch."""
 
         def cut(tree: Any) -> Any:
             return trees.tensor_map(lambda t: t[:rows] if t.ndim and t.shape[0] == self.rows else t, tree)
 
-        return Sample(cut(self.batch), cut(self.target), rows, self.start, self.index)
+        return ReadBatch(cut(self.batch), cut(self.target), rows, self.start, self.index)
 
 
 class Data:
@@ -107,7 +107,7 @@ class Data:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": LoaderStream()}
 
-    def read(self, device: torch.device, *, order_matters: bool = False) -> Iterator[Sample]:
+    def read(self, device: torch.device, *, order_matters: bool = False) -> Iterator[ReadBatch]:
         """One pass.
 
         Args:
@@ -129,7 +129,7 @@ class Data:
                 if order_matters:
                     self._compare_order(prints)
             if count:
-                yield Sample(batch, target, count, start, index)
+                yield ReadBatch(batch, target, count, start, index)
             start += count
         if not start:
             raise ProblemError(

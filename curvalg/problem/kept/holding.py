@@ -13,7 +13,7 @@ from curvalg.problem import Problem, Snapshot
 T = TypeVar("T")
 
 
-class Held:
+class CacheEntry:
     """A value (a pytree of tensors) that the budget may ask back; it is made again when needed."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Held:
 def held(problem: Problem, snapshot: Snapshot, key: Hashable, make: Callable[[], T]) -> T:
     """The value under a key at a snapshot: the kept one, else made now, and kept if the budget has room."""
     kept = problem.kept(snapshot)
-    holder: Held = kept.setdefault(("held", key), Held())
+    holder: CacheEntry = kept.setdefault(("held", key), CacheEntry())
     if holder.value is None:
         value = make()
         leaves: list[Any] = optree.tree_leaves(cast("Any", value))

@@ -155,7 +155,7 @@ class Deferred(Tensor):
         raise NotImplementedError(f"{func} reached the outputs of a linear layer that are not made yet")
 
 
-Rule = Callable[[Deferred, Any, tuple[Any, ...], dict[str, Any]], "Deferred | None"]
+DeferredRule = Callable[[Deferred, Any, tuple[Any, ...], dict[str, Any]], "Deferred | None"]
 
 
 def _sized(deferred: Deferred) -> Tensor:
@@ -223,7 +223,7 @@ _QUESTIONS: frozenset[Any] = frozenset(
 )
 """What may be asked without having the numbers."""
 
-_MOVES: dict[Any, Rule] = {
+_MOVES: dict[Any, DeferredRule] = {
     **dict.fromkeys(
         [_T.transpose, _T.swapaxes, _T.swapdims, _T.permute, _T.movedim, _T.moveaxis, _T.narrow, _T.mT.__get__]  # type: ignore[attr-defined]
         + [torch.transpose, torch.swapaxes, torch.swapdims, torch.permute, torch.movedim, torch.moveaxis, torch.narrow],

@@ -14,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from curvalg.losses.softmax import SoftmaxLoss
+from curvalg.losses.closed_forms.softmax import SoftmaxLoss
 from curvalg.problem.large_outputs.deferred import Deferred, Deferring
 from curvalg.problem.large_outputs.head import Head, why_not_a_head
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvalg.errors import ProblemError
-from curvalg.losses.softmax import SoftmaxLoss
+from curvalg.losses.closed_forms.softmax import SoftmaxLoss
 from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.model.outputs import OutputForm, require_finite_output
 from curvalg.tensors.uniforms import uniforms

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.dense import Dense
-from curvalg.problem.layers.embedding import Embedding
-from curvalg.problem.layers.maps import LinearMap
-from curvalg.problem.layers.record import Held, LayerRecord, Place
+from curvalg.problem.layers.kinds.affine import AffineLayer
+from curvalg.problem.layers.kinds.embedding import Embedding
+from curvalg.problem.layers.kinds.maps import LinearMap
+from curvalg.problem.layers.kinds.scaling import ElementwiseLayer, Shift
+from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.layers.uses import Declined, DenseUse, Use, joined
-from curvalg.problem.layers.vectors import Scale, Shift
 
 
 def role_of(name: str, use: Use) -> str:
@@ -33,12 +33,12 @@ def common_form(name: str, uses: Sequence[Use]) -> None:
 
 
 def build(
-    place: Place,
+    place: ParameterGroup,
     uses: Sequence[Use],
     gradients: Sequence[Tensor],
     rows: int,
     dtype: torch.dtype,
-    inputs: Callable[[], Held | LinearMap],
+    inputs: Callable[[], GuardedInput | LinearMap],
 ) -> LayerRecord:
     """The record of parameters that have all their uses in common.
 
@@ -86,8 +86,8 @@ def real_positions(uses: Sequence[Use], deltas: Tensor) -> Tensor | None:
     return torch.cat(parts, 1)
 
 
-_MAKERS: dict[str, Callable[[Place, str, str | None, Any, Tensor], LayerRecord]] = {
-    "dense": Dense,
-    "scale": Scale,
+_MAKERS: dict[str, Callable[[ParameterGroup, str, str | None, Any, Tensor], LayerRecord]] = {
+    "dense": AffineLayer,
+    "scale": ElementwiseLayer,
     "embedding": lambda place, weight, bias, h, d: Embedding(place, h, d),
 }

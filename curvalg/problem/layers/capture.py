@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvalg.problem.layers.table import TABLE
+from curvalg.problem.layers.registrations import TABLE
 from curvalg.problem.layers.uses import Call, Declined, Use
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.record import LayerRecord, Place
+from curvalg.problem.layers.record import LayerRecord, ParameterGroup
 
 
 class Joint(LayerRecord):
@@ -20,7 +20,7 @@ class Joint(LayerRecord):
 
     kind = "joint"
 
-    def __init__(self, place: Place, parts: Sequence[LayerRecord]) -> None:
+    def __init__(self, place: ParameterGroup, parts: Sequence[LayerRecord]) -> None:
         super().__init__(place, parts[0].columns, parts[0].rows)
         self._parts = list(parts)
 
@@ -79,7 +79,7 @@ class Zero(LayerRecord):
 
     kind = "zero"
 
-    def __init__(self, place: Place, columns: int, rows: int, like: Tensor) -> None:
+    def __init__(self, place: ParameterGroup, columns: int, rows: int, like: Tensor) -> None:
         super().__init__(place, columns, rows)
         self._like = like.new_zeros(())
 

@@ -16,7 +16,7 @@ Kind = Literal["dense", "scale", "embedding", "shift", "explicit", "zero", "join
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterGroup:
     """Which parameters a record is about, and where they live.
 
     Args:
@@ -33,7 +33,7 @@ class Place:
     shapes: Mapping[str, torch.Size]
     real: Tensor | None = None
 
-    def of(self, names: Collection[str]) -> Place:
+    def of(self, names: Collection[str]) -> ParameterGroup:
         """The same place for some of its parameters."""
         return replace(self, params=tuple(name for name in self.params if name in names))
 
@@ -68,7 +68,7 @@ class LayerRecord(ABC):
     bias: str | None = None
     transposed: bool = False
 
-    def __init__(self, place: Place, columns: int, rows: int) -> None:
+    def __init__(self, place: ParameterGroup, columns: int, rows: int) -> None:
         self.place = place
         self.params = place.params
         self.name = place.name
@@ -177,7 +177,7 @@ class LayerRecord(ABC):
         return f"LayerRecord({self.kind} of {shown}; {self.columns} columns, {self.rows} rows)"
 
 
-class Held:
+class GuardedInput:
     """A layer input that must not change as long as it is used: it may be the user's own data.
 
     Args:

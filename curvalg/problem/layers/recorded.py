@@ -14,11 +14,11 @@ from curvalg.errors import ProblemError
 from curvalg.problem.layers.build import build, common_form
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.joint import Joint, Zero
-from curvalg.problem.layers.maps import LinearMap
-from curvalg.problem.layers.record import Held, LayerRecord, Place
+from curvalg.problem.layers.kinds.maps import LinearMap
+from curvalg.problem.layers.kinds.scaling import Explicit
+from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined, DenseUse, Routing
-from curvalg.problem.layers.vectors import Explicit
 from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, settle
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from curvalg.problem.evaluation import Evaluation
 
 
-class Recorded:
+class RecordedLayers:
     """The graph of one model call, and all that its layers saw.
 
     Args:
@@ -53,7 +53,7 @@ class Recorded:
         self.z = z
         self.leaves = dict(zip(self.problem.layout.names, leaves, strict=True))
         self._uses = capture.uses
-        self._inputs: dict[tuple[int, ...], Held | LinearMap] = {}
+        self._inputs: dict[tuple[int, ...], GuardedInput | LinearMap] = {}
         self._settled = False
         for name, reason in capture.reasons.items():
             self.problem.layer_notes.setdefault(name, reason)
@@ -67,7 +67,7 @@ class Recorded:
         """Of the outputs of all functions that take a parameter."""
         return {use.output_dtype for use in self._uses if name in use.roles.values()}
 
-    def head(self, rows: int) -> Recorded | None:
+    def head(self, rows: int) -> RecordedLayers | None:
         """The recording of the first rows alone; None where they are not a small part, or cannot be computed alone.
 
         Computed alone they must use the parameters in the same way, with the same result.
@@ -224,7 +224,7 @@ class Recorded:
         pairs = zip(needed, gradients, strict=True)
         return {i: g.reshape(g.shape[0], *self._uses[i].output_shape) for i, g in pairs if g is not None}
 
-    def _held(self, indices: tuple[int, ...], rows: int) -> Held | LinearMap:
+    def _held(self, indices: tuple[int, ...], rows: int) -> GuardedInput | LinearMap:
         """The inputs of some uses, made once for all chunks of columns."""
         if indices not in self._inputs:
             first, *others = (self._uses[i] for i in indices)
@@ -242,16 +242,16 @@ class Recorded:
         stacked = {name: torch.stack([found[name] for found in columns]) for name in names}
         return [Explicit(self._place((name,)), stacked[name].to(layout.dtype)) for name in names]
 
-    def _place(self, params: tuple[str, ...]) -> Place:
+    def _place(self, params: tuple[str, ...]) -> ParameterGroup:
         model, shapes = self.problem.model, self.problem.layout.shapes
         owner, _, _ = params[0].rpartition(".")
         if not isinstance(model, ModuleModel):
-            return Place(params, "", None, shapes)
+            return ParameterGroup(params, "", None, shapes)
         # Scripted modules have no get_submodule.
-        return Place(params, owner, dict(model.module.named_modules())[owner], shapes)
+        return ParameterGroup(params, owner, dict(model.module.named_modules())[owner], shapes)
 
 
-def record_layers(evaluation: Evaluation) -> Recorded:
+def record_layers(evaluation: Evaluation) -> RecordedLayers:
     """Call the model once and keep what gives layer inputs and output deltas.
 
     Args:
@@ -264,4 +264,4 @@ def record_layers(evaluation: Evaluation) -> Recorded:
     refuse_batch_statistics(problem.model)
     capture = Capture(problem.layout.names)
     z, leaves, form = evaluation.record(capture.watch)
-    return Recorded(evaluation, z, leaves, form, capture)
+    return RecordedLayers(evaluation, z, leaves, form, capture)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvalg.problem.layers.convolution import Convolution, ConvolutionMap
-from curvalg.problem.layers.maps import LinearMap, MatrixMap, WeightForm
-from curvalg.problem.layers.record import Held, Kind
+from curvalg.problem.layers.kinds.convolution import Convolution, ConvolutionMap
+from curvalg.problem.layers.kinds.maps import LinearMap, MatrixMap, WeightForm
+from curvalg.problem.layers.record import GuardedInput, Kind
 
 
 class Declined(Exception):
@@ -96,9 +96,9 @@ class Use(ABC):
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         """h as the record of this kind takes it."""
 
-    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> Held | LinearMap:
+    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> GuardedInput | LinearMap:
         """h of this use and of others of the same parameters, their positions one after the other."""
-        return Held(joined([use.inputs(rows, dtype) for use in (self, *others)], -2))
+        return GuardedInput(joined([use.inputs(rows, dtype) for use in (self, *others)], -2))
 
     @abstractmethod
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
@@ -174,10 +174,10 @@ class DenseUse(Use):
     def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> LinearMap:
         if others or self._options is None:
             held = super().joined(others, rows, dtype)
-            assert isinstance(held, Held)
+            assert isinstance(held, GuardedInput)
             return MatrixMap(self._form, held)
         self.check(self.source.shape, rows)
-        image = Held(ConvolutionMap.laid_out(self.source.to(dtype)))
+        image = GuardedInput(ConvolutionMap.laid_out(self.source.to(dtype)))
         return ConvolutionMap(self._form, self._options, image, rows, self._unfold)
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
@@ -250,8 +250,8 @@ class EmbeddingUse(Use):
         check_rows(indices.shape, rows, 0)
         return indices.reshape(rows, -1).long()
 
-    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> Held:
-        return Held(joined([use.inputs(rows, dtype) for use in (self, *others)], -1))
+    def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> GuardedInput:
+        return GuardedInput(joined([use.inputs(rows, dtype) for use in (self, *others)], -1))
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         check_rows(gradient.shape[1:], rows, 1)

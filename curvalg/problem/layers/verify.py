@@ -17,7 +17,7 @@ from curvalg.tensors.backward import backward
 from curvalg.tensors.uniforms import uniforms
 
 if TYPE_CHECKING:
-    from curvalg.problem.layers.recorded import Recorded
+    from curvalg.problem.layers.recorded import RecordedLayers
 
 COLUMNS = 1
 """Columns of a comparison; what could be wrong is which rows a gradient belongs to."""
@@ -30,7 +30,7 @@ MISPLACED = "its gradients do not add up: the rows of its layer are not those of
 """Why a parameter has no layer inputs and deltas where :func:`misplaced` found it."""
 
 
-def settle(recorded: Recorded) -> None:
+def settle(recorded: RecordedLayers) -> None:
     """Find the parameters of a batch whose records would be wrong, and note them on the problem.
 
     Compared are Σ wₖₙ gₖₙ, for cotangents of random signs and random positive weights w, and one ordinary backward pass
@@ -48,7 +48,7 @@ def settle(recorded: Recorded) -> None:
     raise AssertionError("unreachable: every repetition notes one more parameter")
 
 
-def _unchecked(recorded: Recorded) -> list[str]:
+def _unchecked(recorded: RecordedLayers) -> list[str]:
     problem = recorded.problem
     # With a single row nothing can be attributed wrongly: such a comparison says little about other batches.
     needed = min(recorded.z.shape[0], 2)
@@ -59,7 +59,7 @@ def _unchecked(recorded: Recorded) -> list[str]:
     ]
 
 
-def _note_unseen(recorded: Recorded) -> None:
+def _note_unseen(recorded: RecordedLayers) -> None:
     """Parameters that reach the output where no torch function shows them (custom autograd functions)."""
     notes = recorded.problem.layer_notes
     unseen = [name for name in recorded.leaves if name not in recorded.used and name not in notes]
@@ -72,7 +72,7 @@ def _note_unseen(recorded: Recorded) -> None:
             notes[name] = "it is used where no function of torch shows it"
 
 
-def _gradients(recorded: Recorded, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
+def _gradients(recorded: RecordedLayers, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
 
     leaves = [recorded.leaves[name] for name in names]
     found = backward([recorded.z], leaves, [cotangent], retain_graph=True)
@@ -83,7 +83,7 @@ def _gradients(recorded: Recorded, names: list[str], cotangent: Tensor) -> dict[
     }
 
 
-def _compare(recorded: Recorded, names: list[str]) -> bool:
+def _compare(recorded: RecordedLayers, names: list[str]) -> bool:
     """Compare once; whether a parameter was noted, so that the comparison has to be made again."""
     problem, z = recorded.problem, recorded.z
     rows = z.shape[0]
@@ -177,7 +177,7 @@ def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
     return owner[last.where(last >= 0, torch.full_like(last, first))]
 
 
-def _tolerance(recorded: Recorded, name: str, explicit: bool) -> float:
+def _tolerance(recorded: RecordedLayers, name: str, explicit: bool) -> float:
     """Round-off of the two computations; what is wrong is wrong by far more."""
     if explicit:  # rounded as the model rounds, in the dtypes that it casts to
         return 5e-2

@@ -95,7 +95,7 @@ class _Adapter(nn.Module):
         return self.rule(self.module, batch)
 
 
-Rule = Callable[[Any, Any], Any]
+Adapter = Callable[[Any, Any], Any]
 
 
 class ModuleModel:
@@ -107,7 +107,7 @@ class ModuleModel:
         rule: ``forward(model, batch)``.
     """
 
-    def __init__(self, module: nn.Module, params: params_.Selection, rule: Rule | None) -> None:
+    def __init__(self, module: nn.Module, params: params_.Selection, rule: Adapter | None) -> None:
         require_unsharded(module)
         self.module = module
         self.rule = rule
@@ -186,7 +186,7 @@ class CallableModel:
     recurrent = False
     batch_statistics: list[str] = []  # noqa: RUF012
 
-    def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], params: Any, rule: Rule | None) -> None:
+    def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], params: Any, rule: Adapter | None) -> None:
         if not isinstance(params, Mapping):
             raise ProblemError(
                 "a model that is a function (params, inputs) -> output needs its parameters: pass params={name: tensor}"
@@ -235,7 +235,7 @@ class CallableModel:
 Model = ModuleModel | CallableModel
 
 
-def make_model(model: Any, params: params_.Selection, forward: Rule | None) -> Model:
+def make_model(model: Any, params: params_.Selection, forward: Adapter | None) -> Model:
     """The model as a function of its chosen parameters.
 
     Raises:

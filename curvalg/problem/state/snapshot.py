@@ -22,7 +22,7 @@ Slot = tuple[str, Mapping[str, Any], str]
 """A place that holds a tensor: its name, the dict that owns it, the key in that dict."""
 
 
-class Structure:
+class Configuration:
     """All of a state but the numbers in parameters and buffers: attributes, hooks, submodules, flags, the loss, the data.
 
     What is counted on the whole data set belongs to it.
@@ -96,7 +96,7 @@ class Snapshot:
         lock: the problem's.
     """
 
-    def __init__(self, structure: Structure, slots: Sequence[Slot], lock: AbstractContextManager[Any]) -> None:
+    def __init__(self, structure: Configuration, slots: Sequence[Slot], lock: AbstractContextManager[Any]) -> None:
         self.structure = structure
         self.lock = lock
         """Held while what is kept at the state is made, changed or multiplied: by one thread at a time."""

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from curvalg.tensors.bits import Bits, Sample
+from curvalg.tensors.bits import Bits, SampledBits
 
 MOST = 200_000
 """Places that are looked at; what lies beyond is not watched."""
@@ -115,7 +115,7 @@ class Watch:
         self._counted = [] if exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
         self._versions = [t._version for t in self._counted]
         self._samples = (
-            [] if exactly else [Sample(t) for _, _, _, t in self.tensors if not t.is_cuda or t.is_inference()]
+            [] if exactly else [SampledBits(t) for _, _, _, t in self.tensors if not t.is_cuda or t.is_inference()]
         )
 
     def _visit(self, name: str, holder: Any, key: Any, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:

@@ -20,7 +20,7 @@ from curvalg import (
     inverse,
     registry,
 )
-from curvalg.expr.inverses import SOLVERS
+from curvalg.expr.nodes.inverse import SOLVERS
 from curvalg.lowering.inverses.solvers import STRATEGIES
 
 SIZE = 8

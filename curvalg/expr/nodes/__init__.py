@@ -1,0 +1,1 @@
+"""The kinds of expressions that algebra makes: sums, products, inverses, blocks, arrays."""

@@ -1,0 +1,1 @@
+"""Losses whose derivatives, factors and draws are written down."""

@@ -1,0 +1,56 @@
+"""Products with array leaves."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.expr.nodes.arrays import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
+from curvalg.lowering.matrices.bases import kronecker
+
+
+def tensor(array: Any, like: Tensor) -> Tensor:
+    """An array of a leaf as a tensor of the operand's dtype and device."""
+    return torch.as_tensor(array).detach().to(dtype=like.dtype, device=like.device)
+
+
+@singledispatch
+def multiply(leaf: ArrayLeaf, x: Tensor, transpose: bool) -> Tensor:
+    """The leaf (or its transpose) times x (n, K)."""
+    raise NotImplementedError(f"no product is registered for {type(leaf).__name__}")
+
+
+@multiply.register
+def _(leaf: Diagonal, x: Tensor, transpose: bool) -> Tensor:
+    return tensor(leaf.values, x)[:, None] * x
+
+
+@multiply.register
+def _(leaf: Kronecker, x: Tensor, transpose: bool) -> Tensor:
+    factors = [tensor(f, x) for f in leaf.factors]
+    return kronecker([f.T for f in factors] if transpose else factors, x)
+
+
+@multiply.register
+def _(leaf: LowRank, x: Tensor, transpose: bool) -> Tensor:
+    left = tensor(leaf.left, x)
+    right = left if leaf.right is None else tensor(leaf.right, x)
+    if transpose:
+        left, right = right, left
+    inner = right.T @ x
+    if leaf.core is not None:
+        core = tensor(leaf.core, x)
+        inner = core[:, None] * inner if core.ndim == 1 else (core.T if transpose else core) @ inner
+    return left @ inner
+
+
+@multiply.register
+def _(leaf: Eigenbasis, x: Tensor, transpose: bool) -> Tensor:
+    values = tensor(leaf.values, x)[:, None]
+    if isinstance(leaf.basis, Kronecker):
+        return multiply(leaf.basis, values * multiply(leaf.basis, x, True), False)
+    basis = tensor(leaf.basis, x)
+    return basis @ (values * (basis.T @ x))

@@ -1,0 +1,96 @@
+"""A block-diagonal matrix of structured blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvalg.lowering.blocks.rows import RowRanges
+from curvalg.lowering.matrices.structure import Eigh, Function, Structure
+
+
+class Blocks(Structure):
+    """Structured blocks on disjoint rows that together are all.
+
+    Args:
+        parts: (where it lies, the block).
+    """
+
+    def __init__(self, parts: Sequence[tuple[RowRanges, Structure]]) -> None:
+        super().__init__(sum(block.size for _, block in parts))
+        self.parts = list(parts)
+
+    def _each(self, x: Tensor, apply: Callable[[Structure, Tensor], Tensor]) -> Tensor:
+        result = torch.empty_like(x)
+        for places, block in self.parts:
+            places.put(result, apply(block, places.take(x)))
+        return result
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self._each(x, lambda block, part: block.multiply(part))
+
+    def solve(self, b: Tensor) -> Tensor:
+        return self._each(b, lambda block, part: block.solve(part))
+
+    def mapped(self, function: Function, name: str) -> Structure | None:
+        blocks = [(places, block.mapped(function, name)) for places, block in self.parts]
+        known = [(places, block) for places, block in blocks if block is not None]
+        return Blocks(known) if len(known) == len(blocks) else None
+
+    def trace(self) -> float | None:
+        return _total([block.trace() for _, block in self.parts])
+
+    def logdet(self) -> float | None:
+        return _total([block.logdet() for _, block in self.parts])
+
+    def diagonal(self) -> Tensor | None:
+        parts = [(places, block.diagonal()) for places, block in self.parts]
+        if any(values is None for _, values in parts):
+            return None
+        first = parts[0][1]
+        assert first is not None
+        result = torch.empty(self.size, dtype=first.dtype, device=first.device)
+        for places, values in parts:
+            assert values is not None
+            places.put(result, values.to(result.dtype))
+        return result
+
+    def eigh(self) -> Eigh | None:
+        """Eigenvalues of all blocks with vectors; a block's own rest becomes explicit only where the rests differ."""
+        pairs = [(places, block.eigh()) for places, block in self.parts]
+        known = [(places, pair) for places, pair in pairs if pair is not None]
+        if len(known) < len(pairs):
+            return None
+        rests = {pair.rest for _, pair in known if pair.multiplicity}
+        if len(rests) > 1:
+            return None
+        values = torch.cat([pair.eigenvalues for _, pair in known])
+        owner = torch.cat([torch.full_like(p.eigenvalues, i, dtype=torch.long) for i, (_, p) in enumerate(known)])
+        local = torch.cat([torch.arange(len(p.eigenvalues), device=values.device) for _, p in known])
+        values, order = values.sort()
+
+        def vectors(chosen: Tensor) -> Tensor:
+            chosen = order[chosen]
+            result: Tensor | None = None
+            for i, (places, pair) in enumerate(known):
+                mine = (owner[chosen] == i).nonzero().reshape(-1)
+                if not len(mine):
+                    continue
+                part = pair.vectors(local[chosen[mine]])
+                if result is None:
+                    result = part.new_zeros(self.size, len(chosen))
+                result[places.indices(part.device)[:, None], mine[None]] = part
+            return torch.zeros(self.size, 0) if result is None else result
+
+        return Eigh(values, rests.pop() if rests else 0.0, sum(p.multiplicity for _, p in known), vectors)
+
+
+def _total(parts: Sequence[float | None]) -> float | None:
+    total = 0.0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total

@@ -1,0 +1,205 @@
+"""Products of terms with few output directions, A = V Vᵀ: from kept layer inputs and deltas, or from V itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from curvalg.expr.term import Term
+from curvalg.lowering.low_rank.factor import Factor, Groups, factor_of
+from curvalg.lowering.plans.nodes import Plan, drop_recordings
+from curvalg.lowering.race import Impossible, Race, Way
+from curvalg.problem import Problem, Snapshot
+
+MOST_COLUMNS = 64
+"""The most columns of a factor, for each row of the data, that a factored product is taken with."""
+AT_A_TIME = 8
+"""Columns of an operand that are taken together from layers: mixed deltas of many more no longer fit the caches."""
+MEASURED = 8
+"""The most columns of an operand that ways are measured on."""
+
+
+class LowRankPlan(Plan):
+    """A sum of terms with few output directions, whole or in diagonal blocks.
+
+    Besides the ordinary way there are two: from kept layer inputs and output deltas a product costs two matrix products a
+    layer, whatever the number of blocks; and where V is small it is multiplied out, and a product is Vᵀ and V.
+
+    Args:
+        problem: over the parameters of all these blocks.
+        entries: (coefficient, term).
+        groups: the parameters of each block.
+        shifts: multiple of the identity in each block.
+        otherwise: the same in the ordinary way.
+        patience: columns that are multiplied in the ordinary way before another is tried.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        entries: Sequence[tuple[float, Term]],
+        groups: Groups,
+        shifts: Sequence[float],
+        otherwise: Plan,
+        patience: int,
+    ) -> None:
+        self.problem, self.entries, self.groups, self.shifts = problem, tuple(entries), groups, tuple(shifts)
+        self.otherwise, self.patience = otherwise, 0 if problem.factored is True else patience
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return (self.otherwise,)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms, in the order of the columns of V."""
+        return tuple(term for _, term in self.entries)
+
+    def ways(self, snapshot: Snapshot) -> Race:
+        """The choice, shared by all plans of this matrix."""
+        kept, key = self.problem.kept(snapshot), ("ways", self.entries, self.groups)
+        if key not in kept:
+            total = " + ".join(sorted(f"{c:g}*{term}" for c, term in self.entries))
+            kept[key] = Race(self.problem, f"{total} by {len(self.groups)} groups", self.patience)
+        return kept[key]  # type: ignore[no-any-return]
+
+    def factor(self, snapshot: Snapshot) -> Factor:
+        """V, shared by all that need it."""
+        return factor_of(self.problem, snapshot, self.terms)
+
+    def prepare(self, snapshot: Snapshot) -> None:
+        with snapshot.lock:
+            self._prepare(snapshot)
+
+    def _prepare(self, snapshot: Snapshot) -> None:
+        chosen = self.ways(snapshot).chosen(False)
+        if chosen not in (None, ORDINARY):
+            self.factor(snapshot).prepare(self.problem, snapshot)
+        elif chosen == ORDINARY or self.patience:
+            self.otherwise.prepare(snapshot)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        with snapshot.lock:
+            return self._apply(snapshot, x)
+
+    def _apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        problem, ways, wide = self.problem, self.ways(snapshot), x.shape[1] > 1
+        ways.count(problem, x.shape[1])
+        if ways.declined and self.factor(snapshot).refused not in (None, problem.budget.limit):
+            ways.forget(problem)
+        way = ways.chosen(wide)
+        if way is None:
+            if not ways.due(problem, wide):
+                return self.otherwise.apply(snapshot, x)
+            way = ways.choose(problem, self._ways(snapshot), x[:, :MEASURED], insist=problem.factored is True)
+            self._release(snapshot, ways)
+        try:
+            return self._ways(snapshot)[way](x)
+        except Impossible:  # the budget has shrunk since
+            return self.otherwise.apply(snapshot, x)
+
+    def _release(self, snapshot: Snapshot, ways: Race) -> None:
+        """Drop what no chosen way needs."""
+        chosen = {way for wide in (False, True) if (way := ways.chosen(wide)) is not None}
+        if ORDINARY not in chosen:
+            drop_recordings(self.otherwise, snapshot)
+        elif chosen == {ORDINARY}:
+            self.factor(snapshot).drop()
+        if MULTIPLIED not in chosen:
+            self.factor(snapshot).drop_matrix()
+
+    def _ways(self, snapshot: Snapshot) -> dict[str, Way]:
+        return {
+            ORDINARY: lambda x: self.otherwise.apply(snapshot, x),
+            FACTORED: lambda x: self._factored(snapshot, x),
+            MULTIPLIED: lambda x: self._multiplied(snapshot, x),
+        }
+
+    # -- from layer inputs and deltas -------------------------------------------------------------------------------------
+
+    def _factored(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        factor, layout = self.factor(snapshot), self.problem.layout
+        self._require_few()
+        factor.prepare(self.problem, snapshot)
+        if not factor.complete:
+            raise Impossible("layer inputs and deltas do not fit the budget")
+
+        def product(part: Tensor) -> Tensor:
+            pushed = self._weigh(factor, factor.push_groups(layout, self.groups, part))
+            return self._shifted(factor.pull_groups(layout, self.groups, pushed), part)
+
+        parts = [product(part) for part in x.split(AT_A_TIME, 1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _require_few(self) -> None:
+        if (columns := sum(map(self.problem.factor_columns, self.terms))) > MOST_COLUMNS:
+            raise Impossible(f"{columns} output directions for each row of the data, more than {MOST_COLUMNS}")
+
+    def _weigh(self, factor: Factor, y: Tensor) -> Tensor:
+        """Coefficients and centring of every term's columns, for Y (groups, M, P)."""
+        for number, (c, term) in enumerate(self.entries):
+            if len(self.entries) == 1 and c == 1 and not term.centred:
+                return y
+            mine = (factor.owner == number).to(y.dtype)[:, None]
+            if term.centred:
+                ones = mine * factor.active.to(y.dtype)[:, None]
+                y = y - ones * (ones * y).sum(1, keepdim=True) / self.problem.totals.count
+            y = y * (1 + (c - 1) * mine)
+        return y
+
+    def _shifted(self, result: Tensor, x: Tensor) -> Tensor:
+        layout = self.problem.layout
+        for names, shift in zip(self.groups, self.shifts, strict=True):
+            if shift:
+                for name in names:
+                    result[layout.slices[name]].add_(x[layout.slices[name]], alpha=shift)
+        return result
+
+    # -- from V itself ------------------------------------------------------------------------------------------------------
+
+    def _multiplied(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        factor = self.factor(snapshot)
+        if len(self.groups) > 1:
+            raise Impossible("it is for the whole matrix, not for blocks")
+        if self.problem.accumulate is not None:  # one kernel sums over all batches
+            raise Impossible(f"sums over batches are asked for in {self.problem.accumulate}")
+        self._require_few()
+        matrix = factor.matrix(self.problem, snapshot)
+        if matrix is None:
+            raise Impossible("V is too large to be multiplied out")
+        pushed = self._weigh(factor, (matrix @ x)[None])[0]
+        return self._shifted(matrix.T @ pushed, x)
+
+    # -- for people -----------------------------------------------------------------------------------------------------------
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        ways, factor = self.ways(snapshot), self.factor(snapshot)
+        measured = [f"  measured, {note}" for note in ways.notes.values()]
+        measured += [f"  not {way}: {reason}" for way, reason in ways.declined.items()]
+        chosen = ways.chosen(False) or ways.chosen(True)
+        if chosen == ORDINARY or (
+            chosen is None and (self.patience or self.problem.budget.limit in (0, factor.refused))
+        ):
+            return [*self.otherwise.lines(snapshot), *measured]
+        total = " + ".join(str(term) if c == 1 else f"{c:g} * {term}" for c, term in self.entries)
+        blocks = f"{len(self.groups)} diagonal blocks of " if len(self.groups) > 1 else ""
+        return [f"{blocks}{total}, {chosen or FACTORED}", *_DETAILS[chosen or FACTORED](factor), *measured]
+
+
+ORDINARY, FACTORED, MULTIPLIED = "ordinary", "factored", "multiplied out"
+
+
+def _of_layers(factor: Factor) -> list[str]:
+    kept = (
+        f"kept: {factor.nbytes / 2**20:.3g} MiB" if factor.complete else "kept from the first product on, if they fit"
+    )
+    return ["  two matrix products a layer, for all blocks together", f"  layer inputs and output deltas {kept}"]
+
+
+def _of_matrix(factor: Factor) -> list[str]:
+    return [f"  V of {factor.size} columns is kept, {factor.nbytes / 2**20:.3g} MiB with what it was made of"]
+
+
+_DETAILS: dict[str, Callable[[Factor], list[str]]] = {FACTORED: _of_layers, MULTIPLIED: _of_matrix}

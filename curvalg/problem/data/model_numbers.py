@@ -1,0 +1,108 @@
+"""What model, loss and data compute at a state, as a few sums: two problems of the same names and parameters are told apart.
+
+Names of classes and values of parameters say nothing of an activation, an attribute, an adapter, or an option of a loss. Their
+numbers do. For every row n of the data, with fixed waves w over the entries of an output z,
+
+    zₙ,    Jₙᵀ cos(zₙ + φ),    the loss,    rₙ = ∂cₙ/∂zₙ    and    Bₙ w
+
+are projected on waves, and the projections and their squares summed; so that neither the order of the rows nor the batches that
+they come in change a sum by more than rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import CurvalgError
+from curvalg.problem.batch import Batch
+from curvalg.problem.data.row_hashes import Fingerprint
+
+if TYPE_CHECKING:
+    from curvalg.problem.model.parameters import Layout
+    from curvalg.problem.problem import Problem
+
+Numbers: TypeAlias = dict[str, Fingerprint]
+"""What it is of, in words -> sums, each with that of the magnitudes of its terms."""
+
+OUTPUTS, DERIVATIVE, LOSS = "outputs of the model", "derivative of the model", "value and derivatives of the loss"
+
+
+def numbers(problem: Problem) -> Numbers:
+    """The numbers at the problem's state, by one pass over the data with one call of the model and one backward a batch.
+
+    Raises:
+        ProblemError: the model fails on the data, or its outputs are not finite.
+    """
+    sums = _Sums()
+    with problem.lock, problem.differentiating():
+        snapshot, total = problem.snapshot(), problem.sum()
+        for evaluation in problem.evaluations(snapshot):
+            total.add(evaluation.pulled(lambda batch: _take(sums, batch)))
+        _take_derivative(sums, problem.layout, total.value)
+    return sums.made()
+
+
+def _take(sums: _Sums, batch: Batch) -> Tensor:
+    """Add what a batch shows of outputs and loss; returns a cotangent to pull back that the loss has no part in."""
+    z, axis = batch.output, batch.class_axis
+    if axis is None:
+        size, axes = z.shape[1:], tuple(range(1, z.ndim))
+    else:  # by positions: outputs may be made in chunks of these
+        size, axes = torch.Size([z.shape[axis]] + [1] * (z.ndim - 1 - axis % z.ndim)), (axis,)
+    phases = torch.arange(1, 1 + size.numel(), device=z.device).to(z.dtype).view(size)
+    waves = torch.cos(phases)
+    sums.add(OUTPUTS, 0, z * waves, axes)
+    if batch.has_loss:
+        try:
+            sums.add_total(LOSS, 0, batch.value().detach())
+            sums.add(LOSS, 1, batch.loss_gradient.detach() * waves, axes)
+            sums.add(LOSS, 2, batch.loss_hvp(waves.expand_as(z).contiguous()).detach() * waves, axes)
+        except (
+            CurvalgError,
+            RuntimeError,
+            NotImplementedError,
+        ):  # the matrix may do without what the loss does not have
+            sums.missing.add(LOSS)
+    return torch.cos(z + phases)
+
+
+def _take_derivative(sums: _Sums, layout: Layout, vector: Tensor) -> None:
+    for k, (name, shape) in enumerate(layout.shapes.items(), 1):
+        rows = vector[layout.slices[name]].view(shape[0] if shape else 1, -1)
+        across, down = (torch.cos(torch.arange(1, 1 + n, device=rows.device).to(rows.dtype)) for n in rows.shape)
+        sums.add(DERIVATIVE, 0, k * across[:, None] * rows * down, (1,))
+
+
+class _Sums:
+    """Sums as they grow, by what they are of and a number."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, int], list[float]] = {}
+        self.missing: set[str] = set()
+
+    def add(self, name: str, number: int, terms: Tensor, axes: tuple[int, ...]) -> None:
+        """Hashes are sums of the terms over some axes; they and their squares are added up."""
+        hashes, most = (terms.sum(axes), terms.abs().sum(axes)) if axes else (terms, terms.abs())
+        self._add((name, 2 * number), hashes, most)
+        self._add((name, 2 * number + 1), hashes.double().square(), most.double().square())
+
+    def add_total(self, name: str, number: int, total: Tensor) -> None:
+        """What depends on batches but for its sum."""
+        self._add((name, 2 * number), total, total.abs())
+
+    def _add(self, key: tuple[str, int], terms: Tensor, most: Tensor) -> None:
+        old = self._sums.get(key, [0.0, 0.0])
+        self._sums[key] = [
+            old[0] + float(terms.sum(dtype=torch.float64)),
+            old[1] + float(most.sum(dtype=torch.float64)),
+        ]
+
+    def made(self) -> Numbers:
+        """All sums of each name, in the order of their numbers; none of what is missing."""
+        made: Numbers = {}
+        for (name, _), (value, most) in sorted(self._sums.items()):
+            made[name] = (*made.get(name, ()), (value, most))
+        return {name: () if name in self.missing else found for name, found in made.items()}

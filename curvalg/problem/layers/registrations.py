@@ -1,0 +1,249 @@
+"""Which functions of torch give inputs and deltas: one registration per layer function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvalg.problem.layers.kinds.convolution import Convolution
+from curvalg.problem.layers.kinds.maps import WeightForm
+from curvalg.problem.layers.kinds.patches import grouped, padded, spread_out, windows
+from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, EmbeddingUse, Use
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A row of the table.
+
+    Args:
+        function: the function of torch.
+        arguments: its positional arguments.
+        use: what a call is; raises Declined where the parameter's gradients need more than inputs and deltas.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+    use: Callable[[Call], Use]
+
+
+TABLE: dict[Any, LayerRow] = {}
+"""Function -> its row."""
+
+MakeUse = Callable[[Call], Use]
+
+
+def register(arguments: str, *functions: Callable[..., Any]) -> Callable[[MakeUse], MakeUse]:
+    """Make the decorated function say what calls of the given functions are.
+
+    Args:
+        arguments: names of their positional arguments, separated by spaces; built-in functions do not tell them.
+        functions: as ``__torch_function__`` gets them.
+    """
+
+    def enter(use: MakeUse) -> MakeUse:
+        TABLE.update({function: LayerRow(function, tuple(arguments.split()), use) for function in functions})
+        return use
+
+    return enter
+
+
+@register("input weight bias", F.linear)
+def linear(call: Call) -> Use:
+    """h Wᵀ + b."""
+    if call.values["input"].ndim < 2:
+        raise Declined("its input has no axis of rows")
+    form = WeightForm(call.values["weight"].shape)
+    return DenseUse(call, form, lambda x: x[..., None, :], -1)
+
+
+@register("bias input weight", torch.addmm, torch.Tensor.addmm)
+def added_product(call: Call) -> Use:
+    """b + h W."""
+    if call.values.get("beta", 1) != 1 or call.values.get("alpha", 1) != 1 or call.values["bias"].ndim != 1:
+        raise Declined("it is used in addmm with factors, or with a matrix that is added")
+    return _product(call)
+
+
+@register("input weight", torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+def product(call: Call) -> Use:
+    """h W."""
+    return _product(call)
+
+
+def _product(call: Call) -> Use:
+    h, weight = call.values["input"], call.values["weight"]
+    if "input" in call.leaves or not isinstance(h, Tensor) or h.ndim < 2 or weight.ndim != 2:
+        raise Declined("it is used in a product otherwise than as a matrix on the right")
+    return DenseUse(call, WeightForm(weight.shape, transposed=True), lambda x: x[..., None, :], -1)
+
+
+# -- convolutions -------------------------------------------------------------------------------------------------------
+
+
+def _spatial(value: int | Sequence[int], axes: int) -> list[int]:
+    """A number for every axis."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _image(call: Call) -> tuple[int, list[int]]:
+    """Number of spatial axes, and the kernel's size."""
+    kernel = list(call.values["weight"].shape[2:])
+    if call.values["input"].ndim != len(kernel) + 2:
+        raise Declined("its input has no axis of rows")
+    return len(kernel), kernel
+
+
+@register("input weight bias stride padding dilation groups", F.conv1d, F.conv2d, F.conv3d)
+def convolution(call: Call) -> Use:
+    """Patches times the weight."""
+    axes, kernel = _image(call)
+    stride, dilation = (_spatial(call.values.get(name, 1), axes) for name in ("stride", "dilation"))
+    padding = call.values.get("padding", 0)
+    if padding == "same":  # an odd number of zeros has its extra one behind
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        before = [t // 2 for t in total]
+        after = [t - b for t, b in zip(total, before, strict=True)]
+    else:
+        before = after = _spatial(0 if padding == "valid" else padding, axes)
+    groups = call.values.get("groups", 1)
+    form = WeightForm(call.values["weight"].shape, groups)
+    options = Convolution(tuple(stride), tuple(before), tuple(dilation), (0,) * axes) if before == after else None
+    return DenseUse(
+        call, form, lambda x: grouped(windows(padded(x, before, after), kernel, stride, dilation), groups), 1, options
+    )
+
+
+@register(
+    "input weight bias stride padding output_padding groups dilation",
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+def transposed_convolution(call: Call) -> Use:
+    """The convolution, with the flipped kernel, of the input with zeros between its elements."""
+    axes, kernel = _image(call)
+    stride, dilation = (_spatial(call.values.get(name, 1), axes) for name in ("stride", "dilation"))
+    padding, extra = (_spatial(call.values.get(name, 0), axes) for name in ("padding", "output_padding"))
+    before = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    after = [b + e for b, e in zip(before, extra, strict=True)]
+    groups = call.values.get("groups", 1)
+    form = WeightForm(call.values["weight"].shape, groups, transposed=True)
+
+    def unfold(x: Tensor) -> Tensor:
+        patches = windows(padded(spread_out(x, stride), before, after), kernel, [1] * axes, dilation)
+        return grouped(patches.flip(list(range(-axes, 0))), groups)
+
+    return DenseUse(call, form, unfold, 1, Convolution(*map(tuple, (stride, padding, dilation, extra))))
+
+
+# -- embeddings -----------------------------------------------------------------------------------------------------------
+
+
+@register("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", F.embedding)
+def embedding(call: Call) -> Use:
+    """Rows of a table."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if call.values.get(option):
+            raise Declined(f"the option {option} of its embedding has no factored form")
+    padding = call.values.get("padding_idx")
+    if padding is not None and padding < 0:
+        padding += call.values["weight"].shape[0]
+    return EmbeddingUse(call, padding)
+
+
+# -- the affine part of normalisation -----------------------------------------------------------------------------------
+
+
+def _affine(call: Call, function: Callable[..., Tensor], shape: torch.Size, **changed: Any) -> Use:
+    roles = call.roles("weight", "bias")
+    without = {k: v for k, v in call.values.items() if k not in ("input", "weight", "bias")} | changed
+
+    def normalise(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return function(x, **without)
+
+    return ElementUse(call, roles, shape, call.values["input"] if "weight" in roles else None, normalise)
+
+
+def _channels(call: Call) -> torch.Size:
+    x = call.values["input"]
+    return torch.Size((x.shape[1], *[1] * (x.ndim - 2)))
+
+
+@register("input normalized_shape weight bias eps", F.layer_norm)
+def layer_norm(call: Call) -> Use:
+    """Statistics of the last axes."""
+    return _affine(call, F.layer_norm, torch.Size(call.values["normalized_shape"]))
+
+
+@register("input normalized_shape weight eps", F.rms_norm)
+def rms_norm(call: Call) -> Use:
+    """Mean squares of the last axes."""
+    return _affine(call, F.rms_norm, torch.Size(call.values["normalized_shape"]))
+
+
+@register("input num_groups weight bias eps", F.group_norm)
+def group_norm(call: Call) -> Use:
+    """Statistics of groups of channels."""
+    return _affine(call, F.group_norm, _channels(call))
+
+
+@register("input running_mean running_var weight bias training momentum eps", F.batch_norm)
+def batch_norm(call: Call) -> Use:
+    """Running statistics: those of the batch would make its rows depend on each other."""
+    if call.values.get("training"):
+        raise Declined("its batch normalisation is in training mode")
+    return _affine(call, F.batch_norm, _channels(call))
+
+
+@register("input running_mean running_var weight bias use_input_stats momentum eps", F.instance_norm)
+def instance_norm(call: Call) -> Use:
+    """Statistics of each channel of each row."""
+    # Normalising once more must not update the running statistics.
+    fixed = {} if call.values.get("use_input_stats") is False else {"running_mean": None, "running_var": None}
+    return _affine(call, F.instance_norm, _channels(call), **fixed)
+
+
+# -- plain sums and products ----------------------------------------------------------------------------------------------
+
+
+def _operand(call: Call) -> tuple[str, str, Tensor]:
+    """(argument, name) of the one parameter, and the other operand."""
+    roles = call.roles("input", "other")
+    if len(roles) != 1:
+        raise Declined("it is combined with another parameter")
+    ((argument, name),) = roles.items()
+    other = call.values["other" if argument == "input" else "input"]
+    if not isinstance(other, Tensor):
+        raise Declined("it is combined with a number before it meets the data")
+    if call.values.get("alpha", 1) != 1 or call.values.get("out") is not None:
+        raise Declined("it is added with the option alpha or out")
+    return argument, name, other
+
+
+@register("input other", torch.add, torch.Tensor.add, torch.Tensor.add_)
+def added(call: Call) -> Use:
+    """x + b."""
+    argument, name, _ = _operand(call)
+    return ElementUse(call, {"bias": name}, call.values[argument].shape, None)
+
+
+@register("input other", torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.sub_, torch.Tensor.subtract)
+def subtracted(call: Call) -> Use:
+    """x - b or b - x."""
+    argument, name, _ = _operand(call)
+    sign = 1 if argument == "input" else -1
+    return ElementUse(call, {"bias": name}, call.values[argument].shape, None, sign=sign)
+
+
+@register("input other", torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
+def multiplied(call: Call) -> Use:
+    """x ∘ w."""
+    argument, name, other = _operand(call)
+    return ElementUse(call, {"weight": name}, call.values[argument].shape, other)
