@@ -11,7 +11,7 @@ from dense import Case, Dense
 from zoo import make
 
 from curvalg import Problem
-from curvalg.lowering.race import Race
+from curvalg.problem.kept.race import Race
 
 NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
 """Whether the thorough versions of random tests run."""
@@ -71,17 +71,15 @@ def counted_model(problem_of):
 @pytest.fixture
 def take_way(monkeypatch):
     """way -> from now on it is taken wherever it is possible, whatever is faster."""
-    choose = Race.choose
+    run = Race.run
 
     def take(way: str) -> None:
-        def chosen(self: Race, problem: Problem, ways, x: torch.Tensor, *, insist: bool = False) -> str:
-            chosen, wide = choose(self, problem, ways, x, insist=insist), x.shape[1] > 1
-            if self._names[wide] in problem.recalled:
-                return chosen
-            self._chosen[wide] = way if way in ways and way not in self.declined else "ordinary"
-            problem.choices[self._names[wide]] = self._chosen[wide]
-            return self._chosen[wide]
+        def chosen(self: Race, candidates, **options):
+            fastest = run(self, candidates, **options)
+            if "ordinary" not in candidates or self.of_an_earlier_run:
+                return fastest
+            return self.decide(way if way in candidates and way not in self.declined else "ordinary")
 
-        monkeypatch.setattr(Race, "choose", chosen)
+        monkeypatch.setattr(Race, "run", chosen)
 
     return take

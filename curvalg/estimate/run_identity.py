@@ -14,8 +14,8 @@ from curvalg.expr.term import NamedExpr
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.problem import Problem
-from curvalg.problem.data.model_numbers import numbers
 from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint
+from curvalg.problem.passes.model_numbers import numbers
 from curvalg.tensors import trees
 
 
@@ -58,11 +58,10 @@ def _numbers(op: CurvatureOperator) -> Options:
     """What model and loss compute, which may differ by rounding: of another machine, number of threads, or batches."""
     if not _needs_model(op.expr):
         return {}
-    problem, kept = op.problem, op.problem.kept(op.snapshot)
-    if "numbers" not in kept:
-        kept["numbers"] = numbers(problem)
+    problem = op.problem
+    kept = problem.cached(op.snapshot).get("numbers", None, lambda: numbers(problem))
     tolerance = max(torch.finfo(problem.dtype).eps ** 0.5, noise(problem))
-    return {name: _sums(found, tolerance) for name, found in kept["numbers"].items()}
+    return {name: _sums(found, tolerance) for name, found in kept.items()}
 
 
 def _needs_model(expr: Expr) -> bool:

@@ -117,7 +117,7 @@ class Target:
 
 def choices_of(problem: Problem) -> Choices:
     """Where a problem keeps its measured choices."""
-    return Choices(problem.choices, problem.recalled)
+    return Choices(problem.measured.choices, problem.measured.recalled)
 
 
 def target(op: Any) -> Target:

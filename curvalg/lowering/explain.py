@@ -6,6 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from curvalg.lowering.lines import indent
+from curvalg.problem.layers.notes import LayerNotes
+from curvalg.problem.layers.per_sample import PerSampleNotes
+from curvalg.problem.verification.tangent_checks import TangentNotes
 
 if TYPE_CHECKING:
     from curvalg.lowering.operator import CurvatureOperator
@@ -40,10 +43,10 @@ def _tri(value: bool | None) -> str:
 
 def _layers(problem: Problem) -> list[str]:
     """Which parameters layer inputs and deltas are right for, and why not the others."""
-    notes = problem.layer_notes
-    good = sum(name not in notes for name in problem.layer_checks)
+    notes = problem.noted(LayerNotes)
+    good = sum(name not in notes.reasons for name in notes.compared)
     lines = [f"layer inputs and deltas of {good} parameters, compared with a gradient"] if good else []
-    return lines + [f"gradients of every row of {name}, for {reason}" for name, reason in notes.items()]
+    return lines + [f"gradients of every row of {name}, for {reason}" for name, reason in notes.reasons.items()]
 
 
 _OATHS = {
@@ -59,7 +62,6 @@ def _verified(op: CurvatureOperator) -> list[str]:
     if not problem.verify:
         left = "calls, tangents, second derivatives and structured inverses"
         return [f"nothing was verified: {left} are not verified with verify=False"]
-    right = [route for (route, _), wrong in op.snapshot.sworn.items() if wrong is None]
     right = [route for (route, _), (wrong, _) in op.snapshot.sworn.items() if wrong is None]
     routes = sorted({str(route if isinstance(route, str) else route[0]) for route in right})
     found = [text for key, text in _OATHS.items() if key in structure.sworn and key not in structure.notes]
@@ -74,20 +76,20 @@ _KINDS = {"prepared": "statistics", "matrix": "matrix"}
 def _execution(op: CurvatureOperator) -> list[str]:
     problem = op.problem
     lines = [f"recordings take {problem.budget.used / 2**20:.3g} of at most {problem.budget.limit / 2**20:.0f} MiB"]
-    keys = [key for key in problem.kept(op.snapshot) if isinstance(key, tuple) and key[0] in _KINDS]
-    kept = [f"{_KINDS[kind]} of {term}" for kind, term in keys]
+    kept = [f"{_KINDS[kind]} of {term}" for kind, term in problem.cached(op.snapshot).keys(*_KINDS)]
     if kept:
         lines.append(f"kept on the problem: {', '.join(kept)}")
-    if problem.no_forward_ad is not None:
-        lines.append(f"no forward AD: {problem.no_forward_ad}")
-    if problem.no_double_backward is not None:
-        lines.append(f"no tangents by two backward passes: {problem.no_double_backward}")
+    tangents = problem.noted(TangentNotes)
+    if tangents.no_forward_ad is not None:
+        lines.append(f"no forward AD: {tangents.no_forward_ad}")
+    if tangents.no_double_backward is not None:
+        lines.append(f"no tangents by two backward passes: {tangents.no_double_backward}")
     lines += _verified(op)
-    if problem.per_sample_route is not None:
-        declined = f" (declined: {'; '.join(problem.per_sample_notes)})" if problem.per_sample_notes else ""
-        lines.append(f"per-sample gradients by {problem.per_sample_route}{declined}")
-    if problem.layer_checks or problem.layer_notes:
-        lines += _layers(problem)
+    per_sample = problem.noted(PerSampleNotes)
+    if per_sample.route is not None:
+        declined = f" (declined: {'; '.join(per_sample.declined)})" if per_sample.declined else ""
+        lines.append(f"per-sample gradients by {per_sample.route}{declined}")
+    lines += _layers(problem)
     if problem.draws.mode == "frozen":
         lines.append("random layers replay the same draws in every product")
     if not problem.data.ordered:

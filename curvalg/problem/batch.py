@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import LossError
+from curvalg.losses import Loss, LossPoint
+from curvalg.problem.layers.record import LayerRecord
 from curvalg.problem.model.outputs import OutputForm
 from curvalg.tensors.uniforms import uniforms
 
-if TYPE_CHECKING:
-    from curvalg.losses import Loss, LossPoint
-    from curvalg.problem.layers import LayerRecord, RecordedLayers
-
 Samples = Literal["item", "position"]
+
+
+class Layers(Protocol):
+    """The recording of a model's layers on one batch."""
+
+    def records(self, cotangents: Tensor) -> list[LayerRecord]:
+        """Records that cover every chosen parameter once, for cotangents (K, *output.shape)."""
+        ...
 
 
 class Batch:
@@ -60,7 +66,7 @@ class Batch:
         number: Callable[[], None],
         pullback: Callable[[Tensor], Tensor],
         per_sample: Callable[[Batch], dict[str, Tensor]],
-        layers: Callable[[], RecordedLayers],
+        layers: Callable[[], Layers],
     ) -> None:
         self.output = output
         self.target = target

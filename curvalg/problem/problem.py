@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import hashlib
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from curvalg.errors import LossError, ProblemError, StaleError
-from curvalg.expr.facts import LossFacts
+from curvalg.errors import LossError, ProblemError
 from curvalg.expr.term import Term
-from curvalg.losses import CallableLoss, Loss, LossPoint, resolve_loss
 from curvalg.problem.batch import Batch, Samples
-from curvalg.problem.data.batches import Data, OrderError, ReadBatch
+from curvalg.problem.data.batches import Data, OrderError
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard, Randomness
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.kept.budget import FRACTION, Budget
+from curvalg.problem.kept.cache import FRACTION, Budget
 from curvalg.problem.large_outputs.find_head import is_made_in_chunks
+from curvalg.problem.layers.per_sample import per_sample_gradients
+from curvalg.problem.layers.recorded import record_layers
 from curvalg.problem.model import parameters as params_
-from curvalg.problem.model.model import ModuleModel, differentiable, make_model, recording
-from curvalg.problem.model.parameters import Layout
+from curvalg.problem.model.model import ModuleModel, make_model
 from curvalg.problem.model.precision import accumulating, casting, compiler
-from curvalg.problem.state.snapshot import Configuration, Slot, Snapshot
-from curvalg.problem.totals import Totals, count
-from curvalg.problem.verification.oaths import swear_loss
+from curvalg.problem.model.snapshot import Snapshot
+from curvalg.problem.passes.count import count
+from curvalg.problem.passes.first_order import loss_of, pulled
+from curvalg.problem.setting import Services, Setting
 from curvalg.tensors import trees
-from curvalg.tensors.batch_sums import BatchSum
 from curvalg.tensors.memory import free_memory
 
 T = TypeVar("T")
-WORKSPACE = 2 * 2**30
-"""Bytes that a matrix of few directions may take where nothing is to be kept between products."""
 DEFAULT_OUTPUT_MEMORY = 64 * 2**20
 """Bytes that outputs may take with ``output_memory="auto"``."""
 
 
-class Problem:
+class Problem(Setting):
     """What curvature is about: L(θ) = Σₙ cₙ over a data set.
 
     Args:
@@ -110,7 +103,8 @@ class Problem:
     Problem(Linear, MSE, 8 parameters in 2 tensors, torch.float32 on cpu)
     """
 
-    _budget: Budget
+    services: ClassVar = Services(count, per_sample_gradients, record_layers)
+
     _columns: Literal["auto", "loop"] | int
 
     def __init__(
@@ -136,82 +130,32 @@ class Problem:
         progress: bool = False,
     ) -> None:
         with LOCK:  # while another problem calls the same model, other tensors stand in it
-            self.model = make_model(model, params, forward)
-        self.layout = Layout(self.model.chosen)
-        self.device: torch.device = next(iter(self.model.chosen.values())).device
-        self.dtype: torch.dtype = self.layout.dtype
-        self.data = Data(data, target, needs_target=loss is not None)
-        self._given = (loss, reduction)
-        self._lock = threading.RLock()
-        self._refreshes = 0
-        self.whole: Problem | None = None
-        """The problem over all parameters, where this one is over some of them."""
-        self.shared: set[Any] = set()
-        """Sweeps and factors that several blocks have in common: recorded once for all of them."""
-        _one_of("verify", verify, (True, False))
-        self.verify = bool(verify)
-        self._structure = self._make_structure()
-        _one_of("samples", samples, ("item", "position"))
+            made = make_model(model, params, forward)
+        batches = Data(data, target, needs_target=loss is not None)
+        device = next(iter(made.chosen.values())).device
+        super().__init__(made, batches, (loss, reduction), DrawGuard(randomness, device), Budget(0))
+        self.samples: Samples = _one_of("samples", samples, ("item", "position"))
         if samples == "position" and self.loss is not None and not self.loss.positions:
             raise LossError(
                 f"samples='position' needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
                 f"MSE; {self.loss.name} does not. Use samples='item'"
             )
-        self.samples: Samples = samples
         self.columns = columns
-        _one_of("factored", factored, ("auto", True, False))
-        self.factored: Literal["auto"] | bool = "auto" if factored == "auto" else bool(factored)
+        self.factored = _one_of("factored", factored, ("auto", True, False))
         self.accumulate = accumulating(accumulate, self.dtype, self.device)
         self.autocast = casting(autocast, self.device)
         self.compiler = compiler(compile)
         self.cache = cache
         self.output_memory = _output_memory(output_memory)
-        _one_of("progress", progress, (True, False))
-        self.progress = bool(progress)
-        self.draws = DrawGuard(randomness, self.device)
-        self._reset()
-
-    def _reset(self) -> None:
-        # What short measurements chose between ways that give the same numbers up to rounding, by what they are of; and what an
-        # earlier run chose, which is not measured again: so that a resumed run gives the same bits.
-        self.choices: dict[str, Any] = {}
-        self.recalled: dict[str, Any] = {}
-        self._snapshot: Snapshot | None = None
-        self._kept: WeakKeyDictionary[Snapshot, dict[Any, Any]] = WeakKeyDictionary()
-        self._forget()
-
-    def _forget(self) -> None:
-        """What was found out about the model, its layers and outputs; all of it is of one structure."""
-        self._factor_columns: dict[Term, int] = {}
-        self.model.corrected, self.model.composite = None, False
-        # Why tangents J v are not taken by these routes.
-        self.no_forward_ad: str | None = None
-        self.no_double_backward: str | None = None
-        self._strict_order = False
-        self._writes_inputs: bool | None = None
-        # Of large outputs: whether the model ends in a linear layer and why not; weights of layers known not to be the last.
-        self.ends_in_head: bool | None = None
-        self.no_head: str | None = None
-        self.inner_layers: set[str] = set()
-        self.per_sample_route: str | None = None
-        self.per_sample_notes: list[str] = []
-        # Of the layers: parameter -> why its gradients are multiplied out; parameters that share a record; parameter -> rows
-        # of the batch that its record was compared on, 2 for any more.
-        self.layer_notes: dict[str, str] = {}
-        self.layer_batched: bool | None = None
-        self.layer_groups: list[tuple[str, ...]] = []
-        self.layer_checks: dict[str, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_snapshot", "_kept", "_structure", "_budget", "_lock")
-        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+        self.verify = _one_of("verify", verify, (True, False))
+        self.progress = _one_of("progress", progress, (True, False))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._snapshot, self._kept = None, WeakKeyDictionary()
-        self._lock = threading.RLock()
-        self._structure = self._make_structure()
+        self._budget = Budget(0)
+        super().__setstate__(state)
         self.cache = self._cache
+
+    # -- options ------------------------------------------------------------------------------------------------------
 
     @property
     def cache(self) -> Literal["auto"] | int:
@@ -225,10 +169,7 @@ class Problem:
         self._cache = cache
         free = functools.partial(free_memory, self.device) if cache == "auto" else None
         limit = int(cache) if free is None else int(FRACTION * free())
-        if "_budget" in self.__dict__:
-            self._budget.resize(limit, free)
-        else:
-            self._budget = Budget(limit, free)
+        self._budget.resize(limit, free)
 
     @property
     def columns(self) -> Literal["auto", "loop"] | int:
@@ -244,56 +185,7 @@ class Problem:
             )
         self._columns = columns
 
-    @property
-    def budget(self) -> Budget:
-        """The memory that recordings share."""
-        return self._budget
-
-    # -- sizes and facts ------------------------------------------------------------------------------------------------
-
-    @property
-    def size(self) -> int:
-        """Number of chosen parameters, D."""
-        return self.layout.size
-
-    @functools.cached_property
-    def most_classes(self) -> int:
-        """The most rows of a matrix among the model's tensors: no linear layer has more outputs."""
-        return max((owner[key].shape[0] for _, owner, key in self.slots() if owner[key].ndim == 2), default=0)
-
-    @property
-    def loss(self) -> Loss | None:
-        """What the user's loss means; with its reduction, once the data were counted."""
-        structure = self._structure
-        return structure.loss if structure.totals is None else structure.totals.loss
-
-    @property
-    def num_samples(self) -> int:
-        """N, the number of samples whose share of the loss is not identically zero."""
-        self.snapshot()
-        return self.totals.count
-
-    @property
-    def facts(self) -> LossFacts | None:
-        """The facts of the loss."""
-        return None if self.loss is None else self.loss.facts
-
-    @property
-    def totals(self) -> Totals:
-        """Counts and denominators of the whole data set; the first use at a state reads the data once, without the model
-        (with it where the loss is a callable, which is tried on every batch)."""
-        with self._lock:
-            structure = self._structure
-            if structure.totals is None:
-                structure.totals = count(self)
-            return structure.totals
-
-    # -- state ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """Held while what the problem shares between operators is made or looked up; one thread at a time."""
-        return self._lock
+    # -- state --------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> Problem:
         """Take everything as it is now: parameters, buffers, flags, attributes, hooks, submodules, the loss, the data.
@@ -305,7 +197,6 @@ class Problem:
             The problem itself.
 
         >>> import torch
-        >>> scale = {"of": 1.0}
         >>> X, y = torch.randn(5, 3), torch.randn(5, 1)
         >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), (X, y))
         >>> problem.num_samples, problem.refresh().num_samples
@@ -317,79 +208,17 @@ class Problem:
             self._new_structure()
         return self
 
-    def _make_structure(self) -> Configuration:
-        loss, reduction = self._given
-        resolved = None if loss is None else resolve_loss(loss, reduction)
-        others = [("loss", loss), ("forward", self.model.rule), ("target", self.data.target), *self.model.functions()]
-        with LOCK:
-            return Configuration(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
-
-    def _new_structure(self) -> None:
-        self.data.forget()
-        self._structure = self._make_structure()
-        self._forget()
-
-    def slots(self) -> list[Slot]:
-        """Where every parameter and buffer of the model is."""
-        return self.model.slots()
-
-    def snapshot(self) -> Snapshot:
-        """The state now; the same object as long as nothing that is watched changes."""
-        with self._lock, LOCK:
-            if self._snapshot is None or not self._snapshot.intact():
-                if not self._structure.intact():
-                    self._new_structure()
-                self.model.update()
-                self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
-            return self._snapshot
-
-    def check(self, snapshot: Snapshot) -> None:
-        """Make sure that a state is that of the live model, loss and data.
-
-        Raises:
-            StaleError: it is not.
-        """
-        with self._lock, LOCK:
-            if snapshot.structure.refreshes != self._refreshes:
-                raise StaleError(
-                    "the problem was refreshed after the operator was lowered; call operator.refresh() to go on at the new "
-                    "state, or lower the expression again"
-                )
-            if not snapshot.intact():
-                raise snapshot.stale(self.slots)
-            if snapshot is not self._snapshot:  # something moved and came back, and a state was taken in between
-                if snapshot.structure is not self._structure:
-                    self.data.forget()
-                    self._structure = snapshot.structure
-                    self._forget()
-                self.model.update()
-                self._snapshot = snapshot
-
-    def kept(self, snapshot: Snapshot) -> dict[Any, Any]:
-        """What is kept between products at a snapshot; lives as long as the snapshot or until :meth:`close`."""
-        with self._lock:
-            return self._kept.setdefault(snapshot, {})
-
     def close(self) -> None:
         """Release everything that is kept between products."""
-        with self._lock:
-            for snapshot in self._kept:
-                for restricted in snapshot.restrictions.values():
-                    restricted.close()
-            self._kept.clear()
+        self.release()
 
-    # -- evaluation -----------------------------------------------------------------------------------------------------
+    # -- passes over the data -----------------------------------------------------------------------------------------
 
-    def differentiating(self) -> AbstractContextManager[Any]:
-        """Where products may be taken; see :func:`curvalg.problem.model.model.differentiable`."""
-        return differentiable(self.device)
-
-    def casting(self) -> AbstractContextManager[Any]:
-        """Where the model is called: under autocast if that was asked for."""
-        if self.autocast is None:
-            return nullcontext()
-        # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
-        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+    @property
+    def num_samples(self) -> int:
+        """N, the number of samples whose share of the loss is not identically zero."""
+        self.snapshot()
+        return self.totals.count
 
     def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:
         """One pass over the data at a snapshot."""
@@ -407,11 +236,6 @@ class Problem:
                     "every pass, so that every product would be of another matrix. Call model.eval(), or pass shuffle=False"
                 ) from error
             raise
-
-    def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
-        """One pass over the data, batch by batch on the problem's device."""
-        yield from self.data.read(self.device, order_matters=order_matters)
-        self._structure.has_read()
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
@@ -435,55 +259,16 @@ class Problem:
         """
         if self.whole is not None:  # it does not depend on the parameters
             return self.whole.factor_columns(term)
-        if term not in self._factor_columns:
+        known = self.noted(_FactorColumns)
+        if term not in known:
             with self.differentiating():
                 first = next(iter(self.evaluations(self.snapshot())))
                 if is_made_in_chunks(first, term):
                     outputs = self.most_classes * sum(t.numel() for t in trees.tensors(first.sample.target))
-                    self._factor_columns[term] = outputs // first.sample.rows
+                    known[term] = outputs // first.sample.rows
                 else:
-                    self._factor_columns[term] = term.factor_columns(first.evaluate())
-        return self._factor_columns[term]
-
-    def number_samples(self) -> None:
-        """From now on samples are told apart by their running number: another order is an error.
-
-        Raises:
-            ProblemError: the loader shuffles.
-        """
-        if not self.data.ordered:
-            raise ProblemError(
-                "Monte-Carlo draws are fixed by the running number of each sample, but the loader shuffles, so that every "
-                "product would be of another matrix. Pass shuffle=False, or list(loader) to fix one pass"
-            )
-        self._strict_order = True
-
-    @contextmanager
-    def guarding_inputs(self, batch: Any) -> Iterator[Any]:
-        """A batch that the model may be called on: its tensors, or copies where the model writes into its inputs.
-
-        Raises:
-            ProblemError: the model wrote into the inputs although it did not on the first batch.
-        """
-        if self._writes_inputs is not False:
-            batch = trees.tensor_map(torch.clone, batch)
-        before = trees.versions(batch)
-        yield batch
-        written = before != trees.versions(batch)
-        if written and self._writes_inputs is False:
-            raise ProblemError("the model writes into its inputs in place on some batches; clone them in its forward")
-        if self._writes_inputs is None:
-            self._writes_inputs = written
-
-    def loss_point(self, output: Any, sample: ReadBatch) -> LossPoint[Any]:
-        """The loss at one output; a loss that is the user's code is guarded like the model."""
-        loss = self._need_loss()
-        if not isinstance(loss, CallableLoss):
-            return loss.at(output, sample.target)
-        with recording(self.device, self.model):
-            point = self.draws.run(lambda: loss.at(output, sample.target), sample.index)
-        swear_loss(self, point)
-        return point
+                    known[term] = term.factor_columns(first.evaluate())
+        return known[term]
 
     def value(self) -> float:
         """L(θ), the loss of the whole data set.
@@ -493,11 +278,11 @@ class Problem:
         """
         with self._lock:
             snapshot = self.snapshot()
-            self._need_loss()
+            self.need_loss()
             total = 0.0
             with self.differentiating():
                 for evaluation in self.evaluations(snapshot):
-                    total += evaluation.value()
+                    total += loss_of(evaluation)
             return self._finite(total / self.totals.denominator, math.isfinite(total), "value")
 
     def gradient(self) -> Tensor:
@@ -508,11 +293,11 @@ class Problem:
         """
         with self._lock:
             snapshot = self.snapshot()
-            self._need_loss()
+            self.need_loss()
             total = self.sum()
             with self.differentiating():
                 for evaluation in self.evaluations(snapshot):
-                    total.add(evaluation.gradient())
+                    total.add(pulled(evaluation, lambda batch: batch.loss_gradient))
             result: Tensor = total.value
             return self._finite(result, bool(torch.isfinite(result).all()), "gradient")
 
@@ -525,52 +310,6 @@ class Problem:
             )
         return result
 
-    def sum(self) -> BatchSum:
-        """An empty sum over batches."""
-        return BatchSum(self.accumulate)
-
-    def _need_loss(self) -> Loss:
-        self.totals  # noqa: B018  the reduction of a callable is known only then
-        if self.loss is None:
-            raise LossError("the problem was made with loss=None; pass a loss to have a value and a gradient")
-        return self.loss
-
-    def restricted(self, patterns: Sequence[str]) -> Problem:
-        """The same problem over some of its parameters only; shares data, counts and model.
-
-        Raises:
-            ProblemError: a pattern that matches none.
-        """
-        key = tuple(patterns)
-        with self._lock:
-            snapshot = self._snapshot or self.snapshot()
-            if key not in snapshot.restrictions:
-                snapshot.restrictions[key] = self._restricted(key, snapshot)
-            return snapshot.restrictions[key]  # type: ignore[no-any-return]
-
-    def _restricted(self, patterns: tuple[str, ...], snapshot: Snapshot) -> Problem:
-        names = params_.match(patterns, self.layout.names)
-        # All that is not of the parameters is shared: data, lock, budget, structure, choices.
-        twin = object.__new__(Problem)
-        twin.__dict__.update(self.__dict__)
-        twin.model = copy.copy(self.model)
-        twin._reset()
-        twin.choices, twin.recalled = self.choices, self.recalled
-        twin.model.chosen = {name: self.model.chosen[name] for name in names}
-        twin.layout = Layout(twin.model.chosen)
-        twin.dtype = twin.layout.dtype
-        twin._snapshot, twin.whole, twin.shared = snapshot, self, set()
-        return twin
-
-    def known(self, choice: str) -> Any:
-        """What was chosen in an earlier run, or at an earlier state of the model; None if nothing was."""
-        return self.recalled.get(choice, self.choices.get(choice))
-
-    def choice(self, topic: str, subject: object) -> str:
-        """The name of a choice about something on these parameters."""
-        names = hashlib.sha256("\n".join(self.layout.names).encode()).hexdigest()[:12]
-        return f"{topic} of {subject} over {len(self.layout.names)} tensors ({names})"
-
     def __repr__(self) -> str:
         model = type(self.model.module).__name__ if isinstance(self.model, ModuleModel) else "function"
         loss = "no loss" if self.loss is None else type(self.loss).__name__
@@ -580,9 +319,15 @@ class Problem:
         )
 
 
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
+class _FactorColumns(dict[Term, int]):
+    """Term -> columns of its factor for a row."""
+
+
+def _one_of(name: str, value: object, allowed: Sequence[T]) -> T:
+    for known in allowed:
+        if value == known:
+            return known
+    raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
 
 
 def _output_memory(value: Literal["auto"] | float) -> float:
@@ -591,6 +336,3 @@ def _output_memory(value: Literal["auto"] | float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
         raise ProblemError(f"output_memory is 'auto' or a number of bytes ≥ 0, got {value!r}")
     return float(value)
-
-
-ParameterDict = Mapping[str, Tensor]

@@ -17,7 +17,7 @@ from spectra import SPECTRA, matrix
 from curvalg import CheckpointError, ConvergenceError, CurvalgWarning, CurvatureOperator, Diagonal, Problem, registry
 from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import eigsh
-from curvalg.lowering.sweeps.linearization import AMORTISED
+from curvalg.lowering.sweeps.programs import AMORTISED
 
 A = matrix(SPECTRA["clustered"]).numpy()
 

@@ -15,7 +15,7 @@ from torch import nn
 from zoo import ZOO, make
 
 from curvalg import Identity, Problem, ProblemError, Term, block_diagonal, registry
-from curvalg.lowering.sweeps.linearization import AMORTISED
+from curvalg.lowering.sweeps.programs import AMORTISED
 
 MODES = {
     "fresh, looped": {"cache": 0, "columns": "loop"},
@@ -119,8 +119,8 @@ def test_the_least_recently_used_gives_way(problem_of, dense_of, vectors):
 def _graph_refs(problem):
     return [
         weakref.ref(t)
-        for kept in problem._kept.values()
-        for value in kept.values()
+        for kept in problem._cached.values()
+        for value in kept._values.values()
         if hasattr(value, "batches")
         for recorded in value.batches.values()
         for t in recorded.graphs()

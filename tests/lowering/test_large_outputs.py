@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvalg import Problem, StaleError, registry, restrict
 from curvalg.losses import CrossEntropy, KLDivWithLogits
+from curvalg.problem.large_outputs.find_head import HeadNotes
+from curvalg.problem.verification.tangent_checks import TangentNotes
 
 V, B, T, D = 11, 3, 5, 4
 build = registry.build
@@ -142,7 +144,7 @@ def test_value_and_gradient(layout):
     chunks, whole = pair(Language(after, tied=True), loss, data(cut), memory=memory(cut))
     assert chunks.value() == pytest.approx(whole.value(), rel=1e-12)
     agree(chunks.gradient(), whole.gradient())
-    assert chunks.ends_in_head and not whole.ends_in_head
+    assert chunks.noted(HeadNotes).found and not whole.noted(HeadNotes).found
 
 
 @pytest.mark.parametrize("columns", [1, 3, "loop", 2])
@@ -243,7 +245,7 @@ def test_small_outputs_are_left_alone():
     chunks, whole = pair(Language(), LAST, data(), memory=8 * V * B * T)
     op = SUM.lower(chunks)
     agree(op @ vectors(chunks), SUM.lower(whole) @ vectors(chunks))
-    assert "outputs of" not in op.explain() and chunks.ends_in_head is None
+    assert "outputs of" not in op.explain() and chunks.noted(HeadNotes).found is None
     assert Problem(Language(), LAST, data()).output_memory == 64 * 2**20
 
 
@@ -308,7 +310,7 @@ def test_functions_of_the_users_with_derivatives_of_their_own(deep):
 def test_inner_layers_that_are_as_large_are_left_alone(name):
     chunks, whole = pair(Language(wide=40), LAST, data(), memory=0)
     compare(POSITIONWISE[name], chunks, whole)
-    assert chunks.inner_layers == {"mix.weight", "wide.0.weight", "wide.2.weight"}
+    assert chunks.noted(HeadNotes).inner == {"mix.weight", "wide.0.weight", "wide.2.weight"}
 
 
 def test_outputs_in_a_mapping_are_picked_by_forward():
@@ -375,7 +377,7 @@ def test_a_model_without_forward_ad():
     for cache in (0, 2**30):
         chunks, whole = pair(Net(), LAST, data(), cache=cache)
         compare(build("ggn"), chunks, whole, 2)
-        assert chunks.no_forward_ad is not None
+        assert chunks.noted(TangentNotes).no_forward_ad is not None
     assert "recorded: tangent by two backward passes" in build("ggn").lower(chunks).explain()
 
 
@@ -454,8 +456,8 @@ def test_no_graph_outlives_the_last_reference(expr):
     problem, _ = pair(Language(), LAST, data())
     op = build(expr).lower(problem)
     op @ vectors(problem)
-    kept = next(iter(problem._kept.values()))
-    recordings = [r for value in kept.values() if hasattr(value, "batches") for r in value.batches.values()]
+    kept = next(iter(problem._cached.values()))
+    recordings = [r for value in kept._values.values() if hasattr(value, "batches") for r in value.batches.values()]
     refs = [weakref.ref(t) for r in recordings for t in (r.head.hidden, r.gamma) if t is not None]
     assert refs and all(r() is not None for r in refs)
     gc.disable()  # reference counting alone must do

@@ -31,7 +31,7 @@ def problem():
 def _no_clock(monkeypatch):
     """Every run chooses the same routes; that choices are recalled has tests of its own."""
     monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
-    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.AMORTISED", 10**9)
+    monkeypatch.setattr("curvalg.lowering.sweeps.programs.AMORTISED", 10**9)
     monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 10**9)
     monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)
 

@@ -131,7 +131,7 @@ def test_nothing_of_the_loser_is_kept(problem_of, vectors, take_way):
         op = registry.build("covariance").lower(problem)
         for width in (1, 3):
             op @ vectors(problem.size, width)
-        kept = problem.kept(op.snapshot)
+        kept = problem.cached(op.snapshot)
         recordings = [value for value in kept.values() if isinstance(value, Linearization)]
         (factor,) = (value for value in kept.values() if isinstance(value, Factor))
         assert any(r.batches for r in recordings) == (way == "ordinary")
@@ -154,8 +154,10 @@ def test_a_resumed_run_takes_what_was_chosen(problem_of, vectors, monkeypatch):
     expected = op @ vectors(first.size)
     for way in WAYS:
         again = problem_of("mlp")
-        again.recalled = {name: way if name.startswith("way") else choice for name, choice in first.choices.items()}
-        assert any(name.startswith("way") for name in again.recalled)
+        again.measured.recalled = {
+            name: way if name.startswith("way") else choice for name, choice in first.measured.choices.items()
+        }
+        assert any(name.startswith("way") for name in again.measured.recalled)
         monkeypatch.setattr(ways, "race", lambda *runs: pytest.fail("measured again"))
         op = registry.build("ggn").lower(again)
         close(op @ vectors(first.size), expected)
@@ -252,7 +254,7 @@ def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatc
 
 def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, monkeypatch):
     """A training step changes the matrix, not what is fast."""
-    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.AMORTISED", 4)
+    monkeypatch.setattr("curvalg.lowering.sweeps.programs.AMORTISED", 4)
     problem = problem_of("mlp")
     ops = [registry.build(name).lower(problem) for name in ("ggn", "hessian")]
     for op in ops:

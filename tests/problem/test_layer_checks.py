@@ -9,6 +9,7 @@ from torch import nn
 from curvalg import Problem, ProblemError
 from curvalg.problem.layers import record_layers
 from curvalg.problem.layers import verify as verify_
+from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.uses import DenseUse
 
 D = torch.float64
@@ -44,7 +45,7 @@ def test_rows_that_a_linear_layer_sees_elsewhere_are_found():
         ),
     ):
         check(problem)
-        assert problem.layer_notes == {}
+        assert problem.noted(LayerNotes).reasons == {}
 
 
 class Branch(nn.Module):
@@ -135,7 +136,7 @@ def check(problem, columns=2, cotangent=random, tolerance=1e-10):
 def test_a_single_row_proves_nothing():
     problem = make(TimeFirst(), (1, 4, 3), (4, 4, 3))
     check(problem)
-    assert problem.layer_notes.keys() == {"layer.weight", "layer.bias"}
+    assert problem.noted(LayerNotes).reasons.keys() == {"layer.weight", "layer.bias"}
 
 
 @pytest.mark.usefixtures("unrouted")
@@ -150,7 +151,7 @@ def test_cotangents_that_vanish_prove_nothing():
         return random(*shape, dtype=dtype)
 
     check(problem, cotangent=cotangent)
-    assert "do not add up" in problem.layer_notes["layer.weight"]
+    assert "do not add up" in problem.noted(LayerNotes).reasons["layer.weight"]
 
 
 @pytest.mark.usefixtures("unrouted")
@@ -165,14 +166,14 @@ def test_gradients_that_vanish_prove_nothing():
     batches = [(-random(4, 4, 3).abs(), y), (random(4, 4, 3), y)]
     problem = Problem(Gated().double(), nn.MSELoss(), batches)
     check(problem)
-    assert problem.layer_notes.keys() == {"layer.weight", "layer.bias"}
+    assert problem.noted(LayerNotes).reasons.keys() == {"layer.weight", "layer.bias"}
 
 
 @pytest.mark.usefixtures("unrouted")
 def test_a_layer_that_comes_later_is_compared_then():
     problem = make(Branch(TimeFirst()), (2, 4, 3), (4, 4, 3))
     check(problem)
-    assert problem.layer_notes.keys() == {"second.layer.weight", "second.layer.bias"}
+    assert problem.noted(LayerNotes).reasons.keys() == {"second.layer.weight", "second.layer.bias"}
 
 
 @pytest.mark.parametrize("rows", [(2, 4), (4, 2)])
@@ -181,13 +182,13 @@ def test_batches_use_different_layers(rows):
     problem = make(Branch(), *[(n, 4, 3) for n in rows])
     every = check(problem)
     assert [[r.params for r in records] for records in every] == [[r.params for r in every[0]]] * 2
-    assert problem.layer_notes == {}
+    assert problem.noted(LayerNotes).reasons == {}
 
 
 def test_a_parameter_that_no_function_shows():
     problem = make(Hidden(), (4, 3), (5, 3))
     check(problem)
-    assert problem.layer_notes == {"w": "it is used where no function of torch shows it"}
+    assert problem.noted(LayerNotes).reasons == {"w": "it is used where no function of torch shows it"}
 
 
 def test_trusted_rules_are_not_compared_again(monkeypatch):
@@ -207,7 +208,7 @@ def test_round_off_is_no_mistake(dtype, tolerance):
         recorded = record_layers(evaluation)
         s = random(2, *recorded.z.shape, dtype=recorded.z.dtype)
         records, expected = recorded.records(s), by_rows(evaluation, s)
-    assert problem.layer_notes == {}
+    assert problem.noted(LayerNotes).reasons == {}
     for record in records:
         for name, g in record.explicit().items():
             assert g.dtype == torch.float32
@@ -283,13 +284,13 @@ def test_a_large_batch_is_compared_on_a_few_rows():
     problem = make(Counted(), (40, 4, 3))
     check(problem)
     assert problem.model.module.rows.count(verify_.ROWS) == 1
-    assert problem.layer_checks.keys() == set(problem.layout.names)
+    assert problem.noted(LayerNotes).compared.keys() == set(problem.layout.names)
 
 
 def test_rows_that_use_other_layers_when_alone_are_compared_together():
     problem = make(Counted(limit=20), (40, 4, 3))
     check(problem)
-    assert problem.layer_checks.keys() == set(problem.layout.names)
+    assert problem.noted(LayerNotes).compared.keys() == set(problem.layout.names)
 
 
 class Swapped(nn.Module):
@@ -307,7 +308,7 @@ class Swapped(nn.Module):
 def test_a_wrong_rule_is_seen_on_a_few_rows():
     problem = make(Counted(layer=Swapped()), (40, 40, 3))
     check(problem)
-    assert problem.layer_notes.keys() == {"first.layer.weight", "first.layer.bias"}
+    assert problem.noted(LayerNotes).reasons.keys() == {"first.layer.weight", "first.layer.bias"}
     assert verify_.ROWS in problem.model.module.rows
 
 
@@ -329,7 +330,7 @@ class Flattened(nn.Module):
 def test_few_rows_say_nothing_where_they_go_another_way_to_the_same_result():
     problem = make(Counted(layer=Flattened()), (40, 5, 3))
     check(problem)
-    assert problem.layer_notes.keys() == {"first.layer.weight", "first.layer.bias"}
+    assert problem.noted(LayerNotes).reasons.keys() == {"first.layer.weight", "first.layer.bias"}
 
 
 class Sorted(nn.Module):
@@ -360,7 +361,7 @@ def test_rows_that_change_places_on_some_batches_are_seen_on_those(reverse):
     X = sorted_batches(4, 6, 40)[:: -1 if reverse else 1]
     problem = Problem(Sorted().double(), nn.MSELoss(), [(x, torch.zeros(len(x), 2).double()) for x in X])
     check(problem)
-    assert problem.layer_notes.keys() == {"hidden.weight", "hidden.bias"}
+    assert problem.noted(LayerNotes).reasons.keys() == {"hidden.weight", "hidden.bias"}
 
 
 @pytest.mark.parametrize("counts", [(4, 6, 40), (40,)])

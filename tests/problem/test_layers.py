@@ -11,6 +11,7 @@ from zoo import make
 from curvalg import Problem, ProblemError, registry
 from curvalg.problem.layers import record_layers
 from curvalg.problem.layers import registrations as table_
+from curvalg.problem.layers.notes import LayerNotes
 
 D = torch.float64
 
@@ -218,14 +219,14 @@ def close(got, expected):
 def test_kinds(name):
     problem = single(name, KINDS)
     check(problem)
-    assert problem.layer_notes == {}
+    assert problem.noted(LayerNotes).reasons == {}
 
 
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_fallbacks_are_right_and_say_why(name):
     problem = single(name, FALLBACKS)
     check(problem)
-    assert problem.layer_notes
+    assert problem.noted(LayerNotes).reasons
 
 
 @pytest.mark.parametrize("case", COMPOSITES)
@@ -262,7 +263,7 @@ def test_a_wrong_rule_is_noticed(monkeypatch):
     monkeypatch.setitem(table_.TABLE, F.linear, table_.Rule(rule.function, rule.arguments, wrong))
     problem = single("linear", KINDS)
     check(problem)
-    assert "do not add up" in problem.layer_notes["weight"]
+    assert "do not add up" in problem.noted(LayerNotes).reasons["weight"]
 
 
 def test_batch_statistics_are_refused(problem_of):

@@ -380,7 +380,7 @@ def test_random_numbers_of_a_models_own_are_refused(name, term):
 
 @pytest.mark.parametrize("name", ["own torch generator", "own NumPy generator", "own RandomState"])
 def test_own_generators_are_replayed_where_draws_are_frozen(name):
-    from curvalg.problem.state.watch import read_generator
+    from curvalg.problem.model.watch import read_generator
 
     model = RANDOM[name]()
     before = read_generator(model.generator)

@@ -8,7 +8,7 @@ from torch import nn
 from zoo import ZOO, make
 
 from curvalg import ProblemError, registry
-from curvalg.problem.per_sample import LAST, ROUTES
+from curvalg.problem.layers.per_sample import LAST, ROUTES, PerSampleNotes
 
 
 def gradients(problem):
@@ -45,14 +45,14 @@ ROUTE = {
 def test_expected_route(model, problem_of):
     problem = problem_of(model)
     gradients(problem)
-    assert problem.per_sample_route == ROUTE[model], problem.per_sample_notes
+    assert problem.noted(PerSampleNotes).route == ROUTE[model], problem.noted(PerSampleNotes).declined
 
 
 @pytest.mark.parametrize("model", ["linear", "mlp", "cnn"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_routes_agree(model, route, problem_of, dense_of):
     problem = problem_of(model)
-    problem.per_sample_route = route
+    problem.noted(PerSampleNotes).route = route
     expected = dense_of(model).rows
     assert (rows(problem, gradients(problem)) - expected).norm() <= 1e-10 * expected.norm()
 
@@ -80,8 +80,8 @@ def test_rows_that_need_each_other_take_the_last_route(problem_of):
     problem = problem_of(case)
     found = rows(problem, gradients(problem))
     covariance = registry.build("covariance").lower(problem).to_dense()
-    assert problem.per_sample_route == LAST
-    assert any("do not add up" in note for note in problem.per_sample_notes)
+    assert problem.noted(PerSampleNotes).route == LAST
+    assert any("do not add up" in note for note in problem.noted(PerSampleNotes).declined)
     assert (7 * found.T @ found - covariance).norm() <= 1e-10 * covariance.norm()
 
 
@@ -114,7 +114,7 @@ def test_backpack_leaves_the_users_modules_alone(problem_of):
     before = {n: set(vars(m)) for n, m in case.model.named_modules()}
     problem = problem_of(case)
     gradients(problem)
-    assert problem.per_sample_route == "BackPACK"
+    assert problem.noted(PerSampleNotes).route == "BackPACK"
     for name, module in case.model.named_modules():
         assert set(vars(module)) == before[name]
         assert not module._forward_hooks and not module._backward_hooks and not module._forward_pre_hooks

@@ -16,9 +16,9 @@ def output_sizes(problem: Problem, snapshot: Snapshot) -> list[int]:
         raise ProblemError(
             "outputs are rows in the order of the data, but the loader shuffles; pass shuffle=False, or list(loader)"
         )
-    kept = problem.kept(snapshot)
-    if "output sizes" not in kept:
+
+    def count() -> list[int]:
         with problem.differentiating():
-            evaluations = problem.evaluations(snapshot, order_matters=True)
-            kept["output sizes"] = [e.output()[0].numel() for e in evaluations]
-    return list(kept["output sizes"])
+            return [e.output()[0].numel() for e in problem.evaluations(snapshot, order_matters=True)]
+
+    return problem.cached(snapshot).get("output sizes", None, count)

@@ -48,8 +48,7 @@ from curvalg.lowering.matrices import (
 from curvalg.lowering.matrices.array_leaves import tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
-from curvalg.problem.kept.holding import held
-from curvalg.problem.problem import WORKSPACE
+from curvalg.problem.kept.cache import WORKSPACE
 from curvalg.rewrite import simplify
 
 DENSE_LIMIT = 4096
@@ -104,7 +103,7 @@ def _kronecker_spectral(
         factors = [tensor(f, like) for f in leaf.factors]
         return [torch.linalg.eigh((f + f.T) / 2) for f in factors]
 
-    pairs = held(matrix.problem, snapshot, ("eigenpairs", leaf), decompose)
+    pairs = matrix.problem.cached(snapshot).get("eigenpairs", leaf, decompose, budgeted=True)
     values = like.new_ones(1)
     for eigenvalues, _ in pairs:
         values = torch.outer(values, eigenvalues).reshape(-1)
@@ -352,7 +351,7 @@ def dense(matrix: BoundMatrix, snapshot: Snapshot) -> Structure:
     expr, problem = matrix.expr, matrix.problem
     _, shift = affine(expr)
     base = matrix.of(expr - shift * Identity) if shift else matrix
-    values: Tensor = held(problem, snapshot, ("dense", base.expr), lambda: _build(base, snapshot))
+    values: Tensor = problem.cached(snapshot).get("dense", base.expr, lambda: _build(base, snapshot), budgeted=True)
     if shift:
         values = values.clone()
         values.diagonal().add_(shift)

@@ -14,9 +14,9 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.term import Term
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Batch, Layout, Problem, Snapshot
-from curvalg.problem.layers import LayerRecord, RecordedLayers, record_layers
-from curvalg.problem.layers.record import bytes_of
-from curvalg.problem.problem import WORKSPACE
+from curvalg.problem.kept.cache import WORKSPACE
+from curvalg.problem.layers.record import LayerRecord, bytes_of
+from curvalg.problem.layers.recorded import RecordedLayers, record_layers
 from curvalg.tensors import trees
 from curvalg.tensors.batch_sums import BatchSum
 
@@ -375,11 +375,8 @@ def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:
 
 def factor_of(problem: Problem, snapshot: Snapshot, terms: tuple[Term, ...]) -> Factor:
     """The factor of some terms, shared by all that ask for it."""
-    kept = problem.kept(snapshot)
-    key = ("factor", terms, tuple(problem.layout.names))
-    if key not in kept:
-        kept[key] = Factor(problem, terms)
-    factor: Factor = kept[key]
+    key = terms, tuple(problem.layout.names)
+    factor = problem.cached(snapshot).get("factor", key, lambda: Factor(problem, terms))
     whole = problem.whole
     if not factor.complete and whole is not None and ("factor", terms) in whole.shared and problem.data.ordered:
         source = factor_of(whole, snapshot, terms)

@@ -14,7 +14,6 @@ from curvalg.expr.term import Term
 from curvalg.expr.terms import Jacobian
 from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.problem import Batch, Problem, Snapshot
-from curvalg.problem.kept.holding import held
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def is_kernel(expr: Expr) -> bool:
 
 def kernel(problem: Problem, snapshot: Snapshot) -> Tensor:
     """J Jᵀ (M, M), rows in the order of the data, float64 (computed in the problem's precision)."""
-    return held(problem, snapshot, "kernel", lambda: _make(problem, snapshot))
+    return problem.cached(snapshot).get("kernel", None, lambda: _make(problem, snapshot), budgeted=True)
 
 
 def _make(problem: Problem, snapshot: Snapshot) -> Tensor:

@@ -23,7 +23,8 @@ from curvalg.lowering.inverses.offer import BoundMatrix, Multiplies
 from curvalg.lowering.plans.computed import Computed, compute
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Evaluation, Problem, Snapshot
-from curvalg.problem.layers import record_layers
+from curvalg.problem.layers.notes import LayerNotes
+from curvalg.problem.layers.recorded import record_layers
 from curvalg.rewrite import simplify
 
 Planner = Callable[[Expr, Problem], Multiplies]
@@ -62,7 +63,7 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, who
         return expr
     if isinstance(expr, MatrixTerm):
         _accumulate([expr], problem, snapshot)
-        return resolve(problem.kept(snapshot)["matrix", expr], problem)
+        return resolve(problem.cached(snapshot).found("matrix", expr), problem)
     if isinstance(expr, Computed):
         return _computed(expr, problem, snapshot, planner, whole)
     if isinstance(expr, Restriction):
@@ -87,13 +88,13 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, who
 def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem) -> Expr:
     """The leaf of a diagonal or a Nyström approximation, which take products with what is inside."""
     params = expr.domain_params
-    kept = problem.kept(snapshot)
-    if ("matrix", expr) not in kept:
+
+    def make() -> Expr:
         inner = simplify(bind(expr.expr, problem, snapshot, planner, whole), problem.facts).expr
-        matrix = BoundMatrix(inner, problem, planner)
-        leaf = compute(expr, matrix, snapshot, whole)
-        kept["matrix", expr] = leaf if params is None else restrict(leaf, params)
-    return kept["matrix", expr]  # type: ignore[no-any-return]
+        leaf = compute(expr, BoundMatrix(inner, problem, planner), snapshot, whole)
+        return leaf if params is None else restrict(leaf, params)
+
+    return problem.cached(snapshot).get("matrix", expr, make)
 
 
 def _matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
@@ -106,9 +107,8 @@ def _matrix_terms_here(expr: Expr) -> list[MatrixTerm]:
 
 
 def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -> None:
-    kept = problem.kept(snapshot)
-    missing = [term for term in terms if ("matrix", term) not in kept]
-    if not missing:
+    cache = problem.cached(snapshot)
+    if not (missing := cache.missing("matrix", terms)):
         return
     preparing = [t for t in missing if type(t).prepare is not MatrixTerm.prepare]
     prepared = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
@@ -119,7 +119,7 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
             raise ExpressionError(f"{term.label}.finish must return an expression, got {type(matrix).__name__}")
         if unbound(matrix):
             raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} needs data itself")
-        kept["matrix", term] = matrix
+        cache.put("matrix", term, matrix)
 
 
 def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: Any) -> dict[MatrixTerm, Any]:
@@ -138,7 +138,7 @@ def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: 
 def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation, method: Any) -> None:
     """The first row alone: a term that refuses the model's layers does so before a pass over the data."""
     problem, sample = evaluation.problem, evaluation.sample
-    if sample.rows == 1 or problem.draws.mode == "frozen" or problem.layer_checks:  # known already
+    if sample.rows == 1 or problem.draws.mode == "frozen" or problem.noted(LayerNotes).compared:  # known already
         return
     try:
         recorded = record_layers(Evaluation(problem, evaluation.snapshot, sample.head(1)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from curvalg.errors import ProblemError
 from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, Groups, factor_of
 from curvalg.lowering.plans.nodes import Plan, drop_recordings
-from curvalg.lowering.race import Impossible, Race, Way
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.kept.race import Candidate, Race
 
 MOST_COLUMNS = 64
 """The most columns of a factor, for each row of the data, that a factored product is taken with."""
@@ -19,6 +21,86 @@ AT_A_TIME = 8
 """Columns of an operand that are taken together from layers: mixed deltas of many more no longer fit the caches."""
 MEASURED = 8
 """The most columns of an operand that ways are measured on."""
+
+
+Way = Callable[[Tensor], Tensor]
+"""x (n, K) -> the product."""
+WIDTHS = {False: "one column", True: "several columns"}
+
+
+class Impossible(Exception):
+    """A way cannot be taken; the message says why."""
+
+
+class Ways:
+    """Which way the products of one matrix take at one snapshot; for single columns and for several it may differ.
+
+    Args:
+        problem: remembers what was chosen, for runs that go on later.
+        subject: what the products are of.
+        patience: columns that are multiplied in the first way before the others are tried, which costs as much.
+    """
+
+    def __init__(self, problem: Problem, subject: str, patience: int) -> None:
+        self._measured = measured = problem.measured
+        self.races: dict[bool, Race[str]] = {
+            wide: Race(measured, measured.name("way", f"{subject}, {width}")) for wide, width in WIDTHS.items()
+        }
+        self._counted = measured.name("columns multiplied", subject)
+        self.columns = int(measured.recalled.get(self._counted, 0))
+        self._patience = patience
+        self.notes: dict[bool, str] = {}
+        """What was measured, for single columns and for several."""
+
+    @property
+    def declined(self) -> dict[str, str]:
+        """Why a way cannot be taken."""
+        return {way: reason for race in self.races.values() for way, reason in race.declined.items()}
+
+    @property
+    def chosen(self) -> set[str]:
+        """The ways that are taken, for one column and for several."""
+        return {race.chosen for race in self.races.values() if race.chosen is not None}
+
+    def forget(self) -> None:
+        """Measure again: what made a way impossible has changed."""
+        for race in self.races.values():
+            race.forget()
+
+    def count(self, columns: int) -> None:
+        """Note that so many more columns are multiplied."""
+        self.columns += columns
+        self._measured.choices[self._counted] = self.columns
+
+    def choose(self, ways: Mapping[str, Way], x: Tensor, *, insist: bool = False) -> str | None:
+        """The way of a product with columns (n, K); None before it is worth to measure any.
+
+        Args:
+            ways: by name; the first is the reference: one whose product differs from it is not taken.
+            x: the columns.
+            insist: take the first way only if no other can be taken.
+        """
+        wide = x.shape[1] > 1
+        race = self.races[wide]
+        if race.chosen is None and (self.columns > self._patience or race.of_an_earlier_run):
+            part = x[:, :MEASURED]
+            runs = {name: Candidate(partial(way, part), work=part.shape[1]) for name, way in ways.items()}
+            race.run(runs, differs=lambda name: _differs(ways, name, part), insist=insist, turns=2)
+            shown = f"{race.chosen}, as chosen before" if race.recalled else f"{race.shown()} a column"
+            self.notes[wide] = f"{WIDTHS[wide]}: {shown}"
+        return race.chosen
+
+
+def _differs(ways: Mapping[str, Way], name: str, x: Tensor) -> str | None:
+    """Why a way cannot be taken beside the first."""
+    try:
+        got = ways[name](x)
+    except (Impossible, ProblemError) as error:
+        return str(error)
+    expected = next(iter(ways.values()))(x)
+    if bool((got - expected).norm() <= torch.finfo(x.dtype).eps ** 0.5 * expected.norm()):
+        return None
+    return "its product differs from the ordinary one"
 
 
 class LowRankPlan(Plan):
@@ -57,13 +139,14 @@ class LowRankPlan(Plan):
         """The terms, in the order of the columns of V."""
         return tuple(term for _, term in self.entries)
 
-    def ways(self, snapshot: Snapshot) -> Race:
+    def ways(self, snapshot: Snapshot) -> Ways:
         """The choice, shared by all plans of this matrix."""
-        kept, key = self.problem.kept(snapshot), ("ways", self.entries, self.groups)
-        if key not in kept:
+
+        def make() -> Ways:
             total = " + ".join(sorted(f"{c:g}*{term}" for c, term in self.entries))
-            kept[key] = Race(self.problem, f"{total} by {len(self.groups)} groups", self.patience)
-        return kept[key]  # type: ignore[no-any-return]
+            return Ways(self.problem, f"{total} by {len(self.groups)} groups", self.patience)
+
+        return self.problem.cached(snapshot).get("ways", (self.entries, self.groups), make)
 
     def factor(self, snapshot: Snapshot) -> Factor:
         """V, shared by all that need it."""
@@ -74,7 +157,7 @@ class LowRankPlan(Plan):
             self._prepare(snapshot)
 
     def _prepare(self, snapshot: Snapshot) -> None:
-        chosen = self.ways(snapshot).chosen(False)
+        chosen = self.ways(snapshot).races[False].chosen
         if chosen not in (None, ORDINARY):
             self.factor(snapshot).prepare(self.problem, snapshot)
         elif chosen == ORDINARY or self.patience:
@@ -85,24 +168,21 @@ class LowRankPlan(Plan):
             return self._apply(snapshot, x)
 
     def _apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        problem, ways, wide = self.problem, self.ways(snapshot), x.shape[1] > 1
-        ways.count(problem, x.shape[1])
+        problem, ways, candidates = self.problem, self.ways(snapshot), self._ways(snapshot)
+        ways.count(x.shape[1])
         if ways.declined and self.factor(snapshot).refused not in (None, problem.budget.limit):
-            ways.forget(problem)
-        way = ways.chosen(wide)
-        if way is None:
-            if not ways.due(problem, wide):
-                return self.otherwise.apply(snapshot, x)
-            way = ways.choose(problem, self._ways(snapshot), x[:, :MEASURED], insist=problem.factored is True)
-            self._release(snapshot, ways)
+            ways.forget()
+        before = ways.chosen
+        way = ways.choose(candidates, x, insist=problem.factored is True)
+        if ways.chosen != before:
+            self._release(snapshot, ways.chosen)
         try:
-            return self._ways(snapshot)[way](x)
+            return candidates[way or ORDINARY](x)
         except Impossible:  # the budget has shrunk since
             return self.otherwise.apply(snapshot, x)
 
-    def _release(self, snapshot: Snapshot, ways: Race) -> None:
+    def _release(self, snapshot: Snapshot, chosen: set[str]) -> None:
         """Drop what no chosen way needs."""
-        chosen = {way for wide in (False, True) if (way := ways.chosen(wide)) is not None}
         if ORDINARY not in chosen:
             drop_recordings(self.otherwise, snapshot)
         elif chosen == {ORDINARY}:
@@ -178,7 +258,7 @@ class LowRankPlan(Plan):
         ways, factor = self.ways(snapshot), self.factor(snapshot)
         measured = [f"  measured, {note}" for note in ways.notes.values()]
         measured += [f"  not {way}: {reason}" for way, reason in ways.declined.items()]
-        chosen = ways.chosen(False) or ways.chosen(True)
+        chosen = ways.races[False].chosen or ways.races[True].chosen
         if chosen == ORDINARY or (
             chosen is None and (self.patience or self.problem.budget.limit in (0, factor.refused))
         ):

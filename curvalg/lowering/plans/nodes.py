@@ -35,6 +35,7 @@ from curvalg.lowering.sweeps.linearization import Linearization, linearization
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.problem import Evaluation, Layout, Problem, Snapshot
 from curvalg.problem.verification.reverse import Rows, TwiceBackward, reverse_tangents
+from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.solve import SolveResult
 from curvalg.solve.powers import norms
 from curvalg.solve.trail import Trail
@@ -114,7 +115,7 @@ def _how(sweep: Sweep, problem: Problem, kept: Linearization) -> list[str]:
     elif kept.keeping:
         lines.append(f"recorded: tangent by {kept.route}, then one backward")
     else:
-        reason = problem.no_forward_ad
+        reason = problem.noted(TangentNotes).no_forward_ad
         push = "forward AD" if reason is None else f"two backward passes (no forward AD: {reason})"
         lines.append(f"fresh: tangent by {push}, then one backward, with a model call each")
     if sweep.reduces:

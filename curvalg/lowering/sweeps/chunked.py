@@ -18,6 +18,8 @@ from curvalg.lowering.sweeps.recordings import RecordedBatch, TwoStage
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.tangents import ForwardAD
 from curvalg.problem import Evaluation, Head, has_large_outputs, push_hidden, record_head
+from curvalg.problem.large_outputs.find_head import HeadNotes
+from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.tensors.columns import chunked, grad_columns
 
 
@@ -89,11 +91,12 @@ class ChunkedRecording(RecordedBatch):
     def _tangents(self, rows: Tensor, chunk: int) -> Tensor:
         """ḣ for vectors (K, D), shape (K, *h.shape): from G where there is one, else by forward AD."""
         evaluation = self.again()
-        if self.gamma is None and evaluation.problem.no_forward_ad is None:
+        notes = evaluation.problem.noted(TangentNotes)
+        if self.gamma is None and notes.no_forward_ad is None:
             try:
                 return torch.stack([push_hidden(evaluation, row, self.names) for row in rows])
             except (NotImplementedError, RuntimeError) as error:
-                evaluation.problem.no_forward_ad = str(error).strip().splitlines()[0]
+                notes.no_forward_ad = str(error).strip().splitlines()[0]
         if self.gamma is None:
             self._record_again(once=False)
             self._differentiate(evaluation, torch.zeros_like(self.head.hidden))
@@ -149,7 +152,7 @@ def record_headed(
     if (reason := sweep.needs_whole(evaluation.problem.samples, 1)) is None:
         found = record_head(evaluation, once=once)
         if found is None:
-            reason = evaluation.problem.no_head
+            reason = evaluation.problem.noted(HeadNotes).declined
         else:
             head, leaves = found
             reason = sweep.needs_whole(evaluation.problem.samples, head.positions_per_row)

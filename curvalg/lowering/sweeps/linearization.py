@@ -6,42 +6,27 @@ Both give the same numbers, since both multiply the same recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
-from curvalg.lowering.race import LONG, fastest, timed
-from curvalg.lowering.sweeps.chunked import ChunkedRecording, record_headed
+from curvalg.lowering.sweeps.chunked import ChunkedRecording
 from curvalg.lowering.sweeps.contract import call
-from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph, graph_bytes
+from curvalg.lowering.sweeps.programs import AMORTISED, Programs
+from curvalg.lowering.sweeps.recorder import Recorder, Recording
+from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweeps.sweep import Sweep, prepare
-from curvalg.lowering.sweeps.tangents import ForwardAD, Linearized, Transient, decline_linearized
-from curvalg.problem import Batch, Evaluation, Problem, Snapshot
+from curvalg.lowering.sweeps.tangents import ForwardAD, Linearized
+from curvalg.lowering.sweeps.widths import Widths
+from curvalg.problem import Batch, Problem, Snapshot
 from curvalg.problem.data.batches import OrderError
-from curvalg.problem.evaluation import FORWARD_AD
-from curvalg.problem.verification.oaths import RouteError, few_rows, swear_curvature, swear_symmetric, verdict
-from curvalg.problem.verification.reverse import twice_backward
-from curvalg.tensors.backward import backward
+from curvalg.problem.verification.tangent_checks import TangentNotes
+from curvalg.problem.verification.verdicts import RouteError
 from curvalg.tensors.columns import chunked, mapped
-
-Recording: TypeAlias = SinglePass | Staged | ChunkedRecording
-MOST_COLUMNS = 64
-"""The most columns in one batched backward pass."""
-WIDTHS = (2, 4, 16, MOST_COLUMNS)
-"""Columns in one batched backward pass that are tried, and the widths of operands from which each is."""
-WORSE = 1.2
-"""How many times the cost of a column alone says that batching does not pay."""
-COLUMN_MEMORY = 2**30
-"""Bytes that the intermediates of a batched backward pass may take, by estimate."""
-AMORTISED = 32
-"""Products after which a linearised program, which is expensive to record, may be tried."""
 
 
 class Linearization:
@@ -59,24 +44,23 @@ class Linearization:
         self.complete = False
         self.limit = problem.budget.limit
         self.keeping = self.limit > 0
-        self.route = "two backward passes"
-        self.asked: int | None = None
-        if problem.columns != "auto":
-            self.asked = 1 if problem.columns == "loop" else problem.columns
-        self._chunks: dict[int, int] = {}
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
-        self._named = {topic: problem.choice(topic, sweep) for topic in ("products", "tangents", "program", "columns")}
-        self.products = int(problem.recalled.get(self._named["products"], 0))
-        self._measured = self._tried = False
-        self._composite = problem.model.composite
+        self.recorder = Recorder(problem, sweep, self.notes)
+        self.widths = Widths(problem, sweep, self.notes)
+        self.programs = Programs(problem, sweep, self.notes)
+        self._counted = problem.measured.name("products", sweep)
+        self.products = int(problem.measured.recalled.get(self._counted, 0))
         self._sharing: WeakSet[Linearization] = WeakSet()
         """Linearisations over some of the parameters, which share these recordings."""
         self._shared = False
         self._ordered = problem.data.ordered
-        self.races = True
-        """Whether routes may be timed."""
         self._single_pass = sweep.curved and not sweep.dataset_terms
+
+    @property
+    def route(self) -> str:
+        """How tangents are taken, where no term is curved."""
+        return self.recorder.route
 
     def drop(self) -> None:
         """Release all recordings, and what others share of them; the next product makes them anew."""
@@ -100,11 +84,9 @@ class Linearization:
         """The product with vectors (K, D), shape (K, D)."""
         problem.budget.touch(self)
         self.products += rows.shape[0]
-        problem.choices[self._named["products"]] = self.products
-        if self.products > AMORTISED and not self._tried:
-            if self._named["program"] in problem.recalled:  # of an earlier run, which had all recordings by now
-                self.prepare(problem, snapshot)
-            self._try_linearized(problem, snapshot, rows[:1])
+        problem.measured.choices[self._counted] = self.products
+        if self.products > AMORTISED and not self.programs.tried:
+            self._try_programs(problem, snapshot, rows[:1])
         return self._attempt(problem, snapshot, rows)
 
     def _attempt(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
@@ -126,11 +108,11 @@ class Linearization:
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # Most likely a term or an operation of the model that cannot be batched; if not, the loop raises it again.
             self._forget(problem)
-            if rows.shape[0] == 1 or self.asked == 1:
+            if rows.shape[0] == 1 or self.widths.asked == 1:
                 if not self._reroute(problem, error):
                     raise
                 return self._attempt(problem, snapshot, rows)
-            self.asked = 1
+            self.widths.asked = 1
             result = self._product(problem, snapshot, rows)
             self.notes["columns"] = f"columns one after the other: {str(error).strip().splitlines()[0]}"
             return result
@@ -146,13 +128,15 @@ class Linearization:
             return False
         failed = {ForwardAD.ROUTE: "no_forward_ad", TwoStage.ROUTE: "no_double_backward"}.get(self.route)
         of = problem.whole if self._shared and problem.whole is not None else problem
-        if failed is None or getattr(of, failed) is not None:
+        notes = of.noted(TangentNotes)
+        if failed is None or getattr(notes, failed) is not None:
             return False
-        setattr(of, failed, str(error).strip().splitlines()[0])
+        setattr(notes, failed, str(error).strip().splitlines()[0])
         if self._shared:
             linearization(of, of.snapshot(), self.sweep).drop()
         self.drop()
-        self._shared = self._measured = False
+        self._shared = False
+        self.recorder.measure_again()
         return True
 
     def _forget(self, problem: Problem) -> None:
@@ -166,7 +150,7 @@ class Linearization:
             result = problem.sum()
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, (SinglePass, ChunkedRecording))
-                result.add(single.multiply(rows, self._columns(problem, single, rows)))
+                result.add(single.multiply(rows, self.widths.at_a_time(problem, single, rows)))
                 del single  # a fresh graph is released before the next batch is recorded
             return result.value  # type: ignore[no-any-return]
         total = problem.sum()
@@ -179,7 +163,9 @@ class Linearization:
         if sweep.reduces:
             for recorded in self._staged(problem, snapshot, rows.shape[0], again=self._ordered):
                 assert isinstance(recorded, Staged)
-                tangent = tangents[recorded.index] = recorded.tangent(rows, self._columns(problem, recorded, rows))
+                tangent = tangents[recorded.index] = recorded.tangent(
+                    rows, self.widths.at_a_time(problem, recorded, rows)
+                )
                 for term in sweep.reduces:
                     reduced[term].add(self._reduce(term, recorded, tangent, prepared))
                 del recorded
@@ -187,10 +173,10 @@ class Linearization:
             if not (self._ordered or self.complete):  # the next pass gives other batches
                 tangents.clear()
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
-            chunk = self._columns(problem, recorded, rows)
+            chunk = self.widths.at_a_time(problem, recorded, rows)
             if isinstance(recorded, ChunkedRecording):
                 total.add(recorded.multiply(rows, chunk))
-                self.route = recorded.route
+                self.recorder.route = recorded.route
                 del recorded
                 continue
             known = tangents.pop(recorded.index, None)
@@ -216,7 +202,7 @@ class Linearization:
 
     def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         return chunked(
-            lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self._width(), rows
+            lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self.widths.unmeasured, rows
         )
 
     def _reduce(self, term: DatasetTerm, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
@@ -225,7 +211,7 @@ class Linearization:
         def reduce(part: Tensor) -> Any:
             return mapped(lambda t: call(term, "reduce", recorded.batch, t, prepared[term]), part)
 
-        return chunked(reduce, self._width(), tangent)
+        return chunked(reduce, self.widths.unmeasured, tangent)
 
     def _rates(
         self, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any], totals: dict[DatasetTerm, Any]
@@ -240,12 +226,8 @@ class Linearization:
             return mapped(rate, part, given)
 
         if not values:
-            return chunked(lambda part: mapped(lambda t: rate(t, []), part), self._width(), tangent)
-        return chunked(rates, self._width(), tangent, values)
-
-    def _width(self) -> int:
-        """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
-        return self.asked or MOST_COLUMNS
+            return chunked(lambda part: mapped(lambda t: rate(t, []), part), self.widths.unmeasured, tangent)
+        return chunked(rates, self.widths.unmeasured, tangent, values)
 
     def _staged(
         self, problem: Problem, snapshot: Snapshot, columns: int, *, again: bool
@@ -281,7 +263,7 @@ class Linearization:
             index = evaluation.sample.index
             recorded = self.batches.get(index)
             if recorded is None:
-                recorded = self._record(evaluation, columns)
+                recorded = self.recorder.record(evaluation, columns, self.keeping)
                 self._keep(problem, recorded)
             yield recorded
             del recorded  # a fresh graph is released before the next is recorded
@@ -295,68 +277,14 @@ class Linearization:
         if self.sweep.dataset_terms:  # their statistics are of the parameters at hand
             return
         source = linearization(whole, snapshot, self.sweep)
-        source.races = source.complete
+        source.recorder.races = source.complete
         source.prepare(whole, snapshot)
         shared = {i: r.over(problem) for i, r in source.batches.items()} if source.complete else {}
         if shared and all(r is not None for r in shared.values()):
-            self.batches, self.complete, self.route = shared, True, source.route  # type: ignore[assignment]
-            self._named["columns"] = source._named["columns"]
+            self.batches, self.complete, self.recorder.route = shared, True, source.route  # type: ignore[assignment]
+            self.widths.name = source.widths.name
             self.notes["recordings"], self._shared = "recordings shared by all blocks", True
             source._sharing.add(self)
-
-    def _record(self, evaluation: Evaluation, columns: int) -> Recording:
-        recorded = self._recorded(evaluation, columns)
-        if self.sweep.curved and not isinstance(recorded, ChunkedRecording):
-            swear_curvature(evaluation)
-            if evaluation.problem.model.composite and not self._composite:  # it was recorded with wrong derivatives
-                self._composite = True
-                recorded = self._recorded(evaluation, columns)
-            if isinstance(recorded, SinglePass) and self.sweep.symmetric(evaluation.problem.facts):
-                self._swear_symmetric(evaluation, recorded)
-        return recorded
-
-    def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
-        """Once a state, on a few rows where these can be recorded without the others: two products cost little there."""
-
-        def check() -> None:
-            sample = recorded
-            if (few := few_rows(evaluation)) is not evaluation:
-                # Some models take batches of one size.
-                with suppress(CurvalgError, RuntimeError, ValueError, TypeError):
-                    sample = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, keep=False)
-
-            def multiply(directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
-                return backward(sample.gradients, sample.leaves, directions, retain_graph=True)
-
-            swear_symmetric(multiply, evaluation, self.sweep, lambda: self._size(sample.batch))
-
-        verdict(evaluation, ("symmetric", str(self.sweep)), check, recorded.graphs())
-
-    def _size(self, batch: Batch) -> float:
-        """‖z‖ (‖u‖ + ‖u̇(z)‖): what terms make of a tangent as large as the output."""
-        batch.evaluate_loss()
-        parts = (self.sweep.cotangent(batch), self.sweep.rate(batch, batch.output, {}, {}))
-        return float(batch.output.norm()) * sum(float(part.norm()) for part in parts)
-
-    def _recorded(self, evaluation: Evaluation, columns: int) -> Recording:
-        sweep, keep = self.sweep, self.keeping
-        if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
-            return headed
-        if self._single_pass:
-            return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
-        if sweep.curved:
-            return TwoStage(evaluation, sweep.cotangent, keep)
-        if not keep and columns == 1:
-            return Transient(evaluation)
-        if not self._measured:
-            self._measured = True
-            return self._measure_route(evaluation, columns)
-        found = graph(evaluation)
-        if self.route == ForwardAD.ROUTE:
-            check = partial(evaluation.wrong_forward_ad, found[0], found[1], retain=True)
-            if verdict(evaluation, FORWARD_AD, check, [found[0]]) is None:
-                return ForwardAD(evaluation, keep, found)
-        return TwoStage(evaluation, None, keep, found)
 
     def _keep(self, problem: Problem, recorded: Recording) -> None:
         if not self.keeping:
@@ -372,174 +300,17 @@ class Linearization:
         needed, limit = nbytes / 2**20, problem.budget.limit / 2**20
         self.notes["budget"] = f"{kept}: one more needs {needed:.3g} MiB of a budget of {limit:.3g} MiB"
 
-    # -- choices ----------------------------------------------------------------------------------------------------------
-
-    def _measure_route(self, evaluation: Evaluation, columns: int) -> Recording:
-        """J v by two backward passes through the recorded graph, by forward AD with a forward pass of its own, or by rows."""
-        problem, choice, keep = evaluation.problem, self._named["tangents"], self.keeping
-        known = problem.known(choice)
-        found = graph(evaluation)
-        z, leaves, _ = found
-        twice = twice_backward(evaluation, z, leaves) is not None
-        # With several columns it would call the model for each of them.
-        races = self.races and columns == 1
-        forward = problem.no_forward_ad is None and not (twice and (known == TwoStage.ROUTE or not races))
-        if forward:
-            check = partial(evaluation.wrong_forward_ad, z, leaves, retain=True)
-            problem.no_forward_ad = verdict(evaluation, FORWARD_AD, check, [z])
-            forward = problem.no_forward_ad is None
-        possible: dict[str, Staged] = {}
-        if forward:
-            possible[ForwardAD.ROUTE] = ForwardAD(evaluation, keep, found)
-        if twice or not possible:
-            two = TwoStage(evaluation, None, keep, found)
-            possible[two.route.NAME] = two
-        self.route = self._choose_route(problem, possible, choice)
-        return possible[self.route]
-
-    def _choose_route(self, problem: Problem, possible: dict[str, Staged], choice: str) -> str:
-        if (known := problem.known(choice)) in possible:
-            problem.choices[choice] = known
-            self.notes["tangents"] = f"tangents by {known}, as chosen before"
-            return str(known)
-        rows = torch.ones(1, problem.layout.size, dtype=problem.dtype, device=problem.device)
-        seconds = {}
-        if len(possible) > 1:
-            for name, recorded in possible.items():
-                keep, recorded.keep = recorded.keep, True
-                # Both have run before, when they were verified; forward AD calls the model in every run.
-                run, rounds = partial(recorded.tangent, rows, 1), 1 if name == ForwardAD.ROUTE else 2
-                seconds[name] = min(timed(run) for _ in range(rounds))
-                recorded.keep = keep
-        route = TwoStage.ROUTE if TwoStage.ROUTE in possible else next(iter(possible))
-        if seconds and seconds[ForwardAD.ROUTE] < 0.9 * seconds[route]:
-            route = ForwardAD.ROUTE
-        problem.choices[choice] = route
-        shown = ", ".join(f"{name} {1e3 * t:.2g} ms" for name, t in seconds.items())
-        reasons = {"forward AD": problem.no_forward_ad, "two backward passes": problem.no_double_backward}
-        without = "; ".join(f"not by {name}: {reason}" for name, reason in reasons.items() if reason is not None)
-        self.notes["tangents"] = f"tangents by {route} ({f'{shown} on one batch' if shown else without})"
-        return route
-
-    def _try_linearized(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
-        """After many products: tangents by a linearised program, if it is verified and faster."""
+    def _try_programs(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
+        if self.programs.race.of_an_earlier_run:  # which had all recordings by now
+            self.prepare(problem, snapshot)
         if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
             return
-        if any(isinstance(r, ChunkedRecording) for r in self.batches.values()):
+        if any(isinstance(recorded, ChunkedRecording) for recorded in self.batches.values()):
             return
-        self._tried = True
-        choice = self._named["program"]
-        known = problem.known(choice)
-        if known is False:
-            self.notes["program"] = "no linearised program, as chosen before"
-            problem.choices[choice] = False
-            return
-        problem.choices[choice] = False
-        try:
-            replaced = self._linearized(problem, snapshot, rows, measured=bool(known))
-        except OrderError:
-            replaced = "the loader gives the samples in another order each time"
-        if isinstance(replaced, str):
-            self.notes["program"] = f"no linearised program: {replaced}"
-            return
-        problem.choices[choice] = True
-        self.batches = replaced
-        self.route = Linearized.ROUTE
-        compiled = "" if problem.compiler is None else f", compiled by {problem.compiler}"
-        self.notes["tangents"] = f"tangents by {self.route}{compiled}, verified and faster"
-
-    def _linearized(
-        self, problem: Problem, snapshot: Snapshot, rows: Tensor, *, measured: bool
-    ) -> dict[int, Recording] | str:
-        """All batches as linearised programs, or why not."""
-        replaced: dict[int, Recording] = {}
-        for evaluation in problem.evaluations(snapshot, order_matters=True):
-            old = self.batches[evaluation.sample.index]
-            assert isinstance(old, Staged)
-            reason = None
-            try:
-                new = Linearized(evaluation, True, problem.compiler)
-                reason = decline_linearized(new, old, rows)
-                if reason is None and not replaced and not measured:
-                    before = fastest(lambda o=old: o.tangent(rows, 1))  # type: ignore[misc]
-                    after = fastest(lambda n=new: n.tangent(rows, 1))  # type: ignore[misc]
-                    reason = (
-                        None
-                        if after < 0.9 * before
-                        else f"not faster ({1e3 * after:.2g} against {1e3 * before:.2g} ms)"
-                    )
-            except CurvalgError:
-                raise
-            except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            if reason is not None:
-                return reason
-            replaced[evaluation.sample.index] = new
-        return replaced
-
-    def _columns(self, problem: Problem, recorded: Recording, rows: Tensor) -> int:
-        """Columns in one backward pass: as asked for, or measured on the first batch that meets so many."""
-        if self.asked is not None:
-            return self.asked
-        if rows.shape[0] == 1 or isinstance(recorded, Transient):
-            return 1
-        width = max(w for w in WIDTHS if w <= rows.shape[0])
-        if width not in self._chunks:
-            choice = f"{self._named['columns']}, from {width}"
-            keep, recorded.keep = recorded.keep, True
-            try:
-                self._chunks[width] = self._choose_columns(problem, recorded, rows, width, problem.known(choice))
-            finally:
-                recorded.keep = keep
-            problem.choices[choice] = self._chunks[width]
-        return self._chunks[width]
-
-    def _choose_columns(
-        self, problem: Problem, recorded: Recording, rows: Tensor, width: int, known: int | None
-    ) -> int:
-        """Columns at a time: one, a width, or a quarter of it; as chosen before, or what costs least a column."""
-
-        def run(part: Tensor, chunk: int) -> Tensor:
-            if isinstance(recorded, (SinglePass, ChunkedRecording)):
-                return recorded.multiply(part, chunk)
-            tangent = recorded.tangent(part, chunk)
-            return recorded.finish(part, tangent, chunk)
-
-        topic = f"columns {width}"
-        # What was chosen at another state may be wrong at this one.
-        if known != 1 and (known is None or problem.verify) and (reason := _unlike_single(run, rows)) is not None:
-            self.notes[topic] = f"from {width} columns on one after the other: {reason}"
-            return 1
-        if known is not None:
-            self.notes[topic] = f"from {width} columns on {known} at a time, as chosen before"
-            return known
-        most = COLUMN_MEMORY // max(1, graph_bytes(recorded))
-        seconds: dict[int, float] = {}
-        for chunk in (1, *(w for w in (width // 4, width) if 1 < w <= most)):
-            seconds[chunk] = fastest(lambda c=chunk: run(rows[:c], c)) / chunk  # type: ignore[misc]
-            if chunk * seconds[chunk] > LONG and seconds[chunk] > WORSE * seconds[1]:
-                break  # it is work, not calls, that takes the time: wider ones are no better, and long to measure
-        chosen = min(seconds, key=lambda chunk: seconds[chunk])
-        shown = ", ".join(f"{chunk}: {1e3 * t:.2g} ms" for chunk, t in seconds.items())
-        self.notes[topic] = f"from {width} columns on {chosen} at a time ({shown} a column, on one batch)"
-        return chosen
-
-
-def _unlike_single(run: Callable[[Tensor, int], Tensor], rows: Tensor) -> str | None:
-    """Why columns must not be taken in one pass: what they give differs from one alone."""
-    try:
-        batched, single = run(rows[:2], 2), run(rows[:1], 1)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).strip().splitlines()[0]
-    if bool((batched[:1] - single).norm() <= torch.finfo(rows.dtype).eps ** 0.75 * single.norm()):
-        return None
-    return "a batched product differs from a single one"
+        if (replaced := self.programs.replace(problem, snapshot, self.batches, rows)) is not None:
+            self.batches, self.recorder.route = replaced, Linearized.ROUTE
 
 
 def linearization(problem: Problem, snapshot: Snapshot, sweep: Sweep) -> Linearization:
     """The linearisation of a sweep, shared by all expressions that contain it."""
-    kept = problem.kept(snapshot)
-    key = ("linearization", sweep.key)
-    if key not in kept:
-        kept[key] = Linearization(problem, sweep)
-    return kept[key]  # type: ignore[no-any-return]
+    return problem.cached(snapshot).get("linearization", sweep.key, lambda: Linearization(problem, sweep))

@@ -116,15 +116,16 @@ def prepare(
         snapshot: the state.
         batches: gives all batches, where something else is recorded of them on the way; None: by a pass of their own.
     """
-    kept = problem.kept(snapshot)
-    missing = [t for t in dict.fromkeys(terms) if ("prepared", t) not in kept and defines(t, "prepare")]
+    cache = problem.cached(snapshot)
+    missing = cache.missing("prepared", (term for term in terms if defines(term, "prepare")))
     if missing:
         sums = {term: problem.sum() for term in missing}
         for batch in (e.evaluate() for e in problem.evaluations(snapshot)) if batches is None else batches():
             for term in missing:
                 sums[term].add(call(term, "prepare", batch))
-        kept.update({("prepared", term): total.value for term, total in sums.items()})
-    return {term: kept.get(("prepared", term)) for term in terms}
+        for term, total in sums.items():
+            cache.put("prepared", term, total.value)
+    return {term: cache.found("prepared", term) for term in terms}
 
 
 def defines(term: Term, method: str) -> bool:

@@ -8,19 +8,31 @@ of a problem is tried without derivatives; what it tells about the model is reme
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from curvalg.expr.term import Term
 from curvalg.losses.closed_forms.softmax import SoftmaxLoss
+from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.large_outputs.deferred import Deferred, Deferring
 from curvalg.problem.large_outputs.head import Head, why_not_a_head
 
-if TYPE_CHECKING:
-    from curvalg.expr.term import Term
-    from curvalg.problem.evaluation import Evaluation
+
+class HeadNotes:
+    """What is known of the end of a model.
+
+    Attributes:
+        found: whether it is a linear layer; None before a call has told.
+        declined: why outputs are not made in chunks.
+        inner: weights of layers known not to be the last.
+    """
+
+    def __init__(self) -> None:
+        self.found: bool | None = None
+        self.declined: str | None = None
+        self.inner: set[str] = set()
 
 
 def has_large_outputs(evaluation: Evaluation) -> bool:
@@ -44,7 +56,7 @@ def is_made_in_chunks(evaluation: Evaluation, term: Term) -> bool:
 def record_head(evaluation: Evaluation, *, graph: bool = True, once: bool = False) -> tuple[Head, list[Tensor]] | None:
     """The last layer, its input with a graph from the leaves, by one model call; None where outputs are to be made.
 
-    ``problem.no_head`` then says why, unless they are small.
+    :class:`HeadNotes` then says why, unless they are small.
 
     Args:
         evaluation: the batch.
@@ -91,32 +103,33 @@ def push_hidden(evaluation: Evaluation, vector: Tensor, names: Collection[str]) 
 
 def _tried(evaluation: Evaluation) -> bool:
     """Whether the model ends in a linear layer, told by calling it on the first batch that asks."""
-    problem = evaluation.problem
-    if problem.ends_in_head is None:
-        problem.ends_in_head = False
+    notes = evaluation.problem.noted(HeadNotes)
+    if notes.found is None:
+        notes.found = False
         try:
             with torch.no_grad():
                 first = found = _call(evaluation, evaluation.values())
                 # The outputs of inner layers may be as large; now that it is known which these are, they are left alone.
-                if isinstance(first, str) and problem.inner_layers:
+                if isinstance(first, str) and notes.inner:
                     found = _call(evaluation, evaluation.values())
         except Exception as error:
-            problem.no_head = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            notes.declined = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return False
-        problem.ends_in_head = isinstance(found, Head)
-        problem.no_head = None if isinstance(first, Head) or problem.ends_in_head else first
-    return problem.ends_in_head
+        notes.found = isinstance(found, Head)
+        notes.declined = None if isinstance(first, Head) or notes.found else first
+    return notes.found
 
 
 def _call(evaluation: Evaluation, tensors: Sequence[Tensor], *, once: bool = False) -> Head | str:
     """The last layer with these tensors for the chosen parameters, or why there is none."""
     problem, state = evaluation.problem, evaluation.snapshot.state
+    notes = problem.noted(HeadNotes)
     weights = {id(t): name for name, t in state.items()}
     weights |= {id(t): name for t, name in zip(tensors, problem.layout.names, strict=True)}
-    deferring = Deferring(weights, problem.output_memory, problem.inner_layers)
-    with deferring, problem.guarding_inputs(evaluation.sample.batch) as batch:
+    deferring = Deferring(weights, problem.output_memory, notes.inner)
+    with deferring, evaluation.guarding_inputs(evaluation.sample.batch) as batch:
         raw = evaluation.call(tensors, batch, once=once)
-    problem.inner_layers |= deferring.used.keys()
+    notes.inner |= deferring.used.keys()
     if deferring.used:
         layer, function = list(deferring.used.items())[-1]
         return f"the outputs of the layer {layer!r} go into {function}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,10 @@ from torch import Tensor
 from curvalg.errors import ProblemError
 from curvalg.losses.closed_forms.softmax import SoftmaxLoss
 from curvalg.problem.batch import Batch, Samples
+from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.large_outputs.deferred import Deferred
 from curvalg.problem.model.outputs import OutputForm, require_finite_output
 from curvalg.tensors.uniforms import uniforms
-
-if TYPE_CHECKING:
-    from curvalg.problem.evaluation import Evaluation
-    from curvalg.problem.large_outputs.deferred import Deferred
 
 Cotangent = Callable[[Batch], Tensor]
 """batch -> u."""

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError
+from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.layers.build import build, common_form
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.joint import Joint, Zero
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import Explicit
+from curvalg.problem.layers.notes import LayerNotes
+from curvalg.problem.layers.per_sample import refuse_batch_statistics, row_gradients
 from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined, DenseUse, Routing
 from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, settle
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
-from curvalg.problem.per_sample import refuse_batch_statistics, row_gradients
-from curvalg.problem.verification.oaths import random_cotangent
+from curvalg.problem.verification.tangent_checks import random_cotangent
 from curvalg.tensors.backward import backward_columns
-
-if TYPE_CHECKING:
-    from curvalg.problem.evaluation import Evaluation
 
 
 class RecordedLayers:
@@ -50,13 +48,14 @@ class RecordedLayers:
         again = evaluation.again()
         self.evaluation = evaluation
         self.problem = evaluation.problem
+        self.dtype, self.notes = self.problem.dtype, self.problem.noted(LayerNotes)
         self.z = z
         self.leaves = dict(zip(self.problem.layout.names, leaves, strict=True))
         self._uses = capture.uses
         self._inputs: dict[tuple[int, ...], GuardedInput | LinearMap] = {}
         self._settled = False
         for name, reason in capture.reasons.items():
-            self.problem.layer_notes.setdefault(name, reason)
+            self.notes.reasons.setdefault(name, reason)
 
     @property
     def used(self) -> set[str]:
@@ -75,14 +74,14 @@ class RecordedLayers:
         sample = self.evaluation.sample
         if sample.rows < 2 * rows or self.problem.draws.mode == "frozen":
             return None
-        evaluation = type(self.evaluation)(self.problem, self.evaluation.snapshot, sample.head(rows))
-        notes = dict(self.problem.layer_notes)
+        evaluation = self.evaluation.of(sample.head(rows))
+        reasons = dict(self.notes.reasons)
         try:
             few = record_layers(evaluation)
         except ProblemError:
             return None
         finally:
-            self.problem.layer_notes = notes
+            self.notes.reasons = reasons
         expected = self.z[:rows].detach()
         if few.z.shape != expected.shape or [u.signature for u in few._uses] != [u.signature for u in self._uses]:
             return None
@@ -108,7 +107,7 @@ class RecordedLayers:
             settle(self)
             self._settled = True
         found = self.build(cotangents.detach())
-        groups = self.problem.layer_groups
+        groups = self.notes.groups
         if not groups:
             groups.extend(record.params for record in found)
         return [self._in_group(group, found) for group in groups]
@@ -125,7 +124,7 @@ class RecordedLayers:
         gradients = self._pull(cotangents)
         self._route(gradients)
         if strange := self._misplaced(cotangents, gradients):
-            notes = self.problem.layer_notes
+            notes = self.notes.reasons
             names = {name for i in strange for name in self._uses[i].roles.values()}
             notes.update(dict.fromkeys(names - notes.keys(), MISPLACED))
             return self.build(cotangents)
@@ -134,14 +133,14 @@ class RecordedLayers:
         for params, indices in self._groups(gradients):
             place = self._place(params)
             if not indices:
-                found.append(Zero(place, columns, rows, self.z.new_zeros((), dtype=self.problem.dtype)))
+                found.append(Zero(place, columns, rows, self.z.new_zeros((), dtype=self.dtype)))
                 continue
             uses, at_outputs = [self._uses[i] for i in indices], [gradients[i] for i in indices]
             try:
                 inputs = partial(self._held, indices, rows)
-                found.append(build(place, uses, at_outputs, rows, self.problem.dtype, inputs))
+                found.append(build(place, uses, at_outputs, rows, self.dtype, inputs))
             except Declined as reason:
-                self.problem.layer_notes.update(dict.fromkeys(params, str(reason)))
+                self.notes.reasons.update(dict.fromkeys(params, str(reason)))
         return self._in_order(found + self._explicit(cotangents))
 
     def _route(self, gradients: dict[int, Tensor], strange: Sequence[int] = ()) -> list[int]:
@@ -172,7 +171,7 @@ class RecordedLayers:
         Asked once for each batch and state of the model, and not of a model that cannot route rows by the data.
         """
         sample = self.evaluation.sample
-        checked: set[tuple[int, int]] = self.problem.kept(self.evaluation.snapshot).setdefault("rows checked", set())
+        checked: set[tuple[int, int]] = self.problem.cached(self.evaluation.snapshot).get("rows checked", None, set)
         if (key := (sample.index, sample.rows)) in checked or self._steady:
             return []
         aligned = {i: g for i, g in gradients.items() if getattr(self._uses[i], "routing", None) is None}
@@ -189,7 +188,7 @@ class RecordedLayers:
 
     def _groups(self, gradients: dict[int, Tensor]) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
         """(parameters, numbers of their uses): parameters with the same uses belong to one layer."""
-        layout, notes = self.problem.layout, self.problem.layer_notes
+        layout, notes = self.problem.layout, self.notes.reasons
         groups: dict[object, tuple[list[str], tuple[int, ...]]] = {}
         for name in layout.names:
             if name in notes:
@@ -210,17 +209,18 @@ class RecordedLayers:
     def _pull(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Gradients (K, *output.shape) with respect to the outputs of all uses that the output depends on."""
 
-        notes = self.problem.layer_notes
+        notes = self.notes.reasons
         needed = [i for i, use in enumerate(self._uses) if any(name not in notes for name in use.roles.values())]
         if not needed:
             return {}
         edges = [self._uses[i].edge for i in needed]
         problem = self.problem
-        choice = problem.choice("columns in one backward pass", "layers")
-        known = problem.recalled.get(choice) if problem.layer_batched is None else problem.layer_batched
+        measured = problem.measured
+        choice = measured.name("columns in one backward pass", "layers")
+        known = measured.recalled.get(choice) if self.notes.batched is None else self.notes.batched
         gradients, batched = backward_columns(self.z, edges, cotangents.to(self.z.dtype), batched=known)
-        if problem.layer_batched is None and len(cotangents) > 1:
-            problem.layer_batched = problem.choices[choice] = batched
+        if self.notes.batched is None and len(cotangents) > 1:
+            self.notes.batched = measured.choices[choice] = batched
         pairs = zip(needed, gradients, strict=True)
         return {i: g.reshape(g.shape[0], *self._uses[i].output_shape) for i, g in pairs if g is not None}
 
@@ -228,13 +228,13 @@ class RecordedLayers:
         """The inputs of some uses, made once for all chunks of columns."""
         if indices not in self._inputs:
             first, *others = (self._uses[i] for i in indices)
-            self._inputs[indices] = first.joined(others, rows, self.problem.dtype)
+            self._inputs[indices] = first.joined(others, rows, self.dtype)
         return self._inputs[indices]
 
     def _explicit(self, cotangents: Tensor) -> list[LayerRecord]:
         """Parameters without a rule, by per-sample gradients."""
         layout = self.problem.layout
-        names = [name for name in layout.names if name in self.problem.layer_notes]
+        names = [name for name in layout.names if name in self.notes.reasons]
         if not names:
             return []
         rest = self.evaluation.over(names)

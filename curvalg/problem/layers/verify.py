@@ -7,17 +7,16 @@ A rule's formula is trusted for a parameter after one comparison, of a few rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError
+from curvalg.problem.layers.notes import LayerNotes
+from curvalg.problem.layers.record import LayerRecord
 from curvalg.tensors.backward import backward
 from curvalg.tensors.uniforms import uniforms
-
-if TYPE_CHECKING:
-    from curvalg.problem.layers.recorded import RecordedLayers
 
 COLUMNS = 1
 """Columns of a comparison; what could be wrong is which rows a gradient belongs to."""
@@ -30,7 +29,33 @@ MISPLACED = "its gradients do not add up: the rows of its layer are not those of
 """Why a parameter has no layer inputs and deltas where :func:`misplaced` found it."""
 
 
-def settle(recorded: RecordedLayers) -> None:
+class Comparable(Protocol):
+    """The recording of a model's layers, as far as a comparison needs it."""
+
+    z: Tensor
+    leaves: dict[str, Tensor]
+    dtype: torch.dtype
+    notes: LayerNotes
+
+    @property
+    def used(self) -> set[str]:
+        """Parameters that some function of the table takes."""
+        ...
+
+    def dtypes(self, name: str) -> set[torch.dtype]:
+        """Of the outputs of all functions that take a parameter."""
+        ...
+
+    def head(self, rows: int) -> Comparable | None:
+        """The recording of the first rows alone, or None."""
+        ...
+
+    def build(self, cotangents: Tensor) -> list[LayerRecord]:
+        """Records of all parameters."""
+        ...
+
+
+def settle(recorded: Comparable) -> None:
     """Find the parameters of a batch whose records would be wrong, and note them on the problem.
 
     Compared are Σ wₖₙ gₖₙ, for cotangents of random signs and random positive weights w, and one ordinary backward pass
@@ -48,20 +73,20 @@ def settle(recorded: RecordedLayers) -> None:
     raise AssertionError("unreachable: every repetition notes one more parameter")
 
 
-def _unchecked(recorded: RecordedLayers) -> list[str]:
-    problem = recorded.problem
+def _unchecked(recorded: Comparable) -> list[str]:
+    notes = recorded.notes
     # With a single row nothing can be attributed wrongly: such a comparison says little about other batches.
     needed = min(recorded.z.shape[0], 2)
     return [
         name
         for name in recorded.leaves
-        if (name in recorded.used or name in problem.layer_notes) and problem.layer_checks.get(name, 0) < needed
+        if (name in recorded.used or name in notes.reasons) and notes.compared.get(name, 0) < needed
     ]
 
 
-def _note_unseen(recorded: RecordedLayers) -> None:
+def _note_unseen(recorded: Comparable) -> None:
     """Parameters that reach the output where no torch function shows them (custom autograd functions)."""
-    notes = recorded.problem.layer_notes
+    notes = recorded.notes.reasons
     unseen = [name for name in recorded.leaves if name not in recorded.used and name not in notes]
     if not unseen:
         return
@@ -72,32 +97,32 @@ def _note_unseen(recorded: RecordedLayers) -> None:
             notes[name] = "it is used where no function of torch shows it"
 
 
-def _gradients(recorded: RecordedLayers, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
+def _gradients(recorded: Comparable, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
 
     leaves = [recorded.leaves[name] for name in names]
     found = backward([recorded.z], leaves, [cotangent], retain_graph=True)
-    dtype = recorded.problem.dtype
+    dtype = recorded.dtype
     return {
         name: torch.zeros_like(leaf, dtype=dtype) if gradient is None else gradient.to(dtype)
         for name, leaf, gradient in zip(names, leaves, found, strict=True)
     }
 
 
-def _compare(recorded: RecordedLayers, names: list[str]) -> bool:
+def _compare(recorded: Comparable, names: list[str]) -> bool:
     """Compare once; whether a parameter was noted, so that the comparison has to be made again."""
-    problem, z = recorded.problem, recorded.z
+    notes, z = recorded.notes, recorded.z
     rows = z.shape[0]
     signed = 2 * uniforms(1, COLUMNS, 0, z.shape, z.dtype, z.device) - 1
     weights = 0.5 + uniforms(2, COLUMNS, 0, (rows,), z.dtype, z.device)
     mixed = (weights.reshape(COLUMNS, rows, *[1] * (z.ndim - 1)) * signed).sum(0)
-    before = set(problem.layer_notes)
+    before = set(notes.reasons)
     records = recorded.build(signed)
-    if problem.layer_notes.keys() - before:
+    if notes.reasons.keys() - before:
         return True  # building told already, without numbers
     expected = _gradients(recorded, list(recorded.leaves), mixed)
     got: dict[str, Tensor] = {}
     for record in records:
-        got |= record.combine(weights[None].to(problem.dtype))
+        got |= record.combine(weights[None].to(recorded.dtype))
     whole = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
     failed = False
     for name in names:
@@ -111,12 +136,12 @@ def _compare(recorded: RecordedLayers, names: list[str]) -> bool:
                     f"the gradients of single rows with respect to {name!r} do not add up to those of the batch (relative "
                     f"error {error / (norm or 1.0):.1e}); is the model's output the same in every call?"
                 )
-            problem.layer_notes[name] = "its gradients from layer inputs and deltas do not add up to its gradient"
+            notes.reasons[name] = "its gradients from layer inputs and deltas do not add up to its gradient"
             failed = True
         elif (
             allowed < 0.1 * norm
         ):  # what vanishes beside the rest says nothing, and is compared again on the next batch
-            problem.layer_checks[name] = min(rows, 2)
+            notes.compared[name] = min(rows, 2)
     return failed
 
 
@@ -177,7 +202,7 @@ def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
     return owner[last.where(last >= 0, torch.full_like(last, first))]
 
 
-def _tolerance(recorded: RecordedLayers, name: str, explicit: bool) -> float:
+def _tolerance(recorded: Comparable, name: str, explicit: bool) -> float:
     """Round-off of the two computations; what is wrong is wrong by far more."""
     if explicit:  # rounded as the model rounds, in the dtypes that it casts to
         return 5e-2

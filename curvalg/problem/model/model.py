@@ -19,9 +19,9 @@ from curvalg.errors import ProblemError, ProblemTypeError
 from curvalg.problem.data.batches import call_model
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.model import parameters as params_
+from curvalg.problem.model.corrections import Corrected
 from curvalg.problem.model.sharded import require_unsharded
-from curvalg.problem.state.snapshot import Slot
-from curvalg.problem.verification.corrections import Corrected
+from curvalg.problem.model.snapshot import Slot
 from curvalg.tensors.backward import REENTRANT
 
 

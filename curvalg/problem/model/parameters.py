@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from curvalg.errors import ProblemError, ProblemTypeError, VectorError
 from curvalg.problem.model.sharded import require_whole
-from curvalg.problem.state.snapshot import Slot
+from curvalg.problem.model.snapshot import Slot
 
 
 class Layout:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError, StaleError
-from curvalg.problem.verification.oaths import random_cotangent, random_directions, verdict, wrong_tangent
+from curvalg.problem.model_call import ModelCall
+from curvalg.problem.verification.tangent_checks import TangentNotes, random_cotangent, random_directions, wrong_tangent
+from curvalg.problem.verification.verdicts import verdict
 from curvalg.tensors.backward import backward, backward_columns
-
-if TYPE_CHECKING:
-    from curvalg.problem.evaluation import Evaluation
 
 MOST_BYTES = 2**30
 """Memory that the rows of J may take."""
@@ -33,7 +31,7 @@ class TwiceBackward:
     NAME = "two backward passes"
 
     def __init__(
-        self, evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor], cotangent: Tensor | None = None
+        self, evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor], cotangent: Tensor | None = None
     ) -> None:
         self.u = (random_cotangent(z.detach()) if cotangent is None else cotangent).requires_grad_()
         self.gradients = evaluation.differentiate(z, leaves, self.u)
@@ -61,7 +59,7 @@ class Rows:
 
     NAME = "the rows of J"
 
-    def __init__(self, evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> None:
 
         nbytes = z.numel() * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
         if nbytes > MOST_BYTES:
@@ -95,7 +93,7 @@ class Rows:
         return total.reshape(*((columns,) if batched else ()), *self.shape)
 
 
-def reverse_tangents(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> TwiceBackward | Rows:
+def reverse_tangents(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> TwiceBackward | Rows:
     """The first of the two that is right on this model.
 
     Raises:
@@ -104,31 +102,31 @@ def reverse_tangents(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]
     return twice_backward(evaluation, z, leaves) or rows(evaluation, z, leaves)
 
 
-def twice_backward(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> TwiceBackward | None:
+def twice_backward(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> TwiceBackward | None:
     """Tangents by a second backward pass, or None where they are wrong or cannot be taken."""
-    problem = evaluation.problem
-    if problem.no_double_backward is not None:
+    notes = evaluation.problem.noted(TangentNotes)
+    if notes.no_double_backward is not None:
         return None
     found = _sworn(TwiceBackward, evaluation, z, leaves)
     if isinstance(found, str):
-        problem.no_double_backward = found
+        notes.no_double_backward = found
         return None
     assert isinstance(found, TwiceBackward)
     return found
 
 
-def rows(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> Rows:
+def rows(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> Rows:
     """Tangents by the rows of J.
 
     Raises:
         ProblemError: the last way is wrong too.
     """
-    problem = evaluation.problem
+    notes = evaluation.problem.noted(TangentNotes)
     found = _sworn(Rows, evaluation, z, leaves)
     if isinstance(found, str):
         raise ProblemError(
-            f"no way to tangents J v is right on this model. Forward AD: {problem.no_forward_ad or 'not tried'}. Two backward "
-            f"passes: {problem.no_double_backward}. The rows of J by backward passes: {found}. If a tensor hook, a module hook "
+            f"no way to tangents J v is right on this model. Forward AD: {notes.no_forward_ad or 'not tried'}. Two backward "
+            f"passes: {notes.no_double_backward}. The rows of J by backward passes: {found}. If a tensor hook, a module hook "
             "or a custom autograd Function alters the gradient, so that it is the derivative of nothing, take it off"
         )
     assert isinstance(found, Rows)
@@ -136,7 +134,7 @@ def rows(evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]) -> Rows:
 
 
 def _sworn(
-    kind: type[TwiceBackward] | type[Rows], evaluation: Evaluation, z: Tensor, leaves: Sequence[Tensor]
+    kind: type[TwiceBackward] | type[Rows], evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]
 ) -> TwiceBackward | Rows | str:
     """The route, or why it must not be used."""
     try:
@@ -156,7 +154,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def oath(evaluation: Evaluation, route: TwiceBackward | Rows, z: Tensor, leaves: Sequence[Tensor]) -> str | None:
+def oath(evaluation: ModelCall, route: TwiceBackward | Rows, z: Tensor, leaves: Sequence[Tensor]) -> str | None:
     """Why the tangents of a route must not be used, or None."""
 
     v = random_directions(evaluation)

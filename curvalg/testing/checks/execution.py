@@ -12,6 +12,7 @@ from torch import Tensor
 from curvalg.expr import GGN, Expr, Hessian, LossHessian, restrict
 from curvalg.expr.term import DatasetTerm, Term
 from curvalg.problem import Batch
+from curvalg.problem.large_outputs.find_head import HeadNotes
 from curvalg.tensors import trees
 from curvalg.tensors.columns import mapped
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
@@ -160,7 +161,7 @@ def chunks(case: Case) -> None:
         raise NotApplicable("the term does not say that it acts on positions or samples")
     twin = variant(case.problem, cache=0, columns=COLUMNS, output_memory=0)
     matrix = case.term.lower(twin).to_dense()
-    if not twin.ends_in_head:
+    if not twin.noted(HeadNotes).found:
         raise NotApplicable("the model's outputs are not those of a linear layer, or the loss is not one of classes")
     require_close(
         matrix,

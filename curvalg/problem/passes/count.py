@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
 from curvalg.errors import ProblemError
-from curvalg.losses import CallableLoss, Loss, infer_reduction
+from curvalg.losses import CallableLoss, infer_reduction
 from curvalg.losses.additive import check_additive, check_additive_pair
 from curvalg.losses.loss import Reduction
 from curvalg.problem.data.batches import ReadBatch
+from curvalg.problem.data.totals import Totals
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import recording
-
-if TYPE_CHECKING:
-    from curvalg.problem.problem import Problem
+from curvalg.problem.setting import Setting
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Counts and denominators of a whole data set.
-
-    Args:
-        rows: number of rows, M of the data.
-        count: N, the samples whose share is not identically zero.
-        scale: s, N for a mean loss, 1 for a sum.
-        denominator: what the loss of the whole data set divides by.
-        loss: the loss with its reduction known.
-    """
-
-    rows: int
-    count: int
-    scale: float
-    denominator: float
-    loss: Loss | None
-
-
-def count(problem: Problem) -> Totals:
+def count(problem: Setting) -> Totals:
     """One pass over the data, without the model; with it where the loss is a callable, which is tried on every batch.
 
     Raises:
@@ -66,7 +45,7 @@ def count(problem: Problem) -> Totals:
     return Totals(rows, samples, float(samples) if mean else 1.0, denominator if mean else 1.0, loss)
 
 
-def _judge(problem: Problem, loss: CallableLoss, sample: ReadBatch, before: list[Any]) -> CallableLoss:
+def _judge(problem: Setting, loss: CallableLoss, sample: ReadBatch, before: list[Any]) -> CallableLoss:
     """A callable with its reduction known, after trying whether it adds up within this batch and with the one before.
 
     Raises:

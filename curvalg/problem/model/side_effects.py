@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from curvalg.errors import ProblemError
-from curvalg.problem.state.watch import Watch, read_generator, set_generator
+from curvalg.problem.model.watch import Watch, read_generator, set_generator
 
 
 class SideEffects:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +17,23 @@ from torch import Tensor, nn
 from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem.batch import Batch
 from curvalg.problem.data.batches import ReadBatch, call_model
+from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import Model, ModuleModel, recording
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward
 from curvalg.tensors.uniforms import uniforms
 
-if TYPE_CHECKING:
-    from curvalg.problem.evaluation import Evaluation
-
 Gradients = dict[str, Tensor]
-Route = Callable[["Evaluation", Batch, Tensor], Gradients]
+Route = Callable[[Evaluation, Batch, Tensor], Gradients]
 """(evaluation, batch, cotangents of its rows) -> the gradients of every row."""
+
+
+class PerSampleNotes:
+    """The route that is taken for a problem (None before one was needed), and why others are not."""
+
+    def __init__(self) -> None:
+        self.route: str | None = None
+        self.declined: list[str] = []
 
 
 class _Declined(Exception):
@@ -45,7 +50,8 @@ def per_sample_gradients(evaluation: Evaluation, batch: Batch) -> Gradients:
     refuse_batch_statistics(problem.model)
     if problem.samples == "item":
         return row_gradients(evaluation, batch, batch.loss_gradient)
-    problem.per_sample_route, problem.per_sample_notes = LAST, ["BackPACK, torch.func: samples are positions, not rows"]
+    notes = problem.noted(PerSampleNotes)
+    notes.route, notes.declined = LAST, ["BackPACK, torch.func: samples are positions, not rows"]
     return _masked(evaluation, batch.loss_gradient, batch.sample_masks())
 
 
@@ -57,16 +63,17 @@ def row_gradients(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gr
     """
     problem = evaluation.problem
     refuse_batch_statistics(problem.model)
-    if problem.per_sample_route is None:
-        gradients, problem.per_sample_route, problem.per_sample_notes = _choose(evaluation, batch, cotangent)
+    notes = problem.noted(PerSampleNotes)
+    if notes.route is None:
+        gradients, notes.route, notes.declined = _choose(evaluation, batch, cotangent)
         return gradients
-    gradients = ROUTES[problem.per_sample_route](evaluation, batch, cotangent)
-    if problem.per_sample_route != LAST:
+    gradients = ROUTES[notes.route](evaluation, batch, cotangent)
+    if notes.route != LAST:
         try:  # which row is which may depend on the data
             _verify(evaluation, batch, cotangent, gradients)
         except _Declined as reason:
-            problem.per_sample_notes.append(f"{problem.per_sample_route}: {reason}")
-            problem.per_sample_route = LAST
+            notes.declined.append(f"{notes.route}: {reason}")
+            notes.route = LAST
             return ROUTES[LAST](evaluation, batch, cotangent)
     return gradients
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from curvalg.errors import StaleError
-from curvalg.problem.state.side_effects import SideEffects
-from curvalg.problem.state.watch import Watch
+from curvalg.losses import Loss
+from curvalg.problem.data.totals import Totals
+from curvalg.problem.model.side_effects import SideEffects
+from curvalg.problem.model.watch import Watch
 from curvalg.tensors.bits import Bits
-
-if TYPE_CHECKING:
-    from curvalg.losses import Loss
-    from curvalg.problem.totals import Totals
 
 Slot = tuple[str, Mapping[str, Any], str]
 """A place that holds a tensor: its name, the dict that owns it, the key in that dict."""

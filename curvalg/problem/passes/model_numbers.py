@@ -11,7 +11,7 @@ they come in change a sum by more than rounding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,10 +19,9 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.problem.batch import Batch
 from curvalg.problem.data.row_hashes import Fingerprint
-
-if TYPE_CHECKING:
-    from curvalg.problem.model.parameters import Layout
-    from curvalg.problem.problem import Problem
+from curvalg.problem.model.parameters import Layout
+from curvalg.problem.passes.first_order import pulled
+from curvalg.problem.problem import Problem
 
 Numbers: TypeAlias = dict[str, Fingerprint]
 """What it is of, in words -> sums, each with that of the magnitudes of its terms."""
@@ -40,7 +39,7 @@ def numbers(problem: Problem) -> Numbers:
     with problem.lock, problem.differentiating():
         snapshot, total = problem.snapshot(), problem.sum()
         for evaluation in problem.evaluations(snapshot):
-            total.add(evaluation.pulled(lambda batch: _take(sums, batch)))
+            total.add(pulled(evaluation, lambda batch: _take(sums, batch)))
         _take_derivative(sums, problem.layout, total.value)
     return sums.made()
 

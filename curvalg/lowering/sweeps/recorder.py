@@ -1,0 +1,161 @@
+"""How the batches of a sweep are recorded: verified, and with tangents by the fastest route that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import CurvalgError
+from curvalg.lowering.sweeps.chunked import ChunkedRecording, record_headed
+from curvalg.lowering.sweeps.recordings import Graph, SinglePass, Staged, TwoStage, graph
+from curvalg.lowering.sweeps.sweep import Sweep
+from curvalg.lowering.sweeps.tangents import ForwardAD, Transient
+from curvalg.problem import Batch, Evaluation, Problem
+from curvalg.problem.evaluation import FORWARD_AD
+from curvalg.problem.kept.race import Candidate, Race
+from curvalg.problem.verification.curvature_checks import swear_curvature, swear_symmetric
+from curvalg.problem.verification.reverse import twice_backward
+from curvalg.problem.verification.tangent_checks import TangentNotes
+from curvalg.problem.verification.verdicts import few_rows, verdict
+from curvalg.tensors.backward import backward
+
+Recording: TypeAlias = SinglePass | Staged | ChunkedRecording
+
+
+class Recorder:
+    """Of one sweep on one problem at one snapshot.
+
+    Args:
+        problem: the problem.
+        sweep: the terms.
+        notes: topic -> what was chosen and why.
+
+    Attributes:
+        route: of tangents, where no term is curved.
+        races: whether routes may be timed.
+    """
+
+    def __init__(self, problem: Problem, sweep: Sweep, notes: dict[str, str]) -> None:
+        self.sweep, self.notes = sweep, notes
+        self.route = TwoStage.ROUTE
+        self.races = True
+        self._race: Race[str] = Race(problem.measured, problem.measured.name("tangents", sweep))
+        self._measured = False
+        self._composite = problem.model.composite
+        self._single_pass = sweep.curved and not sweep.dataset_terms
+
+    def measure_again(self) -> None:
+        """Choose a route anew at the next batch."""
+        self._measured = False
+
+    def record(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
+        """A batch, for products with so many columns.
+
+        Args:
+            evaluation: the batch.
+            columns: of the product it is for.
+            keep: whether it is kept after the product.
+        """
+        recorded = self._recorded(evaluation, columns, keep)
+        if self.sweep.curved and not isinstance(recorded, ChunkedRecording):
+            swear_curvature(evaluation)
+            if evaluation.problem.model.composite and not self._composite:  # it was recorded with wrong derivatives
+                self._composite = True
+                recorded = self._recorded(evaluation, columns, keep)
+            if isinstance(recorded, SinglePass) and self.sweep.symmetric(evaluation.problem.facts):
+                self._swear_symmetric(evaluation, recorded)
+        return recorded
+
+    def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
+        """Once a state, on a few rows where these can be recorded without the others: two products cost little there."""
+
+        def check() -> None:
+            sample = recorded
+            if (few := few_rows(evaluation)) is not evaluation:
+                # Some models take batches of one size.
+                with suppress(CurvalgError, RuntimeError, ValueError, TypeError):
+                    sample = SinglePass(few, self.sweep.cotangent, self.sweep.rate_of, keep=False)
+
+            def multiply(directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
+                return backward(sample.gradients, sample.leaves, directions, retain_graph=True)
+
+            swear_symmetric(multiply, evaluation, self.sweep, lambda: self._size(sample.batch))
+
+        verdict(evaluation, ("symmetric", str(self.sweep)), check, recorded.graphs())
+
+    def _size(self, batch: Batch) -> float:
+        """‖z‖ (‖u‖ + ‖u̇(z)‖): what terms make of a tangent as large as the output."""
+        batch.evaluate_loss()
+        parts = (self.sweep.cotangent(batch), self.sweep.rate(batch, batch.output, {}, {}))
+        return float(batch.output.norm()) * sum(float(part.norm()) for part in parts)
+
+    def _recorded(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
+        sweep = self.sweep
+        if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
+            return headed
+        if self._single_pass:
+            return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
+        if sweep.curved:
+            return TwoStage(evaluation, sweep.cotangent, keep)
+        if not keep and columns == 1:
+            return Transient(evaluation)
+        if not self._measured:
+            self._measured = True
+            return self._choose_route(evaluation, columns, keep)
+        found = graph(evaluation)
+        if self.route == ForwardAD.ROUTE:
+            check = partial(evaluation.wrong_forward_ad, found[0], found[1], retain=True)
+            if verdict(evaluation, FORWARD_AD, check, [found[0]]) is None:
+                return ForwardAD(evaluation, keep, found)
+        return TwoStage(evaluation, None, keep, found)
+
+    def _choose_route(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
+        """J v by two backward passes through the recorded graph, by forward AD with a forward pass of its own, or by rows."""
+        problem, race = evaluation.problem, self._race
+        notes = problem.noted(TangentNotes)
+        possible = self._possible(evaluation, graph(evaluation), columns, keep)
+        rows = torch.ones(1, problem.size, dtype=problem.dtype, device=problem.device)
+        for recorded in possible.values():
+            recorded.keep = True
+        # All have run before, when they were verified; forward AD calls the model in every run.
+        self.route = race.run(
+            {
+                name: Candidate(
+                    partial(recorded.tangent, rows, 1),
+                    handicap=1 / 0.9 if name == ForwardAD.ROUTE else 1.0,
+                    rounds=1 if name == ForwardAD.ROUTE else 2,
+                    warm=True,
+                )
+                for name, recorded in possible.items()
+            }
+        )
+        for recorded in possible.values():
+            recorded.keep = keep
+        reasons = {ForwardAD.ROUTE: notes.no_forward_ad, TwoStage.ROUTE: notes.no_double_backward}
+        without = "; ".join(f"not by {name}: {reason}" for name, reason in reasons.items() if reason is not None)
+        measured = f"{race.shown()} on one batch" if race.seconds else without
+        why = ", as chosen before" if race.recalled else f" ({measured})"
+        self.notes["tangents"] = f"tangents by {self.route}{why}"
+        return possible[self.route]
+
+    def _possible(self, evaluation: Evaluation, found: Graph, columns: int, keep: bool) -> dict[str, Staged]:
+        """Route -> the batch recorded so, of those that are right; the first needs no model call in a product."""
+        z, leaves, _ = found
+        notes = evaluation.problem.noted(TangentNotes)
+        twice = twice_backward(evaluation, z, leaves) is not None
+        # With several columns forward AD would call the model for each of them.
+        races = self.races and columns == 1
+        forward = notes.no_forward_ad is None and not (twice and (self._race.known == TwoStage.ROUTE or not races))
+        forward = forward and evaluation.decline_forward_ad(z, leaves) is None
+        possible: dict[str, Staged] = {}
+        if twice or not forward:
+            two = TwoStage(evaluation, None, keep, found)
+            possible[two.route.NAME] = two
+        if forward:
+            possible[ForwardAD.ROUTE] = ForwardAD(evaluation, keep, found)
+        return possible

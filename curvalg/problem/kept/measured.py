@@ -1,0 +1,32 @@
+"""What short measurements chose between ways that give the same numbers up to rounding."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+
+class Measured:
+    """Choices by name: those of this run, and those of an earlier one, which are not measured again.
+
+    A resumed run that takes the ways of the interrupted one gives the same bits.
+
+    Args:
+        names: of the parameters that the choices are about.
+        like: choices to share, about other parameters of the same problem.
+    """
+
+    def __init__(self, names: Iterable[str], like: Measured | None = None) -> None:
+        self._names = list(names)
+        self.choices: dict[str, Any] = {} if like is None else like.choices
+        self.recalled: dict[str, Any] = {} if like is None else like.recalled
+
+    def name(self, topic: str, subject: object) -> str:
+        """The name of a choice about something on these parameters."""
+        digest = hashlib.sha256("\n".join(self._names).encode()).hexdigest()[:12]
+        return f"{topic} of {subject} over {len(self._names)} tensors ({digest})"
+
+    def known(self, name: str) -> Any:
+        """What was chosen in an earlier run, or at an earlier state of the model; None if nothing was."""
+        return self.recalled.get(name, self.choices.get(name))

@@ -1,0 +1,154 @@
+"""Which of several ways to the same numbers is taken: compared, timed, remembered and reported."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from curvalg.problem.kept.measured import Measured
+from curvalg.tensors.clock import timed
+
+K = TypeVar("K", bound=Hashable)
+
+LONG = 0.05
+"""Seconds of a run above which one is enough: what warming up saves is little of it."""
+ENOUGH = 0.5
+"""Seconds after which no further turn of a race is run."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way in a race.
+
+    Args:
+        run: takes it once.
+        work: what a run gives, as a number of columns: seconds are compared by the column.
+        handicap: how many times as long it is counted, so that it has to be clearly faster.
+        rounds: timed runs in each turn; one where a run is long.
+        warm: whether it has run before, so that nothing is made at its first run.
+    """
+
+    run: Callable[[], Any]
+    work: float = 1.0
+    handicap: float = 1.0
+    rounds: int = 2
+    warm: bool = False
+
+
+class Race(Generic[K]):
+    """A choice between ways that give the same numbers up to rounding.
+
+    What was chosen in an earlier run, or at an earlier state of the model, is not measured again; where ways are compared,
+    it is compared.
+
+    Args:
+        measured: where choices are remembered.
+        name: of the choice.
+
+    Attributes:
+        chosen: the way; None before it was chosen.
+        recalled: whether it was known and not measured.
+        seconds: by way, where they were measured: of one column.
+        declined: way -> why it cannot be taken.
+    """
+
+    def __init__(self, measured: Measured, name: str) -> None:
+        self._measured, self.name = measured, name
+        self.chosen: K | None = None
+        self.recalled = False
+        self.seconds: dict[K, float] = {}
+        self.declined: dict[K, str] = {}
+
+    @property
+    def of_an_earlier_run(self) -> bool:
+        """Whether an earlier run has chosen."""
+        return self.name in self._measured.recalled
+
+    @property
+    def known(self) -> K | None:
+        """What was chosen before, in an earlier run or at an earlier state."""
+        return self._measured.known(self.name)  # type: ignore[no-any-return]
+
+    def decide(self, way: K) -> K:
+        """Take a way without measuring, and remember it."""
+        self.chosen = self._measured.choices[self.name] = way
+        return way
+
+    def forget(self) -> None:
+        """Measure again: what made a way impossible has changed."""
+        self._measured.choices.pop(self.name, None)
+        self.chosen = None
+        self.declined.clear()
+
+    def run(
+        self,
+        candidates: Mapping[K, Candidate],
+        *,
+        differs: Callable[[K], str | None] | None = None,
+        insist: bool = False,
+        turns: int = 1,
+        enough: Callable[[Mapping[K, float]], bool] = lambda seconds: False,
+    ) -> K:
+        """Choose the fastest.
+
+        Args:
+            candidates: by way; the first is the reference, which can always be taken.
+            differs: way -> why it cannot be taken beside the reference, or None.
+            insist: take the reference only if no other can be taken.
+            turns: how often each is measured, all of them in turn, so that a drift hits all alike.
+            enough: by the seconds until now, whether no further way need be measured.
+        """
+        first, known = next(iter(candidates)), self.known
+
+        def possible(way: K) -> bool:
+            if way != first and differs is not None and (reason := differs(way)) is not None:
+                self.declined[way] = reason
+                return False
+            return True
+
+        if known is not None and known in candidates and possible(known):
+            self.recalled = True
+            return self.decide(known)
+        self.recalled = False
+        others = [way for way in candidates if way != first and possible(way)]
+        left = others if insist and others else [first, *others]
+        self.seconds = {} if len(left) == 1 else _measure({way: candidates[way] for way in left}, turns, enough)
+        return self.decide(
+            min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
+        )
+
+    def shown(self) -> str:
+        """What was measured, for people."""
+        return ", ".join(f"{way} {1e3 * seconds:.2g} ms" for way, seconds in self.seconds.items())
+
+
+def _measure(
+    candidates: Mapping[K, Candidate], turns: int, enough: Callable[[Mapping[K, float]], bool]
+) -> dict[K, float]:
+    """Seconds by way and column, the least of all rounds.
+
+    Every turn of a way begins with a run that is not timed: it makes again what another has pushed out of a memory that is too
+    small for both.
+    """
+    best: dict[K, float] = {}
+    begin = time.perf_counter()
+    for turn in range(turns):
+        for way, candidate in candidates.items():
+            rounds = candidate.rounds
+            if not candidate.warm:
+                first = timed(candidate.run)[0]
+                if first > LONG:
+                    rounds = 1
+                    if turns == 1:
+                        best[way] = first / candidate.work
+                        rounds = 0
+            for _ in range(rounds):
+                best[way] = min(best.get(way, math.inf), timed(candidate.run)[0] / candidate.work)
+            if turn == 0 and enough(best):
+                return best
+        if time.perf_counter() - begin > ENOUGH:
+            break
+    return best

@@ -1,0 +1,20 @@
+"""What is found out about the layers of a model, once for all batches."""
+
+from __future__ import annotations
+
+
+class LayerNotes:
+    """Of the layers of one problem.
+
+    Attributes:
+        reasons: parameter -> why its gradients are multiplied out.
+        batched: whether columns go into one backward pass; None before it was measured.
+        groups: parameters that share a record.
+        compared: parameter -> rows of the batch that its record was compared on, 2 for any more.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.batched: bool | None = None
+        self.groups: list[tuple[str, ...]] = []
+        self.compared: dict[str, int] = {}

@@ -1,0 +1,37 @@
+"""The loss of a batch and gradients Jᵀu of it, chunk by chunk where its outputs are large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvalg.problem.batch import Batch
+from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.large_outputs.find_head import record_head
+from curvalg.tensors.backward import backward
+
+
+def loss_of(evaluation: Evaluation) -> float:
+    """The loss of a batch, undivided."""
+    with torch.no_grad():
+        if (found := record_head(evaluation, graph=False, once=True)) is not None:
+            return sum(float(batch.value()) for _, batch in found[0].batches())
+        z, form = evaluation.output()
+        return float(evaluation.loss_point(form.split(z), evaluation.sample).value())
+
+
+def pulled(evaluation: Evaluation, cotangent_of: Callable[[Batch], Tensor]) -> Tensor:
+    """Jᵀu for u = cotangent_of(batch), shape (D,); by one model call, in chunks of positions where outputs are large."""
+    if (found := record_head(evaluation, once=True)) is None:
+        z, leaves, form = evaluation.record(once=True)
+        return evaluation.gather(backward([z], leaves, [cotangent_of(evaluation.batch(z, form))]))
+    head, leaves = found
+    problem = evaluation.problem
+    total = torch.zeros(problem.size, dtype=problem.dtype, device=problem.device)
+    cotangent = head.pull(cotangent_of, total)
+    if head.hidden.requires_grad:
+        gradients = backward([head.hidden], leaves, [cotangent])
+        problem.layout.add_(total[None], [g if g is None else g[None] for g in gradients])
+    return total

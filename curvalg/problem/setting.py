@@ -1,0 +1,295 @@
+"""The ground that evaluations stand on: model, data and loss at one state, options, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from curvalg.errors import LossError, ProblemError, StaleError
+from curvalg.expr.facts import LossFacts
+from curvalg.losses import Loss, resolve_loss
+from curvalg.problem.batch import Batch, Layers, Samples
+from curvalg.problem.data.batches import Data, ReadBatch
+from curvalg.problem.data.process import LOCK
+from curvalg.problem.data.randomness import DrawGuard
+from curvalg.problem.data.totals import Totals
+from curvalg.problem.kept.cache import Budget, Cache
+from curvalg.problem.kept.measured import Measured
+from curvalg.problem.model import parameters as params_
+from curvalg.problem.model.model import Model, differentiable
+from curvalg.problem.model.parameters import Layout
+from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
+from curvalg.tensors.batch_sums import BatchSum
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Services:
+    """What evaluations are asked for and only floors above them know.
+
+    Args:
+        count: (setting) -> the totals of the whole data set.
+        per_sample: (evaluation, batch) -> the gradients of all shares by parameter.
+        layers: (evaluation) -> the recording of the model's layers.
+    """
+
+    count: Callable[[Any], Totals]
+    per_sample: Callable[[Any, Batch], dict[str, Tensor]]
+    layers: Callable[[Any], Layers]
+
+
+class Setting:
+    """A model, data and a loss at one state; :class:`curvalg.Problem` is its face.
+
+    Args:
+        model: as a function of its chosen parameters.
+        data: the batches.
+        loss: the user's loss, with the reduction that was named.
+        draws: guards random numbers.
+        budget: for what is kept between products.
+    """
+
+    services: ClassVar[Services]
+
+    samples: Samples
+    factored: Literal["auto"] | bool
+    accumulate: torch.dtype | None
+    autocast: torch.dtype | None
+    compiler: str | None
+    output_memory: float
+    verify: bool
+    progress: bool
+
+    def __init__(self, model: Model, data: Data, loss: tuple[Any, Any], draws: DrawGuard, budget: Budget) -> None:
+        self.model, self.data, self.draws, self._budget, self._given = model, data, draws, budget, loss
+        self.layout = Layout(model.chosen)
+        self.device: torch.device = next(iter(model.chosen.values())).device
+        self.dtype: torch.dtype = self.layout.dtype
+        self._lock = threading.RLock()
+        self._refreshes = 0
+        self.whole: Self | None = None
+        """The problem over all parameters, where this one is over some of them."""
+        self.shared: set[Any] = set()
+        """Sweeps and factors that several blocks have in common: recorded once for all of them."""
+        self.measured = Measured(self.layout.names)
+        self._snapshot: Snapshot | None = None
+        self._cached: WeakKeyDictionary[Snapshot, Cache] = WeakKeyDictionary()
+        self._structure = self._make_structure()
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("_snapshot", "_cached", "_structure", "_budget", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._snapshot, self._cached = None, WeakKeyDictionary()
+        self._lock = threading.RLock()
+        self._structure = self._make_structure()
+
+    # -- sizes and facts ------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Number of chosen parameters, D."""
+        return self.layout.size
+
+    @functools.cached_property
+    def most_classes(self) -> int:
+        """The most rows of a matrix among the model's tensors: no linear layer has more outputs."""
+        return max((owner[key].shape[0] for _, owner, key in self.slots() if owner[key].ndim == 2), default=0)
+
+    @property
+    def loss(self) -> Loss | None:
+        """What the user's loss means; with its reduction, once the data were counted."""
+        structure = self._structure
+        return structure.loss if structure.totals is None else structure.totals.loss
+
+    @property
+    def facts(self) -> LossFacts | None:
+        """The facts of the loss."""
+        return None if self.loss is None else self.loss.facts
+
+    @property
+    def totals(self) -> Totals:
+        """Counts and denominators of the whole data set; the first use at a state reads the data once, without the model
+        (with it where the loss is a callable, which is tried on every batch)."""
+        with self._lock:
+            structure = self._structure
+            if structure.totals is None:
+                structure.totals = self.services.count(self)
+            return structure.totals
+
+    def need_loss(self) -> Loss:
+        """The loss.
+
+        Raises:
+            LossError: there is none.
+        """
+        self.totals  # noqa: B018  the reduction of a callable is known only then
+        if self.loss is None:
+            raise LossError("the problem was made with loss=None; pass a loss to have a value and a gradient")
+        return self.loss
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held while what the problem shares between operators is made or looked up; one thread at a time."""
+        return self._lock
+
+    def _make_structure(self) -> Configuration:
+        loss, reduction = self._given
+        resolved = None if loss is None else resolve_loss(loss, reduction)
+        others = [("loss", loss), ("forward", self.model.rule), ("target", self.data.target), *self.model.functions()]
+        with LOCK:
+            return Configuration(self.model.named_modules(), others, self.data.source, resolved, self._refreshes)
+
+    def _new_structure(self, structure: Configuration | None = None) -> None:
+        self.data.forget()
+        self._structure = structure or self._make_structure()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was found out about the model, its layers and outputs; all of it is of one structure."""
+        self.model.corrected, self.model.composite = None, False
+        self._notes: dict[type, Any] = {}
+        self._strict_order = False
+
+    def noted(self, kind: type[T]) -> T:
+        """What a part of the code has found out about the model, its layers or outputs, in an object of its own class."""
+        if kind not in self._notes:
+            self._notes[kind] = kind()
+        return self._notes[kind]  # type: ignore[no-any-return]
+
+    def slots(self) -> list[Slot]:
+        """Where every parameter and buffer of the model is."""
+        return self.model.slots()
+
+    def snapshot(self) -> Snapshot:
+        """The state now; the same object as long as nothing that is watched changes."""
+        with self._lock, LOCK:
+            if self._snapshot is None or not self._snapshot.intact():
+                if not self._structure.intact():
+                    self._new_structure()
+                self.model.update()
+                self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
+            return self._snapshot
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Make sure that a state is that of the live model, loss and data.
+
+        Raises:
+            StaleError: it is not.
+        """
+        with self._lock, LOCK:
+            if snapshot.structure.refreshes != self._refreshes:
+                raise StaleError(
+                    "the problem was refreshed after the operator was lowered; call operator.refresh() to go on at the new "
+                    "state, or lower the expression again"
+                )
+            if not snapshot.intact():
+                raise snapshot.stale(self.slots)
+            if snapshot is not self._snapshot:  # something moved and came back, and a state was taken in between
+                if snapshot.structure is not self._structure:
+                    self._new_structure(snapshot.structure)
+                self.model.update()
+                self._snapshot = snapshot
+
+    @property
+    def budget(self) -> Budget:
+        """The memory that recordings share."""
+        return self._budget
+
+    def cached(self, snapshot: Snapshot) -> Cache:
+        """What is kept between products at a snapshot; lives as long as the snapshot or until :meth:`Problem.close`."""
+        with self._lock:
+            if (found := self._cached.get(snapshot)) is None:
+                found = self._cached[snapshot] = Cache(self._budget)
+            return found
+
+    def release(self) -> None:
+        """Drop everything that is kept between products."""
+        with self._lock:
+            for snapshot in self._cached:
+                for restricted in snapshot.restrictions.values():
+                    restricted.release()
+            self._cached.clear()
+
+    # -- passes over the data -------------------------------------------------------------------------------------------
+
+    def differentiating(self) -> AbstractContextManager[Any]:
+        """Where products may be taken; see :func:`curvalg.problem.model.model.differentiable`."""
+        return differentiable(self.device)
+
+    def casting(self) -> AbstractContextManager[Any]:
+        """Where the model is called: under autocast if that was asked for."""
+        if self.autocast is None:
+            return nullcontext()
+        # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+
+    def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
+        """One pass over the data, batch by batch on the problem's device."""
+        yield from self.data.read(self.device, order_matters=order_matters)
+        self._structure.has_read()
+
+    def number_samples(self) -> None:
+        """From now on samples are told apart by their running number: another order is an error.
+
+        Raises:
+            ProblemError: the loader shuffles.
+        """
+        if not self.data.ordered:
+            raise ProblemError(
+                "Monte-Carlo draws are fixed by the running number of each sample, but the loader shuffles, so that every "
+                "product would be of another matrix. Pass shuffle=False, or list(loader) to fix one pass"
+            )
+        self._strict_order = True
+
+    def sum(self) -> BatchSum:
+        """An empty sum over batches."""
+        return BatchSum(self.accumulate)
+
+    # -- some of the parameters -----------------------------------------------------------------------------------------
+
+    def restricted(self, patterns: Sequence[str]) -> Self:
+        """The same problem over some of its parameters only; shares data, counts and model.
+
+        Raises:
+            ProblemError: a pattern that matches none.
+        """
+        key = tuple(patterns)
+        with self._lock:
+            snapshot = self._snapshot or self.snapshot()
+            if key not in snapshot.restrictions:
+                snapshot.restrictions[key] = self._restricted(key, snapshot)
+            return snapshot.restrictions[key]  # type: ignore[no-any-return]
+
+    def _restricted(self, patterns: tuple[str, ...], snapshot: Snapshot) -> Self:
+        names = params_.match(patterns, self.layout.names)
+        # All that is not of the parameters is shared: data, lock, budget, structure, choices.
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.model = copy.copy(self.model)
+        twin.model.chosen = {name: self.model.chosen[name] for name in names}
+        twin.layout = Layout(twin.model.chosen)
+        twin.dtype = twin.layout.dtype
+        twin.whole, twin.shared = self, set()
+        twin.measured = Measured(names, like=self.measured)
+        twin._snapshot, twin._cached = snapshot, WeakKeyDictionary()
+        twin._forget()
+        return twin

@@ -1,0 +1,199 @@
+"""Whether second derivatives are those of the gradient: by a central difference, and by symmetry."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import TorchFunctionMode
+
+from curvalg.errors import ProblemError
+from curvalg.problem.model_call import ModelCall
+from curvalg.problem.verification.tangent_checks import (
+    FLOOR,
+    dot_of,
+    norm_of,
+    random_cotangent,
+    random_directions,
+    size_of,
+)
+from curvalg.problem.verification.verdicts import FAILURES, few_rows
+from curvalg.tensors.backward import backward
+from curvalg.tensors.graph import coarsest_dtype, operations
+
+STEP = 1e-6
+"""Of the central difference, in units of the parameters' own size."""
+DIRECTIONS = 3
+"""A difference across a kink (ReLU) is wrong by itself: so many directions are tried before the model is."""
+ALLOWED = 1e-4
+"""Relative error of a central difference in float64."""
+
+
+def swear_curvature(evaluation: ModelCall) -> None:
+    """Once a structure: second derivatives of the model are those of its gradient, by a central difference in float64.
+
+    Once more on a batch whose graph has operations that no verified one had, and on all rows where the few lack some.
+
+    Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h for a random cotangent u and a random w, on a
+    few rows. Where they differ, normalisations are written in elementary operations and compared again.
+
+    Raises:
+        ProblemError: they are not.
+    """
+    problem, structure = evaluation.problem, evaluation.snapshot.structure
+    found = evaluation.operations
+    if not problem.verify or problem.autocast is not None or found <= structure.curved:
+        return
+    few = few_rows(evaluation)
+    try:
+        error = _curvature_error(few)
+    except FAILURES:
+        if few is evaluation:
+            raise
+        few = evaluation  # a model that takes batches of one size
+        error = _curvature_error(few)
+    if error is not None and error <= ALLOWED and not found <= few.operations | structure.curved:
+        few = evaluation
+        error = _curvature_error(few)
+    if error is not None and error > ALLOWED and not problem.model.composite:
+        problem.model.composite = True
+        error = _curvature_error(few)
+    if error is None:
+        structure.notes["second derivatives"] = "no central difference: the model does not run in float64"
+    elif error > ALLOWED:
+        problem.model.composite = False
+        raise ProblemError(
+            "the second derivatives of the model are wrong: the derivative of its gradient by double backward differs from a "
+            f"central difference by {error:.1e}. Torch's formula for an operation is wrong, or a hook, a custom autograd "
+            "Function (a straight-through estimator, a checkpoint) gives a gradient that is not a derivative. First-order "
+            "matrices (ggn, covariance) need none; Problem(verify=False) leaves this check out"
+        )
+    structure.sworn.add("curvature")
+    structure.curved |= found
+
+
+def _curvature_error(evaluation: ModelCall) -> float | None:
+    """The relative difference, the smallest over some directions; None where the model does not run in float64."""
+    smallest = math.inf
+    # What is detached is a constant, unlike what a Function computes: where both move, both are tried.
+    for seed, hold in itertools.product(range(DIRECTIONS), (False, True)):
+        try:
+            found = _difference(evaluation, seed, hold=hold)
+        except FAILURES:
+            if evaluation.problem.dtype == torch.float64:
+                raise
+            return None
+        if found is None:
+            return None
+        smallest = min(smallest, found)
+        if smallest <= ALLOWED:
+            break
+    return smallest
+
+
+class Constants(TorchFunctionMode):
+    """What a model takes for constants although it comes from the parameters: detached tensors, and all that is computed
+    without gradients. A difference must hold them fixed as the derivative does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: list[Tensor] = []
+        self._next: int | None = None
+
+    def taken(self) -> Constants:
+        """Around a call: remember them."""
+        self._next = None
+        return self
+
+    def given(self) -> Constants:
+        """Around another call: put the remembered ones in their place."""
+        self._next = 0
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or result.requires_grad or is_functorch_wrapped_tensor(result):
+            return result
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *(kwargs or {}).values())):
+            return result
+        if self._next is None:
+            self._values.append(result.detach().clone())
+            return result
+        if self._next < len(self._values) and self._values[self._next].shape == result.shape:
+            result = self._values[self._next].to(result.dtype)
+        self._next += 1
+        return result
+
+
+def _difference(evaluation: ModelCall, seed: int, *, hold: bool) -> float | None:
+
+    call, values = evaluation.in_double(), evaluation.values()
+    w = random_directions(evaluation, seed, torch.float64)
+    for v, value in zip(w, values, strict=True):
+        v.mul_(size_of([value]) or 1.0)
+    leaves = [value.to(torch.float64, copy=True).requires_grad_() for value in values]
+    cut = Constants()
+    with cut.taken():
+        z = call(leaves)
+    evaluation.operations = operations([z])
+    if coarsest_dtype(z) != torch.float64:
+        return None
+    u = random_cotangent(z.detach(), seed)
+    gradients = evaluation.differentiate(z, leaves, u)
+    exact = _existing(backward(gradients, leaves, w), leaves)
+    # Rounding of the gradient is that of its own size or, where it is zero but for rounding, of what cancels in it.
+    natural = float(u.norm() * z.detach().norm()) / (size_of(values) or 1.0)
+    noise = FLOOR * torch.finfo(torch.float64).eps / STEP * (norm_of(_existing(gradients, leaves)) + natural) / ALLOWED
+    del gradients, leaves, z
+    sides = []
+    for sign in (1, -1):
+        moved = [(v * (sign * STEP)).add_(value).requires_grad_() for value, v in zip(values, w, strict=True)]
+        with cut.given() if hold else nullcontext():
+            sides.append(_existing(backward([call(moved)], moved, [u]), moved))
+    difference = [(plus - minus).div_(2 * STEP) for plus, minus in zip(*sides, strict=True)]
+    scale = norm_of(exact) + norm_of(difference) + noise
+    return norm_of([d.sub_(e) for d, e in zip(difference, exact, strict=True)]) / scale if scale else 0.0
+
+
+def _existing(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Those that there are, detached, and zeros for the others."""
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, leaves, strict=True)]
+
+
+def swear_symmetric(
+    multiply: Callable[[Sequence[Tensor]], Sequence[Tensor | None]],
+    evaluation: ModelCall,
+    what: object,
+    natural: Callable[[], float],
+) -> None:
+    """vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
+
+    Args:
+        multiply: a direction by parameter -> the product by parameter.
+        evaluation: of the batch.
+        what: the matrix, for messages.
+        natural: the size of vᵀ(A w) for directions of the parameters' size, before anything cancels.
+
+    Raises:
+        ProblemError: it is not.
+    """
+    v, w = (random_directions(evaluation, seed) for seed in (4, 5))
+    left, left_scale = dot_of([(x, y) for x, y in zip(v, multiply(w), strict=True) if y is not None])
+    right, right_scale = dot_of([(x, y) for x, y in zip(w, multiply(v), strict=True) if y is not None])
+    epsilon = evaluation.snapshot.structure.epsilon or torch.finfo(evaluation.problem.dtype).eps
+    tolerance, error = epsilon**0.5, abs(left - right)
+    if error <= tolerance * (left_scale + right_scale) or not math.isfinite(error):
+        return  # what is not finite is told of the product itself
+    if not error <= FLOOR * tolerance**2 * natural() / (size_of(evaluation.values()) or 1.0) ** 2:
+        raise ProblemError(
+            f"the product with {what} is not symmetric (vᵀ(A w) = {left:.6g}, wᵀ(A v) = {right:.6g}), so that the second "
+            "derivatives of the model are wrong at this state: torch's formula for an operation is wrong there, or a hook or a "
+            "custom autograd Function alters gradients. First-order matrices (ggn, covariance) need none"
+        )

@@ -1,0 +1,81 @@
+"""A route proves itself once a state, and on every batch with operations that no verified one had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvalg.errors import ProblemError
+from curvalg.problem.model_call import ModelCall
+from curvalg.tensors.graph import coarsest_dtype, operations
+
+C = TypeVar("C", bound=ModelCall)
+
+
+class RouteError(ProblemError):
+    """A route that was right on other batches is wrong on this one; another is taken by now."""
+
+
+def verdict(
+    evaluation: ModelCall,
+    route: Hashable,
+    check: Callable[[], str | None],
+    graphs: Iterable[Tensor | GradientEdge | None] = (),
+) -> str | None:
+    """Why a route must not be used at this state for these parameters, or None.
+
+    It is found out once, and again on a batch whose graph has operations that no verified one had: rows that go to an expert
+    of their own, a branch that the first batch does not take.
+
+    Args:
+        evaluation: of the batch at hand.
+        route: its name.
+        check: what is wrong with it on this batch, or None.
+        graphs: what its operations are told from.
+    """
+    problem, sworn = evaluation.problem, evaluation.snapshot.sworn
+    if not problem.verify:
+        return None
+    oath = (route, tuple(problem.layout.names))
+    reason, known = sworn.get(oath, (None, None))
+    if known is None or (reason is None and not (found := operations(graphs)) <= known):
+        reason = check()
+        sworn[oath] = reason, (operations(graphs) if known is None else known | found)
+    return reason
+
+
+def rounding(evaluation: ModelCall, z: Tensor) -> float:
+    """The relative error up to which two computations of the model agree: the square root of its coarsest epsilon."""
+    structure = evaluation.snapshot.structure
+    if structure.epsilon is None or z.requires_grad:
+        dtypes = {z.dtype, *evaluation.problem.layout.dtypes.values(), coarsest_dtype(z)}
+        if (autocast := evaluation.problem.autocast) is not None:
+            dtypes.add(autocast)
+        epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
+        if z.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+            epsilon = max(epsilon, 1e-3)
+        structure.epsilon = max(epsilon, structure.epsilon or 0.0)
+    return float(structure.epsilon**0.5)
+
+
+FAILURES = (ProblemError, RuntimeError, TypeError, ValueError, NotImplementedError)
+"""What a model may raise that is called in another dtype or on fewer rows than it was made for."""
+
+ROWS = 2
+"""Rows of a batch that second derivatives are compared on, where these can be computed alone."""
+SMALL = 2**20
+"""Rows times parameters below which a call costs as much for few rows as for all."""
+
+
+def few_rows(evaluation: C) -> C:
+    """The first rows of a batch, where they can be computed without the others and that saves work; else the batch."""
+    problem, sample = evaluation.problem, evaluation.sample
+    if sample.rows <= ROWS or sample.rows * problem.size < SMALL:
+        return evaluation
+    if problem.model.batch_statistics or problem.draws.mode != "refuse":
+        return evaluation
+    return evaluation.of(sample.head(ROWS))
