@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.errors import ExpressionError, OptionError
@@ -19,20 +18,12 @@ if TYPE_CHECKING:  # deferred imports: the two methods that reach upward, and th
 Space = Literal["parameters", "outputs"]
 
 
-@contextmanager
-def refusing_depth() -> Iterator[None]:
-    """Turns Python's error for too deep a recursion into one of expressions.
-
-    Raises:
-        ExpressionError: the recursion inside was too deep.
-    """
-    try:
-        yield
-    except RecursionError as error:
-        raise ExpressionError(
-            "the expression nests too deeply for Python's stack; put it together from fewer levels, or call from less deep "
-            "a place in the program"
-        ) from error
+def too_deep() -> ExpressionError:
+    """What to raise where Python's stack was too short for an expression."""
+    return ExpressionError(
+        "the expression nests too deeply for Python's stack; put it together from fewer levels, or call from less deep "
+        "a place in the program"
+    )
 
 
 def require_hashable(expr: Expr) -> None:
@@ -211,8 +202,10 @@ class Expr:
         """
         from curvalg.lowering import lower
 
-        with refusing_depth():
+        try:
             return lower(self, problem, preconditioner=preconditioner)
+        except RecursionError as error:
+            raise too_deep() from error
 
     # -- printing -----------------------------------------------------------------------------------------------------
 

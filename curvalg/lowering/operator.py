@@ -13,7 +13,7 @@ from torch import Tensor
 from curvalg.errors import ConvergenceError, ExpressionError, OptionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
-from curvalg.expr.node import Expr, refusing_depth, require_hashable
+from curvalg.expr.node import Expr, require_hashable, too_deep
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
@@ -23,12 +23,11 @@ from curvalg.lowering.matrices import DenseMatrix
 from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.nodes import InversePlan, Plan, SumPlan
 from curvalg.lowering.plans.planner import plan
-from curvalg.lowering.vectors import Space, Vector, parse
+from curvalg.lowering.vectors import Space, Vector, parse, require_finite
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
-from curvalg.tensors.finite import require_finite
 
 Quantity: TypeAlias = Literal["trace", "diagonal", "logdet", "eigh"]
 Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
@@ -173,9 +172,13 @@ class CurvatureOperator(TorchOperator):
 
     def _apply(self, columns: Tensor) -> Tensor:
         self.problem.check(self.snapshot)
-        with refusing_depth(), self.problem.differentiating():
-            self._bind()
-            return require_finite(self._plan.apply(self.snapshot, columns), self.expr)
+        try:
+            with self.problem.differentiating():
+                if not self._bound:
+                    self._bind()
+                return require_finite(self._plan.apply(self.snapshot, columns), self.expr)
+        except RecursionError as error:
+            raise too_deep() from error
 
     def _adjoint(self) -> CurvatureOperator:
         return self._combine(self.expr.T)

@@ -1,4 +1,4 @@
-"""Operands of products: NumPy arrays, tensors, or dicts and lists of tensors in parameter layout; same kind out."""
+"""Operands of products: NumPy arrays, tensors, or dicts and lists of tensors in parameter layout; same kind out, and finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-from curvalg.errors import VectorError, VectorTypeError
+from curvalg.errors import ProblemError, VectorError, VectorTypeError
 from curvalg.problem import Layout
 from curvalg.tensors.trees import describe
 
@@ -138,3 +138,16 @@ def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codoma
         return tuple(tree.values()) if isinstance(x, tuple) else list(tree.values())
 
     return Operand(inner.columns, restore)
+
+
+def require_finite(result: Tensor, what: object) -> Tensor:
+    """Raises:
+    ProblemError: a product with NaN or infinite entries.
+    """
+    # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
+    if not math.isfinite(result.sum().item()) and not bool(torch.isfinite(result).all()):
+        raise ProblemError(
+            f"the product with {what} has NaN or infinite entries; the loss or a second derivative is not finite there "
+            "(half precision overflows in double backward: use float32 or bfloat16)"
+        )
+    return result

@@ -133,9 +133,10 @@ class Batch:
 
     def loss_hvp(self, tangent: Tensor) -> Tensor:
         """Bₙ ż, of the output's shape."""
-        product = self._form.join(self._point.hvp(self._form.split(tangent)))
+        point, form = self._point, self._form
+        product: Tensor = point.hvp(tangent) if form.single else form.join(point.hvp(form.split(tangent)))
         # With a large vocabulary this is the peak of a product: no buffer that can be done without.
-        return product.mul_(self._share) if self._point.fresh else self._share * product
+        return product.mul_(self._share) if point.fresh else self._share * product
 
     def fisher_hvp(self, tangent: Tensor) -> Tensor:
         """The Fisher information of the likelihood in output space, times ż.

@@ -6,7 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -25,7 +25,7 @@ from curvalg.problem.data.totals import Totals
 from curvalg.problem.kept.cache import Budget, Cache
 from curvalg.problem.kept.measured import Measured
 from curvalg.problem.model import parameters as params_
-from curvalg.problem.model.model import Model, differentiable
+from curvalg.problem.model.model import Model
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
 from curvalg.tensors.batch_sums import BatchSum
@@ -232,8 +232,18 @@ class Setting:
     # -- passes over the data -------------------------------------------------------------------------------------------
 
     def differentiating(self) -> AbstractContextManager[Any]:
-        """Where products may be taken; see :func:`curvalg.problem.model.model.differentiable`."""
-        return differentiable(self.device)
+        """Where a product is taken, whatever the caller's context: gradients on, inference mode and autocast off.
+
+        The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
+        """
+        kind = self.device.type
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(kind):
+            return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     def casting(self) -> AbstractContextManager[Any]:
         """Where the model is called: under autocast if that was asked for."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from curvalg.errors import ProblemError, StaleError
+from curvalg.tensors.clock import timed
 
 
 def backward(
@@ -34,7 +33,7 @@ def backward(
     live = [(o, c) for o, c in given if isinstance(o, GradientEdge) or o.requires_grad]
     if not live:
         return [None] * len(inputs)
-    with _explained():
+    try:
         return list(
             torch.autograd.grad(
                 [o for o, _ in live],  # type: ignore[arg-type]
@@ -46,6 +45,9 @@ def backward(
                 is_grads_batched=batched,
             )
         )
+    except RuntimeError as error:
+        _refuse_known(error)
+        raise
 
 
 def backward_from(
@@ -56,29 +58,29 @@ def backward_from(
     Raises:
         ProblemError: autograd fails for a known reason that has a cure.
     """
-    with _explained():
-        return list(torch.autograd.grad(edge, tuple(inputs), cotangent, retain_graph=retain_graph, allow_unused=True))
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Raises:
-    StaleError: a tensor that a graph needs was changed in place.
-    ProblemError: autograd fails for another known reason that has a cure.
-    """
     try:
-        yield
+        return list(torch.autograd.grad(edge, tuple(inputs), cotangent, retain_graph=retain_graph, allow_unused=True))
     except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):
-            raise StaleError(
-                "a tensor that a backward pass needs was changed in place. Where loss(model(X), y).backward() fails as well, "
-                "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was "
-                "changed after the operator was lowered (the data, or a plain attribute of the model): call problem.close() "
-                "and operator.refresh(), or pass cache=0"
-            ) from error
-        if cure := explain_failure(error):
-            raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
+        _refuse_known(error)
         raise
+
+
+def _refuse_known(error: RuntimeError) -> None:
+    """Say what to do where autograd fails for a known reason.
+
+    Raises:
+        StaleError: a tensor that a graph needs was changed in place.
+        ProblemError: another reason that has a cure.
+    """
+    if "modified by an inplace operation" in str(error):
+        raise StaleError(
+            "a tensor that a backward pass needs was changed in place. Where loss(model(X), y).backward() fails as well, "
+            "the model's forward does that: write t * 2 instead of t.mul_(2) there, or inplace=False. Otherwise it was "
+            "changed after the operator was lowered (the data, or a plain attribute of the model): call problem.close() "
+            "and operator.refresh(), or pass cache=0"
+        ) from error
+    if cure := explain_failure(error):
+        raise ProblemError(f"{cure} ({str(error).strip().splitlines()[0]})") from error
 
 
 def backward_columns(
@@ -102,20 +104,16 @@ def backward_columns(
     first: list[list[Tensor | None]] = []
     single = 0.0
     if batched is None and len(cotangents) > 1:
-        start = time.perf_counter()
-        first = [one(cotangents[0])]
-        _synchronize(z)
-        single = time.perf_counter() - start
+        single, found = timed(lambda: one(cotangents[0]))
+        first = [found]
         # Batching saves calls, no arithmetic: where a column is real work there is nothing to gain (and vmap copies).
         batched = None if single < OVERHEAD else False
     if batched is not False and len(cotangents) > 1:
-        start = time.perf_counter()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                found = backward([z], inputs, [cotangents], retain_graph=True, batched=True)
-            _synchronize(z)
-            return found, batched is True or time.perf_counter() - start < len(cotangents) * single
+                seconds, found = timed(lambda: backward([z], inputs, [cotangents], retain_graph=True, batched=True))
+            return found, batched is True or seconds < len(cotangents) * single
         except (RuntimeError, NotImplementedError, ProblemError):
             pass  # whatever is wrong beyond batching is raised below
     columns = zip(*(first + [one(c) for c in cotangents[len(first) :]]), strict=True)
@@ -124,11 +122,6 @@ def backward_columns(
 
 OVERHEAD = 2e-3
 """Seconds of a backward pass above which it is work rather than calls."""
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def explain_failure(error: Exception) -> str | None:

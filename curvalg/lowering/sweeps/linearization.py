@@ -150,7 +150,8 @@ class Linearization:
             result = problem.sum()
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, (SinglePass, ChunkedRecording))
-                result.add(single.multiply(rows, self.widths.at_a_time(problem, single, rows)))
+                chunk = 1 if len(rows) == 1 else self.widths.at_a_time(problem, single, rows)
+                result.add(single.multiply(rows, chunk))
                 del single  # a fresh graph is released before the next batch is recorded
             return result.value  # type: ignore[no-any-return]
         total = problem.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,20 +55,6 @@ def recording(device: torch.device, model: Model, *, once: bool = False) -> Iter
         if "torch._dynamo" in sys.modules:  # something may be compiled; importing dynamo only to ask is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def differentiable(device: torch.device) -> AbstractContextManager[Any]:
-    """Where a product is taken, whatever the caller's context: gradients on, inference mode and autocast off.
-
-    The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
-    """
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(torch.autocast(device.type, enabled=False))
-    return stack
 
 
 def unwrap(model: nn.Module) -> nn.Module:
