@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 
-Apply = Callable[[Expr, LossFacts | None], Expr | None]
-"""The right side of a law for an expression that is an instance of its left side, else None."""
+Apply = Callable[[Any, LossFacts | None], Expr | None]
+"""The right side of a law for a node that is an instance of its left side, else None."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,22 @@ class Law:
     Args:
         name: in words.
         statement: the equality, for people.
-        apply: the right side for an expression that is an instance of the left side, else None. May use the facts of
-            the loss.
-        witnesses: expressions over stand-in matrices on which the law must fire and hold numerically.
+        on: the kind of node that the left side is; others never ask the law.
+        apply: the right side for such a node that is an instance of the left side, else None. May use the facts of the loss.
+        witnesses: w -> expressions over the stand-in matrices of w on which the law must fire and hold numerically.
         loss: facts of the loss under which the witnesses are taken.
     """
 
     name: str
     statement: str
+    on: type[Expr] | tuple[type[Expr], ...]
     apply: Apply
-    witnesses: Callable[[], Sequence[Expr]]
+    witnesses: Callable[[Any], Sequence[Expr]]
     loss: LossFacts | None = None
+
+    def right(self, node: Expr, loss: LossFacts | None = None) -> Expr | None:
+        """The right side for a node that is an instance of the left side, else None."""
+        return self.apply(node, loss) if isinstance(node, self.on) else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def rewrite(expr: Expr, laws: Sequence[Law], loss: LossFacts | None = None) -> R
             result = done[result]
         else:
             for law in laws:
-                after = law.apply(result, loss)
+                after = law.right(result, loss)
                 if after is not None and after != result:
                     steps.append(Step(law.name, result, after))
                     if len(steps) > _MOST_STEPS:

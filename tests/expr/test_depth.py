@@ -63,7 +63,7 @@ def test_the_work_at_a_node_does_not_grow_with_how_often_it_occurs() -> None:
     expr: Expr = Hessian()
     for _ in range(60):  # 2⁶⁰ hessians, were they not one
         expr = inverse(expr @ expr.T + Identity) @ sqrt(expr.T @ expr + 2 * Identity)
-    rewrite(expr, [Law("count", "A = A", count, list)])
+    rewrite(expr, [Law("count", "A = A", Expr, count, lambda w: [])])
     assert max(visits.values()) == 1
     assert expr.facts() == Facts()
     assert len(str(expr)) < 200_000

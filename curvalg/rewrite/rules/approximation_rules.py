@@ -17,26 +17,26 @@ from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 
 
-def of_sum(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not (isinstance(expr, DiagonalPart) and isinstance(total := expr.expr, Sum)):
+def of_sum(expr: DiagonalPart, loss: LossFacts | None) -> Expr | None:
+    if not isinstance(total := expr.expr, Sum):
         return None
     parts = [(diagonal_part(part), c) for part, c in total.coefficients.items()]
     space = [] if total.space is None else [(total.space, 1)]
     return add([*parts, *space, (Identity, total.shift)])
 
 
-def of_diagonal(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    return expr.expr if isinstance(expr, DiagonalPart) and isinstance(expr.expr, (DiagonalPart, Diagonal)) else None
+def of_diagonal(expr: DiagonalPart, loss: LossFacts | None) -> Expr | None:
+    return expr.expr if isinstance(expr.expr, (DiagonalPart, Diagonal)) else None
 
 
-def of_transpose(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, DiagonalPart) and isinstance(expr.expr, Transpose):
+def of_transpose(expr: DiagonalPart, loss: LossFacts | None) -> Expr | None:
+    if isinstance(expr.expr, Transpose):
         return diagonal_part(expr.expr.expr)
     return None
 
 
-def of_blocks(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not (isinstance(expr, DiagonalPart) and isinstance(blocks := expr.expr, BlockDiagonal)):
+def of_blocks(expr: DiagonalPart, loss: LossFacts | None) -> Expr | None:
+    if not isinstance(blocks := expr.expr, BlockDiagonal):
         return None
     if isinstance(blocks.what, Expr):
         return diagonal_part(blocks.what) if blocks.covering else None

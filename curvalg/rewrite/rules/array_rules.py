@@ -53,18 +53,16 @@ def _kroneckers(expr: Expr) -> Hashable | None:
 # -- sums ---------------------------------------------------------------------------------------------------------------
 
 
-def sum_of_diagonals(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def sum_of_diagonals(expr: Sum, loss: LossFacts | None) -> Expr | None:
     return _sum(expr, _diagonals, shifted=False)
 
 
-def sum_of_eigenbases(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def sum_of_eigenbases(expr: Sum, loss: LossFacts | None) -> Expr | None:
     return _sum(expr, _eigenbases, shifted=True)
 
 
-def _sum(expr: Expr, key: Callable[[Expr], Hashable | None], shifted: bool) -> Expr | None:
+def _sum(expr: Sum, key: Callable[[Expr], Hashable | None], shifted: bool) -> Expr | None:
     """Leaves with one key become one leaf; with ``shifted``, the shift too if nothing else is in the sum."""
-    if not isinstance(expr, Sum):
-        return None
     groups: dict[Hashable, list[Scaled]] = {}
     for part, c in expr.coefficients.items():
         if (shared := key(part)) is not None:
@@ -108,11 +106,11 @@ def _operands(leaf: ArrayLeaf, operation: str) -> tuple[tuple[str, Fraction], ..
 # -- products -----------------------------------------------------------------------------------------------------------
 
 
-def product_of_diagonals(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def product_of_diagonals(expr: Product, loss: LossFacts | None) -> Expr | None:
     return _product(expr, _diagonals, lambda run, history: Diagonal.derived([_values(run)], "product", sorted(history)))
 
 
-def product_of_eigenbases(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def product_of_eigenbases(expr: Product, loss: LossFacts | None) -> Expr | None:
     def make(run: Sequence[Any], history: Sequence[tuple[str, Fraction]]) -> Expr:
         first = min(run, key=lambda leaf: leaf.token)
         return Eigenbasis.derived([first.basis, _values(run)], "product", sorted(history))
@@ -120,7 +118,7 @@ def product_of_eigenbases(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return _product(expr, _eigenbases, make)
 
 
-def product_of_kroneckers(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def product_of_kroneckers(expr: Product, loss: LossFacts | None) -> Expr | None:
     def make(run: Sequence[Any], history: Sequence[tuple[str, Fraction]]) -> Expr:
         factors = list(run[0].factors)
         for leaf in run[1:]:
@@ -139,13 +137,11 @@ def _values(run: Sequence[Any]) -> Any:
 
 
 def _product(
-    expr: Expr,
+    expr: Product,
     key: Callable[[Expr], Hashable | None],
     make: Callable[[Sequence[Any], Sequence[tuple[str, Fraction]]], Expr],
 ) -> Expr | None:
     """Neighbours with one key become one leaf."""
-    if not isinstance(expr, Product):
-        return None
     factors: list[Expr] = []
     for shared, group in groupby(expr.factors, key):
         run = list(group)

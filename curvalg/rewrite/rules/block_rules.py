@@ -54,10 +54,8 @@ def combined(operands: Sequence[Scaled], shift: Fraction = Fraction(0)) -> Expr 
         return None
 
 
-def of_sum(expr: Expr, loss: LossFacts | None = None) -> Expr | None:
+def of_sum(expr: Sum, loss: LossFacts | None = None) -> Expr | None:
     """Block-diagonals over the same partition become one, and a single scaled one takes its coefficient inside."""
-    if not isinstance(expr, Sum):
-        return None
     groups: dict[Hashable, list[Scaled]] = {}
     pairs: list[tuple[Expr, Any]] = [(Identity, expr.shift), *([] if expr.space is None else [(expr.space, 1)])]
     for part, c in expr.coefficients.items():
@@ -73,8 +71,8 @@ def of_sum(expr: Expr, loss: LossFacts | None = None) -> Expr | None:
     return None if result == expr else result
 
 
-def of_shift(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not isinstance(expr, Sum) or not expr.shift or len(expr.coefficients) != 1:
+def of_shift(expr: Sum, loss: LossFacts | None) -> Expr | None:
+    if not expr.shift or len(expr.coefficients) != 1:
         return None
     ((part, c),) = expr.coefficients.items()
     if not isinstance(part, BlockDiagonal) or not part.covering or partition(part) is None:
@@ -82,9 +80,7 @@ def of_shift(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return combined([(part, c)], expr.shift)
 
 
-def of_product(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not isinstance(expr, Product):
-        return None
+def of_product(expr: Product, loss: LossFacts | None) -> Expr | None:
     factors = expr.factors
     for i, (left, right) in enumerate(itertools.pairwise(factors)):
         if (key := partition(left)) is not None and key == partition(right):
@@ -106,9 +102,9 @@ def _product(left: Expr, right: Expr) -> Expr | None:
         return None
 
 
-def nested(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def nested(expr: BlockDiagonal, loss: LossFacts | None) -> Expr | None:
     """A block that is itself made of blocks, and covered by them, is replaced by these."""
-    if not isinstance(expr, BlockDiagonal) or isinstance(expr.what, Expr):
+    if isinstance(expr.what, Expr):
         return None
     blocks: list[Block] = []
     for block in expr.what:
@@ -119,9 +115,9 @@ def nested(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return BlockDiagonal(tuple(blocks), None, expr.complete) if tuple(blocks) != expr.what else None
 
 
-def of_multiples(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def of_multiples(expr: BlockDiagonal, loss: LossFacts | None) -> Expr | None:
     """Blocks that are multiples of the identity fit any finer partition: one block per name."""
-    if not isinstance(expr, BlockDiagonal) or isinstance(expr.what, Expr):
+    if isinstance(expr.what, Expr):
         return None
     blocks: list[Block] = []
     for block in expr.what:
@@ -136,10 +132,8 @@ def of_multiples(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return BlockDiagonal(tuple(blocks), None, expr.complete) if tuple(blocks) != expr.what else None
 
 
-def of_one_multiple(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def of_one_multiple(expr: BlockDiagonal, loss: LossFacts | None) -> Expr | None:
     """Where every block is the same multiple of the identity, so is the whole (if a block is everywhere)."""
-    if not isinstance(expr, BlockDiagonal):
-        return None
     multiples = {multiple(child) for child in expr.children}
     c = multiples.pop()
     if multiples or c is None or (c and not expr.covering):

@@ -8,13 +8,11 @@ from curvalg.expr.node import Expr
 from curvalg.expr.spaces import side, square
 
 
-def of_inverse(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    return expr.expr.expr if isinstance(expr, Inverse) and isinstance(expr.expr, Inverse) else None
+def of_inverse(expr: Inverse, loss: LossFacts | None) -> Expr | None:
+    return expr.expr.expr if isinstance(expr.expr, Inverse) else None
 
 
-def of_multiple(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not isinstance(expr, Inverse):
-        return None
+def of_multiple(expr: Inverse, loss: LossFacts | None) -> Expr | None:
     if expr.expr == Identity:
         return Identity
     if not isinstance(total := expr.expr, Sum):
@@ -27,9 +25,9 @@ def of_multiple(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return None
 
 
-def of_product(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def of_product(expr: Inverse, loss: LossFacts | None) -> Expr | None:
     # A preconditioner is for the whole product and for none of its factors.
-    if not (isinstance(expr, Inverse) and isinstance(expr.expr, Product)) or expr.preconditioner is not None:
+    if not isinstance(expr.expr, Product) or expr.preconditioner is not None:
         return None
     factors, where = expr.expr.factors, side(expr.expr, "domain")
     if not all(square(f) and (f.domain is None or side(f, "domain") == where) for f in factors):

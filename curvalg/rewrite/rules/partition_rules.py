@@ -20,10 +20,10 @@ Names = frozenset[str]
 Blocks = tuple[Block, ...]
 
 
-def of_sum(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def of_sum(expr: Sum, loss: LossFacts | None) -> Expr | None:
     """Complete block-diagonals over different partitions become one."""
     # Those over one partition come first; they take their coefficients inside.
-    if not isinstance(expr, Sum) or blocks.of_sum(expr) is not None:
+    if blocks.of_sum(expr) is not None:
         return None
     scopes: dict[Names, dict[Expr, Blocks]] = {}
     for part in expr.coefficients:

@@ -7,18 +7,18 @@ from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 
 
-def of_sum(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Restriction) and isinstance(total := expr.expr, Sum):
+def of_sum(expr: Restriction, loss: LossFacts | None) -> Expr | None:
+    if isinstance(total := expr.expr, Sum):
         parts = [(restrict(part, expr.params), c) for part, c in total.coefficients.items()]
         space = [] if total.space is None else [(restrict(total.space, expr.params), 1)]
         return add([*parts, *space, (Identity, total.shift)])
     return None
 
 
-def of_product(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def of_product(expr: Restriction, loss: LossFacts | None) -> Expr | None:
     # Only where the inner spaces are outputs: P J D then J P' with D on outputs. Between parameters a sub-matrix of a
     # product is not the product of sub-matrices.
-    if not (isinstance(expr, Restriction) and isinstance(expr.expr, Product)):
+    if not isinstance(expr.expr, Product):
         return None
     first, *middle, last = expr.expr.factors
     if any("parameters" in (factor.domain, factor.codomain) for factor in middle):
@@ -29,7 +29,7 @@ def of_product(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return multiply([ends[0], *middle, ends[1]])
 
 
-def of_diagonal_part(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if isinstance(expr, Restriction) and isinstance(expr.expr, DiagonalPart):
+def of_diagonal_part(expr: Restriction, loss: LossFacts | None) -> Expr | None:
+    if isinstance(expr.expr, DiagonalPart):
         return diagonal_part(restrict(expr.expr.expr, expr.params))
     return None

@@ -10,9 +10,7 @@ from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
 
 
-def squared(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not isinstance(expr, Product):
-        return None
+def squared(expr: Product, loss: LossFacts | None) -> Expr | None:
     factors = expr.factors
     for i, root in enumerate(factors[:-1]):
         if isinstance(root, SquareRoot) and factors[i + 1] == root:
@@ -20,9 +18,9 @@ def squared(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return None
 
 
-def of_blocks(expr: Expr, loss: LossFacts | None) -> Expr | None:
+def of_blocks(expr: SquareRoot, loss: LossFacts | None) -> Expr | None:
     # What no block covers is zero, and so is its root.
-    if not (isinstance(expr, SquareRoot) and isinstance(blocks := expr.expr, BlockDiagonal)):
+    if not isinstance(blocks := expr.expr, BlockDiagonal):
         return None
     if isinstance(blocks.what, Expr):
         return None
@@ -30,8 +28,8 @@ def of_blocks(expr: Expr, loss: LossFacts | None) -> Expr | None:
     return BlockDiagonal(roots, None, blocks.complete)
 
 
-def of_identity(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not (isinstance(expr, SquareRoot) and isinstance(total := expr.expr, Sum)) or total.coefficients:
+def of_identity(expr: SquareRoot, loss: LossFacts | None) -> Expr | None:
+    if not isinstance(total := expr.expr, Sum) or total.coefficients:
         return None
     root = Fraction(math.isqrt(total.shift.numerator), math.isqrt(total.shift.denominator))
     if root * root != total.shift:

@@ -10,9 +10,7 @@ from curvalg.expr.terms import GGN, Fisher, Jacobian, LossHessian, MonteCarloFis
 GAUSS_NEWTON = (transpose(Jacobian()), LossHessian(), Jacobian())
 
 
-def gauss_newton(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not isinstance(expr, Product):
-        return None
+def gauss_newton(expr: Product, loss: LossFacts | None) -> Expr | None:
     factors = expr.factors
     for i in range(len(factors) - 2):
         if factors[i : i + 3] == GAUSS_NEWTON:

@@ -10,31 +10,31 @@ from curvalg.expr.node import Expr
 from curvalg.rewrite.engine import Apply
 
 
-def of_symmetric(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    return expr.expr if isinstance(expr, Transpose) and expr.expr.facts(loss).symmetric else None
+def of_symmetric(expr: Transpose, loss: LossFacts | None) -> Expr | None:
+    return expr.expr if expr.expr.facts(loss).symmetric else None
 
 
 def of(kind: type[Expr]) -> Apply:
     """The law for transposes of one kind of node, where the node is not known to be symmetric."""
 
-    def apply(expr: Expr, loss: LossFacts | None) -> Expr | None:
-        if isinstance(expr, Transpose) and isinstance(expr.expr, kind) and not expr.expr.facts(loss).symmetric:
+    def apply(expr: Transpose, loss: LossFacts | None) -> Expr | None:
+        if isinstance(expr.expr, kind) and not expr.expr.facts(loss).symmetric:
             return expr.expr.transposed(transpose)
         return None
 
     return apply
 
 
-def of_kronecker(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not (isinstance(expr, Transpose) and isinstance(leaf := expr.expr, Kronecker)) or leaf.facts(loss).symmetric:
+def of_kronecker(expr: Transpose, loss: LossFacts | None) -> Expr | None:
+    if not isinstance(leaf := expr.expr, Kronecker) or leaf.facts(loss).symmetric:
         return None
     return Kronecker.derived(
         [factor.T for factor in leaf.factors], "transpose", [(leaf.token, Fraction(1))], origin=expr
     )
 
 
-def of_low_rank(expr: Expr, loss: LossFacts | None) -> Expr | None:
-    if not (isinstance(expr, Transpose) and isinstance(leaf := expr.expr, LowRank)) or leaf.facts(loss).symmetric:
+def of_low_rank(expr: Transpose, loss: LossFacts | None) -> Expr | None:
+    if not isinstance(leaf := expr.expr, LowRank) or leaf.facts(loss).symmetric:
         return None
     core = leaf.core if leaf.core is None or leaf.core.ndim == 1 else leaf.core.T
     left, right = (leaf.left, None) if leaf.right is None else (leaf.right, leaf.left)

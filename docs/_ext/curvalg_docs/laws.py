@@ -6,18 +6,18 @@ import inspect
 import re
 from collections.abc import Sequence
 
-from curvalg.rewrite import LAWS, Law, rewrite
+from curvalg.rewrite import LAWS, Law, rewrite, witness
 
 TITLES = {
-    "transposes": "Transposes",
-    "inverses": "Inverses",
-    "terms": "Terms",
-    "restrictions": "Sub-matrices",
-    "roots": "Square roots",
-    "parts": "Diagonal parts",
-    "blocks": "Block-diagonals",
-    "partitions": "Block-diagonals over different partitions",
-    "leaves": "Matrices of arrays",
+    "transpose_rules": "Transposes",
+    "inverse_rules": "Inverses",
+    "term_rules": "Terms",
+    "restriction_rules": "Sub-matrices",
+    "root_rules": "Square roots",
+    "approximation_rules": "Diagonal parts",
+    "block_rules": "Block-diagonals",
+    "partition_rules": "Block-diagonals over different partitions",
+    "array_rules": "Matrices of arrays",
 }
 """Rules live in one module for each kind of expression; its name -> the heading."""
 
@@ -31,8 +31,8 @@ def chapter(law: Law) -> str:
 
 def example(law: Law) -> str:
     """The first witness, before and after this law alone."""
-    witness = law.witnesses()[0]
-    before, after = (_LETTER.sub(r"\1", str(e)) for e in (witness, rewrite(witness, [law], law.loss).expr))
+    first = law.witnesses(witness)[0]
+    before, after = (_LETTER.sub(r"\1", str(e)) for e in (first, rewrite(first, [law], law.loss).expr))
     return f"`{before}` → `{after}`"
 
 
