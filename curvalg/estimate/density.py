@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +15,11 @@ from curvalg.estimate.eigen import confined, eigsh
 from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.require import require_count
 from curvalg.estimate.result import Result
-from curvalg.estimate.run import run
 from curvalg.estimate.slq import StochasticLanczos
 from curvalg.estimate.smooth import SCALES
 from curvalg.estimate.target import Target, require_symmetric, target
+from curvalg.runs.run import run
+from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import orthonormalise, small
 from curvalg.solve.quadrature import GaussRules
 
@@ -36,7 +36,7 @@ def spectral_density(
     grid: int | Tensor = 1024,
     width: float | None = None,
     seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Density:
     """The density of the eigenvalues of a symmetric operator, by stochastic Lanczos quadrature.

@@ -6,8 +6,9 @@ from typing import Any
 
 from curvalg.estimate.estimating import Methods, OnFail, Request, require_square, structured
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.target import Path, target
+from curvalg.estimate.target import target
 from curvalg.estimate.xdiag import DiagonalEntries, HutchinsonDiagonal, XDiag
+from curvalg.runs.run_file import FileName
 
 METHODS: Methods = {kind.method: kind for kind in (DiagonalEntries, HutchinsonDiagonal, XDiag)}
 
@@ -21,7 +22,7 @@ def diagonal(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
-    checkpoint: Path | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
     """The diagonal of a square operator, Aᵢᵢ, with the standard error of each entry.

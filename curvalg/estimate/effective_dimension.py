@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from numbers import Real
 from typing import Any
@@ -23,6 +22,7 @@ from curvalg.estimate.spectral_sum import (
     spectral_sum,
 )
 from curvalg.estimate.target import target
+from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import small
 
 
@@ -35,7 +35,7 @@ def effective_dimension(
     steps: int | None = None,
     seed: int = 0,
     on_fail: OnFail = "raise",
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
     """How many directions of a positive semidefinite operator stand out from the damping.

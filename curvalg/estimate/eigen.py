@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import warnings
 from numbers import Integral, Real
@@ -15,9 +14,10 @@ from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, Vector
 from curvalg.estimate.exact import exact
 from curvalg.estimate.lanczos import Block, Lanczos
 from curvalg.estimate.result import Eigenpairs, Result
-from curvalg.estimate.run import run
 from curvalg.estimate.target import Target, require_symmetric, target
 from curvalg.lowering.vectors import Vector
+from curvalg.runs.run import run
+from curvalg.runs.run_file import FileName
 from curvalg.solve.ends import SIDES, Which
 from curvalg.solve.orthogonal import orthonormalise
 from curvalg.solve.powers import exponents, scaled
@@ -38,7 +38,7 @@ def eigsh(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
     """The k eigenpairs of a symmetric operator at one end of its spectrum, or at both.
@@ -122,7 +122,7 @@ def search(
     seed: int,
     maxiter: int | None,
     on_fail: OnFail,
-    checkpoint: str | os.PathLike[str] | None,
+    checkpoint: FileName | None,
     progress: bool,
 ) -> tuple[Eigenpairs, str]:
     """The pairs of a target with a unit, in that unit, and what :func:`eigsh` has to complain about, "" for nothing."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
-from curvalg.estimate.place import require_place
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.run import run
 from curvalg.estimate.sketch import Sketch
-from curvalg.estimate.target import Path, Target
+from curvalg.estimate.target import Target
+from curvalg.runs.run import run
+from curvalg.runs.run_file import FileName, require_place
 
 OnFail = Literal["raise", "warn"]
 Methods = Mapping[str, type[Sketch]]
@@ -38,7 +38,7 @@ class Request:
     seed: int
     maxiter: int | None
     on_fail: OnFail
-    checkpoint: Path | None
+    checkpoint: FileName | None
     progress: bool
 
     def __post_init__(self) -> None:

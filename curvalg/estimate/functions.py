@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from curvalg.estimate.exact import CHEAP
 from curvalg.estimate.krylov_function import KrylovFunction
 from curvalg.estimate.require import require_count, require_tolerance
 from curvalg.estimate.result import Result
-from curvalg.estimate.run import run
 from curvalg.estimate.scalar_functions import Scalar, scalar
 from curvalg.estimate.target import Target, require_symmetric, target
 from curvalg.lowering.vectors import Vector, parse
+from curvalg.runs.run import run
+from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import small
 from curvalg.solve.powers import norms
 
@@ -57,7 +57,7 @@ def matrix_function(
     tol: float | None = None,
     seed: int = 0,
     on_fail: Literal["raise", "warn"] = "raise",
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> FunctionProduct:
     """The product of a function of a symmetric operator with vectors, f(A) v.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvalg.estimate.probes import pairwise
 from curvalg.estimate.sketch import Sketch, Tensors, standard_error
-from curvalg.estimate.state import Form
+from curvalg.runs.run_state import Form
 
 
 class Hutchinson(Sketch):

@@ -11,7 +11,7 @@ from curvalg.estimate.probes import inner, pairwise
 from curvalg.estimate.range import Range
 from curvalg.estimate.rest import Rest
 from curvalg.estimate.sketch import Tensors
-from curvalg.estimate.state import Form
+from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown
 
 

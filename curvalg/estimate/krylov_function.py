@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvalg.estimate.checkpoint import digest
 from curvalg.estimate.scalar_functions import Scalar
-from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
+from curvalg.runs.checkpoint import digest
+from curvalg.runs.run_state import Form, Options, State, is_count, sizes
 from curvalg.solve import quadrature
 from curvalg.solve.orthogonal import small
 from curvalg.solve.powers import exponents, scaled

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.block import choose_width
-from curvalg.estimate.checkpoint import digest
-from curvalg.estimate.state import Options, State, is_count, sizes
 from curvalg.estimate.target import Target
+from curvalg.runs.checkpoint import digest
+from curvalg.runs.run_state import Options, State, is_count, sizes
 from curvalg.solve import Matmul
 from curvalg.solve import search as searching
 from curvalg.solve.ends import Which

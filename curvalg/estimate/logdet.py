@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -20,6 +19,7 @@ from curvalg.estimate.spectral_sum import (
     spectral_sum,
 )
 from curvalg.estimate.target import target
+from curvalg.runs.run_file import FileName
 
 
 def logdet(
@@ -30,7 +30,7 @@ def logdet(
     steps: int | None = None,
     seed: int = 0,
     on_fail: OnFail = "raise",
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
     """log det A of a positive definite operator, by stochastic Lanczos quadrature.

@@ -17,9 +17,10 @@ from curvalg.estimate.hutchinson import SquaredNorms
 from curvalg.estimate.result import Eigenpairs, Estimate
 from curvalg.estimate.singular import SingularTriplets, gram, svds
 from curvalg.estimate.sketch import Sketch, UnitVectors
-from curvalg.estimate.target import Path, Target, target
+from curvalg.estimate.target import Target, target
 from curvalg.estimate.trace import trace
 from curvalg.estimate.xnystrace import XNysTrace
+from curvalg.runs.run_file import FileName
 from curvalg.solve.powers import norms
 
 PRODUCTS = 60
@@ -36,7 +37,7 @@ def norm(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
-    checkpoint: Path | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
     """A norm of an operator, which may be rectangular, with its standard error.

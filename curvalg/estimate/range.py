@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvalg.estimate.probes import inner
 from curvalg.estimate.sketch import Sketch, Tensors, independent
-from curvalg.estimate.state import Form
+from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, orthonormalise
 
 

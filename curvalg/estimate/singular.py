@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from curvalg.estimate.lanczos import Block
 from curvalg.estimate.result import Eigenpairs, Result, axes
 from curvalg.estimate.target import Target, target
 from curvalg.lowering.vectors import Vector
+from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import complete, orthonormalise, small
 
 
@@ -59,7 +59,7 @@ def svds(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> SingularTriplets:
     """The k largest singular values of an operator, such as ``jacobian``, with their vectors.

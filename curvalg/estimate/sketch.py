@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.probes import Probes, inner, pairwise
-from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
+from curvalg.runs.run_state import Form, Options, State, is_count, sizes
 
 AT_ONCE, WIDEST = 2**24, 256
 """Numbers, and vectors, in one block of products."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from curvalg.estimate.checkpoint import digest
-from curvalg.estimate.run import Outcome
-from curvalg.estimate.state import Form, Options, State, is_count, sizes
 from curvalg.estimate.target import Target
+from curvalg.runs.checkpoint import digest
+from curvalg.runs.run import Outcome
+from curvalg.runs.run_state import Form, Options, State, is_count, sizes
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import GaussRules, Recurrences
 

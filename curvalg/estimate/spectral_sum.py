@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
 from curvalg.estimate.exact import CHEAP
-from curvalg.estimate.place import require_place
 from curvalg.estimate.require import require_count, require_tolerance
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.run import run
 from curvalg.estimate.slq import StochasticLanczos
 from curvalg.estimate.target import Target, require_symmetric
+from curvalg.runs.run import run
+from curvalg.runs.run_file import FileName, require_place
 from curvalg.solve.quadrature import GaussRules
 
 OnFail = Literal["raise", "warn"]
@@ -46,7 +45,7 @@ class Effort:
     steps: int | None
     seed: int
     on_fail: OnFail
-    checkpoint: str | os.PathLike[str] | None
+    checkpoint: FileName | None
     progress: bool
 
     def __post_init__(self) -> None:

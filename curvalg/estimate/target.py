@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,18 +12,16 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, VectorError
-from curvalg.estimate import run_identity as fingerprint
-from curvalg.estimate.checkpoint import Checkpoint, Choices, digest
-from curvalg.estimate.state import Options
-from curvalg.estimate.unit import Finite, PowerOfTwo
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem
-
-Path = str | os.PathLike[str]
-"""Of a file."""
+from curvalg.runs.checkpoint import Checkpoint, Choices, digest
+from curvalg.runs.run_file import FileName
+from curvalg.runs.run_identity import run_identity
+from curvalg.runs.run_state import Options
+from curvalg.runs.unit import Finite, PowerOfTwo
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Target:
             return max(1e-4, self.half)
         return float(tol) or max(100 * torch.finfo(self.space.dtype).eps, self.half)
 
-    def checkpoint(self, path: Path | None, **more: str) -> Checkpoint | None:
+    def checkpoint(self, path: FileName | None, **more: str) -> Checkpoint | None:
         """The file of a run with this operator, and what else the run is about; None for no path."""
         if path is None:
             return None
@@ -115,11 +112,6 @@ class Target:
             raise VectorError(f"{what}: {error}") from error
 
 
-def choices_of(problem: Problem) -> Choices:
-    """Where a problem keeps its measured choices."""
-    return Choices(problem.choices, problem.recalled)
-
-
 def target(op: Any) -> Target:
     """Any operator that estimators take.
 
@@ -132,15 +124,15 @@ def target(op: Any) -> Target:
     if isinstance(op, Target):
         return op
     if isinstance(op, CurvatureOperator):
-        made = _of_torch(op, str(op.expr))
+        made, half = _of_torch(op, str(op.expr)), noise(op.problem)
         return replace(
             made,
             symmetric=op.facts.symmetric or False,
             psd=op.facts.psd or False,
             operator=op,
-            choices=choices_of(op.problem),
-            half=noise(op.problem),
-            subject=lambda: fingerprint.of_operator(op),
+            choices=Choices.of(op.problem),
+            half=half,
+            subject=lambda: run_identity(op.expr, op.problem, op.snapshot, half),
         )
     if isinstance(op, TorchOperator):
         return _of_torch(op, repr(op))

@@ -6,16 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, OptionError
-from curvalg.estimate import run_identity as fingerprint
 from curvalg.estimate.estimating import OnFail, exactly
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.target import Path, Target, choices_of, require_problem, target
+from curvalg.estimate.target import Target, require_problem, target
 from curvalg.estimate.trace import trace
 from curvalg.expr import Expr, Identity, inverse
 from curvalg.expr.term import Term
@@ -25,6 +23,9 @@ from curvalg.lowering.inverses.rounding import default_rtol, epsilon
 from curvalg.lowering.low_rank.gram import WeightedFactor
 from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
+from curvalg.runs.checkpoint import Choices
+from curvalg.runs.run_file import FileName
+from curvalg.runs.run_state import Options
 
 DENSE = 256
 """Parameters up to which both matrices are made."""
@@ -44,7 +45,7 @@ def tic(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
-    checkpoint: Path | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
     """The trace in Takeuchi's information criterion, tr (H + λ I)⁻¹ C, the effective number of parameters of a fit.
@@ -132,8 +133,8 @@ def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C:
     """Vᵀ H⁻¹ V where C = V Vᵀ has known columns, which is symmetric and smaller; else H⁻¹ C."""
     problem, name = solve.problem, f"inverse({H}) @ ({C})"
 
-    def subject() -> dict[str, Any]:
-        return {**fingerprint.of_operator(solve), "covariance": str(C)}
+    def subject() -> Options:
+        return {**target(solve).subject(), "covariance": str(C)}
 
     facts = solve.facts
     if isinstance(C, Term) and type(C).factor is not Term.factor and problem.data.ordered:
@@ -159,11 +160,11 @@ def _square(
     size: int,
     name: str,
     multiply: Callable[[Tensor], Tensor],
-    subject: Callable[[], dict[str, Any]],
+    subject: Callable[[], Options],
     *,
     psd: bool,
 ) -> Target:
     space = Space(size, None, problem.dtype, problem.device)
     return Target(
-        name, (size, size), space, multiply, multiply, psd or None, subject, psd=psd, choices=choices_of(problem)
+        name, (size, size), space, multiply, multiply, psd or None, subject, psd=psd, choices=Choices.of(problem)
     )

@@ -16,9 +16,10 @@ from curvalg.estimate.hutchinson import Hutchinson
 from curvalg.estimate.hutchpp import HutchPlusPlus
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.sketch import Sketch, UnitVectors
-from curvalg.estimate.target import Path, Target, target
+from curvalg.estimate.target import Target, target
 from curvalg.estimate.xnystrace import XNysTrace
 from curvalg.estimate.xtrace import XTrace
+from curvalg.runs.run_file import FileName
 
 METHODS: Methods = {kind.method: kind for kind in (UnitVectors, Hutchinson, HutchPlusPlus, XTrace, XNysTrace)}
 
@@ -32,7 +33,7 @@ def trace(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
-    checkpoint: Path | None = None,
+    checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
     """The trace of a square operator, Σ Aᵢᵢ, with its standard error.

@@ -11,7 +11,7 @@ from curvalg.errors import FactsError
 from curvalg.estimate.probes import SLICE, inner
 from curvalg.estimate.range import Range, left_out
 from curvalg.estimate.sketch import Sketch, Tensors, UnitVectors, standard_error
-from curvalg.estimate.state import Form
+from curvalg.runs.run_state import Form
 
 
 class HutchinsonDiagonal(Sketch):

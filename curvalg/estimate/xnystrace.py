@@ -11,7 +11,7 @@ from curvalg.errors import FactsError
 from curvalg.estimate.probes import inner
 from curvalg.estimate.range import shared_error
 from curvalg.estimate.sketch import Sketch, Tensors, independent, standard_error
-from curvalg.estimate.state import Form
+from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, small
 
 

@@ -24,9 +24,9 @@ from curvalg.estimate import (
     svds,
     trace,
 )
-from curvalg.estimate.run import run as run_of
-from curvalg.estimate.state import State
-from curvalg.estimate.unit import Outgrown
+from curvalg.runs.run import run as run_of
+from curvalg.runs.run_state import State
+from curvalg.runs.unit import Outgrown
 
 N = 70
 DTYPES = {torch.float32: 60, torch.float64: 500}

@@ -23,8 +23,8 @@ from curvalg import (
     VectorError,
     registry,
 )
-from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import trace
+from curvalg.runs import checkpoint as checkpoints
 
 n, PRODUCTS, SEEDS = 300, 60, 30
 i = torch.arange(n, dtype=F64)

@@ -6,22 +6,41 @@ from collections.abc import Iterator
 
 import torch
 
-from curvalg.estimate.checkpoint import digest
-from curvalg.estimate.state import Options
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import NamedExpr
-from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.inverses.rounding import noise
-from curvalg.problem import Problem
+from curvalg.problem import Problem, Snapshot
 from curvalg.problem.data.model_numbers import numbers
 from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint
+from curvalg.runs.checkpoint import digest
+from curvalg.runs.run_state import Options
 from curvalg.tensors import trees
 
 
-def of_operator(op: CurvatureOperator) -> Options:
-    """Name -> what JSON can hold; names are words for messages."""
-    return {"expression": str(op.expr), "arrays of the expression": _arrays(op.expr), **_of_problem(op)}
+def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
+    """Name -> what JSON can hold; names are words for messages.
+
+    Args:
+        expr: that the run multiplies by.
+        problem, snapshot: that it is of, and where.
+        rounding: relative error of products of a model in half precision; 0 for others.
+    """
+    state = snapshot.state
+    return {
+        "expression": str(expr),
+        "arrays of the expression": _arrays(expr),
+        "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.shapes.items()],
+        "values of parameters and buffers": digest(*(state[name] for name in sorted(state))),
+        "precision": str(problem.dtype),
+        "precision of sums over batches": str(problem.accumulate),
+        "precision that the model is cast to": str(problem.autocast),
+        "loss": str(problem.loss.name) if problem.loss is not None else None,
+        "number of samples": problem.num_samples,
+        "rows of the data": problem.totals.rows,
+        "what a sample is": problem.samples,
+        **(_numbers(problem, snapshot, rounding) if _needs_model(expr) else {}),
+        "contents of the data": _data(problem),
+    }
 
 
 def _arrays(expr: Expr) -> list[str]:
@@ -36,32 +55,12 @@ def _leaves(expr: Expr) -> Iterator[ArrayLeaf]:
         yield from _leaves(child)
 
 
-def _of_problem(op: CurvatureOperator) -> Options:
-    problem = op.problem
-    names = sorted(op.snapshot.state)
-    return {
-        "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.shapes.items()],
-        "values of parameters and buffers": digest(*(op.snapshot.state[name] for name in names)),
-        "precision": str(problem.dtype),
-        "precision of sums over batches": str(problem.accumulate),
-        "precision that the model is cast to": str(problem.autocast),
-        "loss": str(problem.loss.name) if problem.loss is not None else None,
-        "number of samples": problem.num_samples,
-        "rows of the data": problem.totals.rows,
-        "what a sample is": problem.samples,
-        **_numbers(op),
-        "contents of the data": _data(problem),
-    }
-
-
-def _numbers(op: CurvatureOperator) -> Options:
+def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
     """What model and loss compute, which may differ by rounding: of another machine, number of threads, or batches."""
-    if not _needs_model(op.expr):
-        return {}
-    problem, kept = op.problem, op.problem.kept(op.snapshot)
+    kept = problem.kept(snapshot)
     if "numbers" not in kept:
         kept["numbers"] = numbers(problem)
-    tolerance = max(torch.finfo(problem.dtype).eps ** 0.5, noise(problem))
+    tolerance = max(torch.finfo(problem.dtype).eps ** 0.5, rounding)
     return {name: _sums(found, tolerance) for name, found in kept["numbers"].items()}
 
 
@@ -77,5 +76,5 @@ def _data(problem: Problem) -> str | list[list[float]] | None:
 
 
 def _sums(found: Fingerprint, tolerance: float) -> list[list[float]]:
-    """Sums, each with how far another run's may be from it; see :func:`curvalg.estimate.checkpoint.same_sums`."""
+    """Sums, each with how far another run's may be from it; see :func:`curvalg.runs.checkpoint.same_sums`."""
     return [[value, tolerance * (most + tolerance)] for value, most in found]

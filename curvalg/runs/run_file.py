@@ -34,6 +34,8 @@ except ImportError:  # Windows
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
 
 
+FileName = str | os.PathLike[str]
+"""Of a file that a run is written to."""
 Stamp = tuple[int, int, int] | None
 """What tells one file from another in the same place; None where there is none."""
 
@@ -52,7 +54,7 @@ class RunFile:
         CheckpointError: no file can be written there, or another run holds it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: FileName) -> None:
         self.given = os.fsdecode(path)
         try:
             self.path = Path(os.path.realpath(self.given))
@@ -174,7 +176,7 @@ class RunFile:
         return CheckpointError(f"expected a file that can be written, but {self.given!r}: {reason}; name another file")
 
 
-def require_place(path: str | os.PathLike[str] | None) -> None:
+def require_place(path: FileName | None) -> None:
     """Refuse, before anything is computed, a place where no file can be written; None is none.
 
     Raises:

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from curvalg.estimate.checkpoint import Checkpoint, digest
-from curvalg.estimate.place import require_place
-from curvalg.estimate.state import Options, State, is_count, sizes
-from curvalg.estimate.target import Path, target
 from curvalg.expr import Inverse
-from curvalg.lowering import CurvatureOperator
+from curvalg.runs.checkpoint import Checkpoint, digest
+from curvalg.runs.run_state import Options, State, is_count, sizes
 from curvalg.solve.cg import MARKED as CG
 from curvalg.solve.minres import MARKED as MINRES
 from curvalg.solve.powers import scaled
@@ -85,12 +82,11 @@ class FileTrail(Trail):
     """The trail of a solve, with the file that it is written to and a progress bar.
 
     Args:
-        op: an inverse.
+        file: the checkpoint, or None.
         node: the inverse that is solved, with its options.
         method: name of the strategy.
         b: right-hand sides (n, K).
         x0: starting point, or None.
-        path: of the checkpoint, or None.
         progress: show iterations.
 
     Raises:
@@ -98,14 +94,7 @@ class FileTrail(Trail):
     """
 
     def __init__(
-        self,
-        op: CurvatureOperator,
-        node: Inverse,
-        method: str,
-        b: Tensor,
-        x0: Tensor | None,
-        path: Path | None,
-        progress: bool,
+        self, file: Checkpoint | None, node: Inverse, method: str, b: Tensor, x0: Tensor | None, progress: bool
     ) -> None:
         options: Options = {
             "solver": method,
@@ -115,7 +104,7 @@ class FileTrail(Trail):
             "x0": None if x0 is None else digest(x0),
         }
         self._solve = Solve(options)
-        self._file: Checkpoint | None = target(op).checkpoint(path)
+        self._file = file
         self._held = contextlib.ExitStack()
         self._bar = tqdm(desc=f"solve with {method}", unit="iteration", total=node.maxiter, disable=not progress)
         self._parts: dict[int, Mark] = {}
@@ -129,8 +118,6 @@ class FileTrail(Trail):
         if saved is not None:
             self._parts, self._before = _unpacked(saved[0]), saved[1]
         super().__init__(self._parts.get(0))
-
-    require_place = staticmethod(require_place)
 
     def mark(self, mark: Mark) -> None:
         self._leave(0, mark)

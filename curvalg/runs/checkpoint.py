@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import curvalg
 from curvalg.errors import CheckpointError, CurvalgWarning
-from curvalg.estimate.place import RunFile
-from curvalg.estimate.state import Named, Options, State
-from curvalg.estimate.unit import PowerOfTwo
+from curvalg.runs.run_file import FileName, RunFile
+from curvalg.runs.run_state import Named, Options, State
+from curvalg.runs.unit import PowerOfTwo
+
+if TYPE_CHECKING:
+    from curvalg.problem import Problem
 
 FORMAT = 4
 KEY = "curvalg"
@@ -48,6 +50,11 @@ class Choices:
     made: dict[str, Any]
     recalled: dict[str, Any]
 
+    @classmethod
+    def of(cls, problem: Problem) -> Choices:
+        """Where a problem keeps its own."""
+        return cls(problem.choices, problem.recalled)
+
 
 class Checkpoint:
     """A file that a run can be resumed from.
@@ -67,7 +74,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: FileName,
         subject: Options,
         choices: Choices | None = None,
         unit: PowerOfTwo | None = None,
@@ -101,7 +108,7 @@ class Checkpoint:
         header = json.dumps(
             {
                 "format": FORMAT,
-                "version": curvalg.__version__,
+                "version": _version(),
                 "subject": self.subject,
                 "algorithm": algorithm.name,
                 "options": algorithm.options,
@@ -163,7 +170,7 @@ class Checkpoint:
         if type(number) is int and number != FORMAT:
             raise CheckpointError(
                 f"{self.place.given} has checkpoint format {number}, written by curvalg {version}; this is curvalg "
-                f"{curvalg.__version__}, which reads format {FORMAT}. Use that version, or name another file"
+                f"{_version()}, which reads format {FORMAT}. Use that version, or name another file"
             )
         if metadata != {KEY: metadata[KEY], SUM: _checksum(metadata[KEY], tensors)}:
             raise self._foreign("its checksum is another")
@@ -182,6 +189,11 @@ class Checkpoint:
 def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
     names = sorted(tensors)
     return digest(*(tensors[name] for name in names), text=json.dumps([header, names]))
+
+
+def _version() -> str:
+    version: str = importlib.import_module("curvalg").__version__  # loaded already, as the parent of this package
+    return version
 
 
 def _never(_: object) -> bool:

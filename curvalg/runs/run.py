@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from curvalg.estimate.checkpoint import Checkpoint
-from curvalg.estimate.state import Algorithm, State
-from curvalg.estimate.unit import Outgrown
+from curvalg.runs.checkpoint import Checkpoint
+from curvalg.runs.run_state import Algorithm, State
+from curvalg.runs.unit import Outgrown
 
 
 @dataclass(frozen=True)
