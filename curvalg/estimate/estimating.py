@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.sketch import Sketch
+from curvalg.estimate.sampling.sampler import Sketch
 from curvalg.estimate.target import Target
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName, require_place
@@ -132,24 +131,6 @@ class Request:
         if self.on_fail == "raise":
             raise ConvergenceError(message, result)
         warnings.warn(message, CurvalgWarning, stacklevel=4)
-
-
-def structured(target: Target, quantity: Literal["trace", "diagonal"], products: int) -> Estimate | None:
-    """What the structure of a curvature operator gives; None where it would take more products than are allowed."""
-    begin, op = time.perf_counter(), target.operator
-    rows = None if op is None else op.exact_rows(quantity)
-    if op is None or rows is None or rows > products:
-        return None
-    value = op.exact(quantity)
-    return None if value is None else exactly(value, rows, time.perf_counter() - begin)
-
-
-def exactly(value: float | Tensor, products: int, seconds: float) -> Estimate:
-    """A result without error."""
-    error = torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
-    return Estimate(
-        method="exact", products=products, seconds=seconds, converged=True, partial=False, value=value, error=error
-    )
 
 
 def require_square(target: Target, quantity: str) -> None:

@@ -15,6 +15,7 @@ from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
 from curvalg.lowering.inverses.rounding import noise
+from curvalg.lowering.operator import Quantity
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem
 from curvalg.runs.checkpoint import Checkpoint, Choices, digest
@@ -22,6 +23,9 @@ from curvalg.runs.run_file import FileName
 from curvalg.runs.run_identity import run_identity
 from curvalg.runs.run_state import Options
 from curvalg.runs.unit import Finite, PowerOfTwo
+
+CHEAP = 512
+"""Rows of a matrix that is built and factorised whatever is asked for."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,22 @@ class Target:
             ProblemError: they are out of range.
         """
         return x if self.unit is None else self.unit.back(x)
+
+    def structured(self, quantity: Quantity, most: int) -> tuple[Any, int] | None:
+        """What the structure of a curvature operator gives, and the rows of the matrix that are built and factorised for it.
+
+        Args:
+            quantity: as of :meth:`curvalg.CurvatureOperator.exact`.
+            most: rows that it may take.
+
+        Returns:
+            None where there is no such structure, or it takes more.
+        """
+        rows = None if self.operator is None else self.operator.exact_rows(quantity)
+        if self.operator is None or rows is None or rows > most:
+            return None
+        found = self.operator.exact(quantity)
+        return None if found is None else (found, rows)
 
     def eigenvalue_tolerance(self, tol: float | None) -> float:
         """Of residuals relative to |λ|max: as asked for, by default 1e-4 or what half precision allows; 0 is rounding."""

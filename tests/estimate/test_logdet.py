@@ -101,7 +101,7 @@ def test_a_tolerance_doubles_the_probes(estimate):
 
 
 def test_a_tolerance_that_is_not_reached_is_loud(monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.spectral_sum.DOUBLINGS", 2)
+    monkeypatch.setattr("curvalg.estimate.functions.spectral_sum.DOUBLINGS", 2)
     with pytest.raises(
         ConvergenceError, match=r"logdet is .* ± .* after 402 products, .* raise products= or tol="
     ) as caught:

@@ -28,10 +28,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 sys.path.insert(0, sys.argv[1])
 from spectra import SPECTRA, matrix
-from curvalg.estimate import eigsh, lanczos
+from curvalg.estimate import eigsh
+from curvalg.estimate.spectra import eigenpair_search
 from curvalg.runs import checkpoint
 
-checkpoint.INTERVAL, checkpoint.OVERHEAD, lanczos.MOST = 0.0, 1e9, 20
+checkpoint.INTERVAL, checkpoint.OVERHEAD, eigenpair_search.MOST = 0.0, 1e9, 20
 A = matrix(SPECTRA["clustered"]).numpy()
 folder = Path(sys.argv[2])
 file = folder / "run.safetensors"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import OptionError
-from curvalg.estimate.curve import Density, Look
-from curvalg.estimate.eigen import confined, eigsh
-from curvalg.estimate.exact import CHEAP
-from curvalg.estimate.require import require_count
+from curvalg.estimate.request import require_count
 from curvalg.estimate.result import Result
-from curvalg.estimate.slq import StochasticLanczos
-from curvalg.estimate.smooth import SCALES
-from curvalg.estimate.target import Target, require_symmetric, target
+from curvalg.estimate.sampling.slq import StochasticLanczos
+from curvalg.estimate.spectra.curve import Density, Look
+from curvalg.estimate.spectra.eigen import confined, eigsh
+from curvalg.estimate.spectra.smooth import SCALES
+from curvalg.estimate.target import CHEAP, Target, require_symmetric, target
+from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import orthonormalise, small
@@ -127,11 +127,9 @@ def _made(method: str, products: int, seconds: float, partial: bool = False) -> 
 
 def _exact(given: Target, outliers: int, products: int) -> tuple[GaussRules, Tensor] | None:
     """All eigenvalues as one rule and the outliers, where structure gives them for no more than so many products."""
-    if given.operator is None:
+    if (known := given.structured("eigh", max(CHEAP, products))) is None:
         return None
-    rows = given.operator.exact_rows()
-    if rows is None or rows > max(CHEAP, products) or (pairs := given.operator.exact("eigh")) is None:
-        return None
+    pairs: Eigh = known[0]
     repeated = min(pairs.multiplicity, outliers)
     listed = small(pairs.eigenvalues)
     values = torch.cat([listed, listed.new_full((repeated + 1,), pairs.rest)])

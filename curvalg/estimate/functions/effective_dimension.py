@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import OptionError
-from curvalg.estimate.result import Estimate
-from curvalg.estimate.spectral_sum import (
+from curvalg.estimate.functions.spectral_sum import (
     Effort,
     OnFail,
-    cheap,
-    exactly,
     refuse_negative,
     require_definite,
     spectral_sum,
 )
-from curvalg.estimate.target import target
+from curvalg.estimate.result import Estimate, exactly
+from curvalg.estimate.target import CHEAP, target
+from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import small
 
@@ -75,9 +74,8 @@ def effective_dimension(
         values = refuse_negative(values, "effective_dimension", given.name, strictly=False, eps=eps)
         return values / (values + shift)
 
-    if cheap(given, products) and given.operator is not None:
-        pairs = given.operator.exact("eigh")
-        if pairs is not None:
-            values, rest = small(pairs.eigenvalues).clamp_min(0.0), max(pairs.rest, 0.0)
-            return exactly(float((values / (values + shift)).sum()) + pairs.multiplicity * rest / (rest + shift), begin)
+    if (known := given.structured("eigh", max(CHEAP, products))) is not None:
+        pairs: Eigh = known[0]
+        values, rest = small(pairs.eigenvalues).clamp_min(0.0), max(pairs.rest, 0.0)
+        return exactly(float((values / (values + shift)).sum()) + pairs.multiplicity * rest / (rest + shift), 0, begin)
     return spectral_sum(given, share, effort, "effective_dimension", begin)

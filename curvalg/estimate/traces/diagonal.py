@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from curvalg.estimate.estimating import Methods, OnFail, Request, require_square, structured
-from curvalg.estimate.result import Estimate
+from curvalg.estimate.estimating import Methods, OnFail, Request, require_square
+from curvalg.estimate.result import Estimate, exactly
 from curvalg.estimate.target import target
-from curvalg.estimate.xdiag import DiagonalEntries, HutchinsonDiagonal, XDiag
+from curvalg.estimate.traces.xdiag import DiagonalEntries, HutchinsonDiagonal, XDiag
 from curvalg.runs.run_file import FileName
 
 METHODS: Methods = {kind.method: kind for kind in (DiagonalEntries, HutchinsonDiagonal, XDiag)}
@@ -57,10 +58,10 @@ def diagonal(
     """
     request = Request(products, tol, method, seed, maxiter, on_fail, checkpoint, progress)
     request.known(METHODS)
-    given = target(op)
+    begin, given = time.perf_counter(), target(op)
     require_square(given, "diagonal")
-    if method in ("auto", "exact") and (found := structured(given, "diagonal", products)) is not None:
-        return found
+    if method in ("auto", "exact") and (known := given.structured("diagonal", products)) is not None:
+        return exactly(*known, begin)
     name = method
     if method == "auto":
         name = DiagonalEntries.method if given.size <= products else XDiag.method

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvalg.estimate.scalar_functions import Scalar
+from curvalg.estimate.functions.scalar_functions import Scalar
 from curvalg.estimate.target import Target
 from curvalg.runs.checkpoint import digest
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes

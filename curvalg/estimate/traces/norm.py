@@ -11,15 +11,16 @@ from typing import Any, Literal
 import torch
 
 from curvalg.errors import ConvergenceError, FactsError, OptionError
-from curvalg.estimate.eigen import eigsh
-from curvalg.estimate.estimating import Methods, OnFail, Request, exactly, require_psd, scaled
-from curvalg.estimate.hutchinson import SquaredNorms
-from curvalg.estimate.result import Eigenpairs, Estimate
-from curvalg.estimate.singular import SingularTriplets, gram, svds
-from curvalg.estimate.sketch import Sketch, UnitVectors
+from curvalg.estimate.estimating import Methods, OnFail, Request, require_psd, scaled
+from curvalg.estimate.result import Eigenpairs, Estimate, exactly
+from curvalg.estimate.sampling.sampler import Sketch, UnitVectors
+from curvalg.estimate.spectra.eigen import eigsh
+from curvalg.estimate.spectra.singular import SingularTriplets, gram, svds
 from curvalg.estimate.target import Target, target
-from curvalg.estimate.trace import trace
-from curvalg.estimate.xnystrace import XNysTrace
+from curvalg.estimate.traces.hutchinson import SquaredNorms
+from curvalg.estimate.traces.trace import trace
+from curvalg.estimate.traces.xnystrace import XNysTrace
+from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run_file import FileName
 from curvalg.solve.powers import norms
 
@@ -117,15 +118,13 @@ def _root(squared: Estimate) -> Estimate:
 
 
 def _by_eigenvalues(given: Target, products: int) -> Estimate | None:
-    begin, op = time.perf_counter(), given.operator
-    if op is None or not given.symmetric or (rows := op.exact_rows()) is None or rows > products:
+    begin = time.perf_counter()
+    if not given.symmetric or (known := given.structured("eigh", products)) is None:
         return None
-    spectrum = op.exact("eigh")
-    if spectrum is None:
-        return None
+    spectrum: Eigh = known[0]
     listed = spectrum.eigenvalues.double()
     rest = listed.new_tensor([math.sqrt(spectrum.multiplicity) * spectrum.rest])
-    return exactly(float(norms(torch.cat([listed, rest])[:, None])), rows, time.perf_counter() - begin)
+    return exactly(float(norms(torch.cat([listed, rest])[:, None])), known[1], begin)
 
 
 def _has_adjoint(given: Target) -> bool:

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.result import Eigenpairs
-from curvalg.estimate.target import Target
+from curvalg.estimate.target import CHEAP, Target
 from curvalg.lowering.matrices import Eigh
 from curvalg.solve.ends import Which, wanted
 from curvalg.solve.orthogonal import small
 
-CHEAP = 512
-"""Rows of a matrix that is built and factorised whatever is asked for."""
 SHARE = 8
 """Rows for each pair asked for, above which Lanczos is cheaper: it takes about so many products for a pair."""
 
@@ -20,14 +18,9 @@ SHARE = 8
 def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None:
     """k eigenpairs by structure, in the unit of the target; None where there is none, or none that pays, or where its accuracy
     is not enough."""
-    if target.operator is None:
+    if (known := target.structured("eigh", max(CHEAP, SHARE * k))) is None:
         return None
-    rows = target.operator.exact_rows()
-    if rows is None or rows > max(CHEAP, SHARE * k):
-        return None
-    spectrum = target.operator.exact("eigh")
-    if spectrum is None:
-        return None
+    spectrum: Eigh = known[0]
     values, vectors = chosen(spectrum, k, which, target.size, target.space.dtype)
     products = target.multiply(vectors)  # first, for it may find the unit
     size = max(float(spectrum.eigenvalues.abs().max()) if len(spectrum.eigenvalues) else 0.0, abs(spectrum.rest))

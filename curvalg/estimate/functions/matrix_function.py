@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, ProblemError, VectorError
-from curvalg.estimate.exact import CHEAP
-from curvalg.estimate.krylov_function import KrylovFunction
-from curvalg.estimate.require import require_count, require_tolerance
+from curvalg.estimate.functions.krylov_function import KrylovFunction
+from curvalg.estimate.functions.scalar_functions import Scalar, scalar
+from curvalg.estimate.request import require_count, require_tolerance
 from curvalg.estimate.result import Result
-from curvalg.estimate.scalar_functions import Scalar, scalar
-from curvalg.estimate.target import Target, require_symmetric, target
+from curvalg.estimate.target import CHEAP, Target, require_symmetric, target
+from curvalg.lowering.matrices import Eigh
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
@@ -154,11 +154,9 @@ def _most(size: int, columns: int) -> int:
 
 def _exact(given: Target, f: Scalar, columns: Tensor) -> Tensor | None:
     """f(A) X by the eigenvectors of a structure; None where there are none that are cheap, or accurate enough."""
-    if given.operator is None:
+    if (known := given.structured("eigh", CHEAP)) is None:
         return None
-    rows = given.operator.exact_rows()
-    if rows is None or rows > CHEAP or (pairs := given.operator.exact("eigh")) is None:
-        return None
+    pairs: Eigh = known[0]
     values, eps = small(pairs.eigenvalues), torch.finfo(columns.dtype).eps
     both = torch.cat([values, values.new_full((min(pairs.multiplicity, 1),), pairs.rest)])
     mapped = f.at(both, given.name, eps)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import OptionError
-from curvalg.estimate.eigen import OnFail, fail, search
-from curvalg.estimate.lanczos import Block
 from curvalg.estimate.result import Eigenpairs, Result, axes
+from curvalg.estimate.spectra.eigen import OnFail, fail, search
+from curvalg.estimate.spectra.eigenpair_search import Block
 from curvalg.estimate.target import Target, target
 from curvalg.lowering.vectors import Vector
 from curvalg.runs.run_file import FileName

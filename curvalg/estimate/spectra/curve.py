@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.result import Estimate, Result, axes
-from curvalg.estimate.smooth import SCALES, bumps, even_grid, extent, floor_of, papyan_width
+from curvalg.estimate.spectra.smooth import SCALES, bumps, even_grid, extent, floor_of, papyan_width
 from curvalg.solve.quadrature import GaussRules, standard_error
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvalg.estimate.probes import inner, pairwise
-from curvalg.estimate.range import Range, left_out
-from curvalg.estimate.rest import Rest
-from curvalg.estimate.sketch import Tensors
+from curvalg.estimate.sampling.error_bar import Rest
+from curvalg.estimate.sampling.probes import inner, pairwise
+from curvalg.estimate.sampling.sampler import Tensors
+from curvalg.estimate.traces.range_basis import Range, left_out
 
 
 class XTrace(Range):

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.estimate.result import Estimate
-from curvalg.estimate.spectral_sum import (
+from curvalg.estimate.functions.spectral_sum import (
     Effort,
     OnFail,
-    cheap,
-    exactly,
     refuse_negative,
     require_definite,
     spectral_sum,
 )
-from curvalg.estimate.target import target
+from curvalg.estimate.result import Estimate, exactly
+from curvalg.estimate.target import CHEAP, target
 from curvalg.runs.run_file import FileName
 
 
@@ -70,10 +68,8 @@ def logdet(
     begin, given = time.perf_counter(), target(op)
     effort = Effort(products, tol, steps, seed, on_fail, checkpoint, progress)
     require_definite(given, "logdet", strictly=True)
-    if cheap(given, products) and given.operator is not None:
-        value = given.operator.exact("logdet")
-        if value is not None:
-            return exactly(float(value), begin)
+    if (known := given.structured("logdet", max(CHEAP, products))) is not None:
+        return exactly(float(known[0]), 0, begin)
     eps = torch.finfo(given.space.dtype).eps
 
     def logarithm(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvalg.estimate.block import choose_width
+from curvalg.estimate.spectra.block_width import choose_width
 from curvalg.estimate.target import Target
 from curvalg.runs.checkpoint import digest
 from curvalg.runs.run_state import Options, State, is_count, sizes

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from curvalg.estimate.probes import Probes, inner, pairwise
+from curvalg.estimate.sampling.probes import Probes, inner, pairwise
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
 

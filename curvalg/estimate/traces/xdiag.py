@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
-from curvalg.estimate.probes import SLICE, inner
-from curvalg.estimate.range import Range, left_out
-from curvalg.estimate.sketch import Sketch, Tensors, UnitVectors, standard_error
+from curvalg.estimate.sampling.probes import SLICE, inner
+from curvalg.estimate.sampling.sampler import Sketch, Tensors, UnitVectors, standard_error
+from curvalg.estimate.traces.range_basis import Range, left_out
 from curvalg.runs.run_state import Form
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from curvalg.estimate.estimating import (
@@ -10,15 +11,14 @@ from curvalg.estimate.estimating import (
     Request,
     require_psd,
     require_square,
-    structured,
 )
-from curvalg.estimate.hutchinson import Hutchinson
-from curvalg.estimate.hutchpp import HutchPlusPlus
-from curvalg.estimate.result import Estimate
-from curvalg.estimate.sketch import Sketch, UnitVectors
+from curvalg.estimate.result import Estimate, exactly
+from curvalg.estimate.sampling.sampler import Sketch, UnitVectors
 from curvalg.estimate.target import Target, target
-from curvalg.estimate.xnystrace import XNysTrace
-from curvalg.estimate.xtrace import XTrace
+from curvalg.estimate.traces.hutchinson import Hutchinson
+from curvalg.estimate.traces.hutchpp import HutchPlusPlus
+from curvalg.estimate.traces.xnystrace import XNysTrace
+from curvalg.estimate.traces.xtrace import XTrace
 from curvalg.runs.run_file import FileName
 
 METHODS: Methods = {kind.method: kind for kind in (UnitVectors, Hutchinson, HutchPlusPlus, XTrace, XNysTrace)}
@@ -91,10 +91,10 @@ def trace(
     """
     request = Request(products, tol, method, seed, maxiter, on_fail, checkpoint, progress)
     request.known(METHODS)
-    given = target(op)
+    begin, given = time.perf_counter(), target(op)
     require_square(given, "trace")
-    if method in ("auto", "exact") and (found := structured(given, "trace", products)) is not None:
-        return found
+    if method in ("auto", "exact") and (known := given.structured("trace", products)) is not None:
+        return exactly(*known, begin)
     return request.estimate(request.algorithm(chosen(given, request), given), "trace")
 
 

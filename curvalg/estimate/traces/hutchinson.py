@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvalg.estimate.probes import pairwise
-from curvalg.estimate.sketch import Sketch, Tensors, standard_error
+from curvalg.estimate.sampling.probes import pairwise
+from curvalg.estimate.sampling.sampler import Sketch, Tensors, standard_error
 from curvalg.runs.run_state import Form
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from curvalg.estimate.probes import SLICE
+from curvalg.estimate.sampling.probes import SLICE
 from curvalg.solve.orthogonal import small
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, OptionError
-from curvalg.estimate.estimating import OnFail, exactly
-from curvalg.estimate.result import Estimate
+from curvalg.estimate.estimating import OnFail
+from curvalg.estimate.result import Estimate, exactly
 from curvalg.estimate.target import Target, require_problem, target
-from curvalg.estimate.trace import trace
+from curvalg.estimate.traces.trace import trace
 from curvalg.expr import Expr, Identity, inverse
 from curvalg.expr.term import Term
 from curvalg.expr.terms import Covariance, Hessian
@@ -108,7 +108,7 @@ def tic(
                 f"tic: {damped} is singular up to rounding (singular values from {float(sizes[-1]):.1e} to "
                 f"{float(sizes[0]):.1e}); pass damping= (λ > 0)"
             )
-        return exactly(float(torch.linalg.solve(A, B).trace()), problem.size, time.perf_counter() - begin)
+        return exactly(float(torch.linalg.solve(A, B).trace()), problem.size, begin)
     try:
         solve, middle = inverse(damped).lower(problem), C.lower(problem)
     except FactsError as error:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
-from curvalg.estimate.probes import inner
-from curvalg.estimate.range import shared_error
-from curvalg.estimate.sketch import Sketch, Tensors, independent, standard_error
+from curvalg.estimate.sampling.probes import inner
+from curvalg.estimate.sampling.sampler import Sketch, Tensors, independent, standard_error
+from curvalg.estimate.traces.range_basis import shared_error
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, small
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvalg.estimate.probes import inner
-from curvalg.estimate.sketch import Sketch, Tensors, independent
+from curvalg.estimate.sampling.probes import inner
+from curvalg.estimate.sampling.sampler import Sketch, Tensors, independent
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, orthonormalise
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, VectorError
-from curvalg.estimate.exact import exact
-from curvalg.estimate.lanczos import Block, Lanczos
 from curvalg.estimate.result import Eigenpairs, Result
+from curvalg.estimate.spectra.eigenpair_search import Block, Lanczos
+from curvalg.estimate.spectra.exact import exact
 from curvalg.estimate.target import Target, require_symmetric, target
 from curvalg.lowering.vectors import Vector
 from curvalg.runs.run import run

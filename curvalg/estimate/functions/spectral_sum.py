@@ -12,10 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
-from curvalg.estimate.exact import CHEAP
-from curvalg.estimate.require import require_count, require_tolerance
+from curvalg.estimate.request import require_count, require_tolerance
 from curvalg.estimate.result import Estimate
-from curvalg.estimate.slq import StochasticLanczos
+from curvalg.estimate.sampling.slq import StochasticLanczos
 from curvalg.estimate.target import Target, require_symmetric
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName, require_place
@@ -87,25 +86,6 @@ def require_definite(given: Target, name: str, *, strictly: bool) -> None:
             f"{name} needs a positive semidefinite operator, but {given.name} is not known to be; take a term that is, such "
             "as ggn or fisher, or a loss that is convex in the outputs"
         )
-
-
-def cheap(given: Target, products: int) -> bool:
-    """Whether structure answers at no greater cost than so many products."""
-    rows = None if given.operator is None else given.operator.exact_rows()
-    return rows is not None and rows <= max(CHEAP, products)
-
-
-def exactly(value: float, begin: float) -> Estimate:
-    """An estimate without an error."""
-    return Estimate(
-        method="exact",
-        products=0,
-        seconds=time.perf_counter() - begin,
-        converged=True,
-        partial=False,
-        value=value,
-        error=0.0,
-    )
 
 
 def spectral_sum(
