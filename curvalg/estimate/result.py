@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Result:
     seconds: float
     converged: bool
     partial: bool
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """These entries alone, for another result of the same run."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Result)}
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the result on matplotlib axes (new ones by default), and return them."""

@@ -166,40 +166,6 @@ def target(op: Any) -> Target:
     )
 
 
-def require_symmetric(target: Target, seed: int) -> int:
-    """Refuse what a symmetric solver cannot do; returns the products that looking took.
-
-    Curvature operators must be proved symmetric. Others are tried on two random vectors, xᵀAy = yᵀAx.
-
-    Raises:
-        FactsError: not symmetric, or not known to be.
-    """
-    m, n = target.shape
-    if m != n:
-        raise FactsError(
-            f"expected a square operator, but {target.name} is {m} x {n}; singular values are given by svds"
-        )
-    if target.symmetric:
-        return 0
-    cure = "write a symmetric expression, such as A.T @ A, or use svds for singular values"
-    if target.symmetric is False:
-        raise FactsError(f"expected a symmetric operator, but {target.name} is not known to be symmetric; {cure}")
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 2, generator=generator, dtype=torch.float64).to(target.space.device, target.space.dtype)
-    target = target.in_units()  # products of tiny numbers vanish
-    y = target.multiply(x)
-    x, y = x.double(), y.double()
-    inner = x.T @ y
-    allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
-    if abs(float(inner[0, 1] - inner[1, 0])) > allowed:
-        inner = target.back(inner)
-        raise FactsError(
-            f"expected a symmetric operator, but for random x and y xᵀAy = {float(inner[0, 1]):.6g} and "
-            f"yᵀAx = {float(inner[1, 0]):.6g} with A = {target.name}; {cure}"
-        )
-    return 2
-
-
 def require_problem(problem: Any, function: str) -> None:
     """Refuse what is no problem.
 
@@ -209,6 +175,19 @@ def require_problem(problem: Any, function: str) -> None:
     if not isinstance(problem, Problem):
         raise ExpressionError(
             f"{function}: expected a Problem, got {type(problem).__name__}; make one by Problem(model, loss, data)"
+        )
+
+
+def require_operator(op: Any, function: str) -> None:
+    """Refuse what is no curvature operator.
+
+    Raises:
+        ExpressionError: it is none.
+    """
+    if not isinstance(op, CurvatureOperator):
+        raise ExpressionError(
+            f"{function}: expected a CurvatureOperator, got {type(op).__name__}; an expression becomes one by "
+            "expr.lower(problem)"
         )
 
 

@@ -29,9 +29,13 @@ class State:
     @property
     def products(self) -> int:
         """Products with one vector so far."""
-        count = self.numbers["products"]
-        assert isinstance(count, int)
-        return count
+        return self.count("products")
+
+    def count(self, name: str) -> int:
+        """A number that is an integer."""
+        number = self.numbers[name]
+        assert isinstance(number, int)
+        return number
 
 
 Form = Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]]

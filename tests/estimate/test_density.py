@@ -11,7 +11,8 @@ from scipy.sparse.linalg import LinearOperator
 from spectra import F64, SPECTRA, matrix
 
 from curvalg import CheckpointError, ExpressionError, FactsError, Identity, Problem, ProblemError, registry
-from curvalg.estimate import slq, spectral_density
+from curvalg.estimate import spectral_density
+from curvalg.estimate.sampling import slq
 
 SEEDS = range(20)
 

@@ -11,7 +11,8 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from spectra import F64, SPECTRA, expected, matrix
 
 from curvalg import ConvergenceError, CurvalgWarning, Identity, Problem, registry
-from curvalg.estimate import Eigenpairs, eigsh, exact, svds
+from curvalg.estimate import Eigenpairs, eigsh, svds
+from curvalg.estimate.spectra import exact
 
 
 def check(A, pairs: Eigenpairs, wanted: torch.Tensor, which: str, tol: float) -> None:

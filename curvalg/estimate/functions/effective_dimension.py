@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvalg.errors import OptionError
 from curvalg.estimate.functions.spectral_sum import (
-    Effort,
-    OnFail,
     refuse_negative,
-    require_definite,
     spectral_sum,
 )
+from curvalg.estimate.proofs import require_definite
+from curvalg.estimate.request import OnFail, Request, require_count, require_positive
 from curvalg.estimate.result import Estimate, exactly
 from curvalg.estimate.target import CHEAP, target
 from curvalg.lowering.matrices import Eigh
@@ -64,9 +60,9 @@ def effective_dimension(
     5.0
     """
     begin, given = time.perf_counter(), target(op)
-    if not isinstance(damping, Real) or isinstance(damping, bool) or not 0 < float(damping) < math.inf:
-        raise OptionError(f"expected a damping > 0, got {damping!r}; without any, it is the rank")
-    effort, shift = Effort(products, tol, steps, seed, on_fail, checkpoint, progress), float(damping)
+    shift = require_positive(damping, "a damping > 0", "; without any, it is the rank")
+    request = Request(seed, checkpoint, progress, on_fail, tol, products=products)
+    steps = None if steps is None else require_count(steps, "steps")
     require_definite(given, "effective_dimension", strictly=False)
     eps = torch.finfo(given.space.dtype).eps
 
@@ -78,4 +74,4 @@ def effective_dimension(
         pairs: Eigh = known[0]
         values, rest = small(pairs.eigenvalues).clamp_min(0.0), max(pairs.rest, 0.0)
         return exactly(float((values / (values + shift)).sum()) + pairs.multiplicity * rest / (rest + shift), 0, begin)
-    return spectral_sum(given, share, effort, "effective_dimension", begin)
+    return spectral_sum(given, share, request, steps, "effective_dimension", begin)

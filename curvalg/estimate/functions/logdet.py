@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.functions.spectral_sum import (
-    Effort,
-    OnFail,
     refuse_negative,
-    require_definite,
     spectral_sum,
 )
+from curvalg.estimate.proofs import require_definite
+from curvalg.estimate.request import OnFail, Request, require_count
 from curvalg.estimate.result import Estimate, exactly
 from curvalg.estimate.target import CHEAP, target
 from curvalg.runs.run_file import FileName
@@ -66,7 +65,8 @@ def logdet(
     True
     """
     begin, given = time.perf_counter(), target(op)
-    effort = Effort(products, tol, steps, seed, on_fail, checkpoint, progress)
+    request = Request(seed, checkpoint, progress, on_fail, tol, products=products)
+    steps = None if steps is None else require_count(steps, "steps")
     require_definite(given, "logdet", strictly=True)
     if (known := given.structured("logdet", max(CHEAP, products))) is not None:
         return exactly(float(known[0]), 0, begin)
@@ -75,4 +75,4 @@ def logdet(
     def logarithm(values: Tensor) -> Tensor:
         return refuse_negative(values, "logdet", given.name, strictly=True, eps=eps).log()
 
-    return spectral_sum(given, logarithm, effort, "logdet", begin)
+    return spectral_sum(given, logarithm, request, steps, "logdet", begin)

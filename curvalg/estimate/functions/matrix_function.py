@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, ProblemError, VectorError
+from curvalg.errors import ProblemError, VectorError
 from curvalg.estimate.functions.krylov_function import KrylovFunction
 from curvalg.estimate.functions.scalar_functions import Scalar, scalar
-from curvalg.estimate.request import require_count, require_tolerance
+from curvalg.estimate.proofs import require_symmetric
+from curvalg.estimate.request import OnFail, Request, require_count
 from curvalg.estimate.result import Result
-from curvalg.estimate.target import CHEAP, Target, require_symmetric, target
+from curvalg.estimate.target import CHEAP, Target, target
 from curvalg.lowering.matrices import Eigh
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.runs.run import run
@@ -56,7 +56,7 @@ def matrix_function(
     steps: int | Literal["auto"] = "auto",
     tol: float | None = None,
     seed: int = 0,
-    on_fail: Literal["raise", "warn"] = "raise",
+    on_fail: OnFail = "raise",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> FunctionProduct:
@@ -96,12 +96,11 @@ def matrix_function(
     >>> matrix_function(A, "sqrt", torch.ones(3)).value.round(decimals=3)
     tensor([1., 2., 3.])
     """
+    request = Request(seed, checkpoint, progress, on_fail, tol)
     begin, given, f = time.perf_counter(), target(op).in_units(), scalar(function)
     steps = steps if steps == "auto" else require_count(steps, "steps")
     default = 1e-5 if given.space.dtype == torch.float32 else 1e-10
-    tol = max(default, given.half) if tol is None else require_tolerance(tol)
-    if on_fail not in ("raise", "warn"):
-        raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
+    tol = max(default, given.half) if tol is None else float(tol)
     file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
     before = require_symmetric(given, seed)
     operand = parse(vector, given.space, given.space)
@@ -144,7 +143,11 @@ def matrix_function(
     how = {"seconds": seconds, "converged": converged, "partial": outcome.partial}
     made = packed("lanczos", outcome.state.products, len(outcome.state.tensors["alphas"]), changes, **how)
     if steps == "auto" and not converged and not outcome.partial:
-        _fail(made, f, given, tol, on_fail)
+        message = (
+            f"{f.name}({given.name}) v still changes by {float(made.changes.max()):.2g} after {made.steps} steps, more than "
+            f"tol={tol:g}; raise tol= or steps=, or add damping, + c * Identity, which makes functions smoother on the spectrum"
+        )
+        request.fail(message, made)
     return made
 
 
@@ -172,13 +175,3 @@ def _exact(given: Target, f: Scalar, columns: Tensor) -> Tensor | None:
     products = given.back(given.multiply(columns))
     wrong = norms(check - products) > 100 * eps * both.abs().max() * norms(columns)
     return None if bool(wrong.any()) else result
-
-
-def _fail(made: FunctionProduct, f: Scalar, given: Target, tol: float, on_fail: str) -> None:
-    message = (
-        f"{f.name}({given.name}) v still changes by {float(made.changes.max()):.2g} after {made.steps} steps, more than "
-        f"tol={tol:g}; raise tol= or steps=, or add damping, + c * Identity, which makes functions smoother on the spectrum"
-    )
-    if on_fail == "raise":
-        raise ConvergenceError(message, made)
-    warnings.warn(message, CurvalgWarning, stacklevel=3)

@@ -4,94 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, FactsError, OptionError
-from curvalg.estimate.request import require_count, require_tolerance
+from curvalg.errors import FactsError
+from curvalg.estimate.proofs import require_symmetric
+from curvalg.estimate.request import Request
 from curvalg.estimate.result import Estimate
 from curvalg.estimate.sampling.slq import StochasticLanczos
-from curvalg.estimate.target import Target, require_symmetric
+from curvalg.estimate.target import Target
 from curvalg.runs.run import run
-from curvalg.runs.run_file import FileName, require_place
 from curvalg.solve.quadrature import GaussRules
 
-OnFail = Literal["raise", "warn"]
 LONGER = 5
 """Steps of each probe for each probe: 500 products are 10 probes of 50 steps."""
 DOUBLINGS = 7
 """How often the probes are doubled for a tolerance."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """The arguments that these estimators share, checked.
-
-    Args:
-        products: with one vector, probes · steps.
-        tol: relative error that is asked for, or None.
-        steps: of each probe, or None for √(5 products).
-        seed, checkpoint, progress: as of :func:`curvalg.estimate.eigsh`.
-        on_fail: "raise" or "warn".
-    """
-
-    products: int
-    tol: float | None
-    steps: int | None
-    seed: int
-    on_fail: OnFail
-    checkpoint: FileName | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        require_count(self.products, "products")
-        if self.steps is not None:
-            require_count(self.steps, "steps")
-        if self.tol is not None:
-            require_tolerance(self.tol)
-        if self.on_fail not in ("raise", "warn"):
-            raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
-        require_place(self.checkpoint)
-
-    def split(self, size: int) -> tuple[int, int]:
-        """(probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""
-        longest = max(self.products // 2, 1) if self.steps is None else self.products
-        steps = round(math.sqrt(LONGER * self.products)) if self.steps is None else self.steps
-        steps = max(1, min(steps, size, longest))
-        return max(1, self.products // steps), steps
-
-
-def require_definite(given: Target, name: str, *, strictly: bool) -> None:
-    """Refuse curvature operators that are not proved positive (semi)definite.
-
-    Raises:
-        FactsError: not proved.
-    """
-    if given.operator is None:
-        return
-    facts = given.operator.facts
-    if strictly and not facts.positive_definite:
-        cure = (
-            "add damping, + c * Identity with c > 0"
-            if facts.psd
-            else "take a positive semidefinite term, such as ggn or fisher, and add damping, + c * Identity"
-        )
-        raise FactsError(f"{name} needs a positive definite operator, but {given.name} is not known to be; {cure}")
-    if not strictly and not facts.psd:
-        raise FactsError(
-            f"{name} needs a positive semidefinite operator, but {given.name} is not known to be; take a term that is, such "
-            "as ggn or fisher, or a loss that is convex in the outputs"
-        )
-
-
 def spectral_sum(
     given: Target,
     function: Callable[[Tensor], Tensor],
-    effort: Effort,
+    request: Request,
+    steps: int | None,
     name: str,
     begin: float,
 ) -> Estimate:
@@ -100,13 +36,14 @@ def spectral_sum(
     Args:
         given: a symmetric operator.
         function: of Ritz values; raises where they are outside its domain.
-        effort: how many products, and to which error.
+        request: how many products, and to which error.
+        steps: of each probe, or None for √(5 products).
         name: for messages and checkpoints.
         begin: when the clock was started.
     """
     given = given.in_units()
-    file = given.checkpoint(effort.checkpoint)
-    size, (probes, steps) = given.size, effort.split(given.size)
+    file = given.checkpoint(request.checkpoint)
+    size, (probes, steps) = given.size, _split(request.products, steps, given.size)
 
     def measured(rule: GaussRules) -> tuple[float, float]:
         value, error, bias = rule.mean(function)
@@ -114,45 +51,48 @@ def spectral_sum(
 
     def enough(rule: GaussRules) -> bool:
         value, error = measured(rule)
-        return error <= (effort.tol or 0.0) * abs(value)
+        return error <= (request.tol or 0.0) * abs(value)
 
     algorithm = StochasticLanczos(
         target=given,
         probes=probes,
         steps=steps,
-        seed=int(effort.seed),
+        seed=int(request.seed),
         name=name,
         locked=given.rows(None, name),
-        before=require_symmetric(given, effort.seed),
-        enough=None if effort.tol is None else enough,
+        before=require_symmetric(given, request.seed),
+        enough=None if request.tol is None else enough,
         most=probes * steps * 2**DOUBLINGS,
     )
-    outcome = run(algorithm, checkpoint=file, progress=effort.progress)
+    outcome = run(algorithm, checkpoint=file, progress=request.progress)
     rule = algorithm.result(outcome)
     value, error = measured(rule)
     result = Estimate(
         method=algorithm.method,
         products=outcome.state.products,
         seconds=max(outcome.seconds, time.perf_counter() - begin),
-        converged=not outcome.partial and (effort.tol is None or enough(rule)),
+        converged=not outcome.partial and (request.tol is None or enough(rule)),
         partial=outcome.partial,
         value=value,
         error=error,
     )
     if not result.converged and not result.partial:
-        _fail(result, effort, name, size * rule.mean(function)[2])
+        bias = size * rule.mean(function)[2]
+        cure = "raise steps= (of each probe)" if bias > error / 2 else "raise products= or tol="
+        message = (
+            f"{name} is {value:.6g} ± {error:.2g} after {result.products} products, which is not yet within "
+            f"tol={request.tol}; {cure}"
+        )
+        request.fail(message, result, depth=4)
     return result
 
 
-def _fail(result: Estimate, effort: Effort, name: str, bias: float) -> None:
-    cure = "raise steps= (of each probe)" if bias > float(result.error) / 2 else "raise products= or tol="
-    message = (
-        f"{name} is {result.value:.6g} ± {result.error:.2g} after {result.products} products, which is not yet within "
-        f"tol={effort.tol}; {cure}"
-    )
-    if effort.on_fail == "raise":
-        raise ConvergenceError(message, result)
-    warnings.warn(message, CurvalgWarning, stacklevel=4)
+def _split(products: int, steps: int | None, size: int) -> tuple[int, int]:
+    """(probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""
+    longest = max(products // 2, 1) if steps is None else products
+    steps = round(math.sqrt(LONGER * products)) if steps is None else steps
+    steps = max(1, min(steps, size, longest))
+    return max(1, products // steps), steps
 
 
 def refuse_negative(values: Tensor, what: str, name: str, *, strictly: bool, eps: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import ExpressionError
+from curvalg.estimate.target import require_operator
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.vectors import Vector, parse
 
@@ -31,7 +32,7 @@ def bilinear(op: CurvatureOperator, left: Vector, right: Vector) -> Tensor:
     >>> bilinear(op, problem.gradient(), torch.eye(4)).shape
     torch.Size([1, 4])
     """
-    _require(op, "bilinear")
+    require_operator(op, "bilinear")
     g = parse(left, op._codomain, op._codomain).columns
     h = parse(right, op._domain, op._domain).columns
     product: Tensor = op @ h
@@ -64,7 +65,7 @@ def influence(op: CurvatureOperator, gradients: Vector) -> Tensor:
     >>> influence(op, problem.gradient()).shape
     torch.Size([6])
     """
-    _require(op, "influence")
+    require_operator(op, "influence")
     problem, snapshot = op.problem, op.snapshot
     if op.expr.domain != "parameters" or op.expr.codomain != "parameters" or op.shape[0] != problem.size:
         raise ExpressionError(
@@ -86,11 +87,3 @@ def influence(op: CurvatureOperator, gradients: Vector) -> Tensor:
 
 def _single(vector: Vector, op: CurvatureOperator) -> bool:
     return getattr(vector, "ndim", None) == 1 or not hasattr(vector, "ndim")
-
-
-def _require(op: CurvatureOperator, function: str) -> None:
-    if not isinstance(op, CurvatureOperator):
-        raise ExpressionError(
-            f"{function}: expected a CurvatureOperator, got {type(op).__name__}; an expression becomes one by "
-            "expr.lower(problem)"
-        )

@@ -1,4 +1,4 @@
-"""What random vectors tell of the error that they make in a trace."""
+"""Standard errors: what random vectors tell of the error that they make."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from torch import Tensor
 
 from curvalg.estimate.sampling.probes import SLICE
 from curvalg.solve.orthogonal import small
+
+
+def standard_error(samples: Tensor) -> Tensor:
+    """Of the mean of independent samples along the first axis; infinite for a single one."""
+    return samples.std(0) / len(samples) ** 0.5 if len(samples) > 1 else torch.full_like(samples[0], torch.inf)
+
+
+def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
+    """The standard error of a mean of leave-one-out estimates that lack much the same.
+
+    Estimate i leaves out one direction sᵢ of the basis, with sᵢᵀAsᵢ of the trace, and puts (ωᵢᵀsᵢ)² sᵢᵀAsᵢ in its place, of
+    variance 2 (sᵢᵀAsᵢ)². Where R is nearly singular, as just before the rank of the operator is reached, all sᵢ are nearly
+    parallel: then the estimates agree with each other and are wrong together, which their spread does not show. So their
+    covariances are taken as 2 (sᵢᵀsⱼ)² sᵢᵀAsᵢ sⱼᵀAsⱼ.
+    """
+    variance: Tensor = 2 * missed @ (directions.T @ directions).square() @ missed / len(missed) ** 2
+    return torch.sqrt(variance.clamp_min(0))
 
 
 @dataclass(frozen=True)

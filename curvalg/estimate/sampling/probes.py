@@ -75,9 +75,3 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     for at in range(0, left.shape[1], SLICE):
         total += left[:, at : at + SLICE].double() @ right[:, at : at + SLICE].double().T
     return small(total)
-
-
-def pairwise(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of row i with row i, summed in float64: (p,) on the CPU."""
-    sums = [torch.dot(x.double(), y.double()) for x, y in zip(left, right, strict=True)]
-    return small(torch.stack(sums)) if sums else torch.zeros(0, dtype=torch.float64)

@@ -94,10 +94,10 @@ class StochasticLanczos:
         """One product with the vectors of all recurrences of the round."""
         numbers = dict(state.numbers)
         if (going := self._going(state)) is None:
-            if self._finished(state) >= _integer(numbers["wanted"]):
-                numbers["wanted"] = 2 * _integer(numbers["wanted"])
-            going = self._drawn(State(state.tensors, numbers))
-            numbers["round"] = _integer(numbers["round"]) + 1
+            wanted = state.count("wanted")
+            numbers["wanted"] = wanted if self._finished(state) < wanted else 2 * wanted
+            numbers["round"] = state.count("round") + 1
+            going = self._drawn(State(state.tensors, {**numbers, "round": state.count("round")}))
         numbers["products"] = state.products + int(going.going.sum())
         going = quadrature.advance(going, self.target.multiply)
         tensors = {name: state.tensors[name] for name in ("finished alphas", "finished betas")}
@@ -110,14 +110,14 @@ class StochasticLanczos:
 
     def done(self, state: State) -> bool:
         """Whether all probes are through, and are enough or as many as there may be."""
-        wanted = _integer(state.numbers["wanted"])
+        wanted = state.count("wanted")
         if "basis" in state.tensors or self._finished(state) < wanted:
             return False
         return self.enough is None or 2 * wanted * self.steps > self.most or self.enough(self.rule(state))
 
     def expected(self, state: State) -> int:
         """Of the probes that are wanted now."""
-        return self.before + _integer(state.numbers["wanted"]) * self.steps
+        return self.before + state.count("wanted") * self.steps
 
     def rule(self, state: State) -> GaussRules:
         """Of all probes as far as they are; at least one step must have been made."""
@@ -147,8 +147,8 @@ class StochasticLanczos:
 
     def _drawn(self, state: State) -> Recurrences:
         """Recurrences of new probes."""
-        count = min(WIDEST, _integer(state.numbers["wanted"]) - self._finished(state))
-        number = SALT + self.seed * 1_000_003 + _integer(state.numbers["round"])
+        count = min(WIDEST, state.count("wanted") - self._finished(state))
+        number = SALT + self.seed * 1_000_003 + state.count("round")
         generator, space = torch.Generator().manual_seed(number % 2**63), self.target.space
         rows = torch.empty(count, self.target.size, dtype=space.dtype, device=space.device)
         for i in range(count):
@@ -167,8 +167,3 @@ def _padded(given: Recurrences, steps: int) -> tuple[Tensor, Tensor]:
         return given.alphas, given.betas
     zeros = torch.zeros(missing + 1, given.width, dtype=torch.float64)
     return torch.cat([given.alphas, given.alphas[:1].expand(missing, -1)]), torch.cat([given.betas[:-1], zeros])
-
-
-def _integer(number: object) -> int:
-    assert isinstance(number, int)
-    return number

@@ -88,7 +88,7 @@ class Density(Result):
             negative = below + bumps(grid, peaks[None], heights * (outliers < 0), width)[0]
         mean = each.mean(0)
         return cls(
-            **vars(made),
+            **made.account,
             scale=look.scale,
             grid=shown,
             density=mean,
@@ -123,11 +123,7 @@ class Density(Result):
         rest = self.size - len(self.outliers)
         value, exact = rest * share + float(inside(self.outliers).sum()), self.method == "exact"
         return Estimate(
-            method=self.method,
-            products=self.products,
-            seconds=self.seconds,
-            converged=self.converged,
-            partial=self.partial,
+            **self.account,
             value=float(round(value)) if exact else value,
             error=0.0 if exact else rest * (error + bias),
         )

@@ -9,14 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import OptionError
-from curvalg.estimate.request import require_count
+from curvalg.estimate.proofs import require_symmetric
+from curvalg.estimate.request import (
+    Request,
+    require_count,
+    require_grid,
+    require_one_of,
+    require_outliers,
+    require_positive,
+)
 from curvalg.estimate.result import Result
 from curvalg.estimate.sampling.slq import StochasticLanczos
 from curvalg.estimate.spectra.curve import Density, Look
 from curvalg.estimate.spectra.eigen import confined, eigsh
 from curvalg.estimate.spectra.smooth import SCALES
-from curvalg.estimate.target import CHEAP, Target, require_symmetric, target
+from curvalg.estimate.target import CHEAP, Target, target
 from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
@@ -86,21 +93,22 @@ def spectral_density(
     True
     """
     begin, given = time.perf_counter(), target(op).in_units()
+    request = Request(seed, checkpoint, progress)
     probes, steps = require_count(probes, "probes"), require_count(steps, "steps")
-    _require(scale, outliers, grid, width)
-    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
-    before = require_symmetric(given, seed)
-    if not 0 <= outliers < given.size:
-        raise OptionError(
-            f"expected 0 ≤ outliers < {given.size} for {given.size} rows, got {outliers}; all eigenvalues are given by eigsh"
-        )
+    require_one_of(scale, "scale", SCALES)
+    require_grid(grid, scale)
+    if width is not None:
+        width = require_positive(width, "a width > 0, or None")
+    file = given.checkpoint(checkpoint)
+    before = require_symmetric(given, request.seed)
+    outliers = require_outliers(outliers, given.size)
     look = Look(scale, grid, width, steps)
     if (known := _exact(given, outliers, probes * steps)) is not None:
         return Density.of(*known, look, given.size, _made("exact", 0, time.perf_counter() - begin))
     peaks, locked = torch.zeros(0, dtype=torch.float64), given.rows(None, "outliers")
     if outliers:
         path = None if checkpoint is None else Path(checkpoint).with_name(f"{Path(checkpoint).name}.outliers")
-        pairs = eigsh(op, int(outliers), which="LM", seed=seed, checkpoint=path, progress=progress)
+        pairs = eigsh(op, outliers, which="LM", seed=seed, checkpoint=path, progress=progress)
         if pairs.partial:
             raise KeyboardInterrupt
         before, peaks = before + pairs.products, pairs.eigenvalues
@@ -140,19 +148,3 @@ def _exact(given: Target, outliers: int, products: int) -> tuple[GaussRules, Ten
     left = float(counts.sum())
     rule = GaussRules(values[None], counts[None] / left, (values[None], counts[None] / left))
     return rule, peaks.sort().values
-
-
-def _require(scale: Any, outliers: Any, grid: Any, width: Any) -> None:
-    if not isinstance(scale, str) or scale not in SCALES:
-        raise OptionError(f"expected scale to be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
-    if not isinstance(outliers, int) or isinstance(outliers, bool):
-        raise OptionError(f"expected outliers to be a number of eigenvalues, got {outliers!r}")
-    if isinstance(grid, Tensor):
-        if grid.ndim != 1 or not len(grid) or not bool((grid.diff() > 0).all()):
-            raise OptionError(f"expected ascending points (g,), got a tensor of shape {tuple(grid.shape)}")
-        if scale == "log" and not bool((grid > 0).all()):
-            raise OptionError("expected positive points on a log scale, which shows |λ| + floor; leave out the others")
-    else:
-        require_count(grid, "grid")
-    if width is not None and not (isinstance(width, (int, float)) and 0 < width < float("inf")):
-        raise OptionError(f"expected a width > 0, or None, got {width!r}")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
-from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, CurvalgWarning, OptionError, VectorError
-from curvalg.estimate.result import Eigenpairs, Result
+from curvalg.errors import VectorError
+from curvalg.estimate.proofs import require_symmetric
+from curvalg.estimate.request import OnFail, Request, require_block, require_one_of, require_pairs
+from curvalg.estimate.result import Eigenpairs
 from curvalg.estimate.spectra.eigenpair_search import Block, Lanczos
 from curvalg.estimate.spectra.exact import exact
-from curvalg.estimate.target import Target, require_symmetric, target
+from curvalg.estimate.target import Target, target
 from curvalg.lowering.vectors import Vector
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
@@ -22,8 +22,6 @@ from curvalg.solve.ends import SIDES, Which
 from curvalg.solve.orthogonal import orthonormalise
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.search import CHALLENGE, DONE, STAGNATED
-
-OnFail = Literal["raise", "warn"]
 
 
 def eigsh(
@@ -89,24 +87,12 @@ def eigsh(
     >>> values, vectors.shape
     (tensor([6., 6.], dtype=torch.float64), torch.Size([3, 2]))
     """
+    request = Request(seed, checkpoint, progress, on_fail, tol, exactness=True, maxiter=maxiter)
     given = target(op).in_units()
-    pairs, complaint = search(
-        given,
-        k,
-        which,
-        tol,
-        block=block,
-        v0=v0,
-        deflate=deflate,
-        seed=seed,
-        maxiter=maxiter,
-        on_fail=on_fail,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    pairs, complaint = search(given, k, which, request, block=block, v0=v0, deflate=deflate)
     pairs = dataclasses.replace(pairs, eigenvalues=given.back(pairs.eigenvalues), residuals=given.back(pairs.residuals))
     if complaint:
-        fail(complaint, pairs, on_fail)
+        request.fail(complaint, pairs)
     return pairs
 
 
@@ -114,43 +100,38 @@ def search(
     given: Target,
     k: int,
     which: Which,
-    tol: float | None,
+    request: Request,
     *,
     block: Block,
     v0: Vector | None,
-    deflate: Vector | Eigenpairs | None,
-    seed: int,
-    maxiter: int | None,
-    on_fail: OnFail,
-    checkpoint: FileName | None,
-    progress: bool,
+    deflate: Vector | Eigenpairs | None = None,
 ) -> tuple[Eigenpairs, str]:
     """The pairs of a target with a unit, in that unit, and what :func:`eigsh` has to complain about, "" for nothing."""
     begin = time.perf_counter()
-    _require(k, which, tol, block, maxiter, on_fail)
-    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
-    before = require_symmetric(given, seed)
+    require_one_of(which, "which", SIDES, _HINTS.get(str(which), ""))
+    block = require_block(block)
+    file = given.checkpoint(request.checkpoint)
+    before = require_symmetric(given, request.seed)
     locked = _locked(deflate, given)
-    if not 1 <= k <= given.size - len(locked):
-        deflated = f" of which {len(locked)} are deflated" if len(locked) else ""
-        raise OptionError(f"expected 1 ≤ k ≤ {given.size - len(locked)} for {given.size} rows{deflated}, got k={k}")
+    deflated = f" of which {len(locked)} are deflated" if len(locked) else ""
+    k = require_pairs(k, given.size - len(locked), f"{given.size} rows{deflated}")
     start = given.rows(v0, "v0")
-    tol = given.eigenvalue_tolerance(tol)
+    tol = given.eigenvalue_tolerance(request.tol)
     if not len(locked) and (pairs := exact(given, k, which, tol)) is not None:
         return dataclasses.replace(pairs, seconds=time.perf_counter() - begin), ""
     algorithm = Lanczos(
         target=confined(given, locked),
-        k=int(k),
+        k=k,
         which=which,
         tol=tol,
-        block=block if block == "auto" else int(block),
-        seed=int(seed),
+        block=block,
+        seed=int(request.seed),
         start_rows=start,
         locked=locked,
-        most=max(1000, 100 * k) if maxiter is None else int(maxiter),
+        most=max(1000, 100 * k) if request.maxiter is None else int(request.maxiter),
         before=before,
     )
-    outcome = run(algorithm, checkpoint=file, progress=progress)
+    outcome = run(algorithm, checkpoint=file, progress=request.progress)
     state = outcome.state if outcome.partial else algorithm.checked(outcome.state)
     values, vectors, residuals = algorithm.pairs(state)
     phase = algorithm.phase(state)
@@ -180,39 +161,7 @@ def _complaint(pairs: Eigenpairs, algorithm: Lanczos, phase: str) -> str:
     return f"{reached} in {pairs.products} products; {cure}"
 
 
-def fail(message: str, result: Result, on_fail: OnFail) -> None:
-    """Raise, or warn, on behalf of the caller of the caller.
-
-    Raises:
-        ConvergenceError: with the result.
-    """
-    if on_fail == "raise":
-        raise ConvergenceError(message, result)
-    warnings.warn(message, CurvalgWarning, stacklevel=3)
-
-
-def _require(k: Any, which: Any, tol: Any, block: Any, maxiter: Any, on_fail: Any) -> None:
-    if not _whole(k):
-        raise OptionError(f"expected an integer k ≥ 1, got {k!r}")
-    if not isinstance(which, str) or which not in SIDES:
-        raise OptionError(
-            f"expected which to be one of {', '.join(map(repr, SIDES))}, got {which!r}{_HINTS.get(str(which), '')}"
-        )
-    if tol is not None and (not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= float(tol) < 1):
-        raise OptionError(f"expected a relative tolerance 0 ≤ tol < 1, got {tol!r}; 0 asks for what rounding allows")
-    if block != "auto" and not (_whole(block) and block >= 1):
-        raise OptionError(f"expected block to be 'auto' or an integer ≥ 1, got {block!r}")
-    if maxiter is not None and not (_whole(maxiter) and maxiter >= 1):
-        raise OptionError(f"expected maxiter to be a number of products ≥ 1, or None, got {maxiter!r}")
-    if on_fail not in ("raise", "warn"):
-        raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
-
-
 _HINTS = {"SM": "; eigenvalues near zero are the largest of the inverse: eigsh(inverse(A).lower(problem))"}
-
-
-def _whole(number: Any) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _locked(deflate: Vector | Eigenpairs | None, given: Target) -> Tensor:

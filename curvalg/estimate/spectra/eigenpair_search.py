@@ -93,7 +93,7 @@ class Lanczos:
 
     def step(self, state: State) -> State:
         """One block of products."""
-        width, counter = self._width_of(state), _Counter(self.target.multiply, state.products)
+        width, counter = state.count("width"), _Counter(self.target.multiply, state.products)
         return self._pack(searching.step(self._unpack(state), self._aim(width), counter), width, counter.products)
 
     def done(self, state: State) -> bool:
@@ -102,17 +102,17 @@ class Lanczos:
 
     def expected(self, state: State) -> int:
         """As if all wanted pairs took as long as those that have converged."""
-        found = searching.settled(self._unpack(state), self._aim(self._width_of(state)))
+        found = searching.settled(self._unpack(state), self._aim(state.count("width")))
         return min(self.most, state.products * (self.k + 1) // (found + 1))
 
     def checked(self, state: State) -> State:
         """With true residuals, which takes k products if the search was stopped in between."""
-        width, counter = self._width_of(state), _Counter(self.target.multiply, state.products)
+        width, counter = state.count("width"), _Counter(self.target.multiply, state.products)
         return self._pack(searching.check(self._unpack(state), self._aim(width), counter), width, counter.products)
 
     def pairs(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """(values ascending, vectors as columns, residuals); residuals are estimates before a check."""
-        values, rows, residuals = searching.current(self._unpack(state), self._aim(self._width_of(state)))
+        values, rows, residuals = searching.current(self._unpack(state), self._aim(state.count("width")))
         return values, rows.T.contiguous(), residuals
 
     def phase(self, state: State) -> str:
@@ -147,11 +147,6 @@ class Lanczos:
 
         return choose_width(block, start, min(self.k, max(1, self.target.size // 8)))
 
-    def _width_of(self, state: State) -> int:
-        width = state.numbers["width"]
-        assert isinstance(width, int)
-        return width
-
     def _pack(self, search: Search, width: int, products: int) -> State:
         krylov = search.krylov
         tensors = {
@@ -179,15 +174,15 @@ class Lanczos:
             projected=tensors["projected"],
             coupling=tensors["coupling"],
             seed=self.seed,
-            draws=_integer(numbers["draws"]),
+            draws=state.count("draws"),
         )
         return Search(
             krylov,
             str(numbers["phase"]),
             tensors["values"],
             tensors["residuals"],
-            _integer(numbers["refuted"]),
-            _integer(numbers["blocks"]),
+            state.count("refuted"),
+            state.count("blocks"),
         )
 
 
@@ -201,8 +196,3 @@ class _Counter:
         result = self.matmul(x)
         self.products += x.shape[1]
         return result
-
-
-def _integer(number: object) -> int:
-    assert isinstance(number, int)
-    return number

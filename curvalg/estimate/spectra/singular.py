@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.errors import OptionError
+from curvalg.estimate.request import OnFail, Request, require_pairs
 from curvalg.estimate.result import Eigenpairs, Result, axes
-from curvalg.estimate.spectra.eigen import OnFail, fail, search
+from curvalg.estimate.spectra.eigen import search
 from curvalg.estimate.spectra.eigenpair_search import Block
 from curvalg.estimate.target import Target, target
 from curvalg.lowering.vectors import Vector
@@ -87,12 +87,10 @@ def svds(
     >>> s.round(decimals=4)
     tensor([2., 3.], dtype=torch.float64)
     """
+    request = Request(seed, checkpoint, progress, on_fail, tol, exactness=True, maxiter=maxiter)
     begin, given = time.perf_counter(), target(op).in_units()
-    if isinstance(k, int) and k > min(given.shape):
-        raise OptionError(f"expected 1 ≤ k ≤ {min(given.shape)} for {given.name} of shape {given.shape}, got k={k}")
-    options: dict[str, Any] = {"block": block, "v0": v0, "deflate": None, "seed": seed, "maxiter": maxiter}
-    more: dict[str, Any] = {"on_fail": on_fail, "checkpoint": checkpoint, "progress": progress}
-    pairs, complaint = search(gram(given), k, "LA", tol, **options, **more)
+    k = require_pairs(k, min(given.shape), f"{given.name} of shape {given.shape}")
+    pairs, complaint = search(gram(given), k, "LA", request, block=block, v0=v0)
     made = _triplets(given, pairs)
     triplets = dataclasses.replace(
         made,
@@ -101,7 +99,7 @@ def svds(
         seconds=max(pairs.seconds, time.perf_counter() - begin),
     )
     if complaint:
-        fail(complaint, triplets, on_fail)
+        request.fail(complaint, triplets)
     return triplets
 
 
@@ -147,14 +145,5 @@ def _triplets(given: Target, pairs: Eigenpairs) -> SingularTriplets:
     s = values.to(found)
     residuals = small(torch.hypot((images - other * s).norm(dim=0), (back(other) - found * s).norm(dim=0)))
     left, right = (other, found) if n <= m else (found, other)
-    return SingularTriplets(
-        method="lanczos",
-        products=2 * pairs.products + 2 * len(values),
-        seconds=pairs.seconds,
-        converged=pairs.converged,
-        partial=pairs.partial,
-        left=left,
-        values=values,
-        right=right,
-        residuals=residuals,
-    )
+    account = {**pairs.account, "method": "lanczos", "products": 2 * pairs.products + 2 * len(values)}
+    return SingularTriplets(**account, left=left, values=values, right=right, residuals=residuals)

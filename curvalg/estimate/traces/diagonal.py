@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from curvalg.estimate.estimating import Methods, OnFail, Request, require_square
+from curvalg.estimate.proofs import require_square
+from curvalg.estimate.request import OnFail, Request, require_one_of
 from curvalg.estimate.result import Estimate, exactly
+from curvalg.estimate.sampling.estimator import Estimator, UnitVectors
+from curvalg.estimate.sampling.integrands import DIAGONAL
+from curvalg.estimate.sampling.sampled import sampled
 from curvalg.estimate.target import target
-from curvalg.estimate.traces.xdiag import DiagonalEntries, HutchinsonDiagonal, XDiag
+from curvalg.estimate.traces.hutchinson import RunningMean
+from curvalg.estimate.traces.xdiag import XDiag
 from curvalg.runs.run_file import FileName
 
-METHODS: Methods = {kind.method: kind for kind in (DiagonalEntries, HutchinsonDiagonal, XDiag)}
+METHODS: Mapping[str, type[Estimator]] = {kind.method: kind for kind in (UnitVectors, RunningMean, XDiag)}
 
 
 def diagonal(
@@ -56,13 +62,11 @@ def diagonal(
     >>> diagonal(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).value
     tensor([2., 3.], dtype=torch.float64)
     """
-    request = Request(products, tol, method, seed, maxiter, on_fail, checkpoint, progress)
-    request.known(METHODS)
+    request = Request(seed, checkpoint, progress, on_fail, tol, products=products, maxiter=maxiter)
+    require_one_of(method, "method", ("auto", *METHODS))
     begin, given = time.perf_counter(), target(op)
     require_square(given, "diagonal")
     if method in ("auto", "exact") and (known := given.structured("diagonal", products)) is not None:
         return exactly(*known, begin)
-    name = method
-    if method == "auto":
-        name = DiagonalEntries.method if given.size <= products else XDiag.method
-    return request.estimate(request.algorithm(METHODS[name], given), "diagonal")
+    best = UnitVectors if given.size <= products else XDiag
+    return sampled(best if method == "auto" else METHODS[method], DIAGONAL, given, request, "diagonal")

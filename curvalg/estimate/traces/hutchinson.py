@@ -1,4 +1,4 @@
-"""Traces by independent samples."""
+"""Means of independent samples."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvalg.estimate.sampling.probes import pairwise
-from curvalg.estimate.sampling.sampler import Sketch, Tensors, standard_error
+from curvalg.estimate.sampling.error_bar import standard_error
+from curvalg.estimate.sampling.estimator import Estimator, Tensors
 from curvalg.runs.run_state import Form
 
 
-class Hutchinson(Sketch):
-    """tr A = E ωᵀAω (Girard, 1987; Hutchinson, 1990); best for flat spectra.
-
-    On the sphere rather than with signs or Gaussians: multiples of the identity then have no error in any basis.
-    """
+class SampleMean(Estimator):
+    """The mean of any number of samples (Girard, 1987; Hutchinson, 1990); best for flat spectra."""
 
     method: ClassVar[str] = "hutchinson"
     keeps: ClassVar[bool] = False
@@ -28,12 +25,8 @@ class Hutchinson(Sketch):
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """More samples; the vectors are forgotten."""
         omega = self.probes.rows(start, stop)
-        samples = self.sample(omega, self._multiply(omega))
+        samples = self.integrand.samples(omega, self.multiply(omega))
         return {"samples": torch.cat([sketch["samples"], samples])}, stop - start
-
-    def sample(self, omega: Tensor, images: Tensor) -> Tensor:
-        """One number for each vector."""
-        return pairwise(omega, images)
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """Their mean; of a multiple of the identity they differ by less than rounding does to all of them."""
@@ -41,17 +34,35 @@ class Hutchinson(Sketch):
         noise = torch.finfo(self.target.space.dtype).eps * samples.abs().mean()
         return samples.mean(), torch.hypot(standard_error(samples), noise)
 
-    def _columns(self, budget: int) -> int:
-        return budget // self.price
+    @classmethod
+    def columns(cls, multiplications: int, size: int) -> int:
+        """As many, for no vector is held."""
+        return multiplications
 
 
-class SquaredNorms(Hutchinson):
-    """‖A‖²_F = tr AᵀA = E ‖Aω‖², without products with Aᵀ; operators may be rectangular."""
+class RunningMean(SampleMean):
+    """The same of vectors, of which only mean and squared deviations are kept (Bekas, Kokiopoulou and Saad, 2007).
 
-    def sample(self, omega: Tensor, images: Tensor) -> Tensor:
-        """‖Aω‖²."""
-        return pairwise(images, images)
+    Of a diagonal by signs, the error of entry i is that of the rest of row i.
+    """
 
-    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
-        """Squared norms."""
-        return pairwise(images, images).sum()
+    large: ClassVar[tuple[str, ...]] = ("mean", "squares")
+
+    def form(self, columns: int) -> Form:
+        """Mean and squared deviations."""
+        entries = torch.float64, (self.target.size,)
+        return {"mean": entries, "squares": entries}
+
+    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
+        """Updated as samples come (Welford, 1962)."""
+        omega = self.probes.rows(start, stop)
+        mean, squares = sketch["mean"], sketch["squares"]
+        for count, (x, y) in enumerate(zip(omega, self.multiply(omega), strict=True), start + 1):
+            sample = self.integrand.at(x, y)
+            old, mean = mean, mean + (sample - mean) / count
+            squares = squares + (sample - old) * (sample - mean)
+        return {"mean": mean, "squares": squares}, stop - start
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """The mean, with its standard error entry by entry."""
+        return sketch["mean"].clone(), (sketch["squares"] / max(0, columns - 1) / columns).sqrt()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.sampling.error_bar import Rest
-from curvalg.estimate.sampling.probes import inner, pairwise
-from curvalg.estimate.sampling.sampler import Tensors
+from curvalg.estimate.sampling.estimator import Tensors
+from curvalg.estimate.sampling.probes import inner
 from curvalg.estimate.traces.range_basis import Range
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown
@@ -31,10 +31,10 @@ class HutchPlusPlus(Range):
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """Both kinds of vectors are multiplied at once."""
-        products = self._multiply(self.probes.rows(2 * start, 2 * stop, 2 * self._columns(self.products)))
+        products = self.multiply(self.probes.rows(2 * start, 2 * stop, 2 * self.room))
         extended = self.with_range_of(sketch, products[::2])
         before = sketch["products of samples"]
-        extended["products of samples"] = grown(before, products[1::2].contiguous(), self._columns(self.products))
+        extended["products of samples"] = grown(before, products[1::2].contiguous(), self.room)
         return extended, 2 * (stop - start) + len(extended["basis"]) - len(sketch["basis"])
 
     def range_probes(self, columns: int) -> Tensor:
@@ -50,12 +50,12 @@ class HutchPlusPlus(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """From inner products, so that g need not be projected before it is multiplied."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        trace = pairwise(Q, Z).sum()
+        trace = self.integrand.total(Q, Z)
         if len(R) < columns or len(R) == n:
             return trace, self.noise(R)
         g, images = self.probes.rows(0, 2 * columns)[1::2], sketch["products of samples"]
         X, T, Y, H = inner(Q, g), inner(Z, g), inner(Q, images), inner(Q, Z)
-        outside = pairwise(g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
+        outside = self.integrand.samples(g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
         scale = (n - columns) / (n - X.square().sum(0))
         outside = outside * scale
         rest = Rest(Q, Z, g, images, X, Y - H @ X, scale, outside, n - columns)

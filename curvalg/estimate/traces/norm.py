@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 
-from curvalg.errors import ConvergenceError, FactsError, OptionError
-from curvalg.estimate.estimating import Methods, OnFail, Request, require_psd, scaled
+from curvalg.errors import ConvergenceError, FactsError
+from curvalg.estimate.proofs import require_psd
+from curvalg.estimate.request import OnFail, Request, require_one_of
 from curvalg.estimate.result import Eigenpairs, Estimate, exactly
-from curvalg.estimate.sampling.sampler import Sketch, UnitVectors
+from curvalg.estimate.sampling.estimator import Estimator, UnitVectors
+from curvalg.estimate.sampling.integrands import SQUARED_NORM, TRACE
+from curvalg.estimate.sampling.sampled import sampled
 from curvalg.estimate.spectra.eigen import eigsh
 from curvalg.estimate.spectra.singular import SingularTriplets, gram, svds
 from curvalg.estimate.target import Target, target
-from curvalg.estimate.traces.hutchinson import SquaredNorms
+from curvalg.estimate.traces.hutchinson import SampleMean
 from curvalg.estimate.traces.trace import trace
 from curvalg.estimate.traces.xnystrace import XNysTrace
 from curvalg.lowering.matrices import Eigh
@@ -25,7 +28,7 @@ from curvalg.runs.run_file import FileName
 from curvalg.solve.powers import norms
 
 PRODUCTS = 60
-METHODS: Methods = {kind.method: kind for kind in (UnitVectors, SquaredNorms, XNysTrace)}
+METHODS: Mapping[str, type[Estimator]] = {kind.method: kind for kind in (UnitVectors, SampleMean, XNysTrace)}
 
 
 def norm(
@@ -72,49 +75,40 @@ def norm(
     >>> norm(torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])).value
     5.0
     """
-    if isinstance(ord, bool) or not (isinstance(ord, (str, int)) and ord in ORDERS):
-        raise OptionError(f"expected ord to be one of {', '.join(map(repr, ORDERS))}, got {ord!r}")
+    require_one_of(ord, "ord", ORDERS)
     given = target(op)
     # Checked for all norms; the spectral one takes as many as maxiter, and eigsh checks that.
     request = Request(
-        PRODUCTS if products is None else products,
-        tol,
-        method,
-        seed,
-        maxiter if products is not None or maxiter is None else max(maxiter, PRODUCTS),
-        on_fail,
-        checkpoint,
-        progress,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+        on_fail=on_fail,
+        tol=tol,
+        products=PRODUCTS if products is None else products,
+        maxiter=maxiter if products is not None or maxiter is None else max(maxiter, PRODUCTS),
     )
-    return ORDERS[ord](given, request, maxiter if products is None or maxiter is not None else products)
+    return ORDERS[ord](given, request, method, maxiter if products is None or maxiter is not None else products)
 
 
-def _frobenius(given: Target, request: Request, _: int | None) -> Estimate:
-    request.known(METHODS)
-    kind: type[Sketch]
-    method, exactable = request.method, request.method in ("auto", "exact")
+def _frobenius(given: Target, request: Request, method: str, _: int | None) -> Estimate:
+    require_one_of(method, "method", ("auto", *METHODS))
+    exactable = method in ("auto", "exact")
     if exactable and (found := _by_eigenvalues(given, request.products)) is not None:
         return found
-    if exactable and (method == "exact" or given.size <= request.products):
-        kind, multiplied, price = _Columns, given, 1
-    elif method == XNysTrace.method or (method == "auto" and _has_adjoint(given) and request.products >= 4):
-        kind, multiplied, price = XNysTrace, dataclasses.replace(gram(given.in_units()), psd=True), 2
-    else:
-        kind, multiplied, price = SquaredNorms, given, 1
     # d √x / √x = d x / 2x
     squared = dataclasses.replace(request, tol=None if request.tol is None else min(2 * request.tol, 1 - 1e-9))
-    return squared.estimate(squared.algorithm(kind, multiplied, price), "squared Frobenius norm", _root)
-
-
-class _Columns(UnitVectors):
-    """Σ of the squared norms of all columns."""
-
-    contribution = SquaredNorms.contribution
+    if method == "auto" and given.size > request.products:
+        by_gram = request.products >= 4 and _has_adjoint(given)
+        method = XNysTrace.method if by_gram else SampleMean.method
+    kind, integrand, multiplied, price = METHODS.get(method, UnitVectors), SQUARED_NORM, given, 1
+    if kind is XNysTrace:
+        integrand, multiplied, price = TRACE, dataclasses.replace(gram(given.in_units()), psd=True), 2
+    return sampled(kind, integrand, multiplied, squared, "squared Frobenius norm", price=price, finish=_root)
 
 
 def _root(squared: Estimate) -> Estimate:
     value, error = math.sqrt(max(0.0, float(squared.value))), float(squared.error)
-    return scaled(squared, value, error / (2 * value) if value else math.sqrt(error))
+    return dataclasses.replace(squared, value=value, error=error / (2 * value) if value else math.sqrt(error))
 
 
 def _by_eigenvalues(given: Target, products: int) -> Estimate | None:
@@ -138,17 +132,9 @@ def _has_adjoint(given: Target) -> bool:
     return True
 
 
-def _spectral(given: Target, request: Request, most: int | None) -> Estimate:
-    if request.method != "auto":
-        raise OptionError(f"expected method='auto' for the spectral norm, got {request.method!r}; leave it out")
-    options: dict[str, Any] = {
-        "tol": request.tol,
-        "seed": request.seed,
-        "maxiter": most,
-        "on_fail": request.on_fail,
-        "checkpoint": request.checkpoint,
-        "progress": request.progress,
-    }
+def _spectral(given: Target, request: Request, method: str, most: int | None) -> Estimate:
+    require_one_of(method, "method", ("auto",), "; leave it out for the spectral norm")
+    options: dict[str, Any] = {**_shared(request), "maxiter": most}
     try:
         return _largest(eigsh(given, 1, which="LM", **options) if given.symmetric else svds(given, 1, **options))
     except ConvergenceError as error:
@@ -159,27 +145,22 @@ def _spectral(given: Target, request: Request, most: int | None) -> Estimate:
 
 def _largest(found: Eigenpairs | SingularTriplets) -> Estimate:
     values = found.eigenvalues if isinstance(found, Eigenpairs) else found.values
-    return Estimate(
-        method=found.method,
-        products=found.products,
-        seconds=found.seconds,
-        converged=found.converged,
-        partial=found.partial,
-        value=float(values[-1].abs()),
-        error=float(found.residuals[-1]),
-    )
+    return Estimate(**found.account, value=float(values[-1].abs()), error=float(found.residuals[-1]))
 
 
-def _nuclear(given: Target, request: Request, _: int | None) -> Estimate:
+def _nuclear(given: Target, request: Request, method: str, _: int | None) -> Estimate:
     reason = (
         "the nuclear norm is the trace of such operators only; use ord='fro', or svds for the largest singular values"
     )
     require_psd(given if given.psd is not None else dataclasses.replace(given, psd=False), reason)
-    options = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    return trace(given, **options)
+    return trace(given, method=method, products=request.products, maxiter=request.maxiter, **_shared(request))
 
 
-ORDERS: dict[str | int, Callable[[Target, Request, int | None], Estimate]] = {
+def _shared(request: Request) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in ("tol", "seed", "on_fail", "checkpoint", "progress")}
+
+
+ORDERS: dict[str | int, Callable[[Target, Request, str, int | None], Estimate]] = {
     "fro": _frobenius,
     "spectral": _spectral,
     "nuclear": _nuclear,

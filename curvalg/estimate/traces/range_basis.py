@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from curvalg.estimate.sampling.estimator import Estimator, Tensors, independent
 from curvalg.estimate.sampling.probes import inner
-from curvalg.estimate.sampling.sampler import Sketch, Tensors, independent
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, orthonormalise
 
 
-class Range(Sketch):
+class Range(Estimator):
     """An orthonormal basis Q of the range of A Ω, with its images; Q R = A Ω."""
 
     multiplications: ClassVar[int] = 2
@@ -27,9 +27,7 @@ class Range(Sketch):
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """The basis with new directions; old ones stay, and so do their images."""
-        extended = self.with_range_of(
-            sketch, self._multiply(self.probes.rows(start, stop, self._columns(self.products)))
-        )
+        extended = self.with_range_of(sketch, self.multiply(self.probes.rows(start, stop, self.room)))
         return extended, stop - start + len(extended["basis"]) - len(sketch["basis"])
 
     def range_probes(self, columns: int) -> Tensor:
@@ -43,7 +41,7 @@ class Range(Sketch):
         directions, coefficients, coupling = orthonormalise(products, basis, scale)
         new = len(directions)
         if new:
-            room = self._columns(self.products)
+            room = self.room
             images = grown(images, self.images(directions), room)
             basis = grown(basis, directions, room)
         below = torch.cat([torch.zeros(new, triangle.shape[1], dtype=torch.float64), coupling], 1)
@@ -71,18 +69,6 @@ class Range(Sketch):
         """
         frobenius: Tensor = triangle.norm() / math.sqrt(max(1, triangle.shape[1]))
         return frobenius * (torch.finfo(self.target.space.dtype).eps * math.sqrt(self.target.size))
-
-
-def shared_error(directions: Tensor, missed: Tensor) -> Tensor:
-    """The standard error of a mean of leave-one-out estimates that lack much the same.
-
-    Estimate i leaves out one direction sᵢ of the basis, with sᵢᵀAsᵢ of the trace, and puts (ωᵢᵀsᵢ)² sᵢᵀAsᵢ in its place, of
-    variance 2 (sᵢᵀAsᵢ)². Where R is nearly singular, as just before the rank of the operator is reached, all sᵢ are nearly
-    parallel: then the estimates agree with each other and are wrong together, which their spread does not show. So their
-    covariances are taken as 2 (sᵢᵀsⱼ)² sᵢᵀAsᵢ sⱼᵀAsⱼ.
-    """
-    variance: Tensor = 2 * missed @ (directions.T @ directions).square() @ missed / len(missed) ** 2
-    return torch.sqrt(variance.clamp_min(0))
 
 
 def left_out(triangle: Tensor) -> Tensor:

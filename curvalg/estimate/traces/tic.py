@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, FactsError, OptionError
-from curvalg.estimate.estimating import OnFail
+from curvalg.errors import ExpressionError, FactsError
+from curvalg.estimate.request import OnFail, require_positive
 from curvalg.estimate.result import Estimate, exactly
 from curvalg.estimate.target import Target, require_problem, target
 from curvalg.estimate.traces.trace import trace
@@ -96,8 +96,7 @@ def tic(
                 f"tic: {what} is an expression on parameters, all of them, such as registry.build('ggn'), got {expr!s}; for "
                 "some of them make a Problem with params=..."
             )
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < float("inf"):
-        raise OptionError(f"tic: damping is a finite number ≥ 0, got {damping!r}")
+    damping = require_positive(damping, "a damping ≥ 0", zero=True)
     damped = H + damping * Identity
     if problem.size <= {"auto": DENSE, "exact": MOST}.get(method, 0):
         A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from curvalg.estimate.estimating import (
-    Methods,
-    OnFail,
-    Request,
-    require_psd,
-    require_square,
-)
+from curvalg.estimate.proofs import require_psd, require_square
+from curvalg.estimate.request import OnFail, Request, require_one_of
 from curvalg.estimate.result import Estimate, exactly
-from curvalg.estimate.sampling.sampler import Sketch, UnitVectors
-from curvalg.estimate.target import Target, target
-from curvalg.estimate.traces.hutchinson import Hutchinson
+from curvalg.estimate.sampling.estimator import Estimator, UnitVectors
+from curvalg.estimate.sampling.integrands import TRACE
+from curvalg.estimate.sampling.sampled import sampled
+from curvalg.estimate.target import target
+from curvalg.estimate.traces.hutchinson import SampleMean
 from curvalg.estimate.traces.hutchpp import HutchPlusPlus
 from curvalg.estimate.traces.xnystrace import XNysTrace
 from curvalg.estimate.traces.xtrace import XTrace
 from curvalg.runs.run_file import FileName
 
-METHODS: Methods = {kind.method: kind for kind in (UnitVectors, Hutchinson, HutchPlusPlus, XTrace, XNysTrace)}
+METHODS: Mapping[str, type[Estimator]] = {
+    kind.method: kind for kind in (UnitVectors, SampleMean, HutchPlusPlus, XTrace, XNysTrace)
+}
 
 
 def trace(
@@ -89,25 +89,13 @@ def trace(
     >>> estimate.value, estimate.error, estimate.method
     (6.0, 0.0, 'exact')
     """
-    request = Request(products, tol, method, seed, maxiter, on_fail, checkpoint, progress)
-    request.known(METHODS)
+    request = Request(seed, checkpoint, progress, on_fail, tol, products=products, maxiter=maxiter)
+    require_one_of(method, "method", ("auto", *METHODS))
     begin, given = time.perf_counter(), target(op)
     require_square(given, "trace")
     if method in ("auto", "exact") and (known := given.structured("trace", products)) is not None:
         return exactly(*known, begin)
-    return request.estimate(request.algorithm(chosen(given, request), given), "trace")
-
-
-def chosen(given: Target, request: Request) -> type[Sketch]:
-    """The method that was asked for, or the best one.
-
-    Raises:
-        FactsError: the operator is not proved to be what the method needs.
-    """
-    if request.method == "auto":
-        if given.size <= request.products:
-            return UnitVectors
-        return XNysTrace if given.psd else XTrace
-    if request.method == XNysTrace.method:
+    if method == XNysTrace.method:
         require_psd(given, "use method='xtrace', or write an expression that is proved to be, such as ggn")
-    return METHODS[request.method]
+    best = UnitVectors if given.size <= products else XNysTrace if given.psd else XTrace
+    return sampled(best if method == "auto" else METHODS[method], TRACE, given, request, "trace")

@@ -1,53 +1,17 @@
-"""Diagonals by random products."""
+"""Diagonals by low-rank approximations, with every test vector used twice."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
+from curvalg.estimate.sampling.error_bar import standard_error
+from curvalg.estimate.sampling.estimator import Tensors
 from curvalg.estimate.sampling.probes import SLICE, inner
-from curvalg.estimate.sampling.sampler import Sketch, Tensors, UnitVectors, standard_error
 from curvalg.estimate.traces.range_basis import Range, left_out
-from curvalg.runs.run_state import Form
-
-
-class HutchinsonDiagonal(Sketch):
-    """diag A = E ω ⊙ Aω with signs ω (Bekas, Kokiopoulou and Saad, 2007); the error of entry i is that of the rest of row i."""
-
-    method: ClassVar[str] = "hutchinson"
-    distribution: ClassVar[Literal["sphere", "signs"]] = "signs"
-    keeps: ClassVar[bool] = False
-
-    def form(self, columns: int) -> Form:
-        """Sums."""
-        entries = torch.float64, (self.target.size,)
-        return {"mean": entries, "squares": entries}
-
-    large: ClassVar[tuple[str, ...]] = ("mean", "squares")
-
-    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
-        """Mean and squared deviations, updated as samples come (Welford, 1962)."""
-        omega = self.probes.rows(start, stop)
-        mean, squares = sketch["mean"], sketch["squares"]
-        for count, (x, y) in enumerate(zip(omega, self._multiply(omega), strict=True), start + 1):
-            sample = x.double() * y.double()
-            old, mean = mean, mean + (sample - mean) / count
-            squares = squares + (sample - old) * (sample - mean)
-        return {"mean": mean, "squares": squares}, stop - start
-
-    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """The mean, with its standard error entry by entry."""
-        return sketch["mean"].clone(), (sketch["squares"] / max(0, columns - 1) / columns).sqrt()
-
-    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
-        """Entry by entry."""
-        return entries(rows, images)
-
-    def _columns(self, budget: int) -> int:
-        return budget
 
 
 class XDiag(Range):
@@ -58,12 +22,11 @@ class XDiag(Range):
 
     method: ClassVar[str] = "xdiag"
     safety: ClassVar[float] = 1.25
-    distribution: ClassVar[Literal["sphere", "signs"]] = "signs"
 
     def images(self, rows: Tensor) -> Tensor:
         """AᵀQ."""
         if self.target.symmetric:
-            return self._multiply(rows)
+            return self.multiply(rows)
         try:
             return self.target.adjoint(rows.T).T.contiguous()
         except FactsError as error:
@@ -73,14 +36,10 @@ class XDiag(Range):
         """The basis; of test vectors the products with A, not Aᵀ, are known."""
         return super().known(sketch, columns) if self.target.symmetric else (sketch["basis"], sketch["images"])
 
-    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
-        """Entry by entry."""
-        return entries(rows, images)
-
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All leave-one-out estimates, some entries at a time."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        value, omega = self.contribution(Q, Z), self.range_probes(columns)
+        value, omega = self.integrand.total(Q, Z), self.range_probes(columns)
         if len(R) < columns:
             # Of few entries, the same signs may be drawn twice: then R is singular and still not all of the range is there.
             kept = distinct(omega)
@@ -100,22 +59,6 @@ class XDiag(Range):
             shared = (missed * (alike @ missed)).sum(0).clamp_min(0).sqrt() / columns
             error[part] = torch.hypot(standard_error(samples), shared)
         return value, torch.hypot(error, torch.full_like(error, float(self.noise(R)) / n**0.5))
-
-
-class DiagonalEntries(UnitVectors):
-    """All entries, by unit vectors."""
-
-    def contribution(self, rows: Tensor, images: Tensor) -> Tensor:
-        """Entry by entry."""
-        return entries(rows, images)
-
-
-def entries(rows: Tensor, images: Tensor) -> Tensor:
-    """Σ over rows of row ⊙ image, in float64, on their device."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for x, y in zip(rows, images, strict=True):
-        total += x.double() * y.double()
-    return total
 
 
 def distinct(rows: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
+from curvalg.estimate.sampling.error_bar import shared_error, standard_error
+from curvalg.estimate.sampling.estimator import Estimator, Tensors, independent
 from curvalg.estimate.sampling.probes import inner
-from curvalg.estimate.sampling.sampler import Sketch, Tensors, independent, standard_error
-from curvalg.estimate.traces.range_basis import shared_error
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, small
 
 
-class XNysTrace(Sketch):
+class XNysTrace(Estimator):
     """The mean over i of tr A⟨Ω₍ᵢ₎⟩ + ωᵢᵀ(A − A⟨Ω₍ᵢ₎⟩)ωᵢ, with the Nyström approximation A⟨Ω⟩ = AΩ (ΩᵀAΩ)⁻¹ (AΩ)ᵀ.
 
     With test vectors normalised after the projection. Epperly, Tropp and Webber, SIAM J. Matrix Anal. Appl. 2024.
@@ -31,8 +31,8 @@ class XNysTrace(Sketch):
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """More products."""
-        products = self._multiply(self.probes.rows(start, stop, self._columns(self.products)))
-        room = self._columns(self.products)
+        products = self.multiply(self.probes.rows(start, stop, self.room))
+        room = self.room
         return {"sketch": grown(sketch["sketch"], products, room)}, stop - start
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:

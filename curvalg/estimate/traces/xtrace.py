@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.sampling.error_bar import Rest
-from curvalg.estimate.sampling.probes import inner, pairwise
-from curvalg.estimate.sampling.sampler import Tensors
+from curvalg.estimate.sampling.estimator import Tensors
+from curvalg.estimate.sampling.probes import inner
 from curvalg.estimate.traces.range_basis import Range, left_out
 
 
@@ -29,7 +29,7 @@ class XTrace(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All m leave-one-out estimates in O(m³) from inner products."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        trace = pairwise(Q, Z).sum()
+        trace = self.integrand.total(Q, Z)
         if len(R) < columns or len(R) == n:
             # The range is spanned by fewer vectors than were tried, or is everything: nothing is left outside, and R, which
             # the formulas below invert, is singular in the first case.
