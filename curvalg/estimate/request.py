@@ -93,6 +93,16 @@ def require_one_of(value: Any, name: str, known: Collection[Any], hint: str = ""
         raise OptionError(f"expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}{hint}")
 
 
+def require_auto(method: Any, quantity: str) -> None:
+    """No choice of a method, for a quantity that has but one.
+
+    Raises:
+        ExpressionError: another than "auto".
+    """
+    if not isinstance(method, str) or method != "auto":
+        raise OptionError(f"expected method='auto' for {quantity}, got {method!r}; leave it out")
+
+
 def require_pairs(k: Any, most: int, of: str) -> int:
     """How many eigenvalues or singular values, of at most so many.
 

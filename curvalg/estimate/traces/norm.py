@@ -12,7 +12,7 @@ import torch
 
 from curvalg.errors import ConvergenceError, FactsError
 from curvalg.estimate.proofs import require_psd
-from curvalg.estimate.request import OnFail, Request, require_one_of
+from curvalg.estimate.request import OnFail, Request, require_auto, require_one_of
 from curvalg.estimate.result import Eigenpairs, Estimate, exactly
 from curvalg.estimate.sampling.estimator import Estimator, UnitVectors
 from curvalg.estimate.sampling.integrands import SQUARED_NORM, TRACE
@@ -133,7 +133,7 @@ def _has_adjoint(given: Target) -> bool:
 
 
 def _spectral(given: Target, request: Request, method: str, most: int | None) -> Estimate:
-    require_one_of(method, "method", ("auto",), "; leave it out for the spectral norm")
+    require_auto(method, "the spectral norm")
     options: dict[str, Any] = {**_shared(request), "maxiter": most}
     try:
         return _largest(eigsh(given, 1, which="LM", **options) if given.symmetric else svds(given, 1, **options))

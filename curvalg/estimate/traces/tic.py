@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -96,7 +95,7 @@ def tic(
                 f"tic: {what} is an expression on parameters, all of them, such as registry.build('ggn'), got {expr!s}; for "
                 "some of them make a Problem with params=..."
             )
-    damping = require_positive(damping, "a damping ≥ 0", zero=True)
+    require_positive(damping, "a damping ≥ 0", zero=True)
     damped = H + damping * Identity
     if problem.size <= {"auto": DENSE, "exact": MOST}.get(method, 0):
         A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()
@@ -135,12 +134,11 @@ def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C:
     def subject() -> Options:
         return {**target(solve).subject(), "covariance": str(C)}
 
-    facts = solve.facts
     if isinstance(C, Term) and type(C).factor is not Term.factor and problem.data.ordered:
         with problem.differentiating():
             columns = WeightedFactor(problem, solve.snapshot, [(1.0, C)])
             columns.factor.prepare(problem, solve.snapshot)
-        size = columns.factor.size
+        size, psd = columns.factor.size, bool(solve.facts.psd)
 
         def multiply(y: Tensor) -> Tensor:
             with problem.differentiating():
@@ -148,22 +146,13 @@ def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C:
             solved = solve @ pulled
             with problem.differentiating():
                 return columns.analyse(solved)
+    else:
+        made, psd = target(covariance), False
+        size = made.size
 
-        return _square(problem, size, name, multiply, subject, psd=bool(facts.psd))
-    made = target(covariance)
-    return _square(problem, made.size, name, lambda x: solve @ made.multiply(x), subject, psd=False)
+        def multiply(y: Tensor) -> Tensor:
+            product: Tensor = solve @ made.multiply(y)
+            return product
 
-
-def _square(
-    problem: Problem,
-    size: int,
-    name: str,
-    multiply: Callable[[Tensor], Tensor],
-    subject: Callable[[], Options],
-    *,
-    psd: bool,
-) -> Target:
-    space = Space(size, None, problem.dtype, problem.device)
-    return Target(
-        name, (size, size), space, multiply, multiply, psd or None, subject, psd=psd, choices=Choices.of(problem)
-    )
+    space, choices = Space(size, None, problem.dtype, problem.device), Choices.of(problem)
+    return Target(name, (size, size), space, multiply, multiply, psd or None, subject, psd=psd, choices=choices)

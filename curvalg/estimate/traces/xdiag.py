@@ -55,7 +55,7 @@ class XDiag(Range):
             left, right = (S.T.to(value) @ rows[:, part].double() for rows in (Q, Z))
             samples = left * (outside * omega[:, part].double() - right)
             value[part] += samples.mean(0)
-            missed = left * right  # as of range.shared_error, entry by entry
+            missed = left * right  # as of error_bar.shared_error, entry by entry
             shared = (missed * (alike @ missed)).sum(0).clamp_min(0).sqrt() / columns
             error[part] = torch.hypot(standard_error(samples), shared)
         return value, torch.hypot(error, torch.full_like(error, float(self.noise(R)) / n**0.5))
