@@ -103,15 +103,15 @@ def require_auto(method: Any, quantity: str) -> None:
         raise OptionError(f"expected method='auto' for {quantity}, got {method!r}; leave it out")
 
 
-def require_pairs(k: Any, most: int, of: str) -> int:
-    """How many eigenvalues or singular values, of at most so many.
+def require_pairs(k: Any, most: int | None = None, of: str = "") -> int:
+    """How many eigenvalues or singular values, of at most so many where that is known.
 
     Raises:
         ExpressionError: no integer, or one that is out of range.
     """
     if not _whole(k):
         raise OptionError(f"expected an integer k ≥ 1, got {k!r}")
-    if not 1 <= k <= most:
+    if most is not None and not 1 <= k <= most:
         raise OptionError(f"expected 1 ≤ k ≤ {most} for {of}, got k={k}")
     return int(k)
 

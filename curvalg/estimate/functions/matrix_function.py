@@ -101,7 +101,7 @@ def matrix_function(
     steps = steps if steps == "auto" else require_count(steps, "steps")
     default = 1e-5 if given.space.dtype == torch.float32 else 1e-10
     tol = max(default, given.half) if tol is None else float(tol)
-    file = given.checkpoint(checkpoint)  # a place that cannot be written to is refused before anything is computed
+    file = given.checkpoint(checkpoint)
     before = require_symmetric(given, seed)
     operand = parse(vector, given.space, given.space)
     rows = operand.columns.T.contiguous()

@@ -99,9 +99,9 @@ def spectral_density(
     require_grid(grid, scale)
     if width is not None:
         width = require_positive(width, "a width > 0, or None")
+    outliers = require_outliers(outliers, given.size)
     file = given.checkpoint(checkpoint)
     before = require_symmetric(given, request.seed)
-    outliers = require_outliers(outliers, given.size)
     look = Look(scale, grid, width, steps)
     if (known := _exact(given, outliers, probes * steps)) is not None:
         return Density.of(*known, look, given.size, _made("exact", 0, time.perf_counter() - begin))

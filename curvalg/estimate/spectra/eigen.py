@@ -109,7 +109,7 @@ def search(
     """The pairs of a target with a unit, in that unit, and what :func:`eigsh` has to complain about, "" for nothing."""
     begin = time.perf_counter()
     require_one_of(which, "which", SIDES, _HINTS.get(str(which), ""))
-    block = require_block(block)
+    k, block = require_pairs(k), require_block(block)
     file = given.checkpoint(request.checkpoint)
     before = require_symmetric(given, request.seed)
     locked = _locked(deflate, given)
