@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from curvalg.errors import ExpressionError, ProblemError
+from curvalg.errors import ProblemError
 from curvalg.estimate.result import axes
+from curvalg.estimate.target import require_operator
 from curvalg.lowering import CurvatureOperator
 
 MOST = 4096
@@ -35,10 +36,7 @@ def heat_map(op: CurvatureOperator, ax: Any = None) -> Any:
     >>> [label.get_text() for label in axes.get_yticklabels()]
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    if not isinstance(op, CurvatureOperator):
-        raise ExpressionError(
-            f"heat_map: expected a CurvatureOperator, got {type(op).__name__}; an expression becomes one by expr.lower(problem)"
-        )
+    require_operator(op, "heat_map")
     if max(op.shape) > MOST:
         raise ProblemError(
             f"expected an operator of at most {MOST} rows to draw, but {op.expr} is {op.shape[0]} x {op.shape[1]}; "

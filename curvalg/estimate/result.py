@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ class Result:
     converged: bool
     partial: bool
 
+    @property
+    def account(self) -> dict[str, Any]:
+        """These entries alone, for another result of the same run."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(Result)}
+
     def plot(self, ax: Any = None) -> Any:
         """Draw the result on matplotlib axes (new ones by default), and return them."""
         raise NotImplementedError(f"{type(self).__name__} has no plot")
@@ -47,6 +53,14 @@ class Estimate(Result):
 
     value: float | Tensor
     error: float | Tensor
+
+
+def exactly(value: float | Tensor, products: int, begin: float) -> Estimate:
+    """A value without error, of a computation that began at that time."""
+    error, seconds = torch.zeros_like(value) if isinstance(value, Tensor) else 0.0, time.perf_counter() - begin
+    return Estimate(
+        method="exact", products=products, seconds=seconds, converged=True, partial=False, value=value, error=error
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

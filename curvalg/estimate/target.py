@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,18 +12,21 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, FactsError, VectorError
-from curvalg.estimate import run_identity as fingerprint
-from curvalg.estimate.checkpoint import Checkpoint, Choices, digest
-from curvalg.estimate.state import Options
-from curvalg.estimate.unit import Finite, PowerOfTwo
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.composition import TorchOperator
 from curvalg.lowering.inverses.rounding import noise
+from curvalg.lowering.operator import Quantity
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem
+from curvalg.problem.kept.measured import Measured
+from curvalg.runs.checkpoint import Checkpoint, digest
+from curvalg.runs.run_file import FileName
+from curvalg.runs.run_identity import run_identity
+from curvalg.runs.run_state import Options
+from curvalg.runs.unit import Finite, PowerOfTwo
 
-Path = str | os.PathLike[str]
-"""Of a file."""
+CHEAP = 512
+"""Rows of a matrix that is built and factorised whatever is asked for."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Target:
     symmetric: bool | None
     subject: Callable[[], Options] = field(repr=False)
     operator: CurvatureOperator | None = None
-    choices: Choices | None = None
+    choices: Measured | None = None
     psd: bool | None = None
     half: float = 0.0
     """Relative error of products of models in half precision; 0 for others."""
@@ -79,13 +81,29 @@ class Target:
         """
         return x if self.unit is None else self.unit.back(x)
 
+    def structured(self, quantity: Quantity, most: int) -> tuple[Any, int] | None:
+        """What the structure of a curvature operator gives, and the rows of the matrix that are built and factorised for it.
+
+        Args:
+            quantity: as of :meth:`curvalg.CurvatureOperator.exact`.
+            most: rows that it may take.
+
+        Returns:
+            None where there is no such structure, or it takes more.
+        """
+        rows = None if self.operator is None else self.operator.exact_rows(quantity)
+        if self.operator is None or rows is None or rows > most:
+            return None
+        found = self.operator.exact(quantity)
+        return None if found is None else (found, rows)
+
     def eigenvalue_tolerance(self, tol: float | None) -> float:
         """Of residuals relative to |λ|max: as asked for, by default 1e-4 or what half precision allows; 0 is rounding."""
         if tol is None:
             return max(1e-4, self.half)
         return float(tol) or max(100 * torch.finfo(self.space.dtype).eps, self.half)
 
-    def checkpoint(self, path: Path | None, **more: str) -> Checkpoint | None:
+    def checkpoint(self, path: FileName | None, **more: str) -> Checkpoint | None:
         """The file of a run with this operator, and what else the run is about; None for no path."""
         if path is None:
             return None
@@ -115,11 +133,6 @@ class Target:
             raise VectorError(f"{what}: {error}") from error
 
 
-def choices_of(problem: Problem) -> Choices:
-    """Where a problem keeps its measured choices."""
-    return Choices(problem.measured.choices, problem.measured.recalled)
-
-
 def target(op: Any) -> Target:
     """Any operator that estimators take.
 
@@ -132,15 +145,15 @@ def target(op: Any) -> Target:
     if isinstance(op, Target):
         return op
     if isinstance(op, CurvatureOperator):
-        made = _of_torch(op, str(op.expr))
+        made, half = _of_torch(op, str(op.expr)), noise(op.problem)
         return replace(
             made,
             symmetric=op.facts.symmetric or False,
             psd=op.facts.psd or False,
             operator=op,
-            choices=choices_of(op.problem),
-            half=noise(op.problem),
-            subject=lambda: fingerprint.of_operator(op),
+            choices=op.problem.measured,
+            half=half,
+            subject=lambda: run_identity(op.expr, op.problem, op.snapshot, half),
         )
     if isinstance(op, TorchOperator):
         return _of_torch(op, repr(op))
@@ -154,40 +167,6 @@ def target(op: Any) -> Target:
     )
 
 
-def require_symmetric(target: Target, seed: int) -> int:
-    """Refuse what a symmetric solver cannot do; returns the products that looking took.
-
-    Curvature operators must be proved symmetric. Others are tried on two random vectors, xᵀAy = yᵀAx.
-
-    Raises:
-        FactsError: not symmetric, or not known to be.
-    """
-    m, n = target.shape
-    if m != n:
-        raise FactsError(
-            f"expected a square operator, but {target.name} is {m} x {n}; singular values are given by svds"
-        )
-    if target.symmetric:
-        return 0
-    cure = "write a symmetric expression, such as A.T @ A, or use svds for singular values"
-    if target.symmetric is False:
-        raise FactsError(f"expected a symmetric operator, but {target.name} is not known to be symmetric; {cure}")
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 2, generator=generator, dtype=torch.float64).to(target.space.device, target.space.dtype)
-    target = target.in_units()  # products of tiny numbers vanish
-    y = target.multiply(x)
-    x, y = x.double(), y.double()
-    inner = x.T @ y
-    allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
-    if abs(float(inner[0, 1] - inner[1, 0])) > allowed:
-        inner = target.back(inner)
-        raise FactsError(
-            f"expected a symmetric operator, but for random x and y xᵀAy = {float(inner[0, 1]):.6g} and "
-            f"yᵀAx = {float(inner[1, 0]):.6g} with A = {target.name}; {cure}"
-        )
-    return 2
-
-
 def require_problem(problem: Any, function: str) -> None:
     """Refuse what is no problem.
 
@@ -197,6 +176,19 @@ def require_problem(problem: Any, function: str) -> None:
     if not isinstance(problem, Problem):
         raise ExpressionError(
             f"{function}: expected a Problem, got {type(problem).__name__}; make one by Problem(model, loss, data)"
+        )
+
+
+def require_operator(op: Any, function: str) -> None:
+    """Refuse what is no curvature operator.
+
+    Raises:
+        ExpressionError: it is none.
+    """
+    if not isinstance(op, CurvatureOperator):
+        raise ExpressionError(
+            f"{function}: expected a CurvatureOperator, got {type(op).__name__}; an expression becomes one by "
+            "expr.lower(problem)"
         )
 
 

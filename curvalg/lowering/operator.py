@@ -19,6 +19,7 @@ from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.inverses.forms import find
 from curvalg.lowering.inverses.offer import BoundMatrix, Form
+from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.matrices import DenseMatrix
 from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.nodes import InversePlan, Plan, SumPlan
@@ -26,6 +27,10 @@ from curvalg.lowering.plans.planner import plan
 from curvalg.lowering.vectors import Space, Vector, parse, require_finite
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
+from curvalg.runs.checkpoint import Checkpoint
+from curvalg.runs.run_file import require_place
+from curvalg.runs.run_identity import run_identity
+from curvalg.runs.solve_file import FileTrail
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
 
@@ -227,9 +232,7 @@ class CurvatureOperator(TorchOperator):
                 inverse was made with ``on_fail="warn"``.
         """
         if checkpoint is not None:
-            from curvalg.estimate.solving import FileTrail  # the layer above; only long solves need it
-
-            FileTrail.require_place(checkpoint)  # before anything is computed
+            require_place(checkpoint)  # before anything is computed
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
@@ -243,10 +246,11 @@ class CurvatureOperator(TorchOperator):
             start = None if start is None else start / scale
             trail = Trail()
             if checkpoint is not None or progress:
-                from curvalg.estimate.solving import FileTrail
-
-                method = node.solver.name
-                trail = FileTrail(self, node.expr, method, operand.columns, start, checkpoint, progress)
+                file = None
+                if checkpoint is not None:
+                    subject = run_identity(self.expr, self.problem, self.snapshot, noise(self.problem))
+                    file = Checkpoint(checkpoint, subject, self.problem.measured)
+                trail = FileTrail(file, node.expr, node.solver.name, operand.columns, start, progress)
             try:
                 result = node.solve(self.snapshot, operand.columns, start, trail)
             except ConvergenceError as error:

@@ -43,15 +43,15 @@ def test_operators_on_outputs(run, tiny, tiny_problem) -> None:
 
 def test_residuals_are_measured_not_assumed(run, tiny, monkeypatch) -> None:
     arguments = ("eigs", "loss_hessian", "--problem", tiny, "--k", 6, "--json")
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)  # by Lanczos
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)  # by Lanczos
     loose = json.loads(run(*arguments, "--tol", 0.5).stdout)["residuals"]
     tight = json.loads(run(*arguments, "--tol", 1e-12).stdout)["residuals"]
     assert max(tight) < 1e-9 < max(loose)
 
 
 def test_the_seed_fixes_everything_but_the_measured_width_of_blocks(run, tiny, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.estimate.lanczos.choose_width", lambda *_: 1)
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigenpair_search.choose_width", lambda *_: 1)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
 
     def numbers(seed: int) -> tuple[list[float], int]:
         found = json.loads(
@@ -142,7 +142,7 @@ def test_the_zero_matrix_has_eigenvalues_zero(run, tiny) -> None:
 
 
 def test_a_run_goes_on_from_its_file(run, tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
     arguments = ("eigs", "hessian", "--problem", tiny, "--k", 3, "--json", "--checkpoint", "run.safetensors")
     first = json.loads(run(*arguments).stdout)
     assert (tmp_path / "run.safetensors").exists()
@@ -153,7 +153,7 @@ def test_a_run_goes_on_from_its_file(run, tiny, tmp_path, monkeypatch) -> None:
 
 
 def test_an_interruption_prints_what_is_known_and_exits_with_three(run, tiny, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
     apply, calls = CurvatureOperator._apply, itertools.count()
 
     def interrupted(self, x):

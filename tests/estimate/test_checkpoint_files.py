@@ -23,7 +23,6 @@ from spectra import matrix
 from torch import nn
 
 from curvalg import CheckpointError, CurvalgWarning, Identity, Problem, inverse, registry
-from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import (
     diagonal,
     eigsh,
@@ -35,6 +34,7 @@ from curvalg.estimate import (
     trace,
 )
 from curvalg.estimate.target import target
+from curvalg.runs import checkpoint as checkpoints
 
 MATRIX = matrix(torch.linspace(1, 3, 12, dtype=torch.float64)).numpy()
 
@@ -257,7 +257,7 @@ def test_a_folder_without_permission():
 
 def test_files_that_may_not_be_read_or_written(file, monkeypatch):
     file.write_text("")
-    monkeypatch.setattr(checkpoints.os, "access", lambda *_: False)  # root may
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may
     with pytest.raises(CheckpointError, match="must not be read and written"):
         eigsh(_no_products(), checkpoint=file)
 
@@ -315,7 +315,8 @@ FULL = """
 import resource, signal, sys, warnings
 from pathlib import Path
 import torch
-from curvalg.estimate import checkpoint, eigsh
+from curvalg.estimate import eigsh
+from curvalg.runs import checkpoint
 path, A = Path(sys.argv[1]), torch.diag(torch.linspace(1, 2, 200).double())
 before = path.read_bytes()
 checkpoint.INTERVAL, checkpoint.OVERHEAD = 0.0, 1e9
@@ -361,8 +362,8 @@ def test_two_runs_do_not_write_one_file(file):
 
 def test_a_lock_of_a_run_that_was_killed_hinders_nobody(file):
     holding = (
-        "import sys, time\nfrom curvalg.estimate.place import Place\n"
-        "with Place(sys.argv[1]).held():\n    print('held', flush=True)\n    time.sleep(600)"
+        "import sys, time\nfrom curvalg.runs.run_file import RunFile\n"
+        "with RunFile(sys.argv[1]).held():\n    print('held', flush=True)\n    time.sleep(600)"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -384,8 +385,8 @@ def test_without_locks_another_writer_is_noticed_by_what_it_wrote(file, monkeypa
     def none(_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("curvalg.estimate.place._lock", none)
-    monkeypatch.setattr("curvalg.estimate.place._unlock", none)
+    monkeypatch.setattr("curvalg.runs.run_file._lock", none)
+    monkeypatch.setattr("curvalg.runs.run_file._unlock", none)
     whole = RUNS["xtrace"](operator(), None)
     with pytest.warns(CurvalgWarning, match="another program wrote to it meanwhile"):
         found = RUNS["xtrace"](operator(1, lambda: file.write_text("of somebody else")), file)

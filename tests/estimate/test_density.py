@@ -11,7 +11,8 @@ from scipy.sparse.linalg import LinearOperator
 from spectra import F64, SPECTRA, matrix
 
 from curvalg import CheckpointError, ExpressionError, FactsError, Identity, Problem, ProblemError, registry
-from curvalg.estimate import slq, spectral_density
+from curvalg.estimate import spectral_density
+from curvalg.estimate.sampling import slq
 
 SEEDS = range(20)
 
@@ -166,7 +167,7 @@ def test_a_model_without_structure(monkeypatch):
     problem = ggn()
     op = registry.build("hessian").lower(problem)
     truth = torch.linalg.eigvalsh(op.to_dense().double())
-    monkeypatch.setattr("curvalg.estimate.density.CHEAP", 0)
+    monkeypatch.setattr("curvalg.estimate.spectra.density.CHEAP", 0)
     density = spectral_density(op, probes=8, steps=30, seed=3)
     assert density.method == "slq" and density.products == 240
     traces = (density.weights * density.nodes).sum(1)

@@ -11,7 +11,8 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from spectra import F64, SPECTRA, expected, matrix
 
 from curvalg import ConvergenceError, CurvalgWarning, Identity, Problem, registry
-from curvalg.estimate import Eigenpairs, eigsh, exact, svds
+from curvalg.estimate import Eigenpairs, eigsh, svds
+from curvalg.estimate.spectra import exact
 
 
 def check(A, pairs: Eigenpairs, wanted: torch.Tensor, which: str, tol: float) -> None:
@@ -44,7 +45,7 @@ def test_known_spectra(name, which, block):
 
 @pytest.mark.parametrize("which", ["LA", "BE"])
 def test_restarts_of_a_small_subspace(which, monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.lanczos.MOST", 20)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigenpair_search.MOST", 20)
     for name in ("repeated", "indefinite", "low rank", "clustered"):
         A = matrix(SPECTRA[name])
         check(
@@ -114,7 +115,7 @@ def matrix_factorisation(a: int, b: int, r: int, su: float, sv: float) -> tuple[
 @pytest.mark.parametrize("direct", [True, False])
 def test_matrix_factorisation_in_closed_form(direct, monkeypatch):
     if not direct:
-        monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+        monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
     problem, spectrum = matrix_factorisation(6, 5, 2, 1.5, 0.5)
     op = registry.build("hessian").lower(problem)
     A = op.to_dense()
@@ -126,7 +127,7 @@ def test_matrix_factorisation_in_closed_form(direct, monkeypatch):
 
 def test_residual_curvature_of_a_deep_linear_model(monkeypatch):
     """H − GGN of W₂W₁x has the eigenvalues ±σⱼ(Ω), each as often as there are hidden units."""
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False), torch.nn.Linear(4, 3, bias=False)).double()
     X, y = torch.randn(20, 5).double(), torch.randn(20, 3).double()
@@ -278,7 +279,7 @@ def test_singular_values_of_a_jacobian():
 @pytest.mark.parametrize(("each", "width"), [(0.0, 4), (1.0, 1), (0.45, 2)])
 def test_the_block_is_as_wide_as_pays(each, width):
     """A product of b columns takes 1 + each · (b − 1) seconds; 0.45 pays for two columns, and not for four."""
-    from curvalg.estimate.block import choose_width
+    from curvalg.estimate.spectra.block_width import choose_width
 
     now = [0.0]
 
@@ -290,7 +291,7 @@ def test_the_block_is_as_wide_as_pays(each, width):
 
 
 def test_long_products_are_not_widened_by_trial():
-    from curvalg.estimate.block import choose_width
+    from curvalg.estimate.spectra.block_width import choose_width
 
     now, widths = [0.0], []
 

@@ -112,7 +112,7 @@ def test_structure_gives_it_exactly(name, monkeypatch):
     exact = matrix_function(op, name, x)
     assert exact.method == "exact" and exact.converged and not bool(exact.changes.any())
     torch.testing.assert_close(exact.value, dense(op.to_dense(), DENSE[name], x), rtol=1e-8, atol=1e-8)
-    monkeypatch.setattr("curvalg.estimate.functions.CHEAP", 0)
+    monkeypatch.setattr("curvalg.estimate.functions.matrix_function.CHEAP", 0)
     iterated = matrix_function(op, name, x)
     assert iterated.method == "lanczos"
     torch.testing.assert_close(iterated.value, exact.value, rtol=1e-7, atol=1e-8)
@@ -182,7 +182,7 @@ def test_products_that_are_not_finite():
 
 
 def test_a_tolerance_that_is_not_reached_is_loud(monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.functions.LONGEST", 20)
+    monkeypatch.setattr("curvalg.estimate.functions.matrix_function.LONGEST", 20)
     A = matrix(torch.logspace(0, -8, 150, dtype=F64))
     with pytest.raises(ConvergenceError, match=r"still changes by .* after 20 steps") as caught:
         matrix_function(A, "log", V)

@@ -108,7 +108,7 @@ def test_structure_gives_it_for_nothing(problem_of):
 
 
 def test_resumed_runs_give_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.sketch.WIDEST", 7)
+    monkeypatch.setattr("curvalg.estimate.sampling.sampler.WIDEST", 7)
     A, path, blocks = matrix(SPECTRA["i^-1"]), tmp_path / "run.safetensors", [0, 0]
 
     def product(x):

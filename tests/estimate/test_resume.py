@@ -15,9 +15,9 @@ from scipy.sparse.linalg import LinearOperator
 from spectra import SPECTRA, matrix
 
 from curvalg import CheckpointError, ConvergenceError, CurvalgWarning, CurvatureOperator, Diagonal, Problem, registry
-from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import eigsh
 from curvalg.lowering.sweeps.programs import AMORTISED
+from curvalg.runs import checkpoint as checkpoints
 
 A = matrix(SPECTRA["clustered"]).numpy()
 
@@ -28,9 +28,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 sys.path.insert(0, sys.argv[1])
 from spectra import SPECTRA, matrix
-from curvalg.estimate import checkpoint, eigsh, lanczos
+from curvalg.estimate import eigsh
+from curvalg.estimate.spectra import eigenpair_search
+from curvalg.runs import checkpoint
 
-checkpoint.INTERVAL, checkpoint.OVERHEAD, lanczos.MOST = 0.0, 1e9, 20
+checkpoint.INTERVAL, checkpoint.OVERHEAD, eigenpair_search.MOST = 0.0, 1e9, 20
 A = matrix(SPECTRA["clustered"]).numpy()
 folder = Path(sys.argv[2])
 file = folder / "run.safetensors"
@@ -218,7 +220,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.warns(CurvalgWarning, match="could not be written .no space.*the run goes on"):
         pairs = eigsh(A, 4, which="LA", block=1, tol=1e-8, checkpoint=path)
     assert pairs.converged
@@ -280,7 +282,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured
 
     for name in ("fastest", "timed"):
         monkeypatch.setattr(f"curvalg.lowering.sweeps.linearization.{name}", clock(name))
-    monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)  # what is measured in a pass that is made again
+    monkeypatch.setattr("curvalg.tensors.backward.OVERHEAD", 0.0)  # what is measured in a pass that is made again
     favour(favoured)
     whole = solve()
     path, apply, calls = tmp_path / "run.safetensors", CurvatureOperator._apply, itertools.count()

@@ -24,9 +24,9 @@ from curvalg.estimate import (
     svds,
     trace,
 )
-from curvalg.estimate.run import run as run_of
-from curvalg.estimate.state import State
-from curvalg.estimate.unit import Outgrown
+from curvalg.runs.run import run as run_of
+from curvalg.runs.run_state import State
+from curvalg.runs.unit import Outgrown
 
 N = 70
 DTYPES = {torch.float32: 60, torch.float64: 500}
@@ -255,7 +255,7 @@ def test_a_start_that_misses_the_scale_changes_no_result(start, dtype, power):
 
 def test_a_run_starts_anew_where_its_unit_was_too_small(tmp_path, monkeypatch):
     """No random vector is multiplied before the first one, since a diagonal is known to be symmetric."""
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
     net = torch.nn.Linear(10, 7, bias=False)
     problem = Problem(net, torch.nn.MSELoss(), (torch.randn(4, 10), torch.randn(4, 7)))
     values = 2.0**60 * torch.linspace(1, 2, N)
@@ -295,7 +295,7 @@ def test_an_interrupted_new_start_is_an_interruption():
 @pytest.mark.parametrize("power", [-60, 60])
 @pytest.mark.parametrize("name", ["ggn", "hessian", "jacobian"])
 def test_curvature_operators(name, power, monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.eigen.exact", lambda *_: None)
+    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     problem = Problem(net, torch.nn.CrossEntropyLoss(), (torch.randn(20, 5), torch.randint(0, 3, (20,))))

@@ -23,8 +23,8 @@ from curvalg import (
     VectorError,
     registry,
 )
-from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import trace
+from curvalg.runs import checkpoint as checkpoints
 
 n, PRODUCTS, SEEDS = 300, 60, 30
 i = torch.arange(n, dtype=F64)
@@ -263,7 +263,7 @@ class Interrupted:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tol", [None, 1e-9])
 def test_resumed_runs_give_the_same_bits(tmp_path, monkeypatch, method, tol):
-    monkeypatch.setattr("curvalg.estimate.sketch.WIDEST", 7)
+    monkeypatch.setattr("curvalg.estimate.sampling.sampler.WIDEST", 7)
     A, path = matrix(SPECTRA["i^-1"]), tmp_path / "run.safetensors"
     whole = trace((plain := Interrupted(A, 0)).op, method=method, tol=tol)
     for at in (3, 5, plain.blocks - 1):

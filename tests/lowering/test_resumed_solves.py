@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from curvalg import CheckpointError, Identity, Problem, block_diagonal, inverse, registry
-from curvalg.estimate import checkpoint as checkpoints
 from curvalg.lowering.plans.low_rank_plan import LowRankPlan
+from curvalg.runs import checkpoint as checkpoints
 
 GGN = registry.build("ggn")
 CASES = {
@@ -33,7 +33,7 @@ def _no_clock(monkeypatch):
     monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
     monkeypatch.setattr("curvalg.lowering.sweeps.programs.AMORTISED", 10**9)
     monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 10**9)
-    monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)
+    monkeypatch.setattr("curvalg.tensors.backward.OVERHEAD", 0.0)
 
 
 def right_sides(p):

@@ -16,7 +16,7 @@ from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.sweeps.chunked import ChunkedRecording
 from curvalg.lowering.sweeps.contract import call
-from curvalg.lowering.sweeps.programs import AMORTISED, Programs
+from curvalg.lowering.sweeps.programs import Programs
 from curvalg.lowering.sweeps.recorder import Recorder, Recording
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweeps.sweep import Sweep, prepare
@@ -85,7 +85,7 @@ class Linearization:
         problem.budget.touch(self)
         self.products += rows.shape[0]
         problem.measured.choices[self._counted] = self.products
-        if self.products > AMORTISED and not self.programs.tried:
+        if self.products > self.programs.after and not self.programs.tried:
             self._try_programs(problem, snapshot, rows[:1])
         return self._attempt(problem, snapshot, rows)
 

@@ -29,6 +29,7 @@ class Programs:
 
     def __init__(self, problem: Problem, sweep: object, notes: dict[str, str]) -> None:
         self.race: Race[bool] = Race(problem.measured, problem.measured.name("program", sweep))
+        self.after = AMORTISED
         self.tried = False
         self._notes = notes
 

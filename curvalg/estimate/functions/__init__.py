@@ -1,0 +1,1 @@
+"""Functions of operators: times vectors, and their traces."""

@@ -1,0 +1,1 @@
+"""What the gradients of single samples tell: their norms and noise, and their inner products with solutions."""

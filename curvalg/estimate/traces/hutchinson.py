@@ -1,0 +1,68 @@
+"""Means of independent samples."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from curvalg.estimate.sampling.error_bar import standard_error
+from curvalg.estimate.sampling.estimator import Estimator, Tensors
+from curvalg.runs.run_state import Form
+
+
+class SampleMean(Estimator):
+    """The mean of any number of samples (Girard, 1987; Hutchinson, 1990); best for flat spectra."""
+
+    method: ClassVar[str] = "hutchinson"
+    keeps: ClassVar[bool] = False
+
+    def form(self, columns: int) -> Form:
+        """The samples."""
+        return {"samples": (torch.float64, (columns,))}
+
+    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
+        """More samples; the vectors are forgotten."""
+        omega = self.probes.rows(start, stop)
+        samples = self.integrand.samples(omega, self.multiply(omega))
+        return {"samples": torch.cat([sketch["samples"], samples])}, stop - start
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """Their mean; of a multiple of the identity they differ by less than rounding does to all of them."""
+        samples = sketch["samples"]
+        noise = torch.finfo(self.target.space.dtype).eps * samples.abs().mean()
+        return samples.mean(), torch.hypot(standard_error(samples), noise)
+
+    @classmethod
+    def columns(cls, multiplications: int, size: int) -> int:
+        """As many, for no vector is held."""
+        return multiplications
+
+
+class RunningMean(SampleMean):
+    """The same of vectors, of which only mean and squared deviations are kept (Bekas, Kokiopoulou and Saad, 2007).
+
+    Of a diagonal by signs, the error of entry i is that of the rest of row i.
+    """
+
+    large: ClassVar[tuple[str, ...]] = ("mean", "squares")
+
+    def form(self, columns: int) -> Form:
+        """Mean and squared deviations."""
+        entries = torch.float64, (self.target.size,)
+        return {"mean": entries, "squares": entries}
+
+    def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
+        """Updated as samples come (Welford, 1962)."""
+        omega = self.probes.rows(start, stop)
+        mean, squares = sketch["mean"], sketch["squares"]
+        for count, (x, y) in enumerate(zip(omega, self.multiply(omega), strict=True), start + 1):
+            sample = self.integrand.at(x, y)
+            old, mean = mean, mean + (sample - mean) / count
+            squares = squares + (sample - old) * (sample - mean)
+        return {"mean": mean, "squares": squares}, stop - start
+
+    def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """The mean, with its standard error entry by entry."""
+        return sketch["mean"].clone(), (sketch["squares"] / max(0, columns - 1) / columns).sqrt()

@@ -1,0 +1,248 @@
+"""Checkpoint files: written atomically, resumed only by the run that they are of."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from curvalg.errors import CheckpointError, CurvalgWarning
+from curvalg.runs.run_file import FileName, RunFile
+from curvalg.runs.run_state import Named, Options, State
+from curvalg.runs.unit import PowerOfTwo
+
+if TYPE_CHECKING:
+    from curvalg.problem.kept.measured import Measured
+
+FORMAT = 4
+KEY = "curvalg"
+"""The entry of the file's metadata that holds everything but the tensors, as JSON."""
+SUM = "checksum"
+"""The entry that holds the checksum of that and of the tensors."""
+INTERVAL = 30.0
+"""The least seconds between two writes."""
+FURTHEST = 4096
+"""Exponents of units, in magnitude: those of float64 end before."""
+OVERHEAD = 0.05
+"""The most that writing may take of the time of a run."""
+
+
+class Checkpoint:
+    """A file that a run can be resumed from.
+
+    The format is safetensors: the tensors of the state, and as metadata JSON with the algorithm, its options, fingerprints of
+    expression and problem, and the numbers of the state, and a checksum of all that.
+
+    Args:
+        path: of the file, in a folder that exists.
+        subject: fingerprint of what the run is about, name -> what JSON can hold.
+        choices: that products depend on in their last bits.
+        unit: that the numbers of states are in, found by the products.
+
+    Raises:
+        CheckpointError: no file can be written there, or another run writes it.
+    """
+
+    def __init__(
+        self,
+        path: FileName,
+        subject: Options,
+        choices: Measured | None = None,
+        unit: PowerOfTwo | None = None,
+    ) -> None:
+        self.place, self.subject, self._choices, self._unit = RunFile(path), subject, choices or Measured(()), unit
+        self.path = self.place.path
+        self._marked: tuple[dict[str, Any], int | None] = {}, None
+        self._next = time.monotonic() + INTERVAL
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Let no other run write the file.
+
+        Raises:
+            CheckpointError: one does.
+        """
+        return self.place.held()
+
+    def due(self) -> bool:
+        """Whether it is time to write again."""
+        return time.monotonic() >= self._next
+
+    def mark(self) -> None:
+        """Remember choices and unit as they are with the state that was just reached; a step that is interrupted may make
+        more."""
+        exponent = None if self._unit is None else self._unit.exponent
+        self._marked = {**self._choices.recalled, **self._choices.choices}, exponent
+
+    def save(self, algorithm: Named, state: State, seconds: float) -> None:
+        """Write a state. Where that fails, the file that is there stays as it is, and a warning is all: results count more."""
+        begin = time.monotonic()
+        header = json.dumps(
+            {
+                "format": FORMAT,
+                "version": _version(),
+                "subject": self.subject,
+                "algorithm": algorithm.name,
+                "options": algorithm.options,
+                "numbers": state.numbers,
+                "choices": self._marked[0],
+                "unit": self._marked[1],
+                "seconds": seconds,
+            }
+        )
+        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
+        metadata = {KEY: header, SUM: _checksum(header, tensors)}
+        try:
+            self.place.replace(lambda path: save_file(tensors, path, metadata))
+        except (OSError, SafetensorError) as error:
+            warnings.warn(
+                f"the checkpoint {self.place.given} could not be written ({error}); the run goes on, but can be resumed only "
+                "from what was written before; make room, or make the folder again",
+                CurvalgWarning,
+                stacklevel=3,
+            )
+        took = time.monotonic() - begin
+        self._next = time.monotonic() + max(INTERVAL, took / OVERHEAD)
+
+    def load(self, algorithm: Named) -> tuple[State, float] | None:
+        """The state to go on from, with the seconds it took; None where there is no file yet.
+
+        Raises:
+            CheckpointError: the file is no checkpoint, or damaged, or of another run; the message names every difference.
+        """
+        if not self.place.exists():
+            return None
+        header, tensors = self._read()
+        asked = _described(self.subject, algorithm.name, algorithm.options)
+        differences = list(_differences(_described(header["subject"], header["algorithm"], header["options"]), asked))
+        if differences:
+            raise CheckpointError(
+                f"{self.place.given} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, "
+                "name another file, or delete this one"
+            )
+        state = State(tensors, header["numbers"])
+        if not algorithm.fits(state):
+            raise self._foreign(f"it holds no state of {algorithm.name}")
+        self._choices.recalled.update(header["choices"])
+        if self._unit is not None:
+            self._unit.exponent = header["unit"]
+        return state, float(header["seconds"])
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Header and tensors of a file that is whole."""
+        try:
+            with safe_open(self.place.path, "pt") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+                header = json.loads(metadata[KEY])
+                number, version = header["format"], header["version"]
+                # Own memory: tensors of a file lie at any address, and the bits of a sum may depend on that.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # whatever a reader trips over, the file is not what was written
+            raise self._foreign(f"{type(error).__name__}: {error}") from error
+        if type(number) is int and number != FORMAT:
+            raise CheckpointError(
+                f"{self.place.given} has checkpoint format {number}, written by curvalg {version}; this is curvalg "
+                f"{_version()}, which reads format {FORMAT}. Use that version, or name another file"
+            )
+        if metadata != {KEY: metadata[KEY], SUM: _checksum(metadata[KEY], tensors)}:
+            raise self._foreign("its checksum is another")
+        wrong = [name for name in {**FIELDS, **header} if not FIELDS.get(name, _never)(header.get(name))]
+        if wrong:
+            raise self._foreign(f"unexpected entries: {', '.join(wrong)}")
+        return header, tensors
+
+    def _foreign(self, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"expected a checkpoint of curvalg or no file at all, but {self.place.given} is something else or damaged "
+            f"({reason}), and is left as it is; name another file, or delete this one"
+        )
+
+
+def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    names = sorted(tensors)
+    return digest(*(tensors[name] for name in names), text=json.dumps([header, names]))
+
+
+def _version() -> str:
+    version: str = importlib.import_module("curvalg").__version__  # loaded already, as the parent of this package
+    return version
+
+
+def _never(_: object) -> bool:
+    return False
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) is float and 0 <= value < math.inf
+
+
+def _is(kind: type) -> Callable[[object], bool]:
+    return lambda value: type(value) is kind
+
+
+FIELDS: dict[str, Callable[[object], bool]] = {
+    "format": lambda value: type(value) is int and value == FORMAT,
+    "version": _is(str),
+    "subject": _is(dict),
+    "algorithm": _is(str),
+    "options": _is(dict),
+    "numbers": _is(dict),
+    "choices": _is(dict),
+    "unit": lambda value: value is None or (type(value) is int and abs(value) <= FURTHEST),
+    "seconds": _is_seconds,
+}
+"""Entries of the header -> whether a value is one."""
+
+
+def _described(subject: Options, name: str, options: Options) -> dict[str, Any]:
+    return {**subject, "algorithm": name, **{f"option {key}": value for key, value in options.items()}}
+
+
+def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    for name in {**stored, **asked}:
+        left, right = stored.get(name), asked.get(name)
+        if _are_sums(left) and _are_sums(right):
+            if not same_sums(left, right):
+                yield f"{name} differs"
+        elif not _equal(left, right):
+            yield f"{name} differs (stored: {_shown(left)}, asked: {_shown(right)})"
+
+
+def _are_sums(value: Any) -> TypeGuard[list[list[float]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+
+
+def same_sums(left: list[list[float]], right: list[list[float]]) -> bool:
+    """Whether sums, each with how far rounding may take it, are the same."""
+    pairs = zip(left, right, strict=False)
+    return len(left) == len(right) and all(abs(a - b) <= max(most, others) for (a, most), (b, others) in pairs)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-6)
+    return bool(left == right)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def digest(*tensors: torch.Tensor, text: str = "") -> str:
+    """A hash of the contents of tensors, bit for bit, and of a text."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
+    for t in tensors:
+        plain = t.detach().to("cpu").contiguous()
+        total.update(f"{plain.dtype} {tuple(plain.shape)};".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+    return total.hexdigest()

@@ -1,0 +1,78 @@
+"""Fingerprints of what a run is about, so that a checkpoint is resumed with nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from curvalg.expr.node import Expr
+from curvalg.expr.nodes.arrays import ArrayLeaf
+from curvalg.expr.term import NamedExpr
+from curvalg.problem import Problem, Snapshot
+from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint
+from curvalg.problem.passes.model_numbers import numbers
+from curvalg.runs.checkpoint import digest
+from curvalg.runs.run_state import Options
+from curvalg.tensors import trees
+
+
+def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
+    """Name -> what JSON can hold; names are words for messages.
+
+    Args:
+        expr: that the run multiplies by.
+        problem, snapshot: that it is of, and where.
+        rounding: relative error of products of a model in half precision; 0 for others.
+    """
+    state = snapshot.state
+    return {
+        "expression": str(expr),
+        "arrays of the expression": _arrays(expr),
+        "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.shapes.items()],
+        "values of parameters and buffers": digest(*(state[name] for name in sorted(state))),
+        "precision": str(problem.dtype),
+        "precision of sums over batches": str(problem.accumulate),
+        "precision that the model is cast to": str(problem.autocast),
+        "loss": str(problem.loss.name) if problem.loss is not None else None,
+        "number of samples": problem.num_samples,
+        "rows of the data": problem.totals.rows,
+        "what a sample is": problem.samples,
+        **(_numbers(problem, snapshot, rounding) if _needs_model(expr) else {}),
+        "contents of the data": _data(problem),
+    }
+
+
+def _arrays(expr: Expr) -> list[str]:
+    # Contents rather than tokens: those are new in every process.
+    return [digest(*(torch.as_tensor(a) for a in leaf.arrays)) for leaf in _leaves(expr)]
+
+
+def _leaves(expr: Expr) -> Iterator[ArrayLeaf]:
+    if isinstance(expr, ArrayLeaf):
+        yield expr
+    for child in expr.children:
+        yield from _leaves(child)
+
+
+def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
+    """What model and loss compute, which may differ by rounding: of another machine, number of threads, or batches."""
+    kept = problem.cached(snapshot).get("numbers", None, lambda: numbers(problem))
+    tolerance = max(torch.finfo(problem.dtype).eps ** 0.5, rounding)
+    return {name: _sums(found, tolerance) for name, found in kept.items()}
+
+
+def _needs_model(expr: Expr) -> bool:
+    return isinstance(expr, NamedExpr) or any(map(_needs_model, expr.children))
+
+
+def _data(problem: Problem) -> str | list[list[float]] | None:
+    """Of data that lie in memory their bits; of a loader the sums that its passes are compared by."""
+    if problem.data.fixed:
+        return digest(*trees.tensors(problem.data.source))
+    return None if (found := problem.data.contents) is None else _sums(found, TOLERANCE)
+
+
+def _sums(found: Fingerprint, tolerance: float) -> list[list[float]]:
+    """Sums, each with how far another run's may be from it; see :func:`curvalg.runs.checkpoint.same_sums`."""
+    return [[value, tolerance * (most + tolerance)] for value, most in found]
