@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import torch
-from dense import Case, Dense
-from zoo import make
 
 from curvalg import Problem
 from curvalg.lowering.race import Race
-
-NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
-"""Whether the thorough versions of random tests run."""
+from tests.support.dense import Case, Dense
+from tests.support.zoo import make
 
 
 @functools.cache

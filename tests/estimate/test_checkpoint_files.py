@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NIGHTLY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import LinearOperator
-from spectra import matrix
 from torch import nn
 
 from curvalg import CheckpointError, CurvalgWarning, Identity, Problem, inverse, registry
@@ -35,6 +33,8 @@ from curvalg.estimate import (
     trace,
 )
 from curvalg.estimate.target import target
+from tests.support.nightly import NIGHTLY
+from tests.support.spectra import matrix
 
 MATRIX = matrix(torch.linspace(1, 3, 12, dtype=torch.float64)).numpy()
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, SPECTRA, matrix
 
 from curvalg import CheckpointError, ExpressionError, FactsError, Identity, Problem, ProblemError, registry
 from curvalg.estimate import slq, spectral_density
+from tests.support.spectra import F64, SPECTRA, matrix
 
 SEEDS = range(20)
 

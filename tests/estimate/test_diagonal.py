@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, matrix
 
 from curvalg import (
     CheckpointError,
@@ -21,6 +20,7 @@ from curvalg import (
     registry,
 )
 from curvalg.estimate import diagonal
+from tests.support.spectra import F64, matrix
 
 n = 200
 i = torch.arange(n, dtype=F64)

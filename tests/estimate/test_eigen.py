@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
-from spectra import F64, SPECTRA, expected, matrix
 
 from curvalg import ConvergenceError, CurvalgWarning, Identity, Problem, registry
 from curvalg.estimate import Eigenpairs, eigsh, exact, svds
+from tests.support.spectra import F64, SPECTRA, expected, matrix
 
 
 def check(A, pairs: Eigenpairs, wanted: torch.Tensor, which: str, tol: float) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, SPECTRA, matrix
 
 from curvalg import (
     CheckpointError,
@@ -23,6 +22,7 @@ from curvalg import (
     registry,
 )
 from curvalg.estimate import matrix_function
+from tests.support.spectra import F64, SPECTRA, matrix
 
 POSITIVE = matrix(torch.linspace(0.5, 20, 150, dtype=F64))
 V = torch.randn(150, 3, generator=torch.Generator().manual_seed(1), dtype=F64)

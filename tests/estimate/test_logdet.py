@@ -7,9 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import zoo
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, SPECTRA, matrix
 
 from curvalg import (
     CheckpointError,
@@ -23,6 +21,8 @@ from curvalg import (
     registry,
 )
 from curvalg.estimate import effective_dimension, logdet
+from tests.support import zoo
+from tests.support.spectra import F64, SPECTRA, matrix
 
 DAMPING = 0.3
 SPECTRUM = torch.logspace(1, -4, 150, dtype=F64)

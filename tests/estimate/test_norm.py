@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, matrix
 
 from curvalg import CheckpointError, ConvergenceError, ExpressionError, FactsError, Identity, registry
 from curvalg.estimate import norm, trace
+from tests.support.spectra import F64, matrix
 
 n = 250
 i = torch.arange(n, dtype=F64)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import SPECTRA, matrix
 
 from curvalg import CheckpointError, ConvergenceError, CurvalgWarning, CurvatureOperator, Diagonal, Problem, registry
 from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import eigsh
 from curvalg.lowering.sweeps.linearization import AMORTISED
+from tests.support.spectra import SPECTRA, matrix
 
 A = matrix(SPECTRA["clustered"]).numpy()
 
@@ -26,13 +26,12 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from scipy.sparse.linalg import LinearOperator
-sys.path.insert(0, sys.argv[1])
-from spectra import SPECTRA, matrix
+from tests.support.spectra import SPECTRA, matrix
 from curvalg.estimate import checkpoint, eigsh, lanczos
 
 checkpoint.INTERVAL, checkpoint.OVERHEAD, lanczos.MOST = 0.0, 1e9, 20
 A = matrix(SPECTRA["clustered"]).numpy()
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 file = folder / "run.safetensors"
 
 def run(pause, out, path, block="auto"):
@@ -67,9 +66,9 @@ run(0.0, "whole.pt", None, width)
 
 
 def test_killed_five_times_and_resumed_to_the_same_bits(tmp_path):
-    tests, root = Path(__file__).parent, Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLED, str(tests), str(tmp_path)], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=True, timeout=300)
     resumed, whole = torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "whole.pt")
     assert all(torch.equal(left, right) for left, right in zip(resumed, whole, strict=True))
 

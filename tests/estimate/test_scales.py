@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
-from spectra import matrix
 
 from curvalg import Diagonal, Problem, ProblemError, registry
 from curvalg.estimate import (
@@ -27,6 +26,7 @@ from curvalg.estimate import (
 from curvalg.estimate.run import run as run_of
 from curvalg.estimate.state import State
 from curvalg.estimate.unit import Outgrown
+from tests.support.spectra import matrix
 
 N = 70
 DTYPES = {torch.float32: 60, torch.float64: 500}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, matrix
 
 from curvalg import (
     CheckpointError,
@@ -25,6 +24,7 @@ from curvalg import (
 )
 from curvalg.estimate import checkpoint as checkpoints
 from curvalg.estimate import trace
+from tests.support.spectra import F64, matrix
 
 n, PRODUCTS, SEEDS = 300, 60, 30
 i = torch.arange(n, dtype=F64)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import Case, Dense
 from torch import nn
 
 from curvalg import registry
+from tests.support.dense import Case, Dense
 
 TERMS = ("hessian", "ggn", "residual", "covariance", "centered_covariance")
 

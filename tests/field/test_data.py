@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Case, Dense
-from third_party import CenteredTangent
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from curvalg import CurvalgError, CurvalgWarning, LossError, Problem, ProblemError, registry
 from curvalg.losses import CrossEntropy
+from tests.support.dense import Case, Dense
+from tests.support.third_party import CenteredTangent
 
 _g = torch.Generator().manual_seed(0)
 

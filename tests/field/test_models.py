@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Case, Dense
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from curvalg import CurvalgError, CurvalgWarning, Identity, LossError, Problem, ProblemError, registry
 from curvalg.losses import CrossEntropy
+from tests.support.dense import Case, Dense
 
 _g = torch.Generator().manual_seed(1)
 

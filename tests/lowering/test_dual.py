@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from zoo import make
 
 from curvalg import FactsError, Identity, Problem, inverse, losses, registry, sqrt
 from curvalg.lowering.low_rank import factor as factors
 from curvalg.lowering.low_rank.factor import factor_of
+from tests.support.zoo import make
 
 TERMS = ["ggn", "ggn_mc", "fisher", "fisher_mc", "covariance", "centered_covariance"]
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

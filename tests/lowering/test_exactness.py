@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import ZOO
 
 from curvalg import Identity, registry
-
-TERMS = ["hessian", "ggn", "residual", "covariance", "centered_covariance", "jacobian", "loss_hessian"]
-SUMS = {
-    "fused": ({"hessian": 2, "ggn": 1, "covariance": -3}, 1e-3),
-    "two stages": ({"hessian": -0.7, "centered_covariance": 0.3, "ggn": 1.25}, 0.0),
-    "no u": ({"ggn": 0.5, "covariance": -1.5, "centered_covariance": 2}, -2.0),
-}
-
-
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).norm() <= 1e-10 * max(expected.norm(), 1e-3)
+from tests.support.agreement import SUMS, TERMS, close
+from tests.support.zoo import ZOO
 
 
 @pytest.mark.parametrize("model", ZOO)

@@ -6,11 +6,11 @@ import textwrap
 
 import pytest
 import torch
-from structures import JointKronecker
 from torch import nn
 
 from curvalg import Identity, Problem, block_diagonal, inverse, registry, sqrt
 from curvalg.lowering.inverses import forms
+from tests.support.structures import JointKronecker
 
 
 def plan_of(op):

@@ -54,9 +54,8 @@ def test_damped_ggn_to_the_asked_tolerance(solver, columns, problem, dense, vect
 
 
 def test_single_precision_reaches_its_default_tolerance(dense, vectors):
-    from zoo import make
-
     from curvalg import Problem
+    from tests.support.zoo import make
 
     case = make("mlp")
     model, batches = case.model.float(), [(x.float(), y) for x, y in case.batches]
@@ -221,9 +220,8 @@ def test_inverse_on_outputs(problem, dense, vectors):
 
 
 def test_stale_inverses_raise(problem_of, vectors):
-    from zoo import make
-
     from curvalg import StaleError
+    from tests.support.zoo import make
 
     case = make("mlp")
     op = inverse(GGN + 0.1 * Identity).lower(problem_of(case))

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import psutil
 import pytest
 import torch
-from test_exactness import SUMS, TERMS, close
-from third_party import CenteredTangent, MeanTangent, Skewed
 from torch import nn
-from zoo import ZOO, make
 
 from curvalg import Identity, Problem, ProblemError, Term, block_diagonal, registry
 from curvalg.lowering.sweeps.linearization import AMORTISED
+from tests.support.agreement import SUMS, TERMS, close
+from tests.support.third_party import CenteredTangent, MeanTangent, Skewed
+from tests.support.zoo import ZOO, make
 
 MODES = {
     "fresh, looped": {"cache": 0, "columns": "loop"},

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Case, Dense
 from torch import nn
 
 from curvalg import LossError, Problem, registry
 from curvalg.losses import CrossEntropy, KLDivWithLogits
+from tests.support.dense import Case, Dense
 
 torch.manual_seed(3)
 W = torch.tensor([0.5, 2.0, 1.0]).double()

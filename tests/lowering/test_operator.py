@@ -15,7 +15,6 @@ import scipy.sparse.linalg as sla
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from zoo import ZOO, make
 
 from curvalg import (
     CurvatureOperator,
@@ -29,6 +28,7 @@ from curvalg import (
     registry,
     restrict,
 )
+from tests.support.zoo import ZOO, make
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_stale_after_every_kind_of_step_and_right_after_refresh(step, problem_of
         op @ v
     for p in case.model.parameters():
         p.grad = None
-    from dense import Dense
+    from tests.support.dense import Dense
 
     expected = Dense(case).hessian @ v
     assert op.refresh() is op
@@ -445,7 +445,7 @@ def test_explain_says_what_happens(problem_of):
 
 
 def test_replaced_parameters_and_modules_are_seen_and_taken_up(problem_of):
-    from dense import Dense
+    from tests.support.dense import Dense
 
     case = make("mlp")
     op = registry.build("hessian").lower(problem_of(case))
@@ -465,9 +465,8 @@ def test_replaced_parameters_and_modules_are_seen_and_taken_up(problem_of):
 
 def test_parts_of_what_is_not_local(dense_of, problem_of, vectors):
     """A sub-matrix of a product or an inverse is not the product or inverse of sub-matrices."""
-    from third_party import GradientOuter
-
     from curvalg import Diagonal
+    from tests.support.third_party import GradientOuter
 
     dense, problem = dense_of("mlp"), problem_of("mlp")
     G, H, g = dense.ggn, dense.hessian, dense.gradient
@@ -504,7 +503,7 @@ def test_parts_of_what_is_not_local(dense_of, problem_of, vectors):
 
 @pytest.mark.parametrize("expr", ["restricted", "blocks"])
 def test_refresh_takes_up_replaced_parameters_in_parts(expr, problem_of):
-    from dense import Dense
+    from tests.support.dense import Dense
 
     case = make("mlp")
     hessian = registry.build("hessian")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from zoo import make
 
 from curvalg import Problem, registry
+from tests.support.zoo import make
 
 PEERS = {
     "hessian": curvlinops.HessianLinearOperator,

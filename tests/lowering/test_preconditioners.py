@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from structures import JointKronecker, random
 
 from curvalg import (
     Diagonal,
@@ -22,6 +21,7 @@ from curvalg import (
 )
 from curvalg.cli.list_problems import digits
 from curvalg.lowering.inverses import forms
+from tests.support.structures import JointKronecker, random
 
 GGN = registry.build("ggn")
 

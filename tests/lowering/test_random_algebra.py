@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from conftest import NIGHTLY
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from curvalg import (
     restrict,
     sqrt,
 )
+from tests.support.nightly import NIGHTLY
 
 Names = tuple[str, ...]
 SHAPES = {"0.weight": (2, 3), "0.bias": (2,), "2.weight": (3, 2), "2.bias": (3,)}

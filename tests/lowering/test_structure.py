@@ -4,18 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from structures import (
-    STRUCTURED,
-    JointKronecker,
-    diagonal,
-    joint_kronecker,
-    joint_positions,
-    kronecker,
-    low_rank,
-    offsets,
-    psd,
-    random,
-)
 
 from curvalg import (
     Block,
@@ -33,6 +21,18 @@ from curvalg import (
     registry,
     restrict,
     sqrt,
+)
+from tests.support.structures import (
+    STRUCTURED,
+    JointKronecker,
+    diagonal,
+    joint_kronecker,
+    joint_positions,
+    kronecker,
+    low_rank,
+    offsets,
+    psd,
+    random,
 )
 
 GGN = registry.build("ggn")

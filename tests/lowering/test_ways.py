@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_exactness import close
-from zoo import ZOO
 
 from curvalg import Identity, ProblemError, registry
 from curvalg.lowering import race as timing
@@ -15,6 +13,8 @@ from curvalg.lowering.plans import low_rank_plan as factored
 from curvalg.lowering.plans.planner import PATIENCE
 from curvalg.lowering.sweeps.linearization import Linearization
 from curvalg.lowering.sweeps.recordings import SinglePass
+from tests.support.agreement import close
+from tests.support.zoo import ZOO
 
 WAYS = ["ordinary", "factored", "multiplied out"]
 SUMS = {

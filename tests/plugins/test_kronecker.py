@@ -165,7 +165,7 @@ def test_one_call_of_the_model_for_each_batch(problem_of):
 
 
 def _whole(case):
-    from zoo import make
+    from tests.support.zoo import make
 
     batches = make(case).batches
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from zoo import make
 
 from curvalg import Problem, ProblemError, registry
 from curvalg.problem.layers import record_layers
 from curvalg.problem.layers import registrations as table_
+from tests.support.zoo import make
 
 D = torch.float64
 

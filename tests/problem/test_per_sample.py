@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO, make
 
 from curvalg import ProblemError, registry
 from curvalg.problem.per_sample import LAST, ROUTES
+from tests.support.zoo import ZOO, make
 
 
 def gradients(problem):

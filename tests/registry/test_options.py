@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
 import numpy as np
 import pytest
-from fake_plugins import Install
 
 from curvalg.errors import RegistryError
 from curvalg.expr import Expr, MonteCarloGGN, Term
 from curvalg.registry import Registry
 from curvalg.registry.parse import parse
 from curvalg.registry.spec import fits
+from tests.support.fake_plugins import Install
 
 if TYPE_CHECKING:
     from nowhere import Unknowable

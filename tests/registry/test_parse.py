@@ -9,7 +9,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import O, P, expressions
 
 from curvalg.errors import ExpressionError, RegistryError
 from curvalg.expr import (
@@ -34,6 +33,7 @@ from curvalg.expr import (
 )
 from curvalg.expr.node import Space
 from curvalg.registry.parse import parse
+from tests.support.strategies import O, P, expressions
 
 Names = tuple[str, ...] | None
 

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from planted import AssumesLoss, Magnitude, Squares, WrongShape
 
 from curvalg import CurvalgError, Problem, ProblemError, RegistryError, registry
 from curvalg.testing import CHECKS, ConformanceError, check_term, default_problems
 from curvalg.testing.pytest_plugin import split
+from tests.support.planted import AssumesLoss, Magnitude, Squares, WrongShape
 
 FEW = default_problems()[:1]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from planted import Squares, WrongShape
 
 from curvalg.testing import CHECKS, ConformanceError, parametrize_terms, pytest_plugin
 from curvalg.testing.parametrize import term_checks
+from tests.support.planted import Squares, WrongShape
 
 ROOT = str(Path(__file__).parents[2])
 

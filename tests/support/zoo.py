@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from dense import Case
 from torch import Tensor, nn
+
+from tests.support.dense import Case
 
 
 def _ce(z: Tensor, y: Tensor) -> Tensor:

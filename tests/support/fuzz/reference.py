@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from grammar import Drawn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.support.fuzz.grammar import Drawn
 
 
 class Reference:
