@@ -279,7 +279,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured
 
     for name in ("fastest", "timed"):
         monkeypatch.setattr(f"curvalg.lowering.sweeps.linearization.{name}", clock(name))
-    monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)  # what is measured in a pass that is made again
+    monkeypatch.setattr("curvalg.tensors.backward.OVERHEAD", 0.0)  # what is measured in a pass that is made again
     favour(favoured)
     whole = solve()
     path, apply, calls = tmp_path / "run.safetensors", CurvatureOperator._apply, itertools.count()

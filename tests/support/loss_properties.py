@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import optree
-import pytest
 import torch
 from torch import Tensor
 
@@ -136,23 +134,3 @@ def check_unmutated(loss: Any, output: Any, target: Any) -> None:
     assert all(leaf.dtype == dtype and not leaf.requires_grad for leaf in optree.tree_leaves(results))
     for leaf, copy, version in zip(inputs, copies, versions, strict=True):
         assert leaf._version == version and torch.equal(leaf, copy)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def check() -> SimpleNamespace:
-    return SimpleNamespace(
-        split=check_split,
-        derivatives=check_derivatives,
-        factor=check_factor,
-        label_draws=check_label_draws,
-        signs=check_signs,
-        unmutated=check_unmutated,
-        dense_hessian=dense_hessian,
-        flat=flat,
-        outer=outer,
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
@@ -13,7 +12,6 @@ from curvalg import CheckpointError, Problem, ProblemError, block_diagonal, regi
 from curvalg.estimate import eigsh
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.sweeps.linearization import AMORTISED
-from curvalg.tensors.batch_sums import BatchSum
 
 TERMS = ["ggn", "hessian", "covariance", "centered_covariance", "ggn_class", "kfac", "ggn_diagonal", "jacobian"]
 CE = nn.CrossEntropyLoss()
@@ -77,25 +75,6 @@ def test_float64_sums_are_nearer():
         got = Problem(net(), CE, batches, accumulate=accumulate).gradient()
         errors[accumulate] = float((got - whole).norm() / whole.norm())
     assert errors[torch.float64] < 0.2 * errors[None]
-
-
-def test_sums_own_what_they_write_into():
-    first, second = torch.ones(3), torch.ones(3)
-    total = BatchSum(None)
-    for part in (first, second, second):
-        total.add(part)
-    assert torch.equal(total.value, 3 * torch.ones(3))
-    assert torch.equal(first, torch.ones(3)) and torch.equal(second, torch.ones(3))
-    statistics = {"mean": torch.ones(2), "counts": (torch.ones(1, dtype=torch.long),)}
-    kept = copy.deepcopy(statistics)
-    total = BatchSum(torch.float64)
-    for _ in range(3):
-        total.add(statistics)
-        total.add(None)
-    assert total.value["mean"].dtype == torch.float32 and total.value["counts"][0].dtype == torch.long
-    assert torch.equal(total.value["mean"], torch.full((2,), 3.0)) and int(total.value["counts"][0]) == 3
-    assert torch.equal(statistics["mean"], kept["mean"])
-    assert BatchSum(torch.float64).value is None
 
 
 @pytest.mark.parametrize("wrong", [torch.float16, torch.int64, "float64", 64])

@@ -1,73 +1,21 @@
-"""Output structures, and callables that read them: whether they add up, what they are called with, square roots."""
+"""Callables that read outputs of any structure: what they are called with, and whether they add up over samples."""
 
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvalg.errors import LossError, ProblemError
+from curvalg.errors import LossError
 from curvalg.losses import CallableLoss, infer_reduction
 from curvalg.losses.additive import check_additive, check_additive_pair
-from curvalg.losses.output_blocks import square_roots
 from curvalg.problem.model.outputs import OutputForm
-from curvalg.tensors import trees
+from tests.support.outputs import STRUCTURES, ModelOutput, Y, Z
 
-Z = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
-Y = torch.tensor([0, 2, 1, 1, 0, 2])
 W = torch.tensor([0.5, 2.0, 1.0]).double()
-
-
-class ModelOutput(OrderedDict):
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-@dataclass
-class Record:
-    logits: torch.Tensor
-    loss: object = None
-
-
-Named = namedtuple("Named", ["logits", "extra"])
-STRUCTURES = {
-    "model output": ModelOutput(loss=None, logits=Z, extra=(Z.exp(),)),
-    "data class": Record(Z),
-    "named tuple": Named(Z, Z[:, :1]),
-}
-
-
-@pytest.mark.parametrize("kind", STRUCTURES)
-def test_split_gives_what_the_model_made(kind):
-    raw = STRUCTURES[kind]
-    form = OutputForm(raw)
-    z = form.join(raw)
-    again = form.split(2 * z)
-    assert type(again) is type(raw)
-    assert torch.equal(again.logits, 2 * Z)
-    assert torch.equal(form.join(again), 2 * z)
-    assert getattr(again, "loss", None) is None
-    assert torch.equal(raw.logits, Z)
-
-
-def test_forms_hold_no_tensors():
-    """Recordings keep their form; a tensor in it would keep the graph."""
-    for raw in (*STRUCTURES.values(), Z):
-        assert not trees.tensors(list(vars(OutputForm(raw)).values()))
-
-
-@pytest.mark.parametrize("raw", [{"a": Z, "n": 3}, Record(Z, loss=Z.sum()), ModelOutput(a=Y), None, 1.0])
-def test_outputs_that_are_no_tensors_over_samples_are_refused(raw):
-    with pytest.raises(ProblemError, match="forward="):
-        OutputForm(raw)
 
 
 def test_callables_read_attributes_and_give_derivatives_of_the_same_structure():
@@ -96,8 +44,6 @@ def test_losses_of_other_arguments_are_told_what_is_expected():
                 called()
             assert isinstance(caught.value.__cause__, TypeError)
 
-
-# -- whether a callable adds up -------------------------------------------------------------------------------------------------
 
 ADDITIVE = {
     "mean": (F.cross_entropy, "mean", Y),
@@ -169,32 +115,3 @@ def test_batches_that_do_not_fit_together_are_not_compared():
     check_additive_pair(fails, "mean", Z, Y, Z[:0], Y[:0])
     check_additive(fails, "mean", Z[:1], Y[:1])
     check_additive(fails, "mean", Z, {"y": Y, "w": W})
-
-
-# -- square roots ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("failure", ["raises", "gives NaN"])
-def test_square_roots_are_retried_in_float64(failure, monkeypatch):
-    eigh, blocks = torch.linalg.eigh, torch.stack([Z[:3].float(), Z[3:].float()])
-    blocks = blocks @ blocks.mT
-
-    def unreliable(matrix):
-        if matrix.dtype == torch.float64:
-            return eigh(matrix)
-        if failure == "raises":
-            raise torch.linalg.LinAlgError("did not converge")
-        values, vectors = eigh(matrix)
-        return values, vectors * torch.nan
-
-    monkeypatch.setattr(torch.linalg, "eigh", unreliable)
-    columns = square_roots("loss", blocks)
-    assert columns.dtype == torch.float32
-    assert torch.allclose(columns @ columns.mT, blocks, atol=1e-5)
-
-
-def test_square_roots_of_what_is_not_finite_are_refused():
-    with pytest.raises(LossError, match="loss: the Hessian in the output has NaN"):
-        square_roots("loss", torch.full((1, 2, 2), torch.nan))
-    with pytest.raises(LossError, match="NaN"):
-        CallableLoss(lambda z, y: z.abs().sqrt().sum(), reduction="sum").at(torch.zeros(2, 1), Y[:2]).factor()

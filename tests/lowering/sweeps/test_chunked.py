@@ -1,10 +1,8 @@
-"""Outputs taken in chunks through the last linear layer give what the whole outputs give, and are never there as a whole."""
+"""Products through outputs in chunks are those through the whole outputs, and these are never made."""
 
 from __future__ import annotations
 
 import gc
-import math
-import re
 import weakref
 
 import pytest
@@ -12,51 +10,33 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvalg import Problem, StaleError, registry, restrict
+from curvalg import Problem, StaleError, registry
 from curvalg.losses import CrossEntropy, KLDivWithLogits
+from tests.support.large_outputs import (
+    LAST,
+    POSITIONWISE,
+    PROBABILITIES,
+    SUM,
+    B,
+    D,
+    Language,
+    V,
+    agree,
+    build,
+    chunked,
+    compare,
+    data,
+    memory,
+    pair,
+    vectors,
+)
 
-V, B, T, D = 11, 3, 5, 4
-build = registry.build
-SUM = build("hessian") / 2 - 3 * build("ggn") + 0.25 * build("residual") + build("fisher")
-POSITIONWISE = {
-    "ggn": build("ggn"),
-    "hessian": build("hessian"),
-    "residual": build("residual"),
-    "fisher": build("fisher"),
-    "sum": SUM,
-}
 SAMPLEWISE = {
     "ggn_mc": registry.build("ggn_mc", samples=3, seed=1),
     "fisher_mc": registry.build("fisher_mc", samples=2),
     "covariance": build("covariance"),
     "sum": build("covariance") - 2 * build("hessian") + build("ggn_mc"),
 }
-
-
-class Language(nn.Module):
-    """A model of tokens with one mixing layer; what happens to the logits is up to ``after``."""
-
-    def __init__(self, after=None, *, bias=True, tied=False, wide=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.mix, self.norm = nn.Embedding(V, D), nn.Linear(D, D), nn.LayerNorm(D)
-        self.wide = None if wide is None else nn.Sequential(nn.Linear(D, wide), nn.GELU(), nn.Linear(wide, D))
-        self.head = nn.Linear(D, V, bias=bias)
-        if tied:
-            self.head.weight = self.embed.weight
-        self.after = after or (lambda z: z)
-        self.double()
-
-    def forward(self, tokens):
-        h = self.norm(torch.tanh(self.mix(self.embed(tokens).cumsum(1))))
-        return self.after(self.head(h if self.wide is None else h + self.wide(h)))
-
-
-def tokens(*shape):
-    return torch.randint(V, shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-LAST = CrossEntropy(class_axis=-1)
 LAYOUTS = {
     "(B, T, V)": (None, lambda y: y, LAST),
     "(B, V, T)": (lambda z: z.transpose(1, 2), lambda y: y, nn.CrossEntropyLoss()),
@@ -80,52 +60,6 @@ LAYOUTS = {
     "cast": (lambda z: z.double().to(dtype=torch.float64), lambda y: y, LAST),
     "unflattened": (lambda z: z.flatten(0, 1).unflatten(0, (B, -1)), lambda y: y, LAST),
 }
-
-
-def data(cut=lambda y: y):
-    """Two batches: B and 2·B rows would change unflatten, so both have B."""
-    X = [tokens(B, T), tokens(T, B).T.contiguous()]
-    y = [tokens(T, B).T.contiguous(), tokens(B, T).flip(0)]
-    return [(x, cut(t)) for x, t in zip(X, y, strict=True)]
-
-
-TWO = 6 * 8 * V * 2
-"""Bytes in which two positions fit."""
-
-
-def pair(model, loss, batches, **options):
-    """The same problem in chunks of few positions, and with its outputs whole."""
-    memory = options.pop("memory", TWO)
-    return Problem(model, loss, batches, output_memory=memory, **options), Problem(
-        model, loss, batches, output_memory=math.inf, **options
-    )
-
-
-def memory(cut):
-    """As much, unless the outputs would fit in."""
-    return TWO if 8 * V * cut(tokens(B, T)).numel() > TWO else 0
-
-
-def vectors(problem, columns=1, size=None):
-    drawn = torch.randn(size or problem.size, columns, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return (drawn[:, 0] if columns == 1 else drawn).to(problem.dtype)
-
-
-def agree(got, expected, tolerance=1e-12):
-    assert (got - expected).norm() <= tolerance * expected.norm()
-
-
-def chunked(op):
-    return "in chunks of" in op.explain()
-
-
-def compare(expr, chunks, whole, columns=1):
-    op, reference = expr.lower(chunks), expr.lower(whole)
-    v = vectors(chunks, columns, op.shape[1])
-    expected = reference @ v
-    for _ in range(2):
-        agree(op @ v, expected)
-    assert chunked(op) and not chunked(reference)
 
 
 @pytest.mark.parametrize("cache", [0, 2**30], ids=["fresh", "kept"])
@@ -177,7 +111,6 @@ def test_other_terms_get_their_outputs_whole_and_explain_says_why(name):
 WEIGHTED = CrossEntropy(
     class_axis=-1, weight=torch.linspace(0.5, 2, V).double(), ignore_index=3, label_smoothing=0.2, reduction="mean"
 )
-PROBABILITIES = torch.rand(2, B, T, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 LOSSES = {
     "ignore_index": (CrossEntropy(class_axis=-1, ignore_index=3), None),
     "class weights": (CrossEntropy(class_axis=-1, weight=torch.linspace(0.5, 2, V).double()), None),
@@ -197,153 +130,6 @@ def test_every_option_of_the_loss_counts(name):
     compare(SUM, chunks, whole, 2)
     assert chunks.value() == pytest.approx(whole.value(), rel=1e-12)
     agree(chunks.gradient(), whole.gradient())
-
-
-def test_probabilities_with_classes_on_the_second_axis():
-    batches = [(x, y.transpose(1, 2)) for (x, _), y in zip(data(), PROBABILITIES, strict=True)]
-    compare(SUM, *pair(Language(lambda z: z.transpose(1, 2)), nn.CrossEntropyLoss(), batches))
-
-
-@pytest.mark.parametrize("cache", [0, 2**30], ids=["fresh", "kept"])
-@pytest.mark.parametrize(
-    ("options", "params"),
-    [
-        ({"bias": False}, None),
-        ({"tied": True}, None),
-        ({"tied": True, "bias": False}, None),
-        ({}, ["embed.*", "mix.*", "norm.*"]),
-        ({}, ["head.*"]),
-        ({}, ["head.bias"]),
-        ({}, ["mix.*", "head.weight"]),
-        ({"tied": True}, ["mix.*"]),
-    ],
-    ids=["no bias", "tied", "tied, no bias", "frozen", "alone", "bias alone", "bias frozen", "tied and frozen"],
-)
-def test_heads_of_every_kind(options, params, cache):
-    chunks, whole = pair(Language(**options), LAST, data(), params=params, cache=cache)
-    for name in ("ggn", "sum"):
-        compare(POSITIONWISE[name], chunks, whole, 2)
-    agree(chunks.gradient(), whole.gradient())
-
-
-@pytest.mark.parametrize("part", ["head.*", "mix.*", "*weight"])
-def test_restrictions(part):
-    compare(restrict(build("hessian") + build("ggn"), part), *pair(Language(), LAST, data()), 2)
-
-
-@pytest.mark.parametrize("memory", [0, 6 * 8 * V, TWO, 8 * V * B * T - 1])
-def test_the_size_of_the_chunks_changes_nothing(memory):
-    chunks, whole = pair(Language(), LAST, data(), memory=memory)
-    compare(SUM, chunks, whole)
-    asked = max(1, memory // (6 * 8 * V))
-    assert f"in chunks of {asked} position" in SUM.lower(chunks).explain()
-
-
-def test_small_outputs_are_left_alone():
-    chunks, whole = pair(Language(), LAST, data(), memory=8 * V * B * T)
-    op = SUM.lower(chunks)
-    agree(op @ vectors(chunks), SUM.lower(whole) @ vectors(chunks))
-    assert "outputs of" not in op.explain() and chunks.ends_in_head is None
-    assert Problem(Language(), LAST, data()).output_memory == 64 * 2**20
-
-
-MATERIALISED = {
-    "softcap": (lambda z: 3 * torch.tanh(z / 3), "(div|__truediv__)"),
-    "scaled": (lambda z: 0.5 * z, "mul"),
-    "in place": (lambda z: z.mul_(0.5), "mul_"),
-    "in place in a view": (lambda z: (z.transpose(1, 2).mul_(2), z)[1], "mul_"),
-    "written into": (lambda z: (z.__setitem__((..., 0), 0.0), z)[1], "__setitem__"),
-    "some classes": (lambda z: z[..., : V - 1], "__getitem__"),
-    "the classes moved": (lambda z: z[..., torch.arange(V).flip(0)], "__getitem__"),
-    "the classes mixed": (lambda z: z.reshape(B, V, T), "reshape"),
-    "a bias more": (lambda z: z + torch.arange(V).double() / V, "add"),
-    "log_softmax": (lambda z: z.log_softmax(-1), "log_softmax"),
-}
-
-
-class _Scaled(torch.autograd.Function):
-    """The identity, with gradients halved twice: the model's matrix is not that of its layer."""
-
-    @staticmethod
-    def forward(ctx, z):
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient / 4
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent / 4
-
-
-@pytest.mark.parametrize("name", MATERIALISED)
-def test_other_functions_of_the_outputs_make_them_and_explain_says_which(name):
-    after, function = MATERIALISED[name]
-    classes = V - 1 if name == "some classes" else V
-    loss = nn.CrossEntropyLoss() if name == "the classes mixed" else LAST
-    batches = [(x, y % classes) for x, y in data()]
-    for expr in (build("ggn"), SUM):
-        chunks, whole = pair(Language(after), loss, batches)
-        op = expr.lower(chunks)
-        agree(op @ vectors(chunks), expr.lower(whole) @ vectors(chunks))
-        said = rf"as a whole: the outputs of the layer 'head.weight' go into the function {function}"
-        assert not chunked(op) and re.search(said, op.explain()), op.explain()
-        agree(chunks.gradient(), whole.gradient())
-        assert chunks.value() == pytest.approx(whole.value(), rel=1e-12)
-
-
-@pytest.mark.parametrize("deep", [False, True], ids=["outputs", "an inner layer"])
-def test_functions_of_the_users_with_derivatives_of_their_own(deep):
-    model = Language(None if deep else _Scaled.apply, wide=40 if deep else None)
-    if deep:
-        model.wide[0].register_forward_hook(lambda module, args, z: _Scaled.apply(z))
-    chunks, whole = pair(model, LAST, data(), memory=0)
-    op = build("ggn").lower(chunks)
-    agree(op @ vectors(chunks), build("ggn").lower(whole) @ vectors(chunks))
-    assert chunked(op) is deep
-
-
-@pytest.mark.parametrize("name", ["ggn", "sum"])
-def test_inner_layers_that_are_as_large_are_left_alone(name):
-    chunks, whole = pair(Language(wide=40), LAST, data(), memory=0)
-    compare(POSITIONWISE[name], chunks, whole)
-    assert chunks.inner_layers == {"mix.weight", "wide.0.weight", "wide.2.weight"}
-
-
-def test_outputs_in_a_mapping_are_picked_by_forward():
-    class Wrapped(Language):
-        def forward(self, tokens):
-            return {"logits": super().forward(tokens), "aux": None}
-
-    options = {"forward": lambda model, batch: model(batch[0])["logits"][:, :-1]}
-    compare(SUM, *pair(Wrapped(), LAST, data(lambda y: y[:, 1:]), memory=0, **options))
-    chunks, _ = pair(Language(lambda z: (z, z[..., :1])), None, data())
-    assert not chunked(build("jacobian").lower(chunks))
-
-
-def test_a_model_that_is_a_function():
-    model = Language()
-    params = dict(model.named_parameters())
-
-    def function(given, X):
-        return torch.func.functional_call(model, given, (X,))
-
-    compare(SUM, *pair(function, LAST, data(), params=params))
-
-
-def test_targets_that_do_not_fit_are_refused_as_ever():
-    chunks, _ = pair(Language(), nn.CrossEntropyLoss(), data())
-    with pytest.raises(Exception, match="class_axis=-1"):
-        build("ggn").lower(chunks) @ vectors(chunks)
-
-
-def test_outputs_that_are_not_finite_are_refused_as_ever():
-    model = Language()
-    model.head.bias.data[2] = math.inf
-    chunks, _ = pair(model, LAST, data())
-    with pytest.raises(Exception, match="NaN or infinite entries"):
-        build("ggn").lower(chunks) @ vectors(chunks)
 
 
 def test_random_layers_replay_their_draws():

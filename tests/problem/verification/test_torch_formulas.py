@@ -9,11 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def pushed_and_pulled(f, x):
     """⟨u, J v⟩ by forward AD, and ⟨Jᵀu, v⟩."""
     v = torch.randn_like(x)

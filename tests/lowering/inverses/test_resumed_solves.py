@@ -33,7 +33,7 @@ def _no_clock(monkeypatch):
     monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
     monkeypatch.setattr("curvalg.lowering.sweeps.linearization.AMORTISED", 10**9)
     monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 10**9)
-    monkeypatch.setattr("curvalg.problem.evaluation.OVERHEAD", 0.0)
+    monkeypatch.setattr("curvalg.tensors.backward.OVERHEAD", 0.0)
 
 
 def right_sides(p):
