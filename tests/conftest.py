@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from curvalg import Problem
-from curvalg.lowering.race import Race
 from tests.support.dense import Case, Dense
+from tests.support.inside import Inside, Products
 from tests.support.zoo import make
 
 
@@ -65,12 +65,24 @@ def counted_model(problem_of):
 
 
 @pytest.fixture
-def take_way(monkeypatch):
+def inside(monkeypatch):
+    """What lies inside the library, to be read and exchanged; see :class:`Inside`."""
+    return Inside(monkeypatch)
+
+
+@pytest.fixture
+def products(inside):
+    """Counts the products of operators, and interrupts one."""
+    return Products(inside)
+
+
+@pytest.fixture
+def take_way(inside):
     """way -> from now on it is taken wherever it is possible, whatever is faster."""
-    choose = Race.choose
+    choose = inside["choose_way"]
 
     def take(way: str) -> None:
-        def chosen(self: Race, problem: Problem, ways, x: torch.Tensor, *, insist: bool = False) -> str:
+        def chosen(self, problem: Problem, ways, x: torch.Tensor, *, insist: bool = False) -> str:
             chosen, wide = choose(self, problem, ways, x, insist=insist), x.shape[1] > 1
             if self._names[wide] in problem.recalled:
                 return chosen
@@ -78,6 +90,6 @@ def take_way(monkeypatch):
             problem.choices[self._names[wide]] = self._chosen[wide]
             return self._chosen[wide]
 
-        monkeypatch.setattr(Race, "choose", chosen)
+        inside(choose_way=chosen)
 
     return take

@@ -130,8 +130,8 @@ def test_structure_gives_it_for_nothing(problem_of):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tol", [None, 1e-9])
-def test_resumed_runs_give_the_same_bits(tmp_path, monkeypatch, method, tol):
-    monkeypatch.setattr("curvalg.estimate.sketch.WIDEST", 7)
+def test_resumed_runs_give_the_same_bits(tmp_path, inside, method, tol):
+    inside(widest_sketch=7)
     A, path, blocks = matrix(SPECTRA["i^-1"]), tmp_path / "run.safetensors", [0, 0]
 
     def product(x):

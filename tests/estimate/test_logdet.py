@@ -100,8 +100,8 @@ def test_a_tolerance_doubles_the_probes(estimate):
     assert (fine.products - 2) % 100 == 0 and math.log2((fine.products - 2) / 100) % 1 == 0
 
 
-def test_a_tolerance_that_is_not_reached_is_loud(monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.spectral_sum.DOUBLINGS", 2)
+def test_a_tolerance_that_is_not_reached_is_loud(inside):
+    inside(doublings=2)
     with pytest.raises(
         ConvergenceError, match=r"logdet is .* ± .* after 402 products, .* raise products= or tol="
     ) as caught:

@@ -25,6 +25,7 @@ from curvalg.expr import (
     Nystrom,
     Product,
     Restriction,
+    Space,
     SquareRoot,
     Sum,
     Transpose,
@@ -38,7 +39,6 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.expr.node import Space
 from tests.support.strategies import O, P, expressions, moderate
 
 Matrix = np.ndarray

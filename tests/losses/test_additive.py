@@ -12,7 +12,7 @@ from torch import nn
 from curvalg.errors import LossError
 from curvalg.losses import CallableLoss, infer_reduction
 from curvalg.losses.additive import check_additive, check_additive_pair
-from curvalg.problem.model.outputs import OutputForm
+from curvalg.problem.model import OutputForm
 from tests.support.outputs import STRUCTURES, ModelOutput, Y, Z
 
 W = torch.tensor([0.5, 2.0, 1.0]).double()

@@ -136,9 +136,9 @@ def test_lowering_needs_a_problem_and_a_size(problem_of):
         registry.build("ggn").lower(problem, preconditioner=Identity)
 
 
-def test_dense_checks_memory_first(problem_of, monkeypatch):
+def test_dense_checks_memory_first(problem_of, inside):
     op = registry.build("ggn").lower(problem_of("mlp"))
-    monkeypatch.setattr("curvalg.lowering.composition.free_memory", lambda device: 1000)
+    inside(free_memory_of_dense=lambda device: 1000)
     with pytest.raises(ProblemError, match="GiB"):
         op.to_dense()
 

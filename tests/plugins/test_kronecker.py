@@ -117,8 +117,8 @@ def test_a_wide_gram_matrix_is_made_of_panels():
 
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(("columns", "positions"), [(1, 1), (2, 3), (1, 9)])
-def test_second_moments_in_either_order(columns, positions, joint, monkeypatch):
-    monkeypatch.setattr(factors, "CHUNK", 2 * columns * 3 * 5)  # two rows at a time
+def test_second_moments_in_either_order(columns, positions, joint, inside):
+    inside(kronecker_chunk=2 * columns * 3 * 5)  # two rows at a time
     h, d = random(5, positions, 4), random(columns, 5, positions, 3, seed=1)
     output = torch.linalg.qr(random(3, 3, seed=2))[0]
     inputs = torch.linalg.qr(random(4 + joint, 4 + joint, seed=3))[0]

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from curvalg import ProblemError, registry
-from curvalg.problem.per_sample import LAST, ROUTES
 from tests.support.zoo import ZOO, make
+
+LAST = "one backward per sample"
+ROUTES = ["BackPACK", "torch.func", LAST]
 
 
 def gradients(problem):

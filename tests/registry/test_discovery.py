@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from curvalg import parse
 from curvalg.errors import RegistryError
 from curvalg.expr import GGN
 from curvalg.registry import Registry
-from curvalg.registry.parse import parse
 from tests.support.fake_plugins import TERM, Install, new_failures
 
 

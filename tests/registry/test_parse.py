@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from curvalg import parse
 from curvalg.errors import ExpressionError, RegistryError
 from curvalg.expr import (
     GGN,
@@ -22,6 +23,7 @@ from curvalg.expr import (
     Kronecker,
     LowRank,
     MonteCarloGGN,
+    Space,
     Zero,
     ZeroExpr,
     block_diagonal,
@@ -31,8 +33,6 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.expr.node import Space
-from curvalg.registry.parse import parse
 from tests.support.strategies import O, P, expressions
 
 Names = tuple[str, ...] | None

@@ -29,9 +29,8 @@ from curvalg.expr import (
     transpose,
 )
 from curvalg.rewrite import LAWS, Law, rewrite, simplify
-from curvalg.rewrite.witness import GROUPS, A, B, DenseWorld, P, S
 from tests.support.strategies import expressions
-from tests.support.worlds import sums_of_blocks, valued
+from tests.support.worlds import GROUPS, A, B, DenseWorld, P, S, sums_of_blocks, valued
 
 WORLD = DenseWorld(GROUPS, outputs=4)
 WITNESSES = [(law, w) for law in LAWS for w in law.witnesses()]

@@ -25,6 +25,7 @@ from curvalg.expr import (
     MonteCarloFisher,
     MonteCarloGGN,
     Residual,
+    Space,
     Zero,
     ZeroExpr,
     block_diagonal,
@@ -35,7 +36,6 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.expr.node import Space
 
 P: Space = "parameters"
 O: Space = "outputs"

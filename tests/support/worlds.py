@@ -26,7 +26,30 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.rewrite.witness import GROUPS, A, B, P, Q, S
+from curvalg.rewrite.witness import GROUPS, A, B, D, DenseWorld, E, K, L, P, Q, R, S, U, V, X, Y, blocks
+
+__all__ = [
+    "A",
+    "B",
+    "D",
+    "DenseWorld",
+    "E",
+    "GROUPS",
+    "K",
+    "L",
+    "P",
+    "Q",
+    "R",
+    "S",
+    "U",
+    "V",
+    "X",
+    "Y",
+    "blocks",
+    "leaves",
+    "sums_of_blocks",
+    "valued",
+]
 
 Names = tuple[str, ...]
 scales = st.sampled_from([1, 1, 2, -1, -3, 0.5, 1 / 3])

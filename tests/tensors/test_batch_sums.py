@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from curvalg.tensors.batch_sums import BatchSum
+from curvalg.tensors import BatchSum
 
 
 def test_sums_own_what_they_write_into():

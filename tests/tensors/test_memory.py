@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import torch
 
-from curvalg.tensors.memory import free_memory
+from curvalg.tensors import free_memory
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvalg import Diagonal, Identity, Problem, inverse, registry, restrict
-from curvalg.expr.terms import BUILTIN
+from curvalg.expr import BUILTIN
 from curvalg.testing import check_term, default_problems, parametrize_terms
 from tests.support.third_party import CenteredTangent, GradientOuter, MeanTangent, Skewed, WeightedBlocks
 

@@ -2,5 +2,8 @@
 
 from curvalg.problem.layers.record import LayerRecord
 from curvalg.problem.layers.recorded import RecordedLayers, record_layers
+from curvalg.problem.layers.registrations import TABLE
+from curvalg.problem.layers.routing import is_steady
+from curvalg.problem.layers.verify import ROWS
 
-__all__ = ["LayerRecord", "RecordedLayers", "record_layers"]
+__all__ = ["ROWS", "TABLE", "LayerRecord", "RecordedLayers", "is_steady", "record_layers"]

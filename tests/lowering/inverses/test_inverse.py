@@ -19,7 +19,6 @@ from curvalg import (
     registry,
     restrict,
 )
-from curvalg.lowering.inverses import forms
 
 GGN = registry.build("ggn")
 HESSIAN = registry.build("hessian")
@@ -68,8 +67,8 @@ def test_single_precision_reaches_its_default_tolerance(dense, vectors):
         assert (residual.norm(dim=0) <= 3e-5 * B.norm(dim=0)).all()
 
 
-def test_an_indefinite_hessian_goes_to_minres(problem, dense, vectors, monkeypatch):
-    monkeypatch.setattr(forms, "DENSE_LIMIT", 10)
+def test_an_indefinite_hessian_goes_to_minres(problem, dense, vectors, inside):
+    inside(dense_limit=10)
     op = inverse(HESSIAN + 1e-2 * Identity).lower(problem)
     B = vectors(dense.D, 2)
     A = dense.hessian + 1e-2 * eye(dense.D)
@@ -201,10 +200,10 @@ def test_diagonals_divide(problem, vectors):
         inverse(Diagonal(values * 0)).lower(problem) @ V
 
 
-def test_singular_and_unsuitable_matrices_are_refused(problem, monkeypatch):
+def test_singular_and_unsuitable_matrices_are_refused(problem, inside):
     with pytest.raises(FactsError, match="rank is at most M = 14, less than D = 43; add damping"):
         inverse(GGN).lower(problem)
-    monkeypatch.setattr(forms, "DENSE_LIMIT", 10)
+    inside(dense_limit=10)
     with pytest.raises(FactsError, match="symmetry is not proved"):
         inverse(GGN @ HESSIAN + Identity).lower(problem)
     with pytest.raises(FactsError, match="diagonal: declined"):

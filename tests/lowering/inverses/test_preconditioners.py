@@ -19,8 +19,7 @@ from curvalg import (
     registry,
     restrict,
 )
-from curvalg.cli.list_problems import digits
-from curvalg.lowering.inverses import forms
+from tests.support.built_in import BUILT_IN
 from tests.support.structures import JointKronecker, random
 
 GGN = registry.build("ggn")
@@ -101,8 +100,8 @@ def test_any_structured_expression_preconditions(name, problem, dense, vectors):
     assert torch.allclose(given @ V, op @ V, atol=1e-6)
 
 
-def test_an_iterative_preconditioner_is_refused(problem, monkeypatch):
-    monkeypatch.setattr(forms, "DENSE_LIMIT", 10)
+def test_an_iterative_preconditioner_is_refused(problem, inside):
+    inside(dense_limit=10)
     many = registry.build("ggn_mc", samples=7) + Identity  # more columns than parameters, so only CG is left
     with pytest.raises(ExpressionError, match="itself be inverted by cg"):
         inverse(GGN + Identity, solver="cg", preconditioner=many).lower(problem)
@@ -110,7 +109,7 @@ def test_an_iterative_preconditioner_is_refused(problem, monkeypatch):
 
 def test_digits_take_a_fifth_of_the_products():
     """Damping of 1e-5 of the largest eigenvalue: plain conjugate gradients against Nyström and layer blocks."""
-    problem = digits()
+    problem = BUILT_IN["digits"]()
     op = GGN.lower(problem)
     v = torch.ones(problem.size)
     for _ in range(30):

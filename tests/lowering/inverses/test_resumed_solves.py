@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from curvalg import CheckpointError, Identity, Problem, block_diagonal, inverse, registry
-from curvalg.estimate import checkpoint as checkpoints
-from curvalg.lowering.plans.low_rank_plan import LowRankPlan
 
 GGN = registry.build("ggn")
 CASES = {
@@ -28,12 +26,12 @@ def problem():
 
 
 @pytest.fixture(autouse=True)
-def _no_clock(monkeypatch):
+def _no_clock(inside):
     """Every run chooses the same routes; that choices are recalled has tests of its own."""
-    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
-    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.AMORTISED", 10**9)
-    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 10**9)
-    monkeypatch.setattr("curvalg.tensors.backward.OVERHEAD", 0.0)
+    inside(fastest=lambda run: run() is None)
+    inside(amortised=10**9)
+    inside(patience=10**9)
+    inside(overhead=0.0)
 
 
 def right_sides(p):
@@ -47,10 +45,8 @@ def right_sides(p):
 class Counter:
     """Interrupts a product, once, and counts them."""
 
-    def __init__(self, monkeypatch):
-        from curvalg.lowering.sweeps.linearization import Linearization
-
-        self.left, self.count, product = 0, 0, Linearization.product
+    def __init__(self, inside):
+        self.left, self.count, product = 0, 0, inside["sweep"]
 
         def counted(linearization, *args):
             self.count += 1
@@ -59,13 +55,13 @@ class Counter:
                 raise KeyboardInterrupt
             return product(linearization, *args)
 
-        monkeypatch.setattr(Linearization, "product", counted)
+        inside(sweep=counted)
 
 
 @pytest.mark.parametrize("at", [3, 17])
 @pytest.mark.parametrize("name", ["cg", "preconditioned", "minres"])
-def test_a_resumed_solve_gives_the_same_bits(name, at, tmp_path, monkeypatch):
-    p, counter = problem(), Counter(monkeypatch)
+def test_a_resumed_solve_gives_the_same_bits(name, at, tmp_path, inside):
+    p, counter = problem(), Counter(inside)
     op, b, path = CASES[name].lower(p), right_sides(p), tmp_path / "run.safetensors"
     whole = op.solve(b)
     products, counter.count = counter.count, 0
@@ -84,10 +80,10 @@ def test_a_resumed_solve_gives_the_same_bits(name, at, tmp_path, monkeypatch):
     assert torch.equal(again.x, whole.x) and counter.count <= 4
 
 
-def test_blocks_go_on_in_the_block_that_was_interrupted(tmp_path, monkeypatch):
+def test_blocks_go_on_in_the_block_that_was_interrupted(tmp_path, inside):
     p = problem()
-    monkeypatch.setattr("curvalg.lowering.inverses.forms.DENSE_LIMIT", 10)
-    counter = Counter(monkeypatch)
+    inside(dense_limit=10)
+    counter = Counter(inside)
     op, b, path = CASES["blocks"].lower(p), right_sides(p), tmp_path / "run.safetensors"
     whole = op.solve(b)
     assert "cg" in op.explain() or "minres" in op.explain()
@@ -99,8 +95,8 @@ def test_blocks_go_on_in_the_block_that_was_interrupted(tmp_path, monkeypatch):
         assert resumed.ok and torch.equal(resumed.x, whole.x)
 
 
-def test_without_a_file_an_interruption_gives_the_best_iterates(monkeypatch):
-    p, counter = problem(), Counter(monkeypatch)
+def test_without_a_file_an_interruption_gives_the_best_iterates(inside):
+    p, counter = problem(), Counter(inside)
     op, b = CASES["cg"].lower(p), right_sides(p)
     counter.left = 20
     result = op.solve(b)
@@ -110,8 +106,8 @@ def test_without_a_file_an_interruption_gives_the_best_iterates(monkeypatch):
     assert (result.residual <= b.norm(dim=0)).all() and float(result.residual[0]) < 0.9 * b[:, 0].norm()
 
 
-def test_an_interrupted_product_is_an_interruption(monkeypatch):
-    p, counter = problem(), Counter(monkeypatch)
+def test_an_interrupted_product_is_an_interruption(inside):
+    p, counter = problem(), Counter(inside)
     counter.left = 5
     with pytest.raises(KeyboardInterrupt):
         CASES["cg"].lower(p) @ right_sides(p)
@@ -133,8 +129,8 @@ def test_a_direct_solve_writes_no_file(tmp_path):
     assert not path.exists()
 
 
-def test_progress(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "INTERVAL", 0.0)
+def test_progress(capsys, tmp_path, inside):
+    inside(file_interval=0.0)
     p = problem()
     CASES["cg"].lower(p).solve(right_sides(p), progress=True, checkpoint=tmp_path / "run.safetensors")
     shown = capsys.readouterr().err
@@ -142,12 +138,12 @@ def test_progress(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", [2, 5, 11])
-def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, monkeypatch, take_way):
+def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, inside, take_way):
     """Before another way is tried, at the product that tries it, and after it."""
-    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 7)
+    inside(patience=7)
     take_way("factored")
     p, left = problem(), [0]
-    b, path, apply = right_sides(p)[:, :1], tmp_path / "run.safetensors", LowRankPlan.apply
+    b, path, apply = right_sides(p)[:, :1], tmp_path / "run.safetensors", inside["low_rank_product"]
 
     def counted(plan, *args):
         left[0] -= 1
@@ -155,7 +151,7 @@ def test_the_way_of_a_product_is_the_same_after_an_interruption(at, tmp_path, mo
             raise KeyboardInterrupt
         return apply(plan, *args)
 
-    monkeypatch.setattr(LowRankPlan, "apply", counted)
+    inside(low_rank_product=counted)
     p = problem()
     whole = CASES["cg"].lower(p).solve(b)
     left[0] = at

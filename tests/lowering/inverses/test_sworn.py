@@ -21,10 +21,8 @@ from curvalg import (
     inverse,
     registry,
 )
-from curvalg.lowering.inverses import offer as forms
-from curvalg.lowering.inverses.verified import swear
+from curvalg.lowering.inverses import swear
 from curvalg.lowering.matrices import Blocks, Structure
-from curvalg.lowering.plans.nodes import SumPlan
 
 N = 24
 
@@ -102,8 +100,8 @@ def not_finite(structure: Structure) -> Structure:
 @pytest.mark.parametrize("plant", [wrong_solves, wrong_matrix, not_finite])
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e8])
 @pytest.mark.parametrize("name", FORMS)
-def test_planted_structures_are_refused(name, condition, plant, problem, monkeypatch):
-    at, planted = forms.Form.at, {}
+def test_planted_structures_are_refused(name, condition, plant, problem, inside):
+    at, planted = inside["structure"], {}
 
     def planting(self, snapshot):
         structure = at(self, snapshot)
@@ -114,7 +112,7 @@ def test_planted_structures_are_refused(name, condition, plant, problem, monkeyp
 
     expr, _ = of_form(name, condition)
     op = inverse(expr).lower(problem)
-    monkeypatch.setattr(forms.Form, "at", planting)
+    inside(structure=planting)
     with pytest.raises(ConvergenceError):
         op @ random(N, 2, seed=4).float()
     with pytest.raises(ConvergenceError):
@@ -154,13 +152,13 @@ def test_a_small_block_is_judged_by_itself():
     assert not swears(3.0).solves and not swears(3.0).right
 
 
-def test_products_look_once_and_reports_are_made_when_asked_for(problem, monkeypatch):
+def test_products_look_once_and_reports_are_made_when_asked_for(problem, inside):
     calls = []
     op = inverse(registry.build("ggn") + 1e-1 * Identity, solver="dense").lower(problem)
     b = random(N, 1, seed=4).float()
     op @ b
-    apply = SumPlan.apply
-    monkeypatch.setattr(SumPlan, "apply", lambda *args: calls.append(1) or apply(*args))
+    apply = inside["sum_product"]
+    inside(sum_product=lambda *args: calls.append(1) or apply(*args))
     x = op @ b
     assert not calls
     matrix = (registry.build("ggn") + 1e-1 * Identity).lower(problem).to_dense()
@@ -180,17 +178,17 @@ def problem_of(verify: bool) -> Problem:
     return Problem(nn.Linear(7, 3), nn.MSELoss(), (torch.randn(9, 7), torch.randn(9, 3)), verify=verify)
 
 
-def counting(monkeypatch) -> list[int]:
+def counting(inside) -> list[int]:
     """The columns of products by sums, which the matrices here are."""
-    calls, apply = [], SumPlan.apply
-    monkeypatch.setattr(SumPlan, "apply", lambda *args: calls.append(args[2].shape[1]) or apply(*args))
+    calls, apply = [], inside["sum_product"]
+    inside(sum_product=lambda *args: calls.append(args[2].shape[1]) or apply(*args))
     return calls
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_the_user_may_leave_the_look_out(verify, monkeypatch):
+def test_the_user_may_leave_the_look_out(verify, inside):
     op, b = inverse(LowRank(random(N, 3)) + Identity).lower(problem_of(verify)), random(N, 1, seed=4).float()
-    calls = counting(monkeypatch)
+    calls = counting(inside)
     x = op @ b
     assert calls == ([3] if verify else [])
     calls.clear()
@@ -225,7 +223,7 @@ def test_reports_say_what_was_verified_with_its_figures(name):
     assert "nothing was verified" in trusting.explain() and "verified: products" not in trusting.explain()
 
 
-def test_reports_name_the_largest_error_of_blocks(monkeypatch):
+def test_reports_name_the_largest_error_of_blocks():
     blocks = [Block(("weight",), registry.build("ggn") + 1e-1 * Identity), Block(("bias",), 3 * Identity)]
     op = inverse(block_diagonal(blocks)).lower(problem_of(True))
     op @ random(N, 1, seed=4).float()
@@ -233,8 +231,8 @@ def test_reports_name_the_largest_error_of_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("plant", [wrong_solves, wrong_matrix, not_finite])
-def test_reports_say_what_was_refuted(plant, problem, monkeypatch):
-    at, planted = forms.Form.at, {}
+def test_reports_say_what_was_refuted(plant, problem, inside):
+    at, planted = inside["structure"], {}
 
     def planting(self, snapshot):
         structure = at(self, snapshot)
@@ -242,7 +240,7 @@ def test_reports_say_what_was_refuted(plant, problem, monkeypatch):
             planted[id(structure)] = plant(structure)
         return structure
 
-    monkeypatch.setattr(forms.Form, "at", planting)
+    inside(structure=planting)
     for problem, refuses in ((problem_of(True), True), (problem_of(False), False)):
         op = inverse(of_form("eigenbasis", 1e2)[0]).lower(problem)
         if refuses:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from curvalg import FactsError, Identity, Problem, inverse, losses, registry, sqrt
-from curvalg.lowering.low_rank import factor as factors
-from curvalg.lowering.low_rank.factor import factor_of
+from curvalg.lowering.low_rank import factor_of
 from tests.support.zoo import make
 
 TERMS = ["ggn", "ggn_mc", "fisher", "fisher_mc", "covariance", "centered_covariance"]
@@ -110,9 +109,9 @@ def test_solves_and_spectra(world, name):
 
 
 @pytest.mark.parametrize("budget", [0, 400, 3000, 20000])
-def test_any_budget_gives_the_same_numbers(budget, problem_of, dense_of, vectors, monkeypatch):
+def test_any_budget_gives_the_same_numbers(budget, problem_of, dense_of, vectors, monkeypatch, inside):
     """Gram matrices group by group; products through the model where inputs and deltas are not kept."""
-    monkeypatch.setattr(factors, "WORKSPACE", 600)
+    inside(workspace=600)
     dense = dense_of("cnn")
     problem = problem_of("cnn", cache=max(budget, 0))
     expr = registry.build("covariance") + registry.build("centered_covariance") / 2

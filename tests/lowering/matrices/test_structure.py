@@ -297,11 +297,11 @@ def test_singular_matrices_are_named(problem, dense):
         sqrt(kronecker(dense)[0]).lower(problem) @ torch.ones(dense.D).double()
 
 
-def test_roots_of_what_has_fast_solves_only_are_dense_while_that_is_possible(problem, dense, monkeypatch):
+def test_roots_of_what_has_fast_solves_only_are_dense_while_that_is_possible(problem, dense, inside):
     (a, A), (b, B) = low_rank(dense), diagonal(dense)
     root = sqrt(a.T @ a + b).lower(problem).to_dense()
     close(root @ root, A.T @ A + B)
-    monkeypatch.setattr("curvalg.lowering.inverses.forms.DENSE_LIMIT", 10)
+    inside(dense_limit=10)
     with pytest.raises(FactsError, match="no exact form"):
         sqrt(a + b).lower(problem)
 

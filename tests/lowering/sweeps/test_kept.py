@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from curvalg import Identity, Problem, ProblemError, Term, block_diagonal, registry
-from curvalg.lowering.sweeps.linearization import AMORTISED
 from tests.support.agreement import SUMS, TERMS, close
 from tests.support.third_party import CenteredTangent, MeanTangent, Skewed
 from tests.support.zoo import ZOO, make
@@ -257,13 +256,13 @@ def test_an_operation_without_forward_ad_takes_the_double_backward(cache, proble
 @pytest.mark.parametrize(
     "model", ["mlp", "cnn", "lstm", "attention_softmax", "inplace_activation", "batchnorm_training"]
 )
-def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, dense_of, take_way):
+def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, dense_of, take_way, inside):
     """After many products a linearised program may be tried; on some models its second call is silently wrong."""
     take_way("ordinary")
     dense, problem = dense_of(model), problem_of(model)
     op = registry.build("ggn").lower(problem)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(AMORTISED + 8):
+    for _ in range(inside["amortised"] + 8):
         v = torch.randn(dense.D, generator=generator, dtype=torch.float64)
         close(op @ v, dense.ggn @ v)
     assert "linearised program" in op.explain()
@@ -328,11 +327,9 @@ def test_data_changed_in_place_under_a_recording_is_told(problem_of):
 
 
 @pytest.mark.parametrize("expr", ["hessian", "two stages"])
-def test_fresh_products_hold_one_graph_at_a_time(expr, problem_of, monkeypatch):
-    from curvalg.problem import Evaluation
-
+def test_fresh_products_hold_one_graph_at_a_time(expr, problem_of, inside):
     alive, most = [], [0]
-    record = Evaluation.record
+    record = inside["record"]
 
     def watched(self):
         z, leaves, form = record(self)
@@ -340,7 +337,7 @@ def test_fresh_products_hold_one_graph_at_a_time(expr, problem_of, monkeypatch):
         most[0] = max(most[0], sum(r() is not None for r in alive))
         return z, leaves, form
 
-    monkeypatch.setattr(Evaluation, "record", watched)
+    inside(record=watched)
     build = registry.build
     total = build("hessian") + build("centered_covariance")
     op = (build("hessian") if expr == "hessian" else total).lower(problem_of("mlp", cache=0)).prepare()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from curvalg.errors import ProblemError
-from curvalg.problem.data.batches import Data
+from curvalg.problem.data import Data
 from tests.support.small_rows import CPU, X, Y, batches
 
 

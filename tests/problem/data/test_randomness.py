@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from curvalg.errors import ProblemError
-from curvalg.problem.data.randomness import DrawGuard
+from curvalg.problem.data import DrawGuard
 
 CPU = torch.device("cpu")
 DRAWS = {
@@ -105,14 +105,12 @@ def test_guards_are_copied():
             twin.run(np.random.rand, 0)
 
 
-def test_a_call_without_draws_costs_little(monkeypatch):
+def test_a_call_without_draws_costs_little(inside):
     """Around every call of the model: a few function calls, none of which copies NumPy's state, which takes longest."""
     np.random.seed(0)  # no normal number pending
     guard, calls = DrawGuard("refuse", CPU), []
     guard.run(lambda: None, 0)
-    monkeypatch.setattr(
-        "curvalg.problem.data.randomness._numpy_full", lambda: pytest.fail("all of NumPy's state was copied")
-    )
+    inside(all_of_numpy=lambda: pytest.fail("all of NumPy's state was copied"))
     sys.setprofile(lambda frame, event, _: calls.append(event) if event in ("call", "c_call") else None)
     try:
         guard.run(lambda: None, 0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvalg.problem.data.row_hashes import fingerprint, same_order, same_rows, total
+from curvalg.problem.data import fingerprint, same_order, same_rows, total
 from tests.support.small_rows import Bag, Frozen, X, Y, batches
 
 

@@ -12,10 +12,10 @@ from curvalg import registry
 
 
 @pytest.fixture
-def free(monkeypatch):
+def free(inside):
     """Sets what is free from now on."""
     left = [8000]
-    monkeypatch.setattr("curvalg.problem.problem.free_memory", lambda device: left[0])
+    inside(free_memory=lambda device: left[0])
 
     def now(number: int) -> None:
         left[0] = number

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from curvalg import Problem, ProblemError
-from curvalg.problem.layers import record_layers
-from curvalg.problem.layers import verify as verify_
-from curvalg.problem.layers.uses import DenseUse
+from curvalg.problem.layers import ROWS, record_layers
 
 D = torch.float64
 
@@ -19,9 +17,9 @@ def random(*shape, seed=0, dtype=D):
 
 
 @pytest.fixture
-def unrouted(monkeypatch):
+def unrouted(inside):
     """Rows that a layer sees elsewhere are not looked for, so that they have to be noticed."""
-    monkeypatch.setattr(DenseUse, "routable", property(lambda use: False))
+    inside(routable=property(lambda use: False))
 
 
 class TimeFirst(nn.Module):
@@ -190,10 +188,10 @@ def test_a_parameter_that_no_function_shows():
     assert problem.layer_notes == {"w": "it is used where no function of torch shows it"}
 
 
-def test_trusted_rules_are_not_compared_again(monkeypatch):
+def test_trusted_rules_are_not_compared_again(inside):
     compared = []
-    original = verify_._compare
-    monkeypatch.setattr(verify_, "_compare", lambda *args: compared.append(1) or original(*args))
+    original = inside["compare_layers"]
+    inside(compare_layers=lambda *args: compared.append(1) or original(*args))
     check(make(nn.Linear(3, 2), (4, 3), (5, 3), (3, 3)))
     assert len(compared) == 1
 
@@ -282,7 +280,7 @@ class Counted(nn.Module):
 def test_a_large_batch_is_compared_on_a_few_rows():
     problem = make(Counted(), (40, 4, 3))
     check(problem)
-    assert problem.model.module.rows.count(verify_.ROWS) == 1
+    assert problem.model.module.rows.count(ROWS) == 1
     assert problem.layer_checks.keys() == set(problem.layout.names)
 
 
@@ -308,7 +306,7 @@ def test_a_wrong_rule_is_seen_on_a_few_rows():
     problem = make(Counted(layer=Swapped()), (40, 40, 3))
     check(problem)
     assert problem.layer_notes.keys() == {"first.layer.weight", "first.layer.bias"}
-    assert verify_.ROWS in problem.model.module.rows
+    assert ROWS in problem.model.module.rows
 
 
 class Flattened(nn.Module):
@@ -400,10 +398,10 @@ def test_rows_without_a_cotangent_are_not_taken_as_checked():
                     assert (g - expected[name]).norm() <= 1e-10
 
 
-def test_each_batch_is_checked_once(monkeypatch):
+def test_each_batch_is_checked_once(inside):
     calls = []
-    misplaced = verify_.misplaced
-    monkeypatch.setattr("curvalg.problem.layers.recorded.misplaced", lambda *a: calls.append(1) or misplaced(*a))
+    misplaced = inside["misplaced"]
+    inside(misplaced=lambda *a: calls.append(1) or misplaced(*a))
     problem = make(Counted(), (40, 4, 3), (7, 4, 3))
     check(problem)
     first = len(calls)

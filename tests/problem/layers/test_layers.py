@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from curvalg import Problem, ProblemError, registry
-from curvalg.problem.layers import record_layers
-from curvalg.problem.layers import registrations as table_
+from curvalg.problem.layers import TABLE, record_layers
 from tests.support.zoo import make
 
 D = torch.float64
@@ -233,33 +234,31 @@ def test_composites(case, problem_of):
     check(problem_of(case))
 
 
-def test_pair_and_explicit_gram_forms_agree(monkeypatch):
+def test_pair_and_explicit_gram_forms_agree(inside):
     """Whichever is cheaper by count is taken; here each is forced."""
-    from curvalg.problem.layers.kinds import affine as dense
 
     for cost in (lambda *_: 0, lambda *_: 10**18):
-        monkeypatch.setattr(dense, "pair_flops", cost)
+        inside(pair_flops=cost)
         check(single("conv2d grouped", KINDS))
         check(single("linear on positions", KINDS))
 
 
-def test_small_intermediates(monkeypatch):
-    from curvalg.problem.layers import record
+def test_small_intermediates(inside):
 
-    monkeypatch.setattr(record, "LIMIT", 64)
+    inside(record_limit=64)
     for name in ("conv2d", "linear on positions", "embedding"):
         check(single(name, KINDS))
 
 
 def test_a_wrong_rule_is_noticed(monkeypatch):
     """The planted bug: a linear layer taken with a wrong input. Its parameters become explicit, with a note."""
-    rule = table_.TABLE[F.linear]
+    rule = TABLE[F.linear]
 
     def wrong(call):
         values = dict(call.values) | {"input": call.values["input"] + 0.1}
         return rule.use(type(call)(values, call.leaves, call.output, call.edge))
 
-    monkeypatch.setitem(table_.TABLE, F.linear, table_.Rule(rule.function, rule.arguments, wrong))
+    monkeypatch.setitem(TABLE, F.linear, dataclasses.replace(rule, use=wrong))
     problem = single("linear", KINDS)
     check(problem)
     assert "do not add up" in problem.layer_notes["weight"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curvalg.errors import ProblemError
-from curvalg.problem.model.outputs import OutputForm
+from curvalg.problem.model import OutputForm
 from curvalg.tensors import trees
 from tests.support.outputs import STRUCTURES, ModelOutput, Record, Y, Z
 

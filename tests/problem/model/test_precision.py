@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
 
 from curvalg import CheckpointError, Problem, ProblemError, block_diagonal, registry
 from curvalg.estimate import eigsh
-from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.sweeps.linearization import AMORTISED
 
 TERMS = ["ggn", "hessian", "covariance", "centered_covariance", "ggn_class", "kfac", "ggn_diagonal", "jacobian"]
 CE = nn.CrossEntropyLoss()
@@ -122,26 +118,24 @@ def test_a_dtype_that_autocast_has_not_is_refused():
         Problem(net(), CE, data(4, 4), autocast=torch.float64)
 
 
-def test_a_compiled_program_is_checked_and_told(take_way, monkeypatch):
+def test_a_compiled_program_is_checked_and_told(take_way, inside):
     take_way("ordinary")
     clock = iter([])
     for clocked in ("fastest", "timed"):
-        monkeypatch.setattr(
-            f"curvalg.lowering.sweeps.linearization.{clocked}", lambda run: run() is not None and next(clock)
-        )
+        inside(**{clocked: lambda run: run() is not None and next(clock)})
     v = torch.randn(Problem(net(), CE, data(40, 20)).size)
     problem = Problem(net(), CE, data(40, 20), compile="aot_eager")
     op = registry.build("ggn").lower(problem)
     clock = iter([2.0, 1.0, 1.0, 2.0, 1.0] + 20 * [1.0])  # two backward passes; then the program is faster
     first = op @ v
-    for _ in range(AMORTISED + 4):
+    for _ in range(inside["amortised"] + 4):
         assert (op @ v - first).norm() <= 1e-5 * first.norm()
     assert "a linearised program, compiled by aot_eager, verified and faster" in op.explain()
     many = op @ torch.stack([v, 2 * v, -v], 1)
     assert (many - torch.stack([first, 2 * first, -first], 1)).norm() <= 1e-5 * many.norm()
 
 
-def test_a_compiled_program_that_is_wrong_is_not_used(take_way, monkeypatch):
+def test_a_compiled_program_that_is_wrong_is_not_used(take_way, monkeypatch, inside):
     take_way("ordinary")
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda push, **options: lambda v: 1.001 * real(push, **options)(v))
@@ -149,7 +143,7 @@ def test_a_compiled_program_that_is_wrong_is_not_used(take_way, monkeypatch):
     op = registry.build("ggn").lower(problem)
     v = torch.randn(problem.size)
     first = op @ v
-    for _ in range(AMORTISED + 4):
+    for _ in range(inside["amortised"] + 4):
         assert (op @ v - first).norm() <= 1e-5 * first.norm()
     assert "no linearised program: call 1 differs from the recorded graph" in op.explain()
 
@@ -160,15 +154,9 @@ def test_an_unknown_compiler_is_refused():
 
 
 @pytest.mark.parametrize("options", [{"autocast": torch.bfloat16}, {"accumulate": torch.float64}])
-def test_a_run_is_not_resumed_in_another_precision(options, tmp_path, monkeypatch):
-    path, apply, calls = tmp_path / "run.safetensors", CurvatureOperator._apply, itertools.count()
-
-    def interrupted(self, x):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return apply(self, x)
-
-    monkeypatch.setattr(CurvatureOperator, "_apply", interrupted)
+def test_a_run_is_not_resumed_in_another_precision(options, tmp_path, products):
+    path = tmp_path / "run.safetensors"
+    products.interrupt(6)
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(6, 100), nn.Tanh(), nn.Linear(100, 3))  # too large to be diagonalised at once
 
