@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import torch
-from dense import Case, Dense
-from zoo import make
 
 from curvalg import Problem
-from curvalg.problem.kept.race import Race
-
-NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
-"""Whether the thorough versions of random tests run."""
+from tests.support.dense import Case, Dense
+from tests.support.inside import Inside, Products
+from tests.support.zoo import make
 
 
 @functools.cache
@@ -69,17 +65,29 @@ def counted_model(problem_of):
 
 
 @pytest.fixture
-def take_way(monkeypatch):
+def inside(monkeypatch):
+    """What lies inside the library, to be read and exchanged; see :class:`Inside`."""
+    return Inside(monkeypatch)
+
+
+@pytest.fixture
+def products(inside):
+    """Counts the products of operators, and interrupts one."""
+    return Products(inside)
+
+
+@pytest.fixture
+def take_way(inside):
     """way -> from now on it is taken wherever it is possible, whatever is faster."""
-    run = Race.run
+    choose = inside["choose_way"]
 
     def take(way: str) -> None:
-        def chosen(self: Race, candidates, **options):
-            fastest = run(self, candidates, **options)
+        def chosen(self, candidates, **options):
+            fastest = choose(self, candidates, **options)
             if "ordinary" not in candidates or self.of_an_earlier_run:
                 return fastest
             return self.decide(way if way in candidates and way not in self.declined else "ordinary")
 
-        monkeypatch.setattr(Race, "run", chosen)
+        inside(choose_way=chosen)
 
     return take

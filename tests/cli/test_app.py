@@ -60,8 +60,8 @@ def test_a_terminal_without_greek_letters(process) -> None:
     assert "hessian" in done.stdout
 
 
-def test_unforeseen_errors_say_how_to_see_where(run, tiny, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.cli.run_eigs.solve", lambda *_, **__: 1 / 0)
+def test_unforeseen_errors_say_how_to_see_where(run, tiny, inside) -> None:
+    inside(solve_of_commands=lambda *_, **__: 1 / 0)
     result = run("eigs", "ggn", "--problem", tiny, "--k", 1)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: unexpected ZeroDivisionError: division by zero\n")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import numpy as np
 import pytest
 
-from curvalg import ConvergenceError, CurvatureOperator, Problem, parse
+from curvalg import ConvergenceError, Problem, parse
 
 
 def _dense(expression: str, problem: Problem) -> np.ndarray:
@@ -41,17 +40,17 @@ def test_operators_on_outputs(run, tiny, tiny_problem) -> None:
     assert found["shape"] == [60, 60]
 
 
-def test_residuals_are_measured_not_assumed(run, tiny, monkeypatch) -> None:
+def test_residuals_are_measured_not_assumed(run, tiny, inside) -> None:
     arguments = ("eigs", "loss_hessian", "--problem", tiny, "--k", 6, "--json")
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)  # by Lanczos
+    inside(small_eigenproblem=lambda *_: None)  # by Lanczos
     loose = json.loads(run(*arguments, "--tol", 0.5).stdout)["residuals"]
     tight = json.loads(run(*arguments, "--tol", 1e-12).stdout)["residuals"]
     assert max(tight) < 1e-9 < max(loose)
 
 
-def test_the_seed_fixes_everything_but_the_measured_width_of_blocks(run, tiny, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.estimate.spectra.eigenpair_search.choose_width", lambda *_: 1)
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
+def test_the_seed_fixes_everything_but_the_measured_width_of_blocks(run, tiny, inside) -> None:
+    inside(choose_width=lambda *_: 1)
+    inside(small_eigenproblem=lambda *_: None)
 
     def numbers(seed: int) -> tuple[list[float], int]:
         found = json.loads(
@@ -126,11 +125,11 @@ def test_failures_while_computing_exit_with_one(run, module) -> None:
     assert "finite" in result.stderr
 
 
-def test_an_eigensolver_that_gives_up(run, tiny, monkeypatch) -> None:
+def test_an_eigensolver_that_gives_up(run, tiny, inside) -> None:
     def give_up(*_: object, **__: object) -> None:
         raise ConvergenceError("1 of 3 eigenpairs reached tol=0.0001", None)
 
-    monkeypatch.setattr("curvalg.cli.run_eigs.eigsh", give_up)
+    inside(eigsh_of_commands=give_up)
     result = run("eigs", "ggn", "--problem", tiny, "--k", 3)
     assert result.exit_code == 1
     assert "1 of 3 eigenpairs" in result.stderr
@@ -141,8 +140,8 @@ def test_the_zero_matrix_has_eigenvalues_zero(run, tiny) -> None:
     assert found["eigenvalues"] == [0, 0]
 
 
-def test_a_run_goes_on_from_its_file(run, tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
+def test_a_run_goes_on_from_its_file(run, tiny, tmp_path, inside) -> None:
+    inside(small_eigenproblem=lambda *_: None)
     arguments = ("eigs", "hessian", "--problem", tiny, "--k", 3, "--json", "--checkpoint", "run.safetensors")
     first = json.loads(run(*arguments).stdout)
     assert (tmp_path / "run.safetensors").exists()
@@ -152,16 +151,9 @@ def test_a_run_goes_on_from_its_file(run, tiny, tmp_path, monkeypatch) -> None:
     assert other.exit_code == 1 and "expression differs" in other.stderr
 
 
-def test_an_interruption_prints_what_is_known_and_exits_with_three(run, tiny, monkeypatch) -> None:
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
-    apply, calls = CurvatureOperator._apply, itertools.count()
-
-    def interrupted(self, x):
-        if next(calls) == 12:
-            raise KeyboardInterrupt
-        return apply(self, x)
-
-    monkeypatch.setattr(CurvatureOperator, "_apply", interrupted)
+def test_an_interruption_prints_what_is_known_and_exits_with_three(run, tiny, inside, products) -> None:
+    inside(small_eigenproblem=lambda *_: None)
+    products.interrupt(13)
     result = run("eigs", "hessian", "--problem", tiny, "--k", 2)
     assert result.exit_code == 3
     assert "interrupted: partial result" in result.stdout

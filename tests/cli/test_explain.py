@@ -8,9 +8,9 @@ from curvalg import parse
 
 
 @pytest.fixture(autouse=True)
-def _free_memory(monkeypatch) -> None:
+def _free_memory(inside) -> None:
     """What is free is told, and would change from one problem to the next."""
-    monkeypatch.setattr("curvalg.problem.problem.free_memory", lambda device: 2**30)
+    inside(free_memory=lambda device: 2**30)
 
 
 def test_tree_and_explanation(run, tiny, tiny_problem) -> None:

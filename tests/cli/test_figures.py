@@ -11,7 +11,6 @@ from matplotlib.image import imread
 
 from curvalg import Problem, parse
 from curvalg.cli.figures import draw_pairs, tensor_weights
-from curvalg.cli.run_eigs import solve
 
 
 def test_a_picture_of_the_digits(run, tmp_path: Path) -> None:
@@ -23,25 +22,25 @@ def test_a_picture_of_the_digits(run, tmp_path: Path) -> None:
     assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50
 
 
-def test_the_c_minus_one_line(tiny_problem: Problem) -> None:
-    figure = _figure("ggn", tiny_problem, k=12)
+def test_the_c_minus_one_line(tiny_problem: Problem, figure_of) -> None:
+    figure = figure_of("ggn", tiny_problem, k=12)
     assert "C − 1 = 2" in [text.get_text() for text in figure.axes[0].texts]
     assert figure.axes[0].get_yscale() == "log"
 
 
-def test_mixed_signs_use_a_linear_axis_and_no_line(tiny_problem: Problem) -> None:
-    figure = _figure("hessian", tiny_problem, k=6, which="BE")
+def test_mixed_signs_use_a_linear_axis_and_no_line(tiny_problem: Problem, figure_of) -> None:
+    figure = figure_of("hessian", tiny_problem, k=6, which="BE")
     assert figure.axes[0].get_yscale() == "linear"
     assert not figure.axes[0].texts
 
 
-def test_an_operator_on_outputs_has_no_parameter_panel(tiny_problem: Problem) -> None:
-    assert len(_figure("loss_hessian", tiny_problem, k=3).axes) == 1
+def test_an_operator_on_outputs_has_no_parameter_panel(tiny_problem: Problem, figure_of) -> None:
+    assert len(figure_of("loss_hessian", tiny_problem, k=3).axes) == 1
 
 
-def test_an_expression_that_cannot_be_typeset_is_shown_as_text(tiny_problem: Problem, monkeypatch) -> None:
+def test_an_expression_that_cannot_be_typeset_is_shown_as_text(tiny_problem: Problem, figure_of, monkeypatch) -> None:
     monkeypatch.setattr("curvalg.Expr._repr_latex_", lambda self: r"$\nosuchcommand{$")
-    figure = _figure("ggn", tiny_problem, k=3)
+    figure = figure_of("ggn", tiny_problem, k=3)
     figure.canvas.draw()
     assert figure.get_suptitle().startswith("ggn on")
 
@@ -106,6 +105,13 @@ def test_pictures_need_matplotlib(run, tiny, monkeypatch) -> None:
     assert 'pip install "curvalg[plot]"' in result.stderr
 
 
-def _figure(expression: str, problem: Problem, *, k: int, which: str = "LA"):
-    op = parse(expression).lower(problem)
-    return draw_pairs(op, solve(op, k, which=which, tol=0.0, seed=0), "tiny", which)
+@pytest.fixture
+def figure_of(inside):
+    """(expression, problem, k, which) -> the figure of its eigenpairs, as the command draws it."""
+
+    def draw(expression: str, problem: Problem, *, k: int, which: str = "LA"):
+        op = parse(expression).lower(problem)
+        pairs = inside["solve_of_commands"](op, k, which=which, tol=0.0, seed=0)
+        return draw_pairs(op, pairs, "tiny", which)
+
+    return draw

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from curvalg.cli.list_problems import BUILT_IN
+from tests.support.built_in import BUILT_IN
 
 
 @pytest.mark.parametrize("name", list(BUILT_IN))

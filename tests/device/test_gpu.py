@@ -7,11 +7,11 @@ import warnings
 
 import pytest
 import torch
-from zoo import ZOO, make
 
 from curvalg import CurvalgError, Identity, Problem, inverse, registry
 from curvalg.estimate import eigsh, trace
 from curvalg.tensors import trees
+from tests.support.zoo import ZOO, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 TERMS = [name for name in registry.names() if name != "empirical_fisher"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import NIGHTLY
 from torch import nn
 
 from curvalg import Problem, registry
 from curvalg.estimate import diagonal, effective_dimension, logdet, norm, spectral_density, tic, trace
+from tests.support.nightly import NIGHTLY
 
 SEEDS = 400 if NIGHTLY else 60
 SLACK = 0 if NIGHTLY else 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -15,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NIGHTLY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import LinearOperator
-from spectra import matrix
 from torch import nn
 
 from curvalg import CheckpointError, CurvalgWarning, Identity, Problem, inverse, registry
@@ -33,8 +30,9 @@ from curvalg.estimate import (
     svds,
     trace,
 )
-from curvalg.estimate.target import target
-from curvalg.runs import checkpoint as checkpoints
+from tests.support.inside import first_wins
+from tests.support.nightly import NIGHTLY
+from tests.support.spectra import matrix
 
 MATRIX = matrix(torch.linspace(1, 3, 12, dtype=torch.float64)).numpy()
 
@@ -78,9 +76,9 @@ RUNS = {
 
 
 @pytest.fixture(autouse=True)
-def _no_clock(monkeypatch):
+def _no_clock(inside):
     """Routes are not raced, so that a run that begins anew gives the same bits."""
-    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: run() is None)
+    inside(measure=first_wins)
 
 
 @pytest.fixture
@@ -161,7 +159,7 @@ def parts(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_no_field_may_be_another(name, file, whole):
+def test_no_field_may_be_another(name, file, whole, inside):
     """With the checksum as it was, and as another writer would make it."""
     expected, _ = whole(name)
     header, tensors = parts(file)
@@ -172,17 +170,13 @@ def test_no_field_may_be_another(name, file, whole):
         text = json.dumps(changed)
         save_file(held, file, {"curvalg": text, "checksum": checksum})
         refused_or_right(name, file, expected)
-        save_file(held, file, {"curvalg": text, "checksum": checksums(text, held)})
+        save_file(held, file, {"curvalg": text, "checksum": inside["checksum"](text, held)})
         try:
             RUNS[name](operator(), file)
         except CheckpointError:
             continue
         except KeyboardInterrupt:  # nothing was done yet, says a state that counts no steps
             continue
-
-
-def checksums(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    return checkpoints._checksum(text, tensors)
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"curvalg": "{}"}, {"curvalg": "[" * 5000}, {"curvalg": "null"}])
@@ -192,11 +186,11 @@ def test_files_of_others_are_refused(metadata, file):
         eigsh(MATRIX, 2, checkpoint=file)
 
 
-def test_an_entry_beside_ours_is_refused(file, whole):
+def test_an_entry_beside_ours_is_refused(file, whole, inside):
     whole("xtrace")
     header, tensors = parts(file)
     text = json.dumps(header)
-    save_file(tensors, file, {"curvalg": text, "checksum": checksums(text, tensors), "more": "1"})
+    save_file(tensors, file, {"curvalg": text, "checksum": inside["checksum"](text, tensors), "more": "1"})
     with pytest.raises(CheckpointError, match="checksum"):
         RUNS["xtrace"](operator(), file)
 
@@ -242,8 +236,8 @@ def _bad_places(folder: Path) -> dict[str, Path | str]:
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "svds"])
-def test_bad_places_are_refused_before_any_work(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("curvalg.lowering.operator.CurvatureOperator._bind", _no_products)
+def test_bad_places_are_refused_before_any_work(name, tmp_path, inside):
+    inside(bind=_no_products)
     for message, path in _bad_places(tmp_path).items():
         with pytest.raises(CheckpointError, match=message):
             RUNS[name](_no_products(), path)
@@ -300,13 +294,13 @@ def test_a_folder_that_goes_away_costs_nothing_but_the_file(name, tmp_path):
     assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected)) and not folder.exists()
 
 
-def test_a_solve_goes_on_too(file, monkeypatch):
+def test_a_solve_goes_on_too(file, inside):
     expected = _solve(None, None)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    inside(save_file=full)
     with pytest.warns(CurvalgWarning, match="No space left"):
         assert torch.equal(_solve(None, file), expected)
 
@@ -332,14 +326,14 @@ assert caught and all("could not be written" in str(w.message) for w in caught),
 
 def test_a_good_file_survives_a_full_disk(file):
     """A limit on the size of files stands for it: writing breaks off in the middle."""
-    given, count = target(torch.diag(torch.linspace(1, 2, 200).double())), itertools.count()
+    A, count = torch.diag(torch.linspace(1, 2, 200).double()).numpy(), itertools.count()
 
     def product(x):
         if next(count) == 30:
             raise KeyboardInterrupt
-        return given.multiply(x)
+        return A @ x
 
-    op = dataclasses.replace(given, multiply=product)
+    op = LinearOperator(A.shape, matvec=product, matmat=product, dtype=float)
     assert eigsh(op, 3, tol=1e-8, block=1, maxiter=2000, checkpoint=file).partial
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -381,12 +375,12 @@ def test_a_lock_of_a_run_that_was_killed_hinders_nobody(file):
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_without_locks_another_writer_is_noticed_by_what_it_wrote(file, monkeypatch):
+def test_without_locks_another_writer_is_noticed_by_what_it_wrote(file, inside):
     def none(_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("curvalg.runs.run_file._lock", none)
-    monkeypatch.setattr("curvalg.runs.run_file._unlock", none)
+    inside(lock=none)
+    inside(unlock=none)
     whole = RUNS["xtrace"](operator(), None)
     with pytest.warns(CurvalgWarning, match="another program wrote to it meanwhile"):
         found = RUNS["xtrace"](operator(1, lambda: file.write_text("of somebody else")), file)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, matrix
 
 from curvalg import (
     CheckpointError,
@@ -21,6 +20,7 @@ from curvalg import (
     registry,
 )
 from curvalg.estimate import diagonal
+from tests.support.spectra import F64, matrix
 
 n = 200
 i = torch.arange(n, dtype=F64)
@@ -130,8 +130,8 @@ def test_structure_gives_it_for_nothing(problem_of):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tol", [None, 1e-9])
-def test_resumed_runs_give_the_same_bits(tmp_path, monkeypatch, method, tol):
-    monkeypatch.setattr("curvalg.estimate.sampling.sampler.WIDEST", 7)
+def test_resumed_runs_give_the_same_bits(tmp_path, inside, method, tol):
+    inside(widest_sketch=7)
     A, path, blocks = matrix(SPECTRA["i^-1"]), tmp_path / "run.safetensors", [0, 0]
 
     def product(x):

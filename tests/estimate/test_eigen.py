@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
-from spectra import F64, SPECTRA, expected, matrix
 
 from curvalg import ConvergenceError, CurvalgWarning, Identity, Problem, registry
 from curvalg.estimate import Eigenpairs, eigsh, svds
-from curvalg.estimate.spectra import exact
+from tests.support.spectra import F64, SPECTRA, expected, matrix
 
 
 def check(A, pairs: Eigenpairs, wanted: torch.Tensor, which: str, tol: float) -> None:
@@ -44,8 +43,8 @@ def test_known_spectra(name, which, block):
 
 
 @pytest.mark.parametrize("which", ["LA", "BE"])
-def test_restarts_of_a_small_subspace(which, monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.spectra.eigenpair_search.MOST", 20)
+def test_restarts_of_a_small_subspace(which, inside):
+    inside(lanczos_steps=20)
     for name in ("repeated", "indefinite", "low rank", "clustered"):
         A = matrix(SPECTRA[name])
         check(
@@ -113,9 +112,9 @@ def matrix_factorisation(a: int, b: int, r: int, su: float, sv: float) -> tuple[
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_matrix_factorisation_in_closed_form(direct, monkeypatch):
+def test_matrix_factorisation_in_closed_form(direct, inside):
     if not direct:
-        monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
+        inside(small_eigenproblem=lambda *_: None)
     problem, spectrum = matrix_factorisation(6, 5, 2, 1.5, 0.5)
     op = registry.build("hessian").lower(problem)
     A = op.to_dense()
@@ -125,9 +124,9 @@ def test_matrix_factorisation_in_closed_form(direct, monkeypatch):
         check(A, pairs, expected(spectrum, which, k), which, 1e-8)
 
 
-def test_residual_curvature_of_a_deep_linear_model(monkeypatch):
+def test_residual_curvature_of_a_deep_linear_model(inside):
     """H − GGN of W₂W₁x has the eigenvalues ±σⱼ(Ω), each as often as there are hidden units."""
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
+    inside(small_eigenproblem=lambda *_: None)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False), torch.nn.Linear(4, 3, bias=False)).double()
     X, y = torch.randn(20, 5).double(), torch.randn(20, 3).double()
@@ -156,11 +155,11 @@ def test_exact_where_the_structure_gives_it_rest_included():
         check(A, pairs, expected(spectrum, which, k), which, 1e-5)
 
 
-def test_a_dense_matrix_is_not_built_for_a_few_pairs():
+def test_a_dense_matrix_is_not_built_for_a_few_pairs(inside):
     net = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
     problem = Problem(net, torch.nn.CrossEntropyLoss(), (torch.randn(30, 20), torch.randint(0, 3, (30,))))
     op = registry.build("hessian").lower(problem)
-    assert op.exact_rows() == problem.size > exact.CHEAP
+    assert op.exact_rows() == problem.size > inside["cheap_exact"]
     few = eigsh(op, 2, which="LA", tol=1e-3)
     assert few.method == "lanczos" and few.products < 200
     assert eigsh(op, 150, which="LA", tol=1e-3).method == "exact"
@@ -277,22 +276,18 @@ def test_singular_values_of_a_jacobian():
 
 
 @pytest.mark.parametrize(("each", "width"), [(0.0, 4), (1.0, 1), (0.45, 2)])
-def test_the_block_is_as_wide_as_pays(each, width):
+def test_the_block_is_as_wide_as_pays(each, width, inside):
     """A product of b columns takes 1 + each · (b − 1) seconds; 0.45 pays for two columns, and not for four."""
-    from curvalg.estimate.spectra.block_width import choose_width
-
     now = [0.0]
 
     def product(x):
         now[0] += 1e-3 * (1 + each * (x.shape[1] - 1))
         return x
 
-    assert choose_width(product, torch.ones(3, 1), 4, clock=lambda: now[0]) == width
+    assert inside["choose_width"](product, torch.ones(3, 1), 4, clock=lambda: now[0]) == width
 
 
-def test_long_products_are_not_widened_by_trial():
-    from curvalg.estimate.spectra.block_width import choose_width
-
+def test_long_products_are_not_widened_by_trial(inside):
     now, widths = [0.0], []
 
     def product(x):
@@ -300,5 +295,5 @@ def test_long_products_are_not_widened_by_trial():
         widths.append(x.shape[1])
         return x
 
-    assert choose_width(product, torch.ones(3, 1), 4, clock=lambda: now[0]) == 1
+    assert inside["choose_width"](product, torch.ones(3, 1), 4, clock=lambda: now[0]) == 1
     assert set(widths) == {1}

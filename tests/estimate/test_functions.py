@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, SPECTRA, matrix
 
 from curvalg import (
     CheckpointError,
@@ -23,6 +22,7 @@ from curvalg import (
     registry,
 )
 from curvalg.estimate import matrix_function
+from tests.support.spectra import F64, SPECTRA, matrix
 
 POSITIVE = matrix(torch.linspace(0.5, 20, 150, dtype=F64))
 V = torch.randn(150, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
@@ -106,13 +106,13 @@ def problem() -> Problem:
 
 
 @pytest.mark.parametrize("name", ["sqrt", "inv_sqrt", "log", "exp"])
-def test_structure_gives_it_exactly(name, monkeypatch):
+def test_structure_gives_it_exactly(name, inside):
     op = (registry.build("ggn") + 0.5 * Identity).lower(problem())
     x = torch.randn(op.shape[0], 2, generator=torch.Generator().manual_seed(0), dtype=F64)
     exact = matrix_function(op, name, x)
     assert exact.method == "exact" and exact.converged and not bool(exact.changes.any())
     torch.testing.assert_close(exact.value, dense(op.to_dense(), DENSE[name], x), rtol=1e-8, atol=1e-8)
-    monkeypatch.setattr("curvalg.estimate.functions.matrix_function.CHEAP", 0)
+    inside(cheap_function=0)
     iterated = matrix_function(op, name, x)
     assert iterated.method == "lanczos"
     torch.testing.assert_close(iterated.value, exact.value, rtol=1e-7, atol=1e-8)
@@ -181,8 +181,8 @@ def test_products_that_are_not_finite():
         matrix_function(op, "sqrt", np.ones(150))
 
 
-def test_a_tolerance_that_is_not_reached_is_loud(monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.functions.matrix_function.LONGEST", 20)
+def test_a_tolerance_that_is_not_reached_is_loud(inside):
+    inside(longest_function=20)
     A = matrix(torch.logspace(0, -8, 150, dtype=F64))
     with pytest.raises(ConvergenceError, match=r"still changes by .* after 20 steps") as caught:
         matrix_function(A, "log", V)

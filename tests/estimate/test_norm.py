@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import F64, matrix
 
 from curvalg import CheckpointError, ConvergenceError, ExpressionError, FactsError, Identity, registry
 from curvalg.estimate import norm, trace
+from tests.support.spectra import F64, matrix
 
 n = 250
 i = torch.arange(n, dtype=F64)
@@ -107,8 +107,8 @@ def test_structure_gives_it_for_nothing(problem_of):
     assert estimate.value == pytest.approx(float(op.to_dense().norm()), rel=1e-9)
 
 
-def test_resumed_runs_give_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.sampling.sampler.WIDEST", 7)
+def test_resumed_runs_give_the_same_bits(tmp_path, inside):
+    inside(widest_sketch=7)
     A, path, blocks = matrix(SPECTRA["i^-1"]), tmp_path / "run.safetensors", [0, 0]
 
     def product(x):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
-from spectra import SPECTRA, matrix
 
 from curvalg import CheckpointError, ExpressionError, FactsError, Problem, ProblemError, VectorError, registry
 from curvalg.estimate import eigsh, svds
+from tests.support.spectra import SPECTRA, matrix
 
 A = matrix(SPECTRA["decaying"])
 n = len(A)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.sparse.linalg import LinearOperator
-from spectra import SPECTRA, matrix
 
-from curvalg import CheckpointError, ConvergenceError, CurvalgWarning, CurvatureOperator, Diagonal, Problem, registry
+from curvalg import CheckpointError, ConvergenceError, CurvalgWarning, Diagonal, Problem, registry
 from curvalg.estimate import eigsh
-from curvalg.lowering.sweeps.programs import AMORTISED
 from curvalg.runs import checkpoint as checkpoints
+from tests.support.inside import first_wins, last_wins
+from tests.support.spectra import SPECTRA, matrix
 
 A = matrix(SPECTRA["clustered"]).numpy()
 
@@ -26,15 +27,14 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from scipy.sparse.linalg import LinearOperator
-sys.path.insert(0, sys.argv[1])
-from spectra import SPECTRA, matrix
+from tests.support.spectra import SPECTRA, matrix
 from curvalg.estimate import eigsh
 from curvalg.estimate.spectra import eigenpair_search
 from curvalg.runs import checkpoint
 
 checkpoint.INTERVAL, checkpoint.OVERHEAD, eigenpair_search.MOST = 0.0, 1e9, 20
 A = matrix(SPECTRA["clustered"]).numpy()
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 file = folder / "run.safetensors"
 
 def run(pause, out, path, block="auto"):
@@ -69,9 +69,9 @@ run(0.0, "whole.pt", None, width)
 
 
 def test_killed_five_times_and_resumed_to_the_same_bits(tmp_path):
-    tests, root = Path(__file__).parent, Path(__file__).parents[2]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLED, str(tests), str(tmp_path)], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=True, timeout=300)
     resumed, whole = torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "whole.pt")
     assert all(torch.equal(left, right) for left, right in zip(resumed, whole, strict=True))
 
@@ -126,10 +126,10 @@ def problem(shift: float = 0.0, rows: int = 30) -> Problem:
     return Problem(net, torch.nn.CrossEntropyLoss(), (torch.randn(30, 10)[:rows], torch.randint(0, 3, (30,))[:rows]))
 
 
-def test_a_finished_run_costs_nothing(tmp_path, monkeypatch):
+def test_a_finished_run_costs_nothing(tmp_path, inside):
     path = tmp_path / "run.safetensors"
     first = eigsh(registry.build("hessian").lower(problem()), 2, which="LA", tol=1e-3, checkpoint=path)
-    monkeypatch.setattr("curvalg.lowering.CurvatureOperator._apply", None)
+    inside(product=None)
     again = eigsh(registry.build("hessian").lower(problem()), 2, which="LA", tol=1e-3, checkpoint=path)
     assert torch.equal(first.eigenvectors, again.eigenvectors) and again.products == first.products
     assert first.method == again.method == "lanczos" and list(tmp_path.iterdir()) == [path]
@@ -186,7 +186,7 @@ def test_files_that_are_no_checkpoints_are_refused_and_kept(tmp_path, content):
         content = path.read_bytes()[:-100]
         path.write_bytes(content)
     if content == b"foreign":
-        checkpoints.save_file({"weight": torch.ones(3)}, path)
+        save_file({"weight": torch.ones(3)}, path)
         content = path.read_bytes()
     with pytest.raises(
         CheckpointError, match=r"expected a checkpoint of curvalg or no file at all, but .*run.safetensors"
@@ -234,7 +234,7 @@ def test_progress_counts_products(capsys):
 
 def test_writing_takes_a_small_part_of_the_time(tmp_path, monkeypatch):
     times = iter(np.arange(0.0, 1e4, 10.0))
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: float(next(times)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(times)))
     file = checkpoints.Checkpoint(tmp_path / "run.safetensors", {})  # at 0
     assert not file.due() and not file.due() and file.due()  # at 10, 20, 30
 
@@ -258,45 +258,24 @@ def network():
 
 @pytest.mark.parametrize(("block", "at"), [(1, 10), (1, 34), (3, 12)])
 @pytest.mark.parametrize("favoured", ["first", "second"])
-def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, favoured, block, at):
+def test_what_was_measured_is_not_measured_again(tmp_path, inside, products, favoured, block, at):
     """Routes and columns are chosen by the clock, and change the last bits."""
-    clocks = {}
-
-    def clock(name):
-        def measured(run):
-            run()
-            return next(clocks[name])
-
-        return measured
 
     def favour(which):
-        first = which == "first"
-        clocks["fastest"] = itertools.cycle([1.0, 2.0] if first else [2.0, 1.0])
-        clocks["timed"] = itertools.cycle([1.0, 2.0, 2.0] if first else [2.0, 1.0, 1.0])  # the second way runs twice
-        times = [1.0, 2.0, 3.0] if which == "first" else [3.0, 2.0, 1.0]
-        monkeypatch.setattr("curvalg.lowering.race.race", lambda *runs: times[: len(runs)])
+        inside(measure=first_wins if which == "first" else last_wins)
 
     def solve(path=None):
         op = registry.build("ggn").lower(network())
         return eigsh(op, 6, which="LA", tol=1e-5, block=block, checkpoint=path)
 
-    for name in ("fastest", "timed"):
-        monkeypatch.setattr(f"curvalg.lowering.sweeps.linearization.{name}", clock(name))
-    monkeypatch.setattr("curvalg.tensors.backward.OVERHEAD", 0.0)  # what is measured in a pass that is made again
+    inside(overhead=0.0)  # what is measured in a pass that is made again
     favour(favoured)
     whole = solve()
-    path, apply, calls = tmp_path / "run.safetensors", CurvatureOperator._apply, itertools.count()
-
-    def interrupted(self, x):
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return apply(self, x)
-
+    path = tmp_path / "run.safetensors"
     favour(favoured)
-    with monkeypatch.context() as patch:
-        patch.setattr(CurvatureOperator, "_apply", interrupted)
-        assert solve(path).partial
-    decided = at * block > AMORTISED  # what was not measured yet is measured now
+    products.interrupt(at + 1)
+    assert solve(path).partial
+    decided = at * block > inside["amortised"]  # what was not measured yet is measured now
     favour(favoured if not decided else "second" if favoured == "first" else "first")
     resumed = solve(path)
     assert not resumed.partial and resumed.products == whole.products

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
-from spectra import matrix
 
 from curvalg import Diagonal, Problem, ProblemError, registry
 from curvalg.estimate import (
@@ -27,6 +26,7 @@ from curvalg.estimate import (
 from curvalg.runs.run import run as run_of
 from curvalg.runs.run_state import State
 from curvalg.runs.unit import Outgrown
+from tests.support.spectra import matrix
 
 N = 70
 DTYPES = {torch.float32: 60, torch.float64: 500}
@@ -253,9 +253,9 @@ def test_a_start_that_misses_the_scale_changes_no_result(start, dtype, power):
     assert norm(A, products=N, method="exact").value == pytest.approx(float(spectrum.double().norm()) * 2.0**power)
 
 
-def test_a_run_starts_anew_where_its_unit_was_too_small(tmp_path, monkeypatch):
+def test_a_run_starts_anew_where_its_unit_was_too_small(tmp_path, inside):
     """No random vector is multiplied before the first one, since a diagonal is known to be symmetric."""
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
+    inside(small_eigenproblem=lambda *_: None)
     net = torch.nn.Linear(10, 7, bias=False)
     problem = Problem(net, torch.nn.MSELoss(), (torch.randn(4, 10), torch.randn(4, 7)))
     values = 2.0**60 * torch.linspace(1, 2, N)
@@ -294,8 +294,8 @@ def test_an_interrupted_new_start_is_an_interruption():
 
 @pytest.mark.parametrize("power", [-60, 60])
 @pytest.mark.parametrize("name", ["ggn", "hessian", "jacobian"])
-def test_curvature_operators(name, power, monkeypatch):
-    monkeypatch.setattr("curvalg.estimate.spectra.eigen.exact", lambda *_: None)
+def test_curvature_operators(name, power, inside):
+    inside(small_eigenproblem=lambda *_: None)
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     problem = Problem(net, torch.nn.CrossEntropyLoss(), (torch.randn(20, 5), torch.randint(0, 3, (20,))))

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 from curvalg import ExpressionError, Facts, Identity, Problem, Term, inverse, parse, registry
-from curvalg.expr import GGN, Expr, Hessian, Jacobian, sqrt
-from curvalg.expr.nodes.composite import MAX_DEPTH
-from curvalg.expr.nodes.products import MAX_FACTORS
-from curvalg.rewrite import rewrite
-from curvalg.rewrite.engine import Law
+from curvalg.expr import GGN, MAX_DEPTH, MAX_FACTORS, Expr, Hessian, Jacobian, sqrt
+from curvalg.rewrite import Law, rewrite
 
 NESTED = 200
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from strategies import O, P, expressions
 
 from curvalg import parse
 from curvalg.errors import ExpressionError
@@ -33,6 +32,7 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
+from tests.support.strategies import O, P, expressions
 
 G, J, L = GGN(), Jacobian(), LossHessian()
 

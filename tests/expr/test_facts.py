@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from strategies import O, P, expressions, moderate
 
 from curvalg.expr import (
     Block,
@@ -26,6 +25,7 @@ from curvalg.expr import (
     Nystrom,
     Product,
     Restriction,
+    Space,
     SquareRoot,
     Sum,
     Transpose,
@@ -39,7 +39,7 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.expr.node import Space
+from tests.support.strategies import O, P, expressions, moderate
 
 Matrix = np.ndarray
 SIZES: dict[Space, int] = {P: 4, O: 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from curvalg.expr import (
+    BUILTIN,
     GGN,
     Block,
     Covariance,
@@ -22,7 +23,6 @@ from curvalg.expr import (
     inverse,
     restrict,
 )
-from curvalg.expr.terms import BUILTIN
 
 PSD, DEFINITE, SYMMETRIC = Facts(psd=True), Facts(positive_definite=True), Facts(symmetric=True)
 CONVEX, CONCAVE = LossFacts("convex", convex=True), LossFacts("other", convex=False)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import expressions
 
 from curvalg.expr import (
     GGN,
@@ -33,6 +32,7 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
+from tests.support.strategies import expressions
 
 EVERY = [
     GGN(),

@@ -11,8 +11,8 @@ import pytest
 
 BUILD = """
 from curvalg import registry
-from curvalg.expr.terms import ALIASES, BUILTIN
-from curvalg.registry.parse import parse
+from curvalg.expr import ALIASES, BUILTIN
+from curvalg import parse
 registry.names()
 for name in [*BUILTIN, *ALIASES]:
     expr = registry.build(name)
@@ -37,7 +37,7 @@ def test_importing_reads_no_metadata() -> None:
         "def refuse(*a, **k): raise AssertionError('metadata was read')\n"
         "metadata.distributions = metadata.distribution = refuse\n"
         "from curvalg import registry\n"
-        "from curvalg.registry.parse import parse\n"
+        "from curvalg import parse\n"
         "assert str(parse('ggn + hessian')) == 'ggn + hessian'\n"
         "assert str(registry.build('empirical_fisher')) == 'covariance'\n"
     )

@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
-from strategies import expressions
 
 from curvalg.expr import (
     GGN,
@@ -28,6 +27,7 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
+from tests.support.strategies import expressions
 
 G, H, J = GGN(), Hessian(), Jacobian()
 SHIFTED = H + Identity

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import coefficients, expressions, moderate
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import GGN, Covariance, Diagonal, Expr, Hessian, Identity, Jacobian, Sum, Zero, inverse
+from tests.support.strategies import coefficients, expressions, moderate
 
 A, B, J = GGN(), Hessian(), Jacobian()
 TERMS = (A, B, Covariance(), A @ B, Identity, inverse(A + Identity))

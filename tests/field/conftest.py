@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import Case, Dense
 from torch import nn
 
 from curvalg import registry
+from tests.support.dense import Case, Dense
+from tests.support.field.data import CE, N, Net, X, Y, ce
 
 TERMS = ("hessian", "ggn", "residual", "covariance", "centered_covariance")
 
@@ -22,6 +23,18 @@ def build_net():
             return factory(*args, **kwargs).to(dtype)
 
     return build
+
+
+@pytest.fixture
+def net(build_net):
+    """Two layers; extra inputs are added."""
+    return build_net(Net)
+
+
+@pytest.fixture
+def whole(net):
+    """The reference of (X, Y) under plain cross-entropy, as one batch."""
+    return Dense(Case(net, CE, [(X, Y)], ce, float(N)))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import CurvatureOperator, Problem, block_diagonal, registry, restrict
+from curvalg import Problem, block_diagonal, registry, restrict
 from curvalg.estimate import eigsh, spectral_density, trace
 
 build = registry.build
@@ -45,31 +45,14 @@ def test_progress_of_long_runs(problem, capsys):
     assert "eigsh" in shown and "product" in shown and "/" in shown  # products done / expected
 
 
-def test_an_interruption_loses_nothing(problem, tmp_path, monkeypatch):
+def test_an_interruption_loses_nothing(problem, tmp_path, products):
     op, path = build("hessian").lower(problem), tmp_path / "run.safetensors"
-    apply, left = CurvatureOperator._apply, 40
-
-    def interrupted(self, x):
-        nonlocal left
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
-        return apply(self, x)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CurvatureOperator, "_apply", interrupted)
-        partial = spectral_density(op, probes=2, steps=60, checkpoint=path)
+    products.interrupt(40)
+    partial = spectral_density(op, probes=2, steps=60, checkpoint=path)
     assert partial.partial and partial.products > 0
-    calls = 0
-
-    def counted(self, x):
-        nonlocal calls
-        calls += x.shape[1]
-        return apply(self, x)
-
-    monkeypatch.setattr(CurvatureOperator, "_apply", counted)
+    products.columns = 0
     whole = spectral_density(op, probes=2, steps=60, checkpoint=path)
-    assert not whole.partial and calls == whole.products - partial.products
+    assert not whole.partial and products.columns == whole.products - partial.products
 
 
 def test_results_have_pictures(problem):

@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 import torch
-from grammar import draw
-from reference import Reference
 
 from curvalg import CurvalgError, Identity, Problem, block_diagonal, inverse, registry, restrict
+from tests.support.fuzz.grammar import draw
+from tests.support.fuzz.reference import Reference
 
 NIGHTLY = os.environ.get("CURVALG_NIGHTLY") == "1"
 SEEDS = range(5000 if NIGHTLY else 100)

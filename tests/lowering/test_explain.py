@@ -6,11 +6,10 @@ import textwrap
 
 import pytest
 import torch
-from structures import JointKronecker
 from torch import nn
 
 from curvalg import Identity, Problem, block_diagonal, inverse, registry, sqrt
-from curvalg.lowering.inverses import forms
+from tests.support.structures import JointKronecker
 
 
 def plan_of(op):
@@ -42,8 +41,8 @@ def test_an_exact_inverse(problem_of):
         """)
 
 
-def test_an_iterative_inverse_names_every_reason(problem_of, monkeypatch):
-    monkeypatch.setattr(forms, "DENSE_LIMIT", 40)
+def test_an_iterative_inverse_names_every_reason(problem_of, inside):
+    inside(dense_limit=40)
     op = inverse(registry.build("hessian") + 2 * Identity, rtol=1e-6).lower(problem_of("mlp"))
     assert plan_of(op) == expected("""
         inverse by minres

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
-from test_exactness import close
-from zoo import ZOO
 
 from curvalg import Identity, ProblemError, registry
-from curvalg.lowering import race as timing
-from curvalg.lowering import race as ways
-from curvalg.lowering.low_rank.factor import Factor
-from curvalg.lowering.plans import low_rank_plan as factored
-from curvalg.lowering.plans.planner import PATIENCE
-from curvalg.lowering.sweeps.linearization import Linearization
-from curvalg.lowering.sweeps.recordings import SinglePass
+from tests.support.agreement import close
+from tests.support.inside import first_wins
+from tests.support.zoo import ZOO
 
+PATIENCE = 5
+"""Columns before another way is tried, where it is not tried at once."""
 WAYS = ["ordinary", "factored", "multiplied out"]
 SUMS = {
     "ggn": (lambda b: b("ggn"), lambda d: d.ggn),
@@ -29,8 +27,8 @@ SUMS = {
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch):
-    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", 0)
+def _at_once(inside):
+    inside(patience=0)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -59,8 +57,8 @@ def test_the_way_is_told_and_what_it_keeps(way, problem_of, vectors, take_way):
     assert "measured, several columns: ordinary" in op.explain()
 
 
-def test_the_first_columns_take_the_ordinary_way(problem_of, vectors, monkeypatch, take_way):
-    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", PATIENCE)
+def test_the_first_columns_take_the_ordinary_way(problem_of, vectors, inside, take_way):
+    inside(patience=PATIENCE)
     take_way("factored")
     op = registry.build("ggn").lower(problem_of("mlp"))
     v = vectors(op.shape[1])[:, 0]
@@ -87,12 +85,10 @@ def test_no_model_call_once_chosen(counted_model, vectors, take_way):
         assert calls() == before
 
 
-def test_a_way_that_differs_is_not_taken(problem_of, dense_of, vectors, monkeypatch, take_way):
+def test_a_way_that_differs_is_not_taken(problem_of, dense_of, vectors, inside, take_way):
     take_way("factored")
-    right = factored.FactoredPlan._factored
-    monkeypatch.setattr(
-        factored.FactoredPlan, "_factored", lambda self, snapshot, x: right(self, snapshot, x) * (1 + 1e-6)
-    )
+    right = inside["factored_product"]
+    inside(factored_product=lambda self, snapshot, x: right(self, snapshot, x) * (1 + 1e-6))
     dense = dense_of("mlp")
     op = registry.build("ggn").lower(problem_of("mlp"))
     V = vectors(dense.D)
@@ -101,9 +97,9 @@ def test_a_way_that_differs_is_not_taken(problem_of, dense_of, vectors, monkeypa
     assert "not factored: its product differs from the ordinary one" in op.explain()
 
 
-def test_a_budget_that_does_not_suffice_is_told_and_may_grow(problem_of, dense_of, vectors, take_way, monkeypatch):
+def test_a_budget_that_does_not_suffice_is_told_and_may_grow(problem_of, dense_of, vectors, take_way, inside):
     take_way("factored")
-    monkeypatch.setattr("curvalg.lowering.low_rank.factor.SMALL", 0)  # so that one of the ways stays impossible
+    inside(small_factor=0)  # so that one of the ways stays impossible
     dense, problem = dense_of("cnn"), problem_of("cnn", cache=2000)
     op = registry.build("covariance").lower(problem)
     V = vectors(dense.D)
@@ -113,8 +109,8 @@ def test_a_budget_that_does_not_suffice_is_told_and_may_grow(problem_of, dense_o
     assert "not factored: layer inputs and deltas do not fit the budget" in op.explain()
     problem.cache = 2**24
     measured = []
-    race = ways.race
-    monkeypatch.setattr(ways, "race", lambda *runs: measured.append(len(runs)) or race(*runs))
+    measure = inside["measure"]
+    inside(measure=lambda candidates, *options: measured.append(len(candidates)) or measure(candidates, *options))
     for _ in range(3):
         close(op @ V, dense.covariance @ V)
     assert "covariance, factored" in op.explain()
@@ -124,7 +120,7 @@ def test_a_budget_that_does_not_suffice_is_told_and_may_grow(problem_of, dense_o
     assert problem.budget.used <= 2000
 
 
-def test_nothing_of_the_loser_is_kept(problem_of, vectors, take_way):
+def test_nothing_of_the_loser_is_kept(problem_of, vectors, take_way, inside):
     for way in WAYS:
         take_way(way)
         problem = problem_of("mlp")
@@ -132,8 +128,8 @@ def test_nothing_of_the_loser_is_kept(problem_of, vectors, take_way):
         for width in (1, 3):
             op @ vectors(problem.size, width)
         kept = problem.cached(op.snapshot)
-        recordings = [value for value in kept.values() if isinstance(value, Linearization)]
-        (factor,) = (value for value in kept.values() if isinstance(value, Factor))
+        recordings = [kept.found(*place) for place in kept.keys("linearization")]
+        (factor,) = (kept.found(*place) for place in kept.keys("factor"))
         assert any(r.batches for r in recordings) == (way == "ordinary")
         assert factor.complete == (way != "ordinary")
         assert (factor._matrix is not None) == (way == "multiplied out")
@@ -141,62 +137,63 @@ def test_nothing_of_the_loser_is_kept(problem_of, vectors, take_way):
         assert held == problem.budget.used
 
 
-def test_many_output_directions_are_told(problem_of, vectors, monkeypatch):
-    monkeypatch.setattr(factored, "MOST_COLUMNS", 1)
+def test_many_output_directions_are_told(problem_of, vectors, inside):
+    inside(most_columns=1)
     op = registry.build("ggn").lower(problem_of("mlp"))
     op @ vectors(op.shape[1])
     assert "output directions for each row of the data, more than 1" in op.explain()
 
 
-def test_a_resumed_run_takes_what_was_chosen(problem_of, vectors, monkeypatch):
+def test_a_resumed_run_takes_what_was_chosen(problem_of, vectors, inside):
     first = problem_of("mlp")
     op = registry.build("ggn").lower(first)
     expected = op @ vectors(first.size)
     for way in WAYS:
         again = problem_of("mlp")
-        again.measured.recalled = {
-            name: way if name.startswith("way") else choice for name, choice in first.measured.choices.items()
-        }
+        choices = first.measured.choices
+        again.measured.recalled = {name: way if name.startswith("way") else choices[name] for name in choices}
         assert any(name.startswith("way") for name in again.measured.recalled)
-        monkeypatch.setattr(ways, "race", lambda *runs: pytest.fail("measured again"))
+        inside(measure=lambda *_: pytest.fail("measured again"))
         op = registry.build("ggn").lower(again)
         close(op @ vectors(first.size), expected)
         assert f"several columns: {way}, as chosen before" in op.explain()
 
 
 @pytest.mark.parametrize(("seconds", "order"), [(1.0, [1, 1, 2, 2]), (0.001, 2 * [1, 1, 1, 2, 2, 2])])
-def test_runs_are_raced_in_turns_that_begin_untimed(seconds, order, monkeypatch):
+def test_runs_are_raced_in_turns_that_begin_untimed(seconds, order, monkeypatch, inside):
     now, calls = [0.0], []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def run(number):
         again = bool(calls) and calls[-1] == number
         calls.append(number)
         now[0] += number * seconds + (0.0 if again else 10 * seconds)  # the first of a turn makes something again
 
-    assert timing.race(lambda: run(1), lambda: run(2)) == pytest.approx([seconds, 2 * seconds])
+    runs = {number: inside["candidate"](lambda number=number: run(number)) for number in (1, 2)}
+    measured = inside["measure"](runs, 2, lambda seconds: False)
+    assert measured == pytest.approx({1: seconds, 2: 2 * seconds})
     assert calls == order
 
 
 class Clock:
     """A clock by which one backward pass takes as long as a table says for its number of columns."""
 
-    def __init__(self, monkeypatch, seconds):
+    def __init__(self, inside, seconds):
         self.widths = []
 
-        def fastest(run):
+        def timed(run):
             before = len(self.widths)
-            run()
-            return seconds[self.widths[before]]
+            result = run()
+            return seconds[self.widths[before]], result
 
-        original = SinglePass.multiply
+        original = inside["multiply_recording"]
 
         def multiply(recorded, rows, chunk):
             self.widths.append(rows.shape[0])
             return original(recorded, rows, chunk)
 
-        monkeypatch.setattr(SinglePass, "multiply", multiply)
-        monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", fastest)
+        inside(multiply_recording=multiply)
+        inside(clock=timed)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +208,11 @@ class Clock:
         ({1: 0.001, 16: 0.001, 64: 0.01}, 70, 16),
     ],
 )
-def test_the_number_of_columns_at_a_time_is_the_fastest(seconds, columns, chosen, problem_of, vectors, monkeypatch):
+def test_the_number_of_columns_at_a_time_is_the_fastest(seconds, columns, chosen, problem_of, vectors, inside):
     op = registry.build("hessian").lower(problem_of("mlp"))
     expected = registry.build("hessian").lower(problem_of("mlp", columns="loop")) @ vectors(op.shape[1], columns)
     op @ vectors(op.shape[1], 1)
-    Clock(monkeypatch, seconds)
+    Clock(inside, seconds)
     close(op @ vectors(op.shape[1], columns), expected)
     assert f"columns on {chosen} at a time" in op.explain()
 
@@ -228,11 +225,9 @@ def test_columns_are_measured_anew_for_wider_operands(problem_of, vectors):
     assert "from 2 columns on" in report and "from 16 columns on" in report and report.count(" at a time") == 2
 
 
-def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatch):
-    monkeypatch.setattr("curvalg.lowering.plans.planner.PATIENCE", PATIENCE)
-    monkeypatch.setattr(
-        ways, "race", lambda *runs: list(range(len(runs)))
-    )  # the ordinary way, wherever it may be taken
+def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, inside):
+    inside(patience=PATIENCE)
+    inside(measure=first_wins)  # the ordinary way, wherever it may be taken
     dense = dense_of("mlp")
     v, A = vectors(dense.D)[:, 0], dense.ggn
     for asked, told in ((True, "ggn, factored"), (False, "sweep: ggn"), ("auto", "sweep: ggn")):
@@ -252,9 +247,9 @@ def test_the_user_may_insist_or_forbid(problem_of, dense_of, vectors, monkeypatc
         problem_of("mlp", factored="yes")
 
 
-def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, monkeypatch):
+def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, inside):
     """A training step changes the matrix, not what is fast."""
-    monkeypatch.setattr("curvalg.lowering.sweeps.programs.AMORTISED", 4)
+    inside(amortised=4)
     problem = problem_of("mlp")
     ops = [registry.build(name).lower(problem) for name in ("ggn", "hessian")]
     for op in ops:
@@ -266,8 +261,7 @@ def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, m
     for p, q in zip(problem.model.chosen.values(), fresh.model.chosen.values(), strict=True):
         q.data.copy_(p)
     expected = [op.expr.lower(fresh) @ vectors(problem.size, 3) for op in ops]
-    monkeypatch.setattr(ways, "race", lambda *runs: pytest.fail("measured again"))
-    monkeypatch.setattr("curvalg.lowering.sweeps.linearization.fastest", lambda run: pytest.fail("measured again"))
+    inside(measure=lambda *_: pytest.fail("measured again"))
     for op, product in zip(ops, expected, strict=True):
         op.refresh()
         for _ in range(4):
@@ -276,18 +270,14 @@ def test_another_state_of_the_model_is_not_measured_again(problem_of, vectors, m
     assert "as chosen before" in ops[0].explain()
 
 
-def test_a_way_that_was_chosen_before_is_compared_at_another_state_too(
-    problem_of, dense_of, vectors, monkeypatch, take_way
-):
+def test_a_way_that_was_chosen_before_is_compared_at_another_state_too(problem_of, dense_of, vectors, inside, take_way):
     take_way("factored")
     dense, problem = dense_of("mlp"), problem_of("mlp")
     op = registry.build("ggn").lower(problem)
     V = vectors(dense.D)
     close(op @ V, dense.ggn @ V)
-    right = factored.FactoredPlan._factored
-    monkeypatch.setattr(
-        factored.FactoredPlan, "_factored", lambda self, snapshot, x: right(self, snapshot, x) * (1 + 1e-6)
-    )
+    right = inside["factored_product"]
+    inside(factored_product=lambda self, snapshot, x: right(self, snapshot, x) * (1 + 1e-6))
     op.close()  # what is kept is made again, as at another state
     close(op @ V, dense.ggn @ V)
     assert "not factored: its product differs from the ordinary one" in op.explain()

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from third_party import CenteredTangent, GradientOuter, MeanTangent, Skewed, WeightedBlocks, dense_weighted_blocks
 
 from curvalg import DatasetTerm, ExpressionError, Identity, MatrixTerm, Term, registry, restrict
+from tests.support.third_party import (
+    CenteredTangent,
+    GradientOuter,
+    MeanTangent,
+    Skewed,
+    WeightedBlocks,
+    dense_weighted_blocks,
+)
 
 
 def close(got, expected):

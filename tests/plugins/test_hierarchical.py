@@ -7,9 +7,9 @@ import torch
 from scipy.sparse.linalg import eigsh
 from sklearn.datasets import load_digits
 from torch import nn
-from zoo import make
 
 from curvalg import ExpressionError, Identity, LossError, Problem, inverse, losses, parse, registry
+from tests.support.zoo import make
 
 NAMES = ("ggn_class", "ggn_cross", "ggn_within", "ggn_same")
 CONVENTIONS = {

@@ -117,8 +117,8 @@ def test_a_wide_gram_matrix_is_made_of_panels():
 
 @pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize(("columns", "positions"), [(1, 1), (2, 3), (1, 9)])
-def test_second_moments_in_either_order(columns, positions, joint, monkeypatch):
-    monkeypatch.setattr(factors, "CHUNK", 2 * columns * 3 * 5)  # two rows at a time
+def test_second_moments_in_either_order(columns, positions, joint, inside):
+    inside(kronecker_chunk=2 * columns * 3 * 5)  # two rows at a time
     h, d = random(5, positions, 4), random(columns, 5, positions, 3, seed=1)
     output = torch.linalg.qr(random(3, 3, seed=2))[0]
     inputs = torch.linalg.qr(random(4 + joint, 4 + joint, seed=3))[0]
@@ -165,7 +165,7 @@ def test_one_call_of_the_model_for_each_batch(problem_of):
 
 
 def _whole(case):
-    from zoo import make
+    from tests.support.zoo import make
 
     batches = make(case).batches
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])

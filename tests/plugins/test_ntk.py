@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from curvalg import Identity, Problem, ProblemError, inverse, registry
-from curvalg_plugins.ntk import cross, cross_kernel
+from curvalg_plugins.ntk import cross_kernel
 
 CASES = ["mlp", "cnn", "sequence_classes_second", "tied_embedding", "encoder_layer"]
 build = registry.build
@@ -27,11 +27,11 @@ def net():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_is_the_gram_matrix_of_the_jacobian(case, problem_of, monkeypatch):
+def test_is_the_gram_matrix_of_the_jacobian(case, problem_of, inside):
     problem = problem_of(case)
     J = jacobian(problem)
     op = build("ntk").lower(problem)
-    monkeypatch.setattr(type(op), "_apply", None)  # no product
+    inside(product=None)  # no product
     assert (op.to_dense() - J @ J.T).norm() <= 1e-10 * (J @ J.T).norm()
     eigenvalues = (build("ntk") / 2 + Identity).lower(problem).exact("eigh").eigenvalues
     assert torch.allclose(eigenvalues, torch.linalg.eigvalsh(J @ J.T / 2) + 1, atol=1e-9)
@@ -56,8 +56,8 @@ def test_a_budget_that_is_too_small_leaves_products(problem_of):
 
 
 @pytest.mark.parametrize("width", [1, 32])
-def test_between_two_data_sets(width, monkeypatch):
-    monkeypatch.setattr(cross, "WIDTH", width)
+def test_between_two_data_sets(width, inside):
+    inside(kernel_width=width)
     model = net()
     train = Problem(model, nn.CrossEntropyLoss(), [(random(n, 3, seed=n), torch.zeros(n).long()) for n in (4, 1, 3)])
     test = Problem(model, None, [random(n, 3, seed=n) for n in (7, 2)])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from zoo import make
 
 from curvalg import (
     Diagonal,
@@ -23,6 +22,7 @@ from curvalg import (
     inverse,
     registry,
 )
+from tests.support.zoo import make
 
 
 @pytest.fixture

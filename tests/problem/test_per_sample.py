@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from zoo import ZOO, make
 
 from curvalg import ProblemError, registry
-from curvalg.problem.layers.per_sample import LAST, ROUTES, PerSampleNotes
+from curvalg.problem.layers.per_sample import PerSampleNotes
+from tests.support.zoo import ZOO, make
+
+LAST = "one backward per sample"
+ROUTES = ["BackPACK", "torch.func", LAST]
 
 
 def gradients(problem):

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from fake_plugins import Install
 
 from curvalg.registry import Registry
+from tests.support.fake_plugins import Install
 
 
 @pytest.fixture

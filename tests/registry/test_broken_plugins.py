@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from fake_plugins import TERM, Install, new_failures
 
 from curvalg.errors import ExpressionError, RegistryError
 from curvalg.registry import SUPPORTED_API, Registry
+from tests.support.fake_plugins import TERM, Install, new_failures
 
 HEAD = "from dataclasses import dataclass\nfrom curvalg import Term, registry\n"
 BROKEN: dict[str, tuple[str, str, type[BaseException] | None, str]] = {

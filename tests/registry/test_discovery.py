@@ -6,12 +6,12 @@ import pickle
 import sys
 
 import pytest
-from fake_plugins import TERM, Install, new_failures
 
+from curvalg import parse
 from curvalg.errors import RegistryError
 from curvalg.expr import GGN
 from curvalg.registry import Registry
-from curvalg.registry.parse import parse
+from tests.support.fake_plugins import TERM, Install, new_failures
 
 
 def test_names_import_nothing_and_building_imports_one(registry: Registry, install: Install) -> None:

@@ -9,8 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import O, P, expressions
 
+from curvalg import parse
 from curvalg.errors import ExpressionError, RegistryError
 from curvalg.expr import (
     GGN,
@@ -23,6 +23,7 @@ from curvalg.expr import (
     Kronecker,
     LowRank,
     MonteCarloGGN,
+    Space,
     Zero,
     ZeroExpr,
     block_diagonal,
@@ -32,8 +33,7 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.expr.node import Space
-from curvalg.registry.parse import parse
+from tests.support.strategies import O, P, expressions
 
 Names = tuple[str, ...] | None
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fake_plugins import TERM, Install
 
+from curvalg import parse
 from curvalg import registry as module
 from curvalg.errors import RegistryError
-from curvalg.expr import GGN, Covariance, Expr, Hessian, MonteCarloGGN, Term
-from curvalg.expr.terms import ALIASES, BUILTIN
+from curvalg.expr import ALIASES, BUILTIN, GGN, Covariance, Expr, Hessian, MonteCarloGGN, Term
 from curvalg.registry import Registry
-from curvalg.registry.parse import parse
+from tests.support.fake_plugins import TERM, Install
 
 
 @dataclass(frozen=True)

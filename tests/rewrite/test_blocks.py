@@ -7,12 +7,11 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewrite.worlds import sums_of_blocks
 
 from curvalg import Identity, Zero, inverse, restrict
 from curvalg.expr import Block, BlockDiagonal, Expr, Kronecker, Sum, block_diagonal, sqrt
 from curvalg.rewrite import simplify
-from curvalg.rewrite.witness import GROUPS, A, B, DenseWorld, P, Q, S, blocks
+from tests.support.worlds import GROUPS, A, B, DenseWorld, P, Q, S, blocks, sums_of_blocks
 
 WORLD = DenseWorld(GROUPS, outputs=4)
 K = Kronecker(np.diag([1.0, 2.0]), np.eye(3))

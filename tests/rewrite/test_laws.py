@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
-from rewrite.worlds import sums_of_blocks, valued
-from strategies import expressions
 
 from curvalg import ExpressionError, Identity, inverse, restrict
 from curvalg.expr import (
@@ -31,7 +29,8 @@ from curvalg.expr import (
     transpose,
 )
 from curvalg.rewrite import LAWS, Law, rewrite, simplify, witness
-from curvalg.rewrite.witness import GROUPS, A, B, DenseWorld, P, S
+from tests.support.strategies import expressions
+from tests.support.worlds import GROUPS, A, B, DenseWorld, P, S, sums_of_blocks, valued
 
 WORLD = DenseWorld(GROUPS, outputs=4)
 WITNESSES = [(law, w) for law in LAWS for w in law.witnesses(witness)]

@@ -14,7 +14,7 @@ import torch
 from curvalg import Identity, inverse
 from curvalg.expr import ArrayLeaf, Diagonal, Eigenbasis, Expr, Facts, Kronecker, LowRank, Product, Sum
 from curvalg.rewrite import simplify
-from curvalg.rewrite.witness import GROUPS, A, D, DenseWorld, E, K, L, P, R, U, V, X, Y
+from tests.support.worlds import GROUPS, A, D, DenseWorld, E, K, L, P, R, U, V, X, Y
 
 WORLD = DenseWorld(GROUPS, outputs=4)
 MADE: dict[str, tuple[Expr, Expr]] = {  # the same matrix, written in two ways that must become one leaf

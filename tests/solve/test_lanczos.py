@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvalg.solve import lanczos, search
-from curvalg.solve.ends import SIDES, surpassed, unrivalled, wanted
-from curvalg.solve.orthogonal import complete, grown, orthonormalise
+from curvalg.solve import SIDES, complete, grown, lanczos, orthonormalise, search, surpassed, unrivalled, wanted
 
 F64 = torch.float64
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvalg.solve import cg, minres
-from curvalg.solve.powers import exponents, norms, scaled
-from curvalg.solve.trail import Trail
+from curvalg.solve import Trail, cg, exponents, minres, norms, scaled
 
 N = 40
 METHODS = {"cg": cg, "minres": minres}

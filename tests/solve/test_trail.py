@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvalg.solve import cg, minres
-from curvalg.solve.trail import Mark, Trail
+from curvalg.solve import Mark, Trail, cg, minres
 
 
 @pytest.mark.parametrize("method", [cg, minres])

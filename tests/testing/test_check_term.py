@@ -6,11 +6,10 @@ import pickle
 
 import pytest
 import torch
-from planted import AssumesLoss, Magnitude, Squares, WrongShape
 
 from curvalg import CurvalgError, Problem, ProblemError, RegistryError, registry
 from curvalg.testing import CHECKS, ConformanceError, check_term, default_problems
-from curvalg.testing.pytest_plugin import split
+from tests.support.planted import AssumesLoss, Magnitude, Squares, WrongShape
 
 FEW = default_problems()[:1]
 
@@ -98,8 +97,8 @@ def test_the_users_problems_are_left_as_they_are():
     assert problem.columns == "auto"
 
 
-def test_lists_of_terms_are_split_at_their_own_commas():
-    assert split(" a, b(k=3, x=(1, 2)) ,term('p/q', n='a,b'),, 2*c ") == [
+def test_lists_of_terms_are_split_at_their_own_commas(inside):
+    assert inside["names_of_terms"](" a, b(k=3, x=(1, 2)) ,term('p/q', n='a,b'),, 2*c ") == [
         "a",
         "b(k=3, x=(1, 2))",
         "term('p/q', n='a,b')",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from third_party import CenteredTangent, GradientOuter, MeanTangent, Skewed, WeightedBlocks
 
 from curvalg import Diagonal, Identity, Problem, inverse, registry, restrict
-from curvalg.expr.terms import BUILTIN
+from curvalg.expr import BUILTIN
 from curvalg.testing import check_term, default_problems, parametrize_terms
+from tests.support.third_party import CenteredTangent, GradientOuter, MeanTangent, Skewed, WeightedBlocks
 
 FEW = [problem for problem in default_problems() if problem.size == 24][:2]
 NORMALISED = "the matrix is divided by a norm over the chosen parameters"

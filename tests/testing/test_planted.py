@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from planted import PLANTED, REGISTERED, Twice
 
 from curvalg import registry
 from curvalg.testing import CHECKS
 from curvalg.testing.conformance import run
 from curvalg.testing.subject import Subject
+from tests.support.planted import PLANTED, REGISTERED, Twice
 
 _IDS = [f"{check}: {type(term).__name__}" for check, term, _ in PLANTED]
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from planted import Squares, WrongShape
 
 from curvalg.testing import CHECKS, ConformanceError, parametrize_terms, pytest_plugin
-from curvalg.testing.parametrize import term_checks
+from tests.support.planted import Squares, WrongShape
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -98,7 +97,8 @@ def test_an_expected_failure_of_no_check_is_refused_at_once():
 
 
 def test_a_check_fails_or_skips_its_test():
-    checks = {check.name: check for check in term_checks(WrongShape())}
+    _, parameters = parametrize_terms([WrongShape()]).args
+    checks = {parameter.values[1].name: parameter.values[1] for parameter in parameters}
     with pytest.raises(ConformanceError, match=r"wrong_shape, products: on the problem 'classifier'"):
         checks["products"]()
     with pytest.raises(pytest.skip.Exception, match="see its test 'products'"):

@@ -115,7 +115,7 @@ class Race(Generic[K]):
         self.recalled = False
         others = [way for way in candidates if way != first and possible(way)]
         left = others if insist and others else [first, *others]
-        self.seconds = {} if len(left) == 1 else _measure({way: candidates[way] for way in left}, turns, enough)
+        self.seconds = {} if len(left) == 1 else measure({way: candidates[way] for way in left}, turns, enough)
         return self.decide(
             min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
         )
@@ -125,7 +125,7 @@ class Race(Generic[K]):
         return ", ".join(f"{way} {1e3 * seconds:.2g} ms" for way, seconds in self.seconds.items())
 
 
-def _measure(
+def measure(
     candidates: Mapping[K, Candidate], turns: int, enough: Callable[[Mapping[K, float]], bool]
 ) -> dict[K, float]:
     """Seconds by way and column, the least of all rounds.

@@ -1,6 +1,6 @@
 """Functions of torch whose derivatives are wrong, or are not derivatives, written in others.
 
-The test ``tests/problem/test_torch_formulas.py`` says when torch mends one of them.
+The test ``tests/problem/verification/test_torch_formulas.py`` says when torch mends one of them.
 """
 
 from __future__ import annotations
