@@ -394,15 +394,14 @@ def _joint_preconditioner(expr: Expr, operators: list[CurvatureOperator]) -> Pre
 
 
 def _has_inverse(expr: Expr) -> bool:
-    return isinstance(expr, Inverse) or any(map(_has_inverse, expr.children))
+    return any(isinstance(node, Inverse) for node in expr.walk())
 
 
 def _preconditioned(expr: Expr, by: Expr) -> Expr:
     """The expression with a preconditioner for every inverse that names none."""
-    expr = expr.rebuild(tuple(_preconditioned(child, by) for child in expr.children)) if expr.children else expr
-    if isinstance(expr, Inverse) and expr.preconditioner is None:
-        return inverse(expr.expr, **{**expr.options, "preconditioner": by})
-    return expr
+    if isinstance(expr, Inverse):
+        return inverse(_preconditioned(expr.expr, by), **{**expr.options, "preconditioner": expr.preconditioner or by})
+    return expr.rebuild(tuple(_preconditioned(child, by) for child in expr.children)) if expr.children else expr
 
 
 def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None) -> CurvatureOperator:

@@ -33,7 +33,7 @@ def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
         if ready:
             yield node
         else:
-            todo += [(node, True), *((part, False) for part in node._inner if part._inner)]
+            todo += [(node, True), *((part, False) for part in node.children if part.children)]
 
 
 def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
@@ -48,8 +48,8 @@ class Composite(Expr):
     """A node with parts. What is found of it once counts neither for equality nor in a pickle."""
 
     def __post_init__(self) -> None:
-        for part in self._inner:
-            if not part._inner:
+        for part in self.children:
+            if not part.children:
                 require_hashable(part)
         depth = 1 + max((child.depth for child in self.children), default=0)
         if depth > MAX_DEPTH:
@@ -125,7 +125,7 @@ class Composite(Expr):
 
 def _same(part: Expr) -> Hashable:
     """What is shared by one and the same node, and by equal nodes without parts."""
-    return id(part) if part._inner else part
+    return id(part) if part.children else part
 
 
 def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
@@ -133,7 +133,7 @@ def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
     found: dict[int, int] = {}
 
     def number(part: Expr) -> Hashable:
-        return found[id(part)] if part._inner else part
+        return found[id(part)] if part.children else part
 
     for node in bottom_up(expr, lambda node: id(node) in found):
         content = node.content(number) if isinstance(node, Composite) else node

@@ -102,7 +102,7 @@ def add(pairs: Iterable[tuple[Expr, Any]]) -> Expr:
     typed: Expr | None = None
     for expr, scale in pairs:
         scale = as_coefficient(scale)
-        if not expr._inner:
+        if not expr.children:
             require_hashable(expr)
         parts: Mapping[Expr, Fraction] = {expr: Fraction(1)}
         if isinstance(expr, Sum):

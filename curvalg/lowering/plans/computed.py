@@ -62,7 +62,7 @@ def _(expr: DiagonalEstimate, matrix: BoundMatrix, snapshot: Snapshot, whole: Pr
 
 
 def _by_structure(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor | None:
-    form, _ = find(matrix, exclude=("dual", "dense"))
+    form, _ = find(matrix, exclude=("gram", "dense"))
     return None if form is None else form.at(snapshot).diagonal()
 
 

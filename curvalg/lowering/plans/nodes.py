@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +24,9 @@ from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.nodes.inverse import Inverse
 from curvalg.expr.nodes.roots import SquareRoot
 from curvalg.lowering.blocks.output_rows import output_sizes
-from curvalg.lowering.blocks.rows import RowRanges
+from curvalg.lowering.blocks.rows import RowRanges, by_blocks
 from curvalg.lowering.inverses.offer import Form
-from curvalg.lowering.inverses.solvers import Solver
+from curvalg.lowering.inverses.solver import Solver
 from curvalg.lowering.inverses.verified import report
 from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.matrices import Structure
@@ -294,10 +294,8 @@ class BlocksPlan(Plan):
         return tuple(part for _, part, _ in self.blocks)
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        result = torch.zeros_like(x)
-        for places, plan, _ in self.blocks:
-            places.put(result, plan.apply(snapshot, places.take(x)))
-        return result
+        rows = [places for places, _, _ in self.blocks]
+        return by_blocks(rows, x, lambda i, part: self.blocks[i][1].apply(snapshot, part))
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         passes = count_sweeps(self)
@@ -347,13 +345,14 @@ class InversePlan(Plan):
 
     Args:
         expr: the inverse, with its options.
-        solver: the strategy that accepted.
-        chain: what every strategy said.
+        solver: that accepted.
+        chain: what every solver said.
         matrix: the plan of the matrix.
     """
 
-    def __init__(self, expr: Inverse, solver: Solver, chain: tuple[str, ...], matrix: Plan) -> None:
+    def __init__(self, expr: Inverse, solver: Solver[Any], chain: tuple[str, ...], matrix: Plan) -> None:
         self.expr, self.solver, self.chain, self.matrix = expr, solver, chain, matrix
+        self._states: WeakKeyDictionary[Snapshot, Any] = WeakKeyDictionary()
         self.checked = True
         """Whether a product is checked against its residual; a preconditioner's is not."""
         self._last: tuple[Snapshot, Tensor, SolveResult] | None = None
@@ -377,7 +376,14 @@ class InversePlan(Plan):
         if self.checked:
             return self.solve(snapshot, x, None, report=False).x
         with snapshot.lock:
-            return self.solver.approximate(snapshot, x)
+            return self.solver.approximate(self._state(snapshot), x)
+
+    def _state(self, snapshot: Snapshot) -> Any:
+        """What the solver prepared at a snapshot."""
+        with snapshot.lock:
+            if snapshot not in self._states:
+                self._states[snapshot] = self.solver.prepare(snapshot)
+            return self._states[snapshot]
 
     def solve(
         self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
@@ -388,7 +394,7 @@ class InversePlan(Plan):
             ConvergenceError: a column did not reach the tolerance; carries the result with the best iterates.
         """
         with nullcontext() if self.solver.iterative else snapshot.lock:
-            result = self.solver.solve(snapshot, b, x0, trail, report)
+            result = self.solver.solve(self._state(snapshot), b, x0, trail, report)
         self._last = snapshot, b, result
         if not result.ok and not result.partial:
             message = (
@@ -401,7 +407,8 @@ class InversePlan(Plan):
         return result
 
     def lines(self, snapshot: Snapshot) -> list[str]:
-        lines = [*self.chain, *report(self.solver.oaths(snapshot)), *self.matrix.lines(snapshot)]
+        oaths = self.solver.oaths(self._states[snapshot]) if snapshot in self._states else []
+        lines = [*self.chain, *report(oaths), *self.matrix.lines(snapshot)]
         return [f"inverse by {self.solver.name}", *indent(lines)]
 
 

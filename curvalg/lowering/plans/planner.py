@@ -18,7 +18,8 @@ from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_
 from curvalg.lowering.inverses.forms import find
 from curvalg.lowering.inverses.offer import BoundMatrix, Found, affine, multiple
 from curvalg.lowering.inverses.preconditioners import Given, given_preconditioner
-from curvalg.lowering.inverses.solvers import InverseRequest, Preconditioning, choose
+from curvalg.lowering.inverses.solver import InverseRequest, Preconditioning
+from curvalg.lowering.inverses.solvers import choose
 from curvalg.lowering.plans.bind import unbound
 from curvalg.lowering.plans.computed import Computed
 from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
@@ -80,12 +81,12 @@ class Planning:
     def _inverses_in(self, expr: Expr, problem: Problem) -> list[Expr]:
         """Inverses that the plan will meet and that have none yet, innermost first: planned so, they take no stack."""
         found: dict[Expr, None] = {}
-        todo = list(expr.children) if isinstance(expr, _TRANSPARENT) else []
+        todo = _visible(expr)
         while todo:
             node = todo.pop()
             if isinstance(node, _TRANSPARENT) and node not in found and (node, problem) not in self._plans:
                 found[node] = None
-                todo += node.children
+                todo += _visible(node)
         return [node for node in reversed(found) if isinstance(node, alg.Inverse)]
 
     def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> BoundMatrix:
@@ -94,6 +95,13 @@ class Planning:
 
 
 _TRANSPARENT = (alg.Sum, alg.Product, alg.Inverse)
+
+
+def _visible(expr: Expr) -> list[Expr]:
+    """What the plan of an expression meets on the same problem; preconditioners are planned by themselves."""
+    if isinstance(expr, alg.Inverse):
+        return [expr.expr]
+    return list(expr.children) if isinstance(expr, _TRANSPARENT) else []
 
 
 @singledispatch
