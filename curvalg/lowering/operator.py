@@ -17,6 +17,7 @@ from curvalg.expr.node import Expr, require_hashable, too_deep
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
+from curvalg.lowering.explain import explain
 from curvalg.lowering.inverses.forms import find
 from curvalg.lowering.inverses.offer import BoundMatrix, Form
 from curvalg.lowering.inverses.rounding import noise
@@ -124,8 +125,6 @@ class CurvatureOperator(TorchOperator):
 
     def explain(self) -> str:
         """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""
-        from curvalg.lowering.explain import explain
-
         with self.problem.lock:
             return explain(self)
 

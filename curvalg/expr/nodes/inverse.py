@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.composite import shape, square
 from curvalg.expr.nodes.constants import ZeroExpr
 from curvalg.expr.nodes.transposes import Reversed
-from curvalg.expr.spaces import shape, square
 
 Solver = Literal[
     "auto",
