@@ -26,14 +26,15 @@ from curvalg.expr import (
     SquareRoot,
     add,
 )
-from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule, affine
 from curvalg.lowering.inverses.priors import damped_by_name
 from curvalg.lowering.inverses.rounding import epsilon, noise
-from curvalg.lowering.low_rank.gram import Gram, WeightedFactor
+from curvalg.lowering.low_rank.factored_sum import factored_sum
+from curvalg.lowering.low_rank.gram import Gram
 from curvalg.lowering.low_rank.kernel import is_kernel, kernel
+from curvalg.lowering.low_rank.weighted_factor import WeightedFactor
 from curvalg.lowering.matrices import (
     Basis,
     Blocks,
@@ -242,24 +243,16 @@ def _low_rank_spectral(matrix: BoundMatrix, updates: Sequence[tuple[float, LowRa
 
 @_form("gram")
 def _gram(matrix: BoundMatrix) -> Offer:
-    parts, shift = affine(matrix.expr)
     problem = matrix.problem
-    if not parts or not all(isinstance(part, Term) for _, part in parts):
-        return "the matrix is not a sum of terms with few output directions and the identity"
-    entries = [(c, part) for c, part in parts if isinstance(part, Term)]
+    total = factored_sum(matrix.expr, problem)
+    if isinstance(total, str):
+        return total
+    entries, shift = total.entries, total.shift
     for c, term in entries:
-        if type(term).factor is Term.factor:
-            return f"{term} is not of the form V Vᵀ with known V"
         if c <= 0:
             return f"the coefficient of {term} is not positive"
-        if not term.facts(problem.facts).psd:
-            return f"{term} is not known to be positive semi-definite"
-        if isinstance(term, DatasetTerm) and not term.centred:
-            return f"{term} needs totals of the data set"
     if shift < 0:
         return "the identity has a negative coefficient"
-    if problem.model.batch_statistics:
-        return "samples influence each other through batch statistics"
     if not problem.data.ordered:
         return "the loader shuffles, so that columns of V cannot be told apart; pass shuffle=False"
     columns = sum(problem.factor_columns(term) for _, term in entries) * problem.totals.rows

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvalg.errors import ProblemError
 from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, Groups, factor_of
+from curvalg.lowering.low_rank.weighted_factor import weighed
 from curvalg.lowering.plans.nodes import Plan, drop_recordings
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.race import Candidate, Race
@@ -218,16 +219,7 @@ class LowRankPlan(Plan):
             raise Impossible(f"{columns} output directions for each row of the data, more than {MOST_COLUMNS}")
 
     def _weigh(self, factor: Factor, y: Tensor) -> Tensor:
-        """Coefficients and centring of every term's columns, for Y (groups, M, P)."""
-        for number, (c, term) in enumerate(self.entries):
-            if len(self.entries) == 1 and c == 1 and not term.centred:
-                return y
-            mine = (factor.owner == number).to(y.dtype)[:, None]
-            if term.centred:
-                ones = mine * factor.active.to(y.dtype)[:, None]
-                y = y - ones * (ones * y).sum(1, keepdim=True) / self.problem.totals.count
-            y = y * (1 + (c - 1) * mine)
-        return y
+        return weighed(factor, self.entries, self.problem.totals.count, y)
 
     def _shifted(self, result: Tensor, x: Tensor) -> Tensor:
         layout = self.problem.layout
