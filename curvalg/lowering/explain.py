@@ -9,7 +9,7 @@ import torch
 
 from curvalg.expr import Expr, Facts
 from curvalg.lowering.lines import indent
-from curvalg.lowering.plans.nodes import Plan
+from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes

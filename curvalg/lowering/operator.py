@@ -22,8 +22,10 @@ from curvalg.lowering.inverses.forms import find
 from curvalg.lowering.inverses.offer import BoundMatrix, Form
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.matrices import DenseMatrix
+from curvalg.lowering.plans.algebra_plan import SumPlan
 from curvalg.lowering.plans.bind import bind, unbound
-from curvalg.lowering.plans.nodes import InversePlan, Plan, SumPlan
+from curvalg.lowering.plans.inverse_plan import InversePlan
+from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
 from curvalg.lowering.vectors import Space, Vector, parse, require_finite
 from curvalg.problem import Problem, Snapshot

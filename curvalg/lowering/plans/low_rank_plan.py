@@ -12,7 +12,7 @@ from curvalg.errors import ProblemError
 from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, Groups, factor_of
 from curvalg.lowering.low_rank.weighted_factor import weighed
-from curvalg.lowering.plans.nodes import Plan, drop_recordings
+from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.race import Candidate, Race
 
@@ -185,7 +185,7 @@ class LowRankPlan(Plan):
     def _release(self, snapshot: Snapshot, chosen: set[str]) -> None:
         """Drop what no chosen way needs."""
         if ORDINARY not in chosen:
-            drop_recordings(self.otherwise, snapshot)
+            self.otherwise.release(snapshot)
         elif chosen == {ORDINARY}:
             self.factor(snapshot).drop()
         if MULTIPLIED not in chosen:

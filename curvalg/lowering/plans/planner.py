@@ -21,24 +21,22 @@ from curvalg.lowering.inverses.preconditioners import Given, given_preconditione
 from curvalg.lowering.inverses.solver import InverseRequest, Preconditioning
 from curvalg.lowering.inverses.solvers import choose
 from curvalg.lowering.low_rank.factored_sum import FactoredSum, factored_sum, in_order, why_not_factored
-from curvalg.lowering.plans.bind import unbound
-from curvalg.lowering.plans.computed import Computed
-from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
-from curvalg.lowering.plans.nodes import (
+from curvalg.lowering.plans.algebra_plan import (
     BlocksPlan,
-    InversePlan,
     LeafPlan,
-    OutputPlan,
-    Plan,
     ProductPlan,
-    RootPlan,
     SubmatrixPlan,
     SumPlan,
-    SweepPlan,
-    Unbound,
+    UnboundPlan,
     ZeroPlan,
-    as_float,
 )
+from curvalg.lowering.plans.bind import unbound
+from curvalg.lowering.plans.computed import Computed
+from curvalg.lowering.plans.inverse_plan import InversePlan, RootPlan
+from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
+from curvalg.lowering.plans.output_plan import OutputPlan
+from curvalg.lowering.plans.plan import Plan, as_float
+from curvalg.lowering.plans.sweep_plan import SweepPlan
 from curvalg.lowering.sweeps.contract import require_defined
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.transposed import transposed
@@ -115,7 +113,7 @@ def _(expr: alg.Inverse, problem: Problem, plan: Planning) -> Plan:
     if expr.domain is None:
         return SumPlan((), multiple(expr))
     if unbound(expr):
-        return Unbound(expr)
+        return UnboundPlan(expr)
     request = InverseRequest(expr, plan.matrix(expr.expr, problem), _preconditioning(expr, problem, plan.given))
     solver, chain = choose(request)
     return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem))
@@ -150,7 +148,7 @@ def _(expr: alg.SquareRoot, problem: Problem, plan: Planning) -> Plan:
     if expr.domain is None:
         return SumPlan((), multiple(expr))
     if unbound(expr):
-        return Unbound(expr)
+        return UnboundPlan(expr)
     form, chain = find(plan.matrix(expr.expr, problem, spectral=True))
     if form is None:
         raise FactsError(
@@ -187,7 +185,7 @@ def _(expr: Term, problem: Problem, plan: Planning) -> Plan:
 @_rule.register
 def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
     _validate(expr, problem)
-    return Unbound(expr)
+    return UnboundPlan(expr)
 
 
 @_rule.register(alg.DiagonalPart)
@@ -196,7 +194,7 @@ def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
 def _(expr: Computed, problem: Problem, plan: Planning) -> Plan:
     if not unbound(expr.expr):
         plan(expr.expr, problem)  # what cannot be lowered is refused now, not at the first product
-    return Unbound(expr)
+    return UnboundPlan(expr)
 
 
 @_rule.register
@@ -231,7 +229,7 @@ def _(expr: alg.Transpose, problem: Problem, plan: Planning) -> Plan:
         return SweepPlan(problem, Sweep(((1.0, transposed(inner)),)), expr)
     if isinstance(inner, MatrixTerm):
         _validate(inner, problem)
-        return Unbound(expr)
+        return UnboundPlan(expr)
     raise ExpressionError(f"the transpose of {type(inner).__name__} cannot be lowered ({expr})")
 
 
