@@ -54,7 +54,7 @@ class CallableLoss(Loss):
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """The name of the loss in messages."""
         return name_of(self.fn)
 
     @property
@@ -64,7 +64,7 @@ class CallableLoss(Loss):
 
     @property
     def positions(self) -> bool:
-        """A callable does not say where its positions are."""
+        """False: a callable does not say where its positions are."""
         return False
 
     def tensors(self) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class CallableLoss(Loss):
         return {}
 
     def weights(self, target: Structure) -> Tensor:
-        """A one for every row."""
+        """One for every row."""
         first = self._first(target)
         return torch.ones(len(first), device=first.device)
 
@@ -137,15 +137,15 @@ class CallablePoint(LossPoint[Structure]):
         self.noise_shape = (self.rows, sum(map(width, detached)))
 
     def value(self) -> Tensor:
-        """The numerator."""
+        """The value of the numerator."""
         return self.numerator.detach()
 
     def gradient(self) -> Structure:
-        """By one backward pass."""
+        """The gradient by one backward pass."""
         return trees.unflatten(self.form, [gradient.detach() for gradient in self.gradients])
 
     def hvp(self, tangent: Structure) -> Structure:
-        """By a backward pass through the gradient.
+        """The Hessian-vector product by a backward pass through the gradient.
 
         Not forward over reverse: torch 2.13 raises for ``jvp(grad(mse_loss))``, as its zero tensors are immutable.
         """
@@ -153,7 +153,7 @@ class CallablePoint(LossPoint[Structure]):
 
     @property
     def rank(self) -> int:
-        """As many as a sample has entries."""
+        """The number of entries of a sample."""
         return self.noise_shape[1]
 
     def factor(self) -> Tensor:
@@ -253,7 +253,7 @@ class NLL(CallableLoss):
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """The name of the loss in messages."""
         return "NLLLoss"
 
     def weights(self, target: Structure) -> Tensor:
@@ -265,7 +265,7 @@ class NLL(CallableLoss):
         return self._labelled().denominator(target)
 
     def numerator(self, output: Structure, target: Structure) -> Tensor:
-        """−Σ ω_y z_y."""
+        """The sum −Σ ω_y z_y."""
         value: Tensor = self.fn(output, target)
         return value
 

@@ -1,4 +1,4 @@
-"""Calls of a loss that is the user's code."""
+"""Calls of a loss that is the user's own code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from curvalg.losses.loss import Structure
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """What messages call a callable."""
+    """The name of a callable in messages."""
     return getattr(fn, "__name__", type(fn).__name__)
 
 
 def call(fn: Callable[..., Any], output: Structure, target: Structure) -> Any:
-    """``fn(output, target)``.
+    """The value of ``fn(output, target)``.
 
     Raises:
         LossError: it takes other arguments.

@@ -1,4 +1,4 @@
-"""From what a user passes as a loss to a Loss: two tables, one row per torch loss."""
+"""Conversion of what a user passes as a loss to a Loss: two tables, one row per torch loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss is to curvalg: closed forms in output space, numerators only."""
+"""The contract of a loss: closed forms in output space, numerators only."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LossPoint(ABC, Generic[OutputT]):
 
     @property
     def rank(self) -> int:
-        """How many columns :meth:`factor` gives."""
+        """The number of columns that :meth:`factor` gives."""
         return 1
 
     @abstractmethod
@@ -120,13 +120,13 @@ class Loss(ABC):
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """The name of the loss in messages."""
         return type(self).__name__
 
     @property
     @abstractmethod
     def facts(self) -> LossFacts:
-        """What decides the facts of curvature matrices."""
+        """The facts that decide the facts of curvature matrices."""
 
     @property
     def class_axis(self) -> int | None:
@@ -135,7 +135,7 @@ class Loss(ABC):
 
     @property
     def positions(self) -> bool:
-        """Whether the loss is a sum over positions that its target and class axis tell, each a sample if asked for."""
+        """Whether the loss is a sum over positions known from its target and class axis, each a sample if asked for."""
         return True
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Loss(ABC):
 
     @abstractmethod
     def denominator(self, target: Structure) -> Tensor | float:
-        """What ``reduction="mean"`` divides by, from the target alone; additive over batches."""
+        """The number that ``reduction="mean"`` divides by, from the target alone; additive over batches."""
 
     @abstractmethod
     def at(self, output: Structure, target: Structure) -> LossPoint[Any]:
@@ -160,7 +160,7 @@ class Loss(ABC):
 
 
 def width(tensor: Tensor) -> int:
-    """Entries per row."""
+    """The number of entries per row."""
     return math.prod(tensor.shape[1:])
 
 

@@ -27,7 +27,7 @@ def square_roots(name: str, blocks: Tensor) -> Tensor:
 
 
 def _eigenpairs(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """In the dtype of the blocks; by float64 where that does not converge, as for close eigenvalues in float32."""
+    """Eigenpairs in the dtype of the blocks, or by float64 where that does not converge (close eigenvalues in float32)."""
     if not bool(torch.isfinite(blocks).all()):
         raise LossError(
             f"{name}: the Hessian in the output has NaN or infinite entries; smooth the loss there (as sqrt(x + eps))."

@@ -79,7 +79,7 @@ class CrossEntropy(SoftmaxLoss):
         return {} if self.weight is None else {"weight": self.weight}
 
     def weights(self, target: Structure) -> Tensor:
-        """m of each position."""
+        """The mass m of each position."""
         target = real_target("CrossEntropy", target)
         if target.is_floating_point():
             if target.ndim == 1:
@@ -196,7 +196,7 @@ class CrossEntropy(SoftmaxLoss):
 
 
 class IndexPoint(SoftmaxPoint):
-    """Cross-entropy at class indices."""
+    """Cross-entropy at one output and class indices."""
 
     def __init__(self, loss: CrossEntropy, output: Tensor, axis: int, keep: Tensor, labels: Tensor) -> None:
         self.loss, self.keep = loss, keep
@@ -228,7 +228,7 @@ class IndexPoint(SoftmaxPoint):
 
 
 class SoftTargetPoint(SoftmaxPoint):
-    """Cross-entropy at class probabilities."""
+    """Cross-entropy at one output and class probabilities."""
 
     def __init__(self, loss: CrossEntropy, output: Tensor, axis: int, target: Tensor) -> None:
         self.loss, self.target = loss, target

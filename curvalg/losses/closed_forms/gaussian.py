@@ -118,7 +118,7 @@ class GaussianPoint(LossPoint[Structure]):
         )
 
     def gradient(self) -> Structure:
-        """(r/v, (1/v − r²/v²)/2)."""
+        """The gradient (r/v, (1/v − r²/v²)/2)."""
         r, v = self.residual, self.variance
         return self._build(r / v, (1 / v - (r / v).square()) / 2)
 
@@ -131,13 +131,13 @@ class GaussianPoint(LossPoint[Structure]):
         return self._build(of_mean / v + coupling * of_variance, coupling * of_mean + curvature * of_variance)
 
     def fisher_hvp(self, tangent: Structure) -> Structure:
-        """diag(1/v, 1/(2v²)) t."""
+        """The product diag(1/v, 1/(2v²)) t."""
         of_mean, of_variance = tangent
         per_mean, per_variance = self._information()
         return self.structure.unflatten([per_mean * of_mean, per_variance * of_variance])
 
     def factor(self) -> Tensor:
-        """Refused: B is indefinite."""
+        """Raise LossError, as B is indefinite."""
         raise LossError(
             f"{_NAME}: the Hessian in (mean, variance) is not positive semi-definite and has no square root; use the "
             "fisher or fisher_mc instead of the ggn."

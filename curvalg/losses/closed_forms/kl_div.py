@@ -87,7 +87,7 @@ class KLDivWithLogits(_Divided, SoftmaxLoss):
         return LossFacts("KLDivWithLogits", convex=True, likelihood=True, fisher_is_ggn=True, classes=True)
 
     def weights(self, target: Structure) -> Tensor:
-        """m of each position."""
+        """The mass m of each position."""
         q = self._probabilities(target)
         return q.sum(self.axis_of(q))
 
@@ -120,7 +120,7 @@ class _KLPoint(SoftmaxPoint):
         return F.kl_div(logarithms, self.target, reduction="sum", log_target=self.log_target)
 
     def gradient(self) -> Tensor:
-        """m p − q."""
+        """The gradient m p − q."""
         return self.balanced(self.weights * self.probabilities - self.q)
 
 
@@ -165,7 +165,7 @@ class KLDiv(_Divided, ElementwiseLoss):
 
     @property
     def facts(self) -> LossFacts:
-        """Linear, hence convex."""
+        """Linear in the output, hence convex."""
         return LossFacts("KLDiv", convex=True)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
@@ -173,9 +173,9 @@ class KLDiv(_Divided, ElementwiseLoss):
         return F.kl_div(output, target, reduction="sum", log_target=self.log_target)
 
     def first(self, output: Tensor, target: Tensor) -> Tensor:
-        """−q."""
+        """The derivative −q."""
         return -(target.exp() if self.log_target else target)
 
     def second(self, output: Tensor, target: Tensor) -> Tensor:
-        """0."""
+        """Zero for every element."""
         return torch.zeros_like(output)

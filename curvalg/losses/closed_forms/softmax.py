@@ -14,7 +14,7 @@ from curvalg.losses.validation import check_nonnegative, check_range, floating
 
 
 class SoftmaxPoint(LossPoint[Tensor]):
-    r"""What softmax losses share at one output z of shape (N, …, C, …): p = softmax(z), mass m, and all of B.
+    r"""One output z of a softmax loss, of shape (N, …, C, …): p = softmax(z), mass m, and all of B.
 
     A subclass adds its value and the linear part of its gradient.
 
@@ -52,7 +52,7 @@ class SoftmaxPoint(LossPoint[Tensor]):
 
     @property
     def rank(self) -> int:
-        """One less than there are classes, and a column of zeros for a single one."""
+        """The number of classes less one, or 1 (a column of zeros) for a single class."""
         return max(1, self.output.shape[self.axis] - 1)
 
     def factor(self) -> Tensor:
