@@ -1,4 +1,4 @@
-"""Whether a graph can send rows to other places, depending on the data."""
+"""The test whether a graph can send rows to other places, depending on the data."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def _kind(node: Any) -> str:
 def _keeps_rows(node: Any) -> bool:
     try:
         before, after = node._saved_self_sym_sizes, node._input_metadata[0].shape
-    except (AttributeError, IndexError):  # not told by this version of torch
+    except (AttributeError, IndexError):  # this version of torch does not have it
         return False
     return bool(before) and bool(after) and int(before[0]) == int(after[0])
 
 
 def _is_parameter(node: Any) -> bool:
-    """A parameter, or its transpose."""
+    """Whether a node is a parameter, or its transpose."""
     while node is not None and _kind(node) in ("T", "View"):
         node = node.next_functions[0][0]
     return node is not None and node.name() == _LEAF
