@@ -128,7 +128,7 @@ def tic(
 
 
 def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C: Expr) -> Target:
-    """Vᵀ H⁻¹ V where C = V Vᵀ has known columns, which is symmetric and smaller; else H⁻¹ C."""
+    """The matrix Vᵀ H⁻¹ V where C = V Vᵀ has known columns, which is symmetric and smaller; else H⁻¹ C."""
     problem, name = solve.problem, f"inverse({H}) @ ({C})"
 
     def subject() -> Options:
