@@ -1,4 +1,4 @@
-"""What every solver returns: an iterate and a report for each column."""
+"""The result of every solver: an iterate and a report for each column."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class SolveResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every column converged."""
+        """Whether every column has converged."""
         return bool(self.converged.all())
 
     def summary(self) -> str:
