@@ -1,4 +1,4 @@
-"""The commands and their flags; what they do is in the module named after each."""
+"""The commands and their flags; each command's work is in the module named after it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Which(str, Enum):
 
     @property
     def end(self) -> End:
-        """As the eigensolver takes it."""
+        """The end in the words that the eigensolver takes."""
         return self.value
 
 
@@ -97,7 +97,7 @@ def terms(
 
 @app.command()
 def explain(context: typer.Context, expression: Expression, problem: ProblemName) -> None:
-    """Show how an expression is read, and what becomes of it on a problem."""
+    """Show how an expression is read, and what it becomes on a problem."""
     from curvalg import parse
     from curvalg.cli.load import load_problem
 
@@ -129,7 +129,7 @@ def eigs(
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Eigenvalues of a symmetric expression on a problem, each with its true residual."""
+    """Compute eigenvalues of a symmetric expression on a problem, each with its true residual."""
     from curvalg import parse
     from curvalg.cli import run_eigs as command
     from curvalg.cli.load import load_problem
@@ -186,7 +186,7 @@ def density(
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """The density of the eigenvalues of a symmetric expression, by stochastic Lanczos quadrature."""
+    """Compute the density of the eigenvalues of a symmetric expression, by stochastic Lanczos quadrature."""
     from curvalg import parse
     from curvalg.cli import run_density as command
     from curvalg.cli.load import load_problem
@@ -245,7 +245,7 @@ def estimate(
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """One number of an expression on a problem, with its standard error."""
+    """Estimate a number such as the trace of an expression on a problem, with its standard error."""
     from curvalg import parse
     from curvalg.cli import run_estimate as command
     from curvalg.cli.load import load_problem
