@@ -27,9 +27,7 @@ def too_deep() -> ExpressionError:
 
 
 def require_hashable(expr: Expr) -> None:
-    """Raises:
-    ExpressionError: a term, or an option of it, cannot be hashed, so that equal ones could not be recognised.
-    """
+    """Raise ExpressionError for a term that cannot be hashed, so that equal ones could not be recognised."""
     try:
         hash(expr)
     except TypeError as error:

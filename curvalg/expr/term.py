@@ -39,7 +39,7 @@ class NamedExpr(Expr):
     name: ClassVar[str]
     """The name it prints by; the class's name in snake case unless set."""
     numbered: ClassVar[bool] = False
-    """Whether it tells samples apart by their running number (Monte-Carlo draws), so that the data must keep their order."""
+    """Whether it depends on the running numbers of samples (Monte-Carlo draws), so that the data must keep their order."""
     symbol: ClassVar[str | None] = None
     """LaTeX of the matrix; None: its name in upright letters."""
 
