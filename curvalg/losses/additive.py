@@ -107,7 +107,7 @@ def number(fn: Fn, output: Structure, target: Structure) -> float:
     value = call(fn, trees.tensor_map(torch.clone, output), target)
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"{name_of(fn)}: expected a scalar tensor, got {came}; sum or average over it.")
+        raise LossError(f"{name_of(fn)}: expected a scalar tensor, got {came}; sum or average over it")
     return float(value)
 
 
@@ -177,7 +177,7 @@ def _check(
             raise
         except Exception as error:
             raise LossError(
-                f"{name_of(fn)} fails on {which}: {error}. A loss is called with any number of rows; write it so."
+                f"{name_of(fn)} fails on {which}: {error}. A loss is called with any number of rows; write it so"
             ) from error
         if adds_up(reduction, value, parts, counts, tolerance):
             return
@@ -193,7 +193,7 @@ def _check(
         f"{name_of(fn)} is no {reduction} over the rows of a batch: it is {value:.6g} on a batch, but {parts[0]:.6g} and "
         f"{parts[1]:.6g} on {which} ({causes(output, target)}). For class weights and ignored labels use a Loss whose "
         "numerators and denominators add up, such as CrossEntropy with these options; a callable that sums over the rows "
-        "is declared by reduction='sum'."
+        "is declared by reduction='sum'"
     )
 
 

@@ -49,7 +49,7 @@ class CallableLoss(Loss):
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
-            raise LossError(f"Expected a callable (output, target) -> scalar, got {type(self.fn).__name__}.")
+            raise LossError(f"expected a callable (output, target) -> scalar, got {type(self.fn).__name__}")
         check_reduction(self.name, self.reduction, ("mean", "sum", None))  # type: ignore[arg-type]
 
     @property
@@ -100,7 +100,7 @@ class CallableLoss(Loss):
                 return leaf
         raise LossError(
             f"{self.name}: expected a target with a tensor whose first axis holds the samples, got "
-            f"{type(target).__name__}; Problem's target= picks the target (it may be the input) from a batch."
+            f"{type(target).__name__}; Problem's target= picks the target (it may be the input) from a batch"
         )
 
 
@@ -120,7 +120,7 @@ class CallablePoint(LossPoint[Structure]):
         if not detached or len({len(leaf) for leaf in detached}) != 1:
             raise LossError(
                 f"{loss.name}: expected an output of tensors with the samples on the first axis, got the shapes "
-                f"{[tuple(leaf.shape) for leaf in detached]}; adapt it with Problem's forward=."
+                f"{[tuple(leaf.shape) for leaf in detached]}; adapt it with Problem's forward="
             )
         with torch.enable_grad():
             self.leaves = [leaf.clone().requires_grad_() for leaf in detached]
@@ -191,7 +191,7 @@ class CallablePoint(LossPoint[Structure]):
                 raise
             raise LossError(
                 f"{self.facts.name}: the loss has no second derivative in torch ({str(error).strip().splitlines()[0]}), which "
-                "Hessian and Gauss-Newton matrices need; write it in elementary operations. Gradient covariances need none."
+                "Hessian and Gauss-Newton matrices need; write it in elementary operations. Gradient covariances need none"
             ) from error
 
     def _blocks(self) -> Tensor:
@@ -229,7 +229,7 @@ class NLL(CallableLoss):
         super().__post_init__()
         warnings.warn(
             "NLLLoss is linear in its input (log-probabilities), so its ggn is zero; use CrossEntropy on the logits, "
-            "with log_softmax taken out of the model.",
+            "with log_softmax taken out of the model",
             CurvalgWarning,
             stacklevel=3,
         )
@@ -285,14 +285,14 @@ def _checked(name: str, value: object) -> Tensor:
     """The value of a callable, if it is a scalar that depends on the output."""
     if not isinstance(value, Tensor):
         raise LossError(
-            f"{name}: expected a scalar tensor, got {type(value).__name__}; a loss must stay in torch (no .item())."
+            f"{name}: expected a scalar tensor, got {type(value).__name__}; a loss must stay in torch (no .item())"
         )
     if value.numel() != 1 or value.ndim > 1:
         raise LossError(
-            f"{name}: expected a scalar, got a tensor of shape {tuple(value.shape)}; sum or average over it."
+            f"{name}: expected a scalar, got a tensor of shape {tuple(value.shape)}; sum or average over it"
         )
     if not value.requires_grad:
         raise LossError(
-            f"{name}: the value does not depend on the output; do not detach it, use no_grad, or leave torch."
+            f"{name}: the value does not depend on the output; do not detach it, use no_grad, or leave torch"
         )
     return value.reshape(())

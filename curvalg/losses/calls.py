@@ -25,5 +25,5 @@ def call(fn: Callable[..., Any], output: Structure, target: Structure) -> Any:
     except TypeError as error:
         raise LossError(
             f"{name_of(fn)}: expected a callable (output, target) -> scalar, but the call failed: {error}. For a loss with "
-            "more arguments pass lambda output, target: ..., and have Problem's forward= and target= bring what it reads."
+            "more arguments pass lambda output, target: ..., and have Problem's forward= and target= bring what it reads"
         ) from error

@@ -59,7 +59,7 @@ class LossPoint(ABC, Generic[OutputT]):
         """
         self.require_likelihood()
         if not self.facts.fisher_is_ggn:
-            raise NotImplementedError(f"{self.facts.name}: a Fisher matrix unlike the Hessian needs its own product.")
+            raise NotImplementedError(f"{self.facts.name}: a Fisher matrix unlike the Hessian needs its own product")
         return self.hvp(tangent)
 
     @property
@@ -94,15 +94,15 @@ class LossPoint(ABC, Generic[OutputT]):
         """Raise LossError unless the loss is a negative log-likelihood."""
         if not self.facts.likelihood:
             raise LossError(
-                f"A Fisher matrix needs a loss that is the negative logarithm of a probability; {self.facts.name} is "
-                "not declared as one. Use the ggn, or a likelihood such as CrossEntropy, MSE or BCEWithLogits."
+                f"a Fisher matrix needs a loss that is the negative logarithm of a probability; {self.facts.name} is "
+                "not declared as one. Use the ggn, or a likelihood such as CrossEntropy, MSE or BCEWithLogits"
             )
 
     def require_noise(self, uniform: Tensor) -> None:
         """Raise LossError unless ``uniform`` has the shape (samples, \\*noise_shape)."""
         if tuple(uniform.shape[1:]) != self.noise_shape or uniform.ndim == 0:
             expected = ", ".join(("samples", *map(str, self.noise_shape)))
-            raise LossError(f"Expected uniform numbers of shape ({expected}), got {tuple(uniform.shape)}.")
+            raise LossError(f"expected uniform numbers of shape ({expected}), got {tuple(uniform.shape)}")
 
 
 class Loss(ABC):

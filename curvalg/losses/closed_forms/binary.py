@@ -98,5 +98,5 @@ class BCEWithLogits(ElementwiseLoss):
         except RuntimeError:
             raise LossError(
                 f"BCEWithLogits: expected {option} to broadcast to the target {tuple(like.shape)}, got "
-                f"{tuple(weight.shape)}; one weight per row cannot follow a split into batches."
+                f"{tuple(weight.shape)}; one weight per row cannot follow a split into batches"
             ) from None

@@ -45,7 +45,7 @@ class PoissonNLL(ElementwiseLoss):
     def __post_init__(self) -> None:
         check_reduction("PoissonNLL", self.reduction)
         if not self.eps >= 0:
-            raise LossError(f"PoissonNLL: expected eps >= 0, got {self.eps}.")
+            raise LossError(f"PoissonNLL: expected eps >= 0, got {self.eps}")
 
     @classmethod
     def from_module(cls, module: nn.PoissonNLLLoss) -> PoissonNLL:

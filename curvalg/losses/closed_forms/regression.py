@@ -83,7 +83,7 @@ class Huber(ElementwiseLoss):
     def __post_init__(self) -> None:
         check_reduction("Huber", self.reduction)
         if not self.delta > 0:
-            raise LossError(f"Huber: expected delta > 0, got {self.delta}.")
+            raise LossError(f"Huber: expected delta > 0, got {self.delta}")
 
     @classmethod
     def from_module(cls, module: nn.HuberLoss) -> Huber:
@@ -131,7 +131,7 @@ class SmoothL1(ElementwiseLoss):
     def __post_init__(self) -> None:
         check_reduction("SmoothL1", self.reduction)
         if not self.beta >= 0:
-            raise LossError(f"SmoothL1: expected beta >= 0, got {self.beta}.")
+            raise LossError(f"SmoothL1: expected beta >= 0, got {self.beta}")
 
     @classmethod
     def from_module(cls, module: nn.SmoothL1Loss | nn.L1Loss) -> SmoothL1:

@@ -115,12 +115,12 @@ class SoftmaxLoss(Loss):
         if ndim < 2:
             raise LossError(
                 f"{name}: expected an output (N, C, …) or, with class_axis=-1, (N, …, C), got the unbatched shape "
-                f"{tuple(output.shape)}; add a sample axis with unsqueeze(0)."
+                f"{tuple(output.shape)}; add a sample axis with unsqueeze(0)"
             )
         if not -ndim <= axis < ndim or axis % ndim == 0:
             raise LossError(
                 f"{name}: expected class_axis to name an axis of the output {tuple(output.shape)} other than the "
-                f"first, which holds the samples, got {axis}; use 1 or -1."
+                f"first, which holds the samples, got {axis}; use 1 or -1"
             )
         return axis % ndim
 
@@ -136,7 +136,7 @@ class SoftmaxLoss(Loss):
             expected = tuple(size for axis, size in enumerate(output.shape) if axis != self.axis_of(output))
             raise LossError(
                 f"{name}: expected probability targets (floating point) of the output's shape {tuple(output.shape)}, "
-                f"got {tuple(target.shape)}; for class indices of shape {expected} use target.long()."
+                f"got {tuple(target.shape)}; for class indices of shape {expected} use target.long()"
             )
         self.axis_of(target)
         check_range(name, target, target >= 0, "probability targets that are not negative")
