@@ -173,7 +173,7 @@ class KLDiv(_Divided, ElementwiseLoss):
         return F.kl_div(output, target, reduction="sum", log_target=self.log_target)
 
     def first(self, output: Tensor, target: Tensor) -> Tensor:
-        """The derivative −q."""
+        """The constant derivative −q."""
         return -(target.exp() if self.log_target else target)
 
     def second(self, output: Tensor, target: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def fitting(term: Expr, method: str, value: Any, like: Tensor) -> Tensor:
     """The tensor that a term returned for a batch, if it fits.
 
     Raises:
-        ExpressionError: another kind, shape, dtype or device. Autograd broadcasts a wrong shape without a word.
+        ExpressionError: another kind, shape, dtype or device. Autograd broadcasts a wrong shape without an error.
     """
     if not isinstance(value, Tensor) or value.shape != like.shape:
         raise ExpressionError(
