@@ -45,7 +45,7 @@ class ModelCall:
         self.snapshot = snapshot
         self.sample = sample
         self.operations: frozenset[str] = frozenset()
-        """Of the last recorded call; conversions of dtypes are none."""
+        """The operations of the last recorded call; conversions of dtypes are none."""
 
     def of(self, sample: ReadBatch) -> Self:
         """The same problem and snapshot with another batch."""

@@ -35,7 +35,7 @@ except ImportError:  # Windows
 
 
 FileName = str | os.PathLike[str]
-"""Of a file that a run is written to."""
+"""The name of a file that a run is written to."""
 Stamp = tuple[int, int, int] | None
 """What identifies a file in its place, so that another one there is noticed; None where there is none."""
 

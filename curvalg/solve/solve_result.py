@@ -13,7 +13,7 @@ Matmul = Callable[[Tensor], Tensor]
 
 CONVERGED = "converged"
 ROUNDING = "converged: what is left is rounding of the products"
-"""Of a direct solve whose residual is above the tolerance, but as small as it can be."""
+"""The reason of a direct solve whose residual is above the tolerance, but as small as it can be."""
 
 
 @dataclass(frozen=True)

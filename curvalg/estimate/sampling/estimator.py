@@ -38,7 +38,7 @@ class Estimator(ABC):
     multiplications: ClassVar[int] = 1
     """How many each test vector takes."""
     safety: ClassVar[float] = 1.0
-    """By which the standard error of the samples is multiplied, for samples that depend on each other look too much alike.
+    """The factor on the standard error of the samples, for samples that depend on each other look too much alike.
     Calibrated over five spectra: at least nine of ten errors are below two of the reported ones."""
     keeps: ClassVar[bool] = True
     """Whether test vectors are needed again."""

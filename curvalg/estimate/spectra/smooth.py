@@ -12,7 +12,7 @@ from torch import Tensor
 MARGIN = 0.05
 """Room beyond the outermost nodes, as a share of the range."""
 FLOOR = 1e-5
-"""Of the largest |λ| (without outliers), added to every |λ| before the logarithm."""
+"""The share of the largest |λ| (without outliers) that is added to every |λ| before the logarithm."""
 REACH, FINE = 8.0, 3
 """Widths around peaks that the grid covers, and points for each width there."""
 LONGEST = 2**16

@@ -29,7 +29,7 @@ from curvalg.runs.run_state import Options
 DENSE = 256
 """Parameters up to which both matrices are made."""
 MOST = 4096
-"""The same where exactness is asked for."""
+"""The largest number of parameters whose matrices are made where exactness is asked for."""
 
 
 def tic(

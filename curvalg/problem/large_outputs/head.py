@@ -27,7 +27,7 @@ from curvalg.problem.model.outputs import OutputForm, require_finite_output
 from curvalg.tensors.uniforms import uniforms
 
 Cotangent = Callable[[Batch], Tensor]
-"""batch -> u."""
+"""A function batch -> u."""
 Rate = Callable[[Batch], Callable[[Tensor], Tensor]]
 """batch -> (ż -> u̇)."""
 

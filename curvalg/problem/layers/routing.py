@@ -47,9 +47,9 @@ _STEADY = frozenset(
 )
 """Operations that leave rows where they are, or move them in the same way whatever the numbers are."""
 _WEIGHTED = frozenset(("Addmm", "Mm", "Convolution"))
-"""The same where one operand is a parameter; a matrix made from the data may be a permutation."""
+"""Operations that keep rows in place where one operand is a parameter; a matrix made from the data may be a permutation."""
 _VIEWS = frozenset(("View", "UnsafeView", "ReshapeAlias"))
-"""The same where the first axis stays."""
+"""Operations that keep rows in place where the first axis stays."""
 _LEAF = "torch::autograd::AccumulateGrad"
 
 

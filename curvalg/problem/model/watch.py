@@ -303,7 +303,7 @@ def _is_users(kind: type) -> bool:
 
 
 _HEAP = 1 << 9
-"""Of classes that are made by a class statement."""
+"""The flag of classes that are made by a class statement."""
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "torchvision", "numpy", "scipy", "optree"}
 
 

@@ -28,7 +28,7 @@ from curvalg.tensors.backward import backward
 from curvalg.tensors.graph import coarsest_dtype, operations
 
 STEP = 1e-6
-"""Of the central difference, in units of the parameters' own size."""
+"""The step of the central difference, in units of the parameters' own size."""
 DIRECTIONS = 3
 """A difference across a kink (ReLU) is wrong by itself: so many directions are tried before the model is."""
 ALLOWED = 1e-4
