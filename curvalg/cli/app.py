@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing it would import NumPy and SciPy for every command
     from curvalg.estimate import Result
 
 app = typer.Typer(
-    help="Curvature of neural networks: list its terms, read expressions of them, compute eigenvalues, densities and traces.",
+    help="Curvature of neural networks: list terms, read expressions of them, compute eigenvalues, densities and traces.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -80,7 +80,7 @@ def _global(
 @app.command()
 def terms(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this one alone.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this term alone.")] = None,
 ) -> None:
     """List the terms that expressions are made of, with their options and where they come from."""
     from curvalg import registry
@@ -124,7 +124,9 @@ def eigs(
     seed: Seed = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the eigenvalues and where their eigenvectors live (png, pdf, svg)."),
+        typer.Option(
+            metavar="FILE", help="Draw the eigenvalues and the parameters of their eigenvectors (png, pdf, svg)."
+        ),
     ] = None,
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
@@ -177,10 +179,14 @@ def density(
     context: typer.Context,
     expression: Expression,
     problem: ProblemName,
-    probes: Annotated[int, typer.Option(min=1, help="Random vectors.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each.")] = 50,
-    scale: Annotated[DensityAxis, typer.Option(help="The axis: λ, or |λ| on a logarithmic one.")] = DensityAxis.linear,
-    outliers: Annotated[int, typer.Option(min=0, help="Eigenvalues to compute one by one first.")] = 0,
+    probes: Annotated[int, typer.Option(min=1, help="Number of random vectors.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each random vector.")] = 50,
+    scale: Annotated[
+        DensityAxis, typer.Option(help="Axis of the density: λ, or |λ| on a logarithmic scale.")
+    ] = DensityAxis.linear,
+    outliers: Annotated[
+        int, typer.Option(min=0, help="Number of largest eigenvalues to compute one by one first.")
+    ] = 0,
     seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the density (png, pdf, svg).")] = None,
     checkpoint: CheckpointFile = None,
@@ -237,10 +243,10 @@ def estimate(
     expression: Expression,
     problem: ProblemName,
     products: Annotated[
-        int | None, typer.Option(min=1, help="The most products; with --tol those of a first attempt.")
+        int | None, typer.Option(min=1, help="Largest number of products; with --tol that of the first attempt.")
     ] = None,
     tol: Annotated[float | None, typer.Option(min=0.0, help="Standard error allowed, relative to the value.")] = None,
-    damping: Annotated[float | None, typer.Option(min=0.0, help="λ, of effective-dimension and tic.")] = None,
+    damping: Annotated[float | None, typer.Option(min=0.0, help="Damping λ of effective-dimension and tic.")] = None,
     seed: Seed = 0,
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
