@@ -182,11 +182,9 @@ def density(
     probes: Annotated[int, typer.Option(min=1, help="Number of random vectors.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each random vector.")] = 50,
     scale: Annotated[
-        DensityAxis, typer.Option(help="Axis of the density: λ, or |λ| on a logarithmic scale.")
+        DensityAxis, typer.Option(help="The axis: λ, or |λ| on a logarithmic scale.")
     ] = DensityAxis.linear,
-    outliers: Annotated[
-        int, typer.Option(min=0, help="Number of largest eigenvalues to compute one by one first.")
-    ] = 0,
+    outliers: Annotated[int, typer.Option(min=0, help="Eigenvalues of largest magnitude to compute first.")] = 0,
     seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the density (png, pdf, svg).")] = None,
     checkpoint: CheckpointFile = None,
