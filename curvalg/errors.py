@@ -18,7 +18,7 @@ class ExpressionError(CurvalgError, TypeError):
 
 
 class OptionError(ExpressionError, ValueError):
-    """An option of the wrong type or out of its range: a count below one, a choice that there is none of."""
+    """An option of the wrong type or out of its range: a count below one, or a choice that does not exist."""
 
 
 class RegistryError(CurvalgError, LookupError):
@@ -26,7 +26,7 @@ class RegistryError(CurvalgError, LookupError):
 
 
 class TermOptionError(RegistryError, OptionError):
-    """A name that can be none, or an option that does not fit the signature of its term."""
+    """A name that is not allowed, or an option that does not fit the signature of its term."""
 
 
 class ProblemError(CurvalgError, ValueError):
@@ -34,7 +34,7 @@ class ProblemError(CurvalgError, ValueError):
 
 
 class ProblemTypeError(ProblemError, TypeError):
-    """A model, data set or selection of a kind that none can be made of."""
+    """A model, data set or selection of a kind that no problem can be made of."""
 
 
 class LossError(CurvalgError, ValueError):
@@ -42,7 +42,7 @@ class LossError(CurvalgError, ValueError):
 
 
 class LossTypeError(LossError, TypeError):
-    """Something that is no loss."""
+    """A value that is not a loss."""
 
 
 class FactsError(CurvalgError, ValueError):
@@ -54,14 +54,14 @@ class VectorError(CurvalgError, ValueError):
 
 
 class VectorTypeError(VectorError, TypeError):
-    """An operand that is no vector of numbers."""
+    """An operand that is not a vector of numbers."""
 
 
 class ConvergenceError(CurvalgError, RuntimeError):
     """An iterative method stopped before it reached the asked tolerance.
 
     Attributes:
-        result: what it reached, with the best iterate; None where there is none.
+        result: the result so far, with the best iterate; None where there is none.
     """
 
     def __init__(self, message: str, result: object = None) -> None:

@@ -80,7 +80,7 @@ assert pairs["LA"].products < pairs["SA"].products
 # The residual :math:`r = \lVert H v - \theta v \rVert` of a unit vector :math:`v` bounds the distance from :math:`\theta`
 # to the nearest eigenvalue. By default the search ends when every residual is below :math:`10^{-4} |\lambda|_{\max}`. The
 # error of an eigenvalue is usually much smaller than that bound, of the order of :math:`r^2` over the gap to the rest of the
-# spectrum. The dense matrix, which takes a product for each parameter, tells what the errors are.
+# spectrum. The dense matrix, which takes a product for each parameter, shows what the errors are.
 
 exact, basis = torch.linalg.eigh(hessian.to_dense())
 scale = exact.abs().max()

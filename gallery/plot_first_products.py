@@ -113,7 +113,7 @@ np.testing.assert_allclose(np.sort(iterative), dense[-5:], rtol=1e-4)
 # %%
 # What was done
 # -------------
-# ``explain`` tells what the expression became on this problem: what was simplified, what one product does, and what is
+# ``explain`` says what the expression became on this problem: what was simplified, what one product does, and what is
 # known of the matrix.
 
 print(op.explain())

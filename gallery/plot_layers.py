@@ -133,7 +133,7 @@ torch.testing.assert_close(alone["hidden.weight"], natural["hidden.weight"])
 # What is between the layers
 # --------------------------
 # For a positive semi-definite matrix the Frobenius norm of the block between two layers is at most the geometric mean of
-# those of their own blocks. The ratio says how strongly they are coupled. ``layout.slices`` tells where a parameter is in a
+# those of their own blocks. The ratio says how strongly they are coupled. ``layout.slices`` says where a parameter is in a
 # vector, and so where its rows and columns are.
 
 dense, slices = ggn.lower(problem).to_dense(), problem.layout.slices

@@ -124,7 +124,7 @@ plt.show()
 # From the largest eigenvalues down to the middle of the bulk the curve follows the histogram. Below, it does not: all
 # eigenvalues nearer to zero than the nodes of Lanczos lie to each other, exact zeros among them, are gathered in one bump,
 # and more steps only move the place where that begins. Where the logarithmic curve has its lowest bump is a property of the
-# method, not of the matrix, and neither the band nor a narrower ``width`` tells it; a curve with twice the steps does.
+# method, not of the matrix, and neither the band nor a narrower ``width`` shows it; a curve with twice the steps does.
 
 at = np.geomspace(3e-3, 2e-2, 50)
 short, twice = (np.interp(at, made.grid, made.density) for made in (logarithmic, longer))
@@ -134,7 +134,7 @@ print(f"highest bump at {lowest[0]:.0e} with 50 steps, at {lowest[1]:.0e} with 1
 assert lowest[1] < 0.8 * lowest[0]
 
 # %%
-# A band of one standard error over the probes tells how much the curve would move with other probes. It does not know of
+# A band of one standard error over the probes shows how much the curve would move with other probes. It does not know of
 # the smoothing: bumps, like the bars of a histogram, hide what is narrower than they are.
 
 assert (density.lower <= density.density).all()

@@ -136,7 +136,7 @@ for name, limit in most.items():
 # %%
 # Groups
 # ------
-# Where a matrix belongs is told from its expression and its entries: the spaces it maps between, whether it is made as an
+# Where a matrix belongs is found from its expression and its entries: the spaces it maps between, whether it is made as an
 # explicit matrix, whether anything lies off its diagonal, who brought it.
 
 
@@ -166,11 +166,11 @@ assert sum(map(len, groups.values())) == len(names)
 # logarithmic over three powers of ten. Lines separate the weights and biases of the two layers; in matrices of the outputs
 # they separate the species.
 #
-# Things to look for: the residual is empty where the last layer meets itself, since the outputs are linear in its weights,
-# and within the first layer it couples no two hidden units. The Monte-Carlo Fisher with a single draw is already hard to
-# tell from the exact one. EKFAC and KFAC see the same layers and nothing between them; ``foof``, which looks at inputs alone,
-# repeats one block for every unit. In the neural tangent kernel the first species stands apart from the other two, which are
-# known to be hard to separate; no label was used for it.
+# Things to look for: the residual is empty where the last layer meets itself, since the outputs are linear in its
+# weights, and within the first layer it couples no two hidden units. The Monte-Carlo Fisher with a single draw is
+# already hard to distinguish from the exact one. EKFAC and KFAC see the same layers and nothing between them; ``foof``,
+# which looks at inputs alone, repeats one block for every unit. In the neural tangent kernel the first species stands
+# apart from the other two, which are known to be hard to separate; no label was used for it.
 
 same(dense["residual"][25:, 25:], torch.zeros(D - 25, D - 25, dtype=torch.float64))
 first_layer = dense["residual"][:20, :20].reshape(5, 4, 5, 4).abs().amax((1, 3))

@@ -1,4 +1,4 @@
-"""``python -m curvalg.cli``."""
+"""The entry point of ``python -m curvalg.cli``."""
 
 from curvalg.cli import main
 

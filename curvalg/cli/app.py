@@ -1,4 +1,4 @@
-"""The commands and their flags; what they do is in the module named after each."""
+"""The commands and their flags; each command's work is in the module named after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing it would import NumPy and SciPy for every command
     from curvalg.estimate import Result
 
 app = typer.Typer(
-    help="Curvature of neural networks: list its terms, read expressions of them, compute eigenvalues, densities and traces.",
+    help="Curvature of neural networks: list terms, read expressions of them, compute eigenvalues, densities and traces.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +33,7 @@ class Which(str, Enum):
 
     @property
     def end(self) -> End:
-        """As the eigensolver takes it."""
+        """The end in the words that the eigensolver takes."""
         return self.value
 
 
@@ -80,7 +80,7 @@ def _global(
 @app.command()
 def terms(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this one alone.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Describe this term alone.")] = None,
 ) -> None:
     """List the terms that expressions are made of, with their options and where they come from."""
     from curvalg import registry
@@ -97,7 +97,7 @@ def terms(
 
 @app.command()
 def explain(context: typer.Context, expression: Expression, problem: ProblemName) -> None:
-    """Show how an expression is read, and what becomes of it on a problem."""
+    """Show how an expression is read, and what it becomes on a problem."""
     from curvalg import parse
     from curvalg.cli.load import load_problem
 
@@ -124,12 +124,14 @@ def eigs(
     seed: Seed = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the eigenvalues and where their eigenvectors live (png, pdf, svg)."),
+        typer.Option(
+            metavar="FILE", help="Draw the eigenvalues and the parameters of their eigenvectors (png, pdf, svg)."
+        ),
     ] = None,
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Eigenvalues of a symmetric expression on a problem, each with its true residual."""
+    """Compute eigenvalues of a symmetric expression on a problem, each with its true residual."""
     from curvalg import parse
     from curvalg.cli import run_eigs as command
     from curvalg.cli.load import load_problem
@@ -177,16 +179,18 @@ def density(
     context: typer.Context,
     expression: Expression,
     problem: ProblemName,
-    probes: Annotated[int, typer.Option(min=1, help="Random vectors.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each.")] = 50,
-    scale: Annotated[DensityAxis, typer.Option(help="The axis: λ, or |λ| on a logarithmic one.")] = DensityAxis.linear,
-    outliers: Annotated[int, typer.Option(min=0, help="Eigenvalues to compute one by one first.")] = 0,
+    probes: Annotated[int, typer.Option(min=1, help="Number of random vectors.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Lanczos steps of each random vector.")] = 50,
+    scale: Annotated[
+        DensityAxis, typer.Option(help="The axis: λ, or |λ| on a logarithmic scale.")
+    ] = DensityAxis.linear,
+    outliers: Annotated[int, typer.Option(min=0, help="Eigenvalues of largest magnitude to compute first.")] = 0,
     seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the density (png, pdf, svg).")] = None,
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """The density of the eigenvalues of a symmetric expression, by stochastic Lanczos quadrature."""
+    """Compute the density of the eigenvalues of a symmetric expression, by stochastic Lanczos quadrature."""
     from curvalg import parse
     from curvalg.cli import run_density as command
     from curvalg.cli.load import load_problem
@@ -237,15 +241,15 @@ def estimate(
     expression: Expression,
     problem: ProblemName,
     products: Annotated[
-        int | None, typer.Option(min=1, help="The most products; with --tol those of a first attempt.")
+        int | None, typer.Option(min=1, help="Largest number of products; with --tol that of the first attempt.")
     ] = None,
     tol: Annotated[float | None, typer.Option(min=0.0, help="Standard error allowed, relative to the value.")] = None,
-    damping: Annotated[float | None, typer.Option(min=0.0, help="λ, of effective-dimension and tic.")] = None,
+    damping: Annotated[float | None, typer.Option(min=0.0, help="Damping λ of effective-dimension and tic.")] = None,
     seed: Seed = 0,
     checkpoint: CheckpointFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """One number of an expression on a problem, with its standard error."""
+    """Estimate a number such as the trace of an expression on a problem, with its standard error."""
     from curvalg import parse
     from curvalg.cli import run_estimate as command
     from curvalg.cli.load import load_problem

@@ -1,4 +1,4 @@
-"""The picture of ``curvalg eigs --plot``: how large the eigenvalues are, and where their eigenvectors live."""
+"""The pictures of ``--plot``: how large the eigenvalues are, and on which parameters their eigenvectors lie."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_NUMBERED = 12
 
 
 def check_path(path: Path) -> None:
-    """Refuse, before anything is computed, a picture that could not be written.
+    """Raise, before anything is computed, for a picture that could not be written.
 
     Raises:
         ProblemError: an unknown suffix, or a place where no file can be made.
@@ -121,7 +121,7 @@ def tensor_weights(op: CurvatureOperator, vectors: NDArray[np.floating]) -> tupl
 
 
 def _outliers(op: CurvatureOperator, which: str, k: int) -> int | None:
-    """C − 1, the number of eigenvalues that classification is known to set apart; None where it says nothing here."""
+    """The number C − 1 of eigenvalues that classification is known to set apart; None where it says nothing here."""
     facts = op.problem.facts
     if facts is None or not facts.classes or which not in ("LA", "LM") or op.expr.domain == "outputs":
         return None
@@ -211,7 +211,7 @@ def _draw_weights(axes: Axes, names: Sequence[str], weights: NDArray[np.floating
 
 
 def _short(name: str, longest: int = 36) -> str:
-    """A name that fits beside the axis: the middle gives way, since both ends tell tensors apart."""
+    """A name that fits beside the axis: the middle gives way, since both ends distinguish tensors."""
     if len(name) <= longest:
         return name
     half = (longest - 1) // 2

@@ -1,4 +1,4 @@
-"""The table of ``curvalg terms``."""
+"""The table that ``curvalg terms`` prints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _keep_whole(table: Table, *headers: str, widest: int = 24) -> None:
 
 
 def _aliases(names: list[str]) -> dict[str, str]:
-    """Alias -> the name that it stands for: short names whose term is called otherwise."""
+    """The name that each alias stands for: short names whose term is called otherwise."""
     called = {name: registry.spec(name).name for name in names if "/" not in name}
     return {name: target for name, target in called.items() if target != name}
 

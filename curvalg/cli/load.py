@@ -1,4 +1,4 @@
-"""From ``--problem`` to a problem: a built-in one by name, or the user's own as ``module:function``."""
+"""Problems of ``--problem``: a built-in one by name, or the user's own as ``module:function``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _call(name: str, function: Any) -> Problem:
 def _required(function: Any) -> list[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C tell no signature
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return []
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]

@@ -1,4 +1,4 @@
-"""How commands speak: results to stdout, progress and errors to stderr, and what the exit code says.
+"""Reports of commands: results to stdout, progress and errors to stderr, and the exit code.
 
 Exit codes: 0 success, 1 a failure while computing, 2 input that cannot be used, 3 interrupted with a partial result.
 """
@@ -35,7 +35,7 @@ _PIPE_WIDTH = 120
 
 
 def cost(result: Result) -> str:
-    """What a result cost, and what became of it."""
+    """The text on what a result cost, and how it ended."""
     products = f"{result.products} products in " if result.products else ""
     ending = ", interrupted: partial result" if result.partial else "" if result.converged else ", not converged"
     return f"{result.method}, {products}{result.seconds:.2f} s{ending}"
@@ -79,7 +79,7 @@ class Report:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether somebody watches: progress bars are for terminals."""
+        """Whether output goes to a terminal: progress bars are for terminals."""
         return Console(stderr=True).is_terminal
 
     @contextmanager

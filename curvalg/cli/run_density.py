@@ -1,4 +1,4 @@
-"""``curvalg density``: where the eigenvalues of a symmetric operator lie."""
+"""The command ``curvalg density``: how the eigenvalues of a symmetric operator are distributed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 def quantiles(density: Density) -> list[tuple[float, float]]:
-    """(share, the least Ritz value or outlier with at least that share of all eigenvalues at or below it)."""
+    """Pairs (share, the least Ritz value or outlier with at least that share of all eigenvalues at or below it)."""
     points = sorted({*density.nodes.flatten().tolist(), *density.outliers.tolist()})
     found = []
     for share in SHARES:
@@ -45,7 +45,7 @@ def table(op: CurvatureOperator, density: Density, problem: str) -> Group:
 
 
 def as_json(op: CurvatureOperator, density: Density, *, problem: str, seed: int) -> str:
-    """The curve for programs."""
+    """The curve as JSON for programs."""
     record = {
         "expression": str(op.expr),
         "problem": problem,

@@ -1,4 +1,4 @@
-"""``curvalg eigs``: a few eigenvalues of a symmetric operator, each with its true residual."""
+"""The command ``curvalg eigs``: a few eigenvalues of a symmetric operator, each with its true residual."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def solve(
     checkpoint: Path | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
-    """k eigenpairs, as of :func:`curvalg.estimate.eigsh`.
+    """The k eigenpairs at an end of the spectrum, as of :func:`curvalg.estimate.eigsh`.
 
     Raises:
         FactsError: the operator is not known to be symmetric.
@@ -47,7 +47,7 @@ def solve(
 
 
 def table(op: CurvatureOperator, pairs: Eigenpairs, problem: str) -> Group:
-    """The eigenvalues as a table for people, what they are of above it, what they cost below."""
+    """The eigenvalues as a table for people, with the operator above it and the cost below."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column in ("", "eigenvalue λ", "residual ‖Av − λv‖"):
         shown.add_column(column, justify="right")
@@ -60,7 +60,7 @@ def table(op: CurvatureOperator, pairs: Eigenpairs, problem: str) -> Group:
 
 
 def as_json(op: CurvatureOperator, pairs: Eigenpairs, *, problem: str, which: str, tol: float, seed: int) -> str:
-    """The same for programs: one JSON object; eigenvalues in descending order."""
+    """The eigenvalues for programs: one JSON object, in descending order."""
     record = {
         "expression": str(op.expr),
         "problem": problem,

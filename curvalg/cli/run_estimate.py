@@ -1,4 +1,4 @@
-"""``curvalg estimate``: one number of an operator, with its standard error."""
+"""The command ``curvalg estimate``: one number of an operator, with its standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from curvalg.problem import Problem
 
 @dataclass(frozen=True)
 class Asked:
-    """The flags that all quantities share.
+    """The flags that all estimated quantities share.
 
     Args:
         products, tol, seed, checkpoint, progress: as of :func:`curvalg.estimate.trace`.
@@ -35,12 +35,12 @@ class Asked:
     damping: float | None
 
     def keywords(self) -> dict[str, Any]:
-        """For the estimators; what was not asked for is theirs to choose."""
+        """The keywords for the estimators; they choose what was not given."""
         given = {"tol": self.tol, "seed": self.seed, "checkpoint": self.checkpoint, "progress": self.progress}
         return given if self.products is None else {**given, "products": self.products}
 
     def required(self, quantity: str) -> float:
-        """λ.
+        """The damping λ, which must be given.
 
         Raises:
             ExpressionError: it was not given.
@@ -81,7 +81,7 @@ QUANTITIES: dict[str, Quantity] = {
 
 
 def line(result: Estimate, quantity: str, expression: str, problem: str) -> Text:
-    """The result for people."""
+    """The result as a line for people."""
     error = " (exact)" if result.method == "exact" else f" ± {result.error:.2g}"
     return Text.assemble(
         (f"{quantity} of {expression} on {problem}", "bold"), f"\n{result.value:.6g}{error}\n", (cost(result), "dim")
@@ -89,7 +89,7 @@ def line(result: Estimate, quantity: str, expression: str, problem: str) -> Text
 
 
 def as_json(result: Estimate, quantity: str, expression: str, problem: str) -> str:
-    """The result for programs."""
+    """The result as JSON for programs."""
     record = {
         "quantity": quantity,
         "expression": expression,

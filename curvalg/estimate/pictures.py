@@ -1,4 +1,4 @@
-"""Pictures of whole matrices."""
+"""Pictures of whole matrices as heat maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from curvalg.lowering import CurvatureOperator
 MOST = 4096
 """Rows of a matrix that can still be seen."""
 DECADES = 6
-"""Powers of ten below the largest entry that are told apart."""
+"""Powers of ten below the largest entry that have colours of their own."""
 
 
 def heat_map(op: CurvatureOperator, ax: Any = None) -> Any:

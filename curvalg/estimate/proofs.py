@@ -1,4 +1,4 @@
-"""What must be known of an operator before something is estimated: proved facts, and trials where there is nothing to prove."""
+"""Facts that must be known of an operator before something is estimated: proved, or tried where nothing can be proved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from curvalg.estimate.target import Target
 
 
 def require_symmetric(target: Target, seed: int) -> int:
-    """Refuse what a symmetric solver cannot do; returns the products that looking took.
+    """Raise for what a symmetric solver cannot do; returns the number of products that this took.
 
     Curvature operators must be proved symmetric. Others are tried on two random vectors, xᵀAy = yᵀAx.
 
@@ -43,7 +43,7 @@ def require_symmetric(target: Target, seed: int) -> int:
 
 
 def require_square(target: Target, quantity: str) -> None:
-    """Refuse rectangular operators.
+    """Raise if an operator is not square.
 
     Raises:
         FactsError: the operator is one.
@@ -57,7 +57,7 @@ def require_square(target: Target, quantity: str) -> None:
 
 
 def require_psd(target: Target, instead: str) -> None:
-    """Refuse curvature operators that are not proved positive semi-definite.
+    """Raise for curvature operators that are not proved positive semi-definite.
 
     Raises:
         FactsError: it is not proved.
@@ -69,7 +69,7 @@ def require_psd(target: Target, instead: str) -> None:
 
 
 def require_definite(given: Target, name: str, *, strictly: bool) -> None:
-    """Refuse curvature operators that are not proved positive (semi)definite.
+    """Raise for curvature operators that are not proved positive (semi)definite.
 
     Raises:
         FactsError: not proved.

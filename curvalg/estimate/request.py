@@ -1,4 +1,4 @@
-"""What estimators are asked for: every check of every keyword, and what becomes of a result that is not what was asked for."""
+"""Requests to estimators: checks of every keyword, and what to do with a result that misses its tolerance."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Request:
 
 
 def require_count(number: Any, name: str) -> int:
-    """An integer of at least one.
+    """Check that a value is an integer of at least one.
 
     Raises:
         ExpressionError: something else.
@@ -84,7 +84,7 @@ def require_count(number: Any, name: str) -> int:
 
 
 def require_one_of(value: Any, name: str, known: Collection[Any], hint: str = "") -> None:
-    """One of some words or numbers.
+    """Check that a value is one of some words or numbers.
 
     Raises:
         ExpressionError: something else; the message ends with the hint.
@@ -94,7 +94,7 @@ def require_one_of(value: Any, name: str, known: Collection[Any], hint: str = ""
 
 
 def require_auto(method: Any, quantity: str) -> None:
-    """No choice of a method, for a quantity that has but one.
+    """Check that no method is chosen for a quantity that has but one.
 
     Raises:
         ExpressionError: another than "auto".
@@ -104,7 +104,7 @@ def require_auto(method: Any, quantity: str) -> None:
 
 
 def require_pairs(k: Any, most: int | None = None, of: str = "") -> int:
-    """How many eigenvalues or singular values, of at most so many where that is known.
+    """Check a number of eigenvalues or singular values, with its upper limit where that is known.
 
     Raises:
         ExpressionError: no integer, or one that is out of range.
@@ -117,7 +117,7 @@ def require_pairs(k: Any, most: int | None = None, of: str = "") -> int:
 
 
 def require_block(block: Any) -> int | Literal["auto"]:
-    """How many vectors are multiplied at once.
+    """Check a number of vectors to be multiplied at once.
 
     Raises:
         ExpressionError: neither "auto" nor an integer of at least one.
@@ -130,7 +130,7 @@ def require_block(block: Any) -> int | Literal["auto"]:
 
 
 def require_outliers(outliers: Any, size: int) -> int:
-    """How many eigenvalues of so many are computed one by one.
+    """Check a number of eigenvalues to be computed one by one.
 
     Raises:
         ExpressionError: no integer, or all of them.
@@ -145,7 +145,7 @@ def require_outliers(outliers: Any, size: int) -> int:
 
 
 def require_grid(grid: Any, scale: str) -> None:
-    """A number of points, or the points.
+    """Check a number of points, or the points.
 
     Raises:
         ExpressionError: points that do not ascend, or have no place on the scale.
@@ -160,7 +160,7 @@ def require_grid(grid: Any, scale: str) -> None:
 
 
 def require_positive(number: Any, what: str, hint: str = "", *, zero: bool = False) -> float:
-    """A finite number above zero, in words such as "a width > 0".
+    """Check that a value is a finite number above zero; it is described in words such as "a width > 0".
 
     Raises:
         ExpressionError: something else, or zero where that is not allowed; the message ends with the hint.
@@ -171,7 +171,7 @@ def require_positive(number: Any, what: str, hint: str = "", *, zero: bool = Fal
 
 
 def require_enough(products: int, method: str, least: int, why: str) -> None:
-    """As many products as a method takes.
+    """Check that there are as many products as a method takes.
 
     Raises:
         ExpressionError: fewer.
@@ -185,5 +185,5 @@ def _whole(number: Any) -> bool:
 
 
 def _between(number: Any, low: float, high: float) -> bool:
-    """Whether it is a real number low ≤ number < high."""
+    """Whether a value is a real number low ≤ number < high."""
     return isinstance(number, Real) and not isinstance(number, bool) and low <= float(number) < high

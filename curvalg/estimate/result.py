@@ -1,4 +1,4 @@
-"""What estimators return: a value with its error or residuals, and what it cost."""
+"""Results of estimators: a value with its error or residuals, and what it cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from curvalg.problem import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What every estimator returns.
+    """The base of what every estimator returns.
 
     Args:
         method: what was done, "exact" where structure gave the answer.
@@ -34,7 +34,7 @@ class Result:
 
     @property
     def account(self) -> dict[str, Any]:
-        """These entries alone, for another result of the same run."""
+        """The entries of the base class, for another result of the same run."""
         return {entry.name: getattr(self, entry.name) for entry in fields(Result)}
 
     def plot(self, ax: Any = None) -> Any:
@@ -44,7 +44,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Result):
-    """A number, or one number for each parameter.
+    """An estimated number, or one number for each parameter, with its error.
 
     Args:
         value: the estimate, a float or a tensor of shape (D,).
@@ -56,7 +56,7 @@ class Estimate(Result):
 
 
 def exactly(value: float | Tensor, products: int, begin: float) -> Estimate:
-    """A value without error, of a computation that began at that time."""
+    """An estimate without error, of a computation that began at the given time."""
     error, seconds = torch.zeros_like(value) if isinstance(value, Tensor) else 0.0, time.perf_counter() - begin
     return Estimate(
         method="exact", products=products, seconds=seconds, converged=True, partial=False, value=value, error=error
@@ -99,7 +99,7 @@ class Eigenpairs(Result):
         return self.layout.unflatten(self.eigenvectors[:, i])
 
     def plot(self, ax: Any = None) -> Any:
-        """Eigenvalues by falling magnitude, each with its residual as a bar; negative ones are hollow."""
+        """Draw eigenvalues by falling magnitude, each with its residual as a bar; negative ones are hollow."""
         ax = axes(ax)
         order = self.eigenvalues.abs().argsort(descending=True)
         values, bars = self.eigenvalues[order].cpu(), self.residuals[order].cpu()

@@ -1,4 +1,4 @@
-"""What estimators work on: any operator as a product of torch columns."""
+"""Targets of estimators: any operator as a product of torch columns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Target:
         shape: (rows, columns).
         space: of the vectors that it multiplies.
         multiply: columns (n, K) -> columns (m, K), finite.
-        adjoint: the same of the transpose.
+        adjoint: columns (m, K) -> columns (n, K), by the transpose.
         symmetric: True or False where known, else None.
         subject: makes the fingerprint of what a run is about.
         operator: the curvature operator, if it is one.
@@ -62,7 +62,7 @@ class Target:
     """That products are in; None where they are what they are."""
 
     def in_units(self) -> Target:
-        """The same with products in a unit of their own, which a run finds out; of a target that has one, itself."""
+        """The target with products in a unit of their own, which a run finds out; a target that has one, itself."""
         if self.unit is not None:
             return self
         unit = PowerOfTwo(self.name, self.space.dtype)
@@ -70,11 +70,11 @@ class Target:
         return replace(self, multiply=multiply, adjoint=adjoint, unit=unit)
 
     def to(self, x: Tensor) -> Tensor:
-        """True numbers in the unit, as it is known by now."""
+        """Convert true numbers to the unit, as it is known by now."""
         return x if self.unit is None else self.unit.to(x)
 
     def back(self, x: Tensor) -> Tensor:
-        """Numbers of the size of products, as they truly are.
+        """Convert numbers of the size of products to true numbers.
 
         Raises:
             ProblemError: they are out of range.
@@ -82,7 +82,7 @@ class Target:
         return x if self.unit is None else self.unit.back(x)
 
     def structured(self, quantity: Quantity, most: int) -> tuple[Any, int] | None:
-        """What the structure of a curvature operator gives, and the rows of the matrix that are built and factorised for it.
+        """The answer by the structure of a curvature operator, and the rows of the matrix built and factorised for it.
 
         Args:
             quantity: as of :meth:`curvalg.CurvatureOperator.exact`.
@@ -98,25 +98,25 @@ class Target:
         return None if found is None else (found, rows)
 
     def eigenvalue_tolerance(self, tol: float | None) -> float:
-        """Of residuals relative to |λ|max: as asked for, by default 1e-4 or what half precision allows; 0 is rounding."""
+        """The tolerance of residuals relative to |λ|max, by default 1e-4 or what half precision allows; 0 is rounding."""
         if tol is None:
             return max(1e-4, self.half)
         return float(tol) or max(100 * torch.finfo(self.space.dtype).eps, self.half)
 
     def checkpoint(self, path: FileName | None, **more: str) -> Checkpoint | None:
-        """The file of a run with this operator, and what else the run is about; None for no path."""
+        """The file of a run with this operator, and the rest of what the run is about; None for no path."""
         if path is None:
             return None
         return Checkpoint(path, {**self.subject(), **more}, self.choices, self.unit)
 
     @property
     def size(self) -> int:
-        """n, the number of columns."""
+        """The number n of columns."""
         return self.shape[1]
 
     @property
     def layout(self) -> Layout | None:
-        """Of the parameters that it acts on."""
+        """The layout of the parameters that it acts on."""
         return self.space.layout
 
     def rows(self, vectors: Vector | None, what: str) -> Tensor:
@@ -134,7 +134,7 @@ class Target:
 
 
 def target(op: Any) -> Target:
-    """Any operator that estimators take.
+    """The target for any operator that estimators take.
 
     Args:
         op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator``, a matrix (array or tensor).
@@ -168,7 +168,7 @@ def target(op: Any) -> Target:
 
 
 def require_problem(problem: Any, function: str) -> None:
-    """Refuse what is no problem.
+    """Raise unless a value is a problem.
 
     Raises:
         ExpressionError: it is none.
@@ -180,7 +180,7 @@ def require_problem(problem: Any, function: str) -> None:
 
 
 def require_operator(op: Any, function: str) -> None:
-    """Refuse what is no curvature operator.
+    """Raise unless a value is a curvature operator.
 
     Raises:
         ExpressionError: it is none.

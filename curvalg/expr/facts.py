@@ -11,7 +11,7 @@ Tri = bool | None
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of a square matrix, each True, False or None (unknown).
+    """Facts about a square matrix, each True, False or None (unknown).
 
     ``positive_definite`` implies ``psd`` implies ``symmetric``; what is implied is filled in.
 
@@ -42,7 +42,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class LossFacts:
-    """Facts of a loss ℓ(z, y) that decide the facts of curvature terms.
+    """Facts about a loss ℓ(z, y) that decide the facts of curvature terms.
 
     Args:
         name: the loss's name, for messages.

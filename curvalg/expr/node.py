@@ -19,7 +19,7 @@ Space = Literal["parameters", "outputs"]
 
 
 def too_deep() -> ExpressionError:
-    """What to raise where Python's stack was too short for an expression."""
+    """The error to raise where Python's stack was too short for an expression."""
     return ExpressionError(
         "the expression nests too deeply for Python's stack; put it together from fewer levels, or call from less deep "
         "a place in the program"
@@ -27,9 +27,7 @@ def too_deep() -> ExpressionError:
 
 
 def require_hashable(expr: Expr) -> None:
-    """Raises:
-    ExpressionError: a term, or an option of it, cannot be hashed, and so not be told from others.
-    """
+    """Raise ExpressionError for a term that cannot be hashed, so that equal ones could not be recognised."""
     try:
         hash(expr)
     except TypeError as error:
@@ -63,7 +61,7 @@ class Expr:
 
     @property
     def known(self) -> dict[Hashable, Any]:
-        """What was found of this node once; no part of its value."""
+        """What was found out about this node and is kept with it; no part of its value."""
         found: dict[Hashable, Any] = self.__dict__.setdefault("_known", {})
         return found
 
@@ -82,11 +80,11 @@ class Expr:
 
     @property
     def children(self) -> tuple[Expr, ...]:
-        """Direct sub-expressions, in the order in which :meth:`rebuild` takes them."""
+        """The direct sub-expressions, in the order in which :meth:`rebuild` takes them."""
         return ()
 
     def walk(self) -> Iterator[Expr]:
-        """This expression and every one in it, each once; one comes before what is in it.
+        """Yield this expression and every expression inside it, each once, from the outside inwards.
 
         >>> from curvalg import Identity, inverse, registry
         >>> [type(node).__name__ for node in inverse(registry.build("ggn") + Identity).walk()]
@@ -101,11 +99,11 @@ class Expr:
                 todo += reversed(node.children)
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
-        """The same node over other children."""
+        """The same kind of node with other children."""
         return self
 
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
-        """The transpose in terms of the transposes of the children, which ``of`` gives.
+        """The transpose, written with the transposes of the children, which ``of`` gives.
 
         A node without children, or that knows no such form, is only marked as transposed.
         """
@@ -179,7 +177,7 @@ class Expr:
 
     @property
     def T(self) -> Expr:
-        """The transpose."""
+        """The transpose of this expression."""
         from curvalg.expr.nodes.transposes import transpose
 
         return transpose(self)
@@ -187,7 +185,7 @@ class Expr:
     # -- reaching upward ----------------------------------------------------------------------------------------------
 
     def simplify(self, loss: LossFacts | None = None) -> Expr:
-        """The expression after all laws that apply; equal in value, for every problem whose loss has these facts."""
+        """The expression after all laws that apply: equal in value for every problem whose loss has these facts."""
         from curvalg.rewrite import simplify
 
         return simplify(self, loss).expr
@@ -198,7 +196,7 @@ class Expr:
         *,
         preconditioner: Expr | LinearOperator | Callable[..., Any] | None = None,
     ) -> CurvatureOperator:
-        """Bind to a problem: a ``scipy.sparse.linalg.LinearOperator`` computed by torch.
+        """Bind the expression to a problem: a ``scipy.sparse.linalg.LinearOperator`` computed by torch.
 
         Only plans; passes over the data happen at the first product.
 

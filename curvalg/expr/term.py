@@ -39,7 +39,7 @@ class NamedExpr(Expr):
     name: ClassVar[str]
     """The name it prints by; the class's name in snake case unless set."""
     numbered: ClassVar[bool] = False
-    """Whether it tells samples apart by their running number (Monte-Carlo draws), so that the data must keep their order."""
+    """Whether it depends on the running numbers of samples (Monte-Carlo draws), so that the data must keep their order."""
     symbol: ClassVar[str | None] = None
     """LaTeX of the matrix; None: its name in upright letters."""
 
@@ -55,12 +55,12 @@ class NamedExpr(Expr):
         return label
 
     def labelled(self, label: str) -> NamedExpr:
-        """This instance, printing by the given name. Equality and hash ignore it."""
+        """This instance, printed under the given name; equality and hash ignore that name."""
         object.__setattr__(self, "_label", label)
         return self
 
     def validate(self, loss: LossFacts | None) -> None:
-        """Refuse a loss that this matrix is not defined for (loss is None where the problem has none).
+        """Raise if this matrix is not defined for a loss (None where the problem has none).
 
         Called when the expression is lowered. The base class needs a loss.
 
@@ -81,11 +81,11 @@ class Term(NamedExpr):
     """
 
     def cotangent(self, batch: Batch) -> Tensor | None:
-        """u, of the output's shape, independent of any tangent; None means u ≡ 0."""
+        """The vector u, of the output's shape and independent of any tangent; None means u ≡ 0."""
         return None
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor | None:
-        """u̇, of the output's shape and linear in the tangent ż = J v; None means u̇ ≡ 0.
+        """The vector u̇, of the output's shape and linear in the tangent ż = J v; None means u̇ ≡ 0.
 
         Runs inside a batched backward pass: no ``.item()``, no ``.numpy()``, no random numbers of its own.
         """
@@ -138,7 +138,7 @@ class DatasetTerm(Term):
     def cotangent_dot(  # type: ignore[override]
         self, batch: Batch, tangent: Tensor, prepared: Stats | None, totals: Stats | None
     ) -> Tensor | None:
-        """u̇, given what :meth:`prepare` and :meth:`project` or :meth:`reduce` gave."""
+        """The vector u̇ from the results of :meth:`prepare` and of :meth:`project` or :meth:`reduce`."""
         return None
 
 

@@ -88,7 +88,7 @@ def adds_up(
 
 
 def whole_and_parts(fn: Fn, output: Structure, target: Structure, counts: Sequence[int]) -> tuple[float, list[float]]:
-    """The value on a batch, and those on so many of its rows each, one part after the other."""
+    """The value on a batch, and the values on parts of it with the given numbers of rows."""
     rows, start, parts = sum(counts), 0, []
     for count in counts:
         part = slice(start, start + count)
@@ -107,27 +107,27 @@ def number(fn: Fn, output: Structure, target: Structure) -> float:
     value = call(fn, trees.tensor_map(torch.clone, output), target)
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise LossError(f"{name_of(fn)}: expected a scalar tensor, got {came}; sum or average over it.")
+        raise LossError(f"{name_of(fn)}: expected a scalar tensor, got {came}; sum or average over it")
     return float(value)
 
 
 def row_count(output: Structure) -> int:
-    """The rows of an output's first tensor; 0 if there is none."""
+    """The number of rows of an output's first tensor; 0 if there is none."""
     return trees.rows(output) or 0
 
 
 def take(tree: Structure, rows: int, part: slice) -> Structure:
-    """Some rows of every tensor that has so many."""
+    """Some rows of every tensor that has the given number of rows."""
     return trees.tensor_map(lambda t: t[part] if _has_rows(t, rows) else t, tree)
 
 
 def repeat(tree: Structure, rows: int) -> Structure:
-    """Every tensor that has so many rows, twice one after the other."""
+    """Every tensor that has the given number of rows, repeated once along them."""
     return trees.tensor_map(lambda t: torch.cat([t, t]) if _has_rows(t, rows) else t, tree)
 
 
 def perturbed(tree: Structure) -> Structure:
-    """The tree away from where it is, by numbers that look like noise but are the same every time."""
+    """The tree moved by numbers that look like noise but are the same every time."""
 
     def shift(t: Tensor) -> Tensor:
         if not t.is_floating_point():
@@ -139,13 +139,13 @@ def perturbed(tree: Structure) -> Structure:
 
 
 def tolerance_of(output: Structure) -> float:
-    """Relative errors of sums of rounded values that are no difference."""
+    """The relative error below which sums of rounded values count as equal."""
     dtype = next(t.dtype for t in trees.tensors(output) if t.ndim)
     return math.sqrt(torch.finfo(dtype).eps) if dtype.is_floating_point else 1e-4
 
 
 def causes(output: Structure, target: Structure) -> str:
-    """What makes a callable other than a mean or sum over rows."""
+    """The reasons for which a callable is no mean or sum over rows, for messages."""
     text = "samples are coupled or drawn at random, or rows weighted unequally, as by class weights or ignored labels"
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return text
@@ -177,7 +177,7 @@ def _check(
             raise
         except Exception as error:
             raise LossError(
-                f"{name_of(fn)} fails on {which}: {error}. A loss is called with any number of rows; write it so."
+                f"{name_of(fn)} fails on {which}: {error}. A loss is called with any number of rows; write it so"
             ) from error
         if adds_up(reduction, value, parts, counts, tolerance):
             return
@@ -193,7 +193,7 @@ def _check(
         f"{name_of(fn)} is no {reduction} over the rows of a batch: it is {value:.6g} on a batch, but {parts[0]:.6g} and "
         f"{parts[1]:.6g} on {which} ({causes(output, target)}). For class weights and ignored labels use a Loss whose "
         "numerators and denominators add up, such as CrossEntropy with these options; a callable that sums over the rows "
-        "is declared by reduction='sum'."
+        "is declared by reduction='sum'"
     )
 
 

@@ -49,12 +49,12 @@ class CallableLoss(Loss):
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
-            raise LossError(f"Expected a callable (output, target) -> scalar, got {type(self.fn).__name__}.")
+            raise LossError(f"expected a callable (output, target) -> scalar, got {type(self.fn).__name__}")
         check_reduction(self.name, self.reduction, ("mean", "sum", None))  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """The name of the loss in messages."""
         return name_of(self.fn)
 
     @property
@@ -64,7 +64,7 @@ class CallableLoss(Loss):
 
     @property
     def positions(self) -> bool:
-        """A callable does not say where its positions are."""
+        """False: a callable does not say where its positions are."""
         return False
 
     def tensors(self) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ class CallableLoss(Loss):
         return {}
 
     def weights(self, target: Structure) -> Tensor:
-        """A one for every row."""
+        """One for every row."""
         first = self._first(target)
         return torch.ones(len(first), device=first.device)
 
@@ -100,7 +100,7 @@ class CallableLoss(Loss):
                 return leaf
         raise LossError(
             f"{self.name}: expected a target with a tensor whose first axis holds the samples, got "
-            f"{type(target).__name__}; Problem's target= picks the target (it may be the input) from a batch."
+            f"{type(target).__name__}; Problem's target= picks the target (it may be the input) from a batch"
         )
 
 
@@ -120,7 +120,7 @@ class CallablePoint(LossPoint[Structure]):
         if not detached or len({len(leaf) for leaf in detached}) != 1:
             raise LossError(
                 f"{loss.name}: expected an output of tensors with the samples on the first axis, got the shapes "
-                f"{[tuple(leaf.shape) for leaf in detached]}; adapt it with Problem's forward=."
+                f"{[tuple(leaf.shape) for leaf in detached]}; adapt it with Problem's forward="
             )
         with torch.enable_grad():
             self.leaves = [leaf.clone().requires_grad_() for leaf in detached]
@@ -137,15 +137,15 @@ class CallablePoint(LossPoint[Structure]):
         self.noise_shape = (self.rows, sum(map(width, detached)))
 
     def value(self) -> Tensor:
-        """The numerator."""
+        """The value of the numerator."""
         return self.numerator.detach()
 
     def gradient(self) -> Structure:
-        """By one backward pass."""
+        """The gradient by one backward pass."""
         return trees.unflatten(self.form, [gradient.detach() for gradient in self.gradients])
 
     def hvp(self, tangent: Structure) -> Structure:
-        """By a backward pass through the gradient.
+        """The Hessian-vector product by a backward pass through the gradient.
 
         Not forward over reverse: torch 2.13 raises for ``jvp(grad(mse_loss))``, as its zero tensors are immutable.
         """
@@ -153,7 +153,7 @@ class CallablePoint(LossPoint[Structure]):
 
     @property
     def rank(self) -> int:
-        """As many as a sample has entries."""
+        """The number of entries of a sample."""
         return self.noise_shape[1]
 
     def factor(self) -> Tensor:
@@ -191,7 +191,7 @@ class CallablePoint(LossPoint[Structure]):
                 raise
             raise LossError(
                 f"{self.facts.name}: the loss has no second derivative in torch ({str(error).strip().splitlines()[0]}), which "
-                "Hessian and Gauss-Newton matrices need; write it in elementary operations. Gradient covariances need none."
+                "Hessian and Gauss-Newton matrices need; write it in elementary operations. Gradient covariances need none"
             ) from error
 
     def _blocks(self) -> Tensor:
@@ -229,7 +229,7 @@ class NLL(CallableLoss):
         super().__post_init__()
         warnings.warn(
             "NLLLoss is linear in its input (log-probabilities), so its ggn is zero; use CrossEntropy on the logits, "
-            "with log_softmax taken out of the model.",
+            "with log_softmax taken out of the model",
             CurvalgWarning,
             stacklevel=3,
         )
@@ -253,7 +253,7 @@ class NLL(CallableLoss):
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """The name of the loss in messages."""
         return "NLLLoss"
 
     def weights(self, target: Structure) -> Tensor:
@@ -265,7 +265,7 @@ class NLL(CallableLoss):
         return self._labelled().denominator(target)
 
     def numerator(self, output: Structure, target: Structure) -> Tensor:
-        """−Σ ω_y z_y."""
+        """The sum −Σ ω_y z_y."""
         value: Tensor = self.fn(output, target)
         return value
 
@@ -285,14 +285,14 @@ def _checked(name: str, value: object) -> Tensor:
     """The value of a callable, if it is a scalar that depends on the output."""
     if not isinstance(value, Tensor):
         raise LossError(
-            f"{name}: expected a scalar tensor, got {type(value).__name__}; a loss must stay in torch (no .item())."
+            f"{name}: expected a scalar tensor, got {type(value).__name__}; a loss must stay in torch (no .item())"
         )
     if value.numel() != 1 or value.ndim > 1:
         raise LossError(
-            f"{name}: expected a scalar, got a tensor of shape {tuple(value.shape)}; sum or average over it."
+            f"{name}: expected a scalar, got a tensor of shape {tuple(value.shape)}; sum or average over it"
         )
     if not value.requires_grad:
         raise LossError(
-            f"{name}: the value does not depend on the output; do not detach it, use no_grad, or leave torch."
+            f"{name}: the value does not depend on the output; do not detach it, use no_grad, or leave torch"
         )
     return value.reshape(())

@@ -1,4 +1,4 @@
-"""Calls of a loss that is the user's code."""
+"""Calls of a loss that is the user's own code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from curvalg.losses.loss import Structure
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """What messages call a callable."""
+    """The name of a callable in messages."""
     return getattr(fn, "__name__", type(fn).__name__)
 
 
 def call(fn: Callable[..., Any], output: Structure, target: Structure) -> Any:
-    """``fn(output, target)``.
+    """The value of ``fn(output, target)``.
 
     Raises:
         LossError: it takes other arguments.
@@ -25,5 +25,5 @@ def call(fn: Callable[..., Any], output: Structure, target: Structure) -> Any:
     except TypeError as error:
         raise LossError(
             f"{name_of(fn)}: expected a callable (output, target) -> scalar, but the call failed: {error}. For a loss with "
-            "more arguments pass lambda output, target: ..., and have Problem's forward= and target= bring what it reads."
+            "more arguments pass lambda output, target: ..., and have Problem's forward= and target= bring what it reads"
         ) from error

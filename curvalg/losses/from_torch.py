@@ -1,4 +1,4 @@
-"""From what a user passes as a loss to a Loss: two tables, one row per torch loss."""
+"""Conversion of what a user passes as a loss to a Loss: two tables, one row per torch loss."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def resolve_loss(loss: object, reduction: str | None = None) -> Loss:
         check_reduction("Problem", reduction)
     loss = getattr(loss, "_orig_mod", loss)  # a compiled module has no double backward; the original has
     if isinstance(loss, type):
-        raise LossError(f"Expected a loss, got the class {loss.__name__}; create it: {loss.__name__}().")
+        raise LossError(f"expected a loss, got the class {loss.__name__}; create it: {loss.__name__}()")
     if isinstance(loss, Loss):
         return _agreed(loss, reduction, loss)
     if isinstance(loss, nn.Module):
@@ -100,8 +100,8 @@ def resolve_loss(loss: object, reduction: str | None = None) -> Loss:
     if callable(loss):
         return _agreed(_from_function(loss, reduction), reduction, loss)
     raise LossTypeError(
-        "Expected a loss module of torch.nn, a function of torch.nn.functional, a curvalg Loss or a callable "
-        f"(output, target) -> scalar, got {type(loss).__name__}."
+        "expected a loss module of torch.nn, a function of torch.nn.functional, a curvalg Loss or a callable "
+        f"(output, target) -> scalar, got {type(loss).__name__}"
     )
 
 
@@ -112,7 +112,7 @@ def _agreed(loss: Loss, reduction: str | None, given: object) -> Loss:
         return CallableLoss(loss.fn, reduction=reduction, class_axis=loss.class_axis)
     raise LossError(
         f"reduction={reduction!r} contradicts {type(given).__name__}, whose reduction is {loss.reduction!r}; leave "
-        "reduction= out, or build the loss with it."
+        "reduction= out, or build the loss with it"
     )
 
 
@@ -140,11 +140,11 @@ def _from_function(function: Callable[..., Any], reduction: str | None) -> Loss:
     if positional:
         raise LossError(
             f"{inner.__name__}: expected a partial with keyword options only, got {len(positional)} positional "
-            "arguments, which would take the place of output and target; name them."
+            "arguments, which would take the place of output and target; name them"
         )
     for name in _LEGACY:
         if name in options:
-            raise LossError(f"{inner.__name__}: the legacy option {name} is not supported; use reduction= instead.")
+            raise LossError(f"{inner.__name__}: the legacy option {name} is not supported; use reduction= instead")
     if inner in FUNCTIONS:
         return _build(inner, options)
     declared = options.get("reduction", inspect.signature(inner).parameters["reduction"].default)
@@ -159,7 +159,7 @@ def _build(function: Callable[..., Any], options: dict[str, Any]) -> Loss:
         if name not in allowed:
             raise LossError(
                 f"{function.__name__}: the option {name} is not supported; supported are {', '.join(allowed)}. "
-                "Write the loss as a callable of its own to use it."
+                "Write the loss as a callable of its own to use it"
             )
     return factory(**options)
 

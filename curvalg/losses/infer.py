@@ -79,6 +79,6 @@ def _finite(fn: Callable[..., Any], value: float) -> float:
 
 def _undecided(fn: Callable[..., Any], why: str) -> LossError:
     return LossError(
-        f"Cannot tell whether {name_of(fn)} is a mean or a sum over samples: {why}. Pass reduction='mean' or "
-        "reduction='sum', or a Loss whose numerators and denominators add up over batches."
+        f"cannot find whether {name_of(fn)} is a mean or a sum over samples: {why}. Pass reduction='mean' or "
+        "reduction='sum', or a Loss whose numerators and denominators add up over batches"
     )

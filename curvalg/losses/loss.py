@@ -1,4 +1,4 @@
-"""What a loss is to curvalg: closed forms in output space, numerators only."""
+"""The contract of a loss: closed forms in output space, numerators only."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class LossPoint(ABC, Generic[OutputT]):
         """
         self.require_likelihood()
         if not self.facts.fisher_is_ggn:
-            raise NotImplementedError(f"{self.facts.name}: a Fisher matrix unlike the Hessian needs its own product.")
+            raise NotImplementedError(f"{self.facts.name}: a Fisher matrix unlike the Hessian needs its own product")
         return self.hvp(tangent)
 
     @property
     def rank(self) -> int:
-        """How many columns :meth:`factor` gives."""
+        """The number of columns that :meth:`factor` gives."""
         return 1
 
     @abstractmethod
@@ -94,15 +94,15 @@ class LossPoint(ABC, Generic[OutputT]):
         """Raise LossError unless the loss is a negative log-likelihood."""
         if not self.facts.likelihood:
             raise LossError(
-                f"A Fisher matrix needs a loss that is the negative logarithm of a probability; {self.facts.name} is "
-                "not declared as one. Use the ggn, or a likelihood such as CrossEntropy, MSE or BCEWithLogits."
+                f"a Fisher matrix needs a loss that is the negative logarithm of a probability; {self.facts.name} is "
+                "not declared as one. Use the ggn, or a likelihood such as CrossEntropy, MSE or BCEWithLogits"
             )
 
     def require_noise(self, uniform: Tensor) -> None:
         """Raise LossError unless ``uniform`` has the shape (samples, \\*noise_shape)."""
         if tuple(uniform.shape[1:]) != self.noise_shape or uniform.ndim == 0:
             expected = ", ".join(("samples", *map(str, self.noise_shape)))
-            raise LossError(f"Expected uniform numbers of shape ({expected}), got {tuple(uniform.shape)}.")
+            raise LossError(f"expected uniform numbers of shape ({expected}), got {tuple(uniform.shape)}")
 
 
 class Loss(ABC):
@@ -120,13 +120,13 @@ class Loss(ABC):
 
     @property
     def name(self) -> str:
-        """What messages call the loss."""
+        """The name of the loss in messages."""
         return type(self).__name__
 
     @property
     @abstractmethod
     def facts(self) -> LossFacts:
-        """What decides the facts of curvature matrices."""
+        """The facts that decide the facts of curvature matrices."""
 
     @property
     def class_axis(self) -> int | None:
@@ -135,7 +135,7 @@ class Loss(ABC):
 
     @property
     def positions(self) -> bool:
-        """Whether the loss is a sum over positions that its target and class axis tell, each a sample if asked for."""
+        """Whether the loss is a sum over positions known from its target and class axis, each a sample if asked for."""
         return True
 
     @abstractmethod
@@ -144,7 +144,7 @@ class Loss(ABC):
 
     @abstractmethod
     def denominator(self, target: Structure) -> Tensor | float:
-        """What ``reduction="mean"`` divides by, from the target alone; additive over batches."""
+        """The number that ``reduction="mean"`` divides by, from the target alone; additive over batches."""
 
     @abstractmethod
     def at(self, output: Structure, target: Structure) -> LossPoint[Any]:
@@ -160,7 +160,7 @@ class Loss(ABC):
 
 
 def width(tensor: Tensor) -> int:
-    """Entries per row."""
+    """The number of entries per row."""
     return math.prod(tensor.shape[1:])
 
 

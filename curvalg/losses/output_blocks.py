@@ -20,17 +20,17 @@ def square_roots(name: str, blocks: Tensor) -> Tensor:
     if bool((values < -noise).any()):
         raise LossError(
             f"{name}: the Hessian in the output is not positive semi-definite (least eigenvalue "
-            f"{values.min().item():.3g}), so it has no square root; use the hessian, or a convex loss."
+            f"{values.min().item():.3g}), so it has no square root; use the hessian, or a convex loss"
         )
     columns: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     return columns
 
 
 def _eigenpairs(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """In the dtype of the blocks; by float64 where that does not converge, as for close eigenvalues in float32."""
+    """Eigenpairs in the dtype of the blocks, or by float64 where that does not converge (close eigenvalues in float32)."""
     if not bool(torch.isfinite(blocks).all()):
         raise LossError(
-            f"{name}: the Hessian in the output has NaN or infinite entries; smooth the loss there (as sqrt(x + eps))."
+            f"{name}: the Hessian in the output has NaN or infinite entries; smooth the loss there (as sqrt(x + eps))"
         )
     try:
         values, vectors = torch.linalg.eigh(blocks)

@@ -14,10 +14,10 @@ def check_reduction(name: str, reduction: object, allowed: Sequence[str] = ("mea
     """Raise LossError unless the reduction is one of those allowed."""
     if reduction == "none":
         raise LossError(
-            f"{name}: reduction='none' gives no scalar to differentiate; use reduction='mean' or reduction='sum'."
+            f"{name}: reduction='none' gives no scalar to differentiate; use reduction='mean' or reduction='sum'"
         )
     if reduction not in allowed:
-        raise LossError(f"{name}: expected reduction to be one of {', '.join(map(repr, allowed))}, got {reduction!r}.")
+        raise LossError(f"{name}: expected reduction to be one of {', '.join(map(repr, allowed))}, got {reduction!r}")
 
 
 def floating(name: str, tensor: object, what: str = "output") -> Tensor:
@@ -25,12 +25,12 @@ def floating(name: str, tensor: object, what: str = "output") -> Tensor:
     if not isinstance(tensor, Tensor):
         raise LossError(
             f"{name}: expected the {what} to be one tensor, got {type(tensor).__name__}; "
-            "have the model (or Problem's forward=) return the tensor that the loss reads."
+            "have the model (or Problem's forward=) return the tensor that the loss reads"
         )
     if not tensor.is_floating_point():
-        raise LossError(f"{name}: expected a real floating-point {what}, got {tensor.dtype}; convert it with .float().")
+        raise LossError(f"{name}: expected a real floating-point {what}, got {tensor.dtype}; convert it with .float()")
     if tensor.ndim == 0:
-        raise LossError(f"{name}: expected a {what} whose first axis holds the samples, got a scalar; unsqueeze it.")
+        raise LossError(f"{name}: expected a {what} whose first axis holds the samples, got a scalar; unsqueeze it")
     return tensor.detach()
 
 
@@ -39,10 +39,10 @@ def real_target(name: str, target: object) -> Tensor:
     if not isinstance(target, Tensor):
         raise LossError(
             f"{name}: expected the target to be one tensor, got {type(target).__name__}; "
-            "pass Problem's target= to pick it from a batch (a tuple is one batch: several batches are a list [...])."
+            "pass Problem's target= to pick it from a batch (a tuple is one batch: several batches are a list [...])"
         )
     if target.is_complex():
-        raise LossError(f"{name}: expected a real target, got {target.dtype}; split it into real and imaginary parts.")
+        raise LossError(f"{name}: expected a real target, got {target.dtype}; split it into real and imaginary parts")
     return target.detach()
 
 
@@ -62,7 +62,7 @@ def check_range(name: str, tensor: Tensor, allowed: Tensor, expected: str) -> No
     if bool(allowed.all()):
         return
     place = tuple(torch.nonzero(~allowed)[0].tolist())
-    raise LossError(f"{name}: expected {expected}, got {tensor[place].item()} at {place}.")
+    raise LossError(f"{name}: expected {expected}, got {tensor[place].item()} at {place}")
 
 
 def check_weight(name: str, option: str, weight: object) -> None:
@@ -70,7 +70,7 @@ def check_weight(name: str, option: str, weight: object) -> None:
     if weight is None or (isinstance(weight, Tensor) and weight.is_floating_point()):
         return
     kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-    raise LossError(f"{name}: expected {option} to be a floating-point tensor or None, got {kind}.")
+    raise LossError(f"{name}: expected {option} to be a floating-point tensor or None, got {kind}")
 
 
 def check_nonnegative(name: str, tensor: Tensor, cure: str) -> None:
@@ -78,5 +78,5 @@ def check_nonnegative(name: str, tensor: Tensor, cure: str) -> None:
     if bool((tensor < 0).any()):
         raise LossError(
             f"{name}: a square root needs a positive semi-definite Hessian, but a weight or second derivative is "
-            f"{tensor.min().item()}; {cure}."
+            f"{tensor.min().item()}; {cure}"
         )

@@ -41,12 +41,12 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
 
     @property
     def device(self) -> torch.device:
-        """Where products are computed."""
+        """The device on which products are computed."""
         return self._domain.device
 
     @property
     def layout(self) -> Layout | None:
-        """Layout of the vectors it acts on; None for operators on outputs."""
+        """The layout of the vectors it acts on; None for operators on outputs."""
         return self._domain.layout
 
     # -- products -------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
         return LazySum([(-1.0, self)])
 
     def dot(self, x: Any) -> Any:
-        """``op @ x``, ``op * x`` and ``op(x)``: another operator, a number, or a vector."""
+        """The product with an operator, a number or a vector: ``op @ x``, ``op * x`` and ``op(x)``."""
         if isinstance(x, TorchOperator):
             return LazyProduct(self, x)
         if is_real_scalar(x):
@@ -146,7 +146,7 @@ def is_real_scalar(x: Any) -> bool:
 
 
 class LazyProduct(TorchOperator):
-    """``left @ right``, applied one after the other.
+    """The product ``left @ right``, applied one after the other.
 
     Raises:
         ExpressionError: the vectors between them are not laid out alike.
@@ -170,7 +170,7 @@ class LazyProduct(TorchOperator):
 
 
 class LazySum(TorchOperator):
-    """Σ cᵢ Aᵢ.
+    """A lazy sum Σ cᵢ Aᵢ of operators.
 
     Raises:
         ExpressionError: the operators act between differently laid out vectors.

@@ -1,4 +1,4 @@
-"""What ``explain()`` prints: what became of an expression on a problem, and why."""
+"""The report that ``explain()`` prints: what became of an expression on a problem, and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from curvalg.rewrite import Step
 
 
 class Explained(Protocol):
-    """What a report is made of: an operator."""
+    """The operator that a report is made of."""
 
     expr: Expr
     problem: Problem
@@ -31,17 +31,17 @@ class Explained(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where products are computed."""
+        """The device on which products are computed."""
         ...
 
     @property
     def facts(self) -> Facts:
-        """Symmetry and definiteness."""
+        """The symmetry and definiteness, as far as known."""
         ...
 
 
 def explain(op: Explained) -> str:
-    """The report of an operator, sections with indented lines."""
+    """The report on an operator: sections with indented lines."""
     problem, totals = op.problem, op.problem.totals
     facts = ", ".join(f"{name}: {_tri(value)}" for name, value in vars(op.facts).items())
     sections: dict[str, list[str]] = {
@@ -67,7 +67,7 @@ def _tri(value: bool | None) -> str:
 
 
 def _layers(problem: Problem) -> list[str]:
-    """Which parameters layer inputs and deltas are right for, and why not the others."""
+    """The lines on which parameters layer inputs and deltas are right for, and why not for the others."""
     notes = problem.noted(LayerNotes)
     good = sum(name not in notes.reasons for name in notes.compared)
     lines = [f"layer inputs and deltas of {good} parameters, compared with a gradient"] if good else []
@@ -82,7 +82,7 @@ _OATHS = {
 
 
 def _verified(op: Explained) -> list[str]:
-    """What was verified, and what was not."""
+    """The lines on what was verified, and what was not."""
     problem, structure = op.problem, op.snapshot.structure
     if not problem.verify:
         left = "calls, tangents, second derivatives and structured inverses"

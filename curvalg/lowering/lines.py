@@ -1,4 +1,4 @@
-"""Lines of ``explain()``: nesting, and many parts that look alike told once."""
+"""Lines of ``explain()``: nesting, and many parts that look alike reported once."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 
 NAMED = 4
-"""How many parts are named when many look alike; the number of the others is told."""
+"""How many parts are named when many look alike; only the number of the others is given."""
 
 
 def indent(lines: Sequence[str]) -> list[str]:
-    """Lines, two spaces further in."""
+    """Lines indented by two spaces."""
     return [f"  {line}" for line in lines]
 
 
 def alike(parts: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Parts (names, lines), those that differ in numbers only told once, with the lines of the first."""
+    """Parts (names, lines), those that differ in numbers only reported once, with the lines of the first."""
     groups: dict[str, list[tuple[str, Sequence[str]]]] = {}
     for label, lines in parts:
         groups.setdefault(re.sub(r"[0-9.]+(e[+-]?[0-9]+)?", "#", "\n".join(lines)), []).append((label, lines))

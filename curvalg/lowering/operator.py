@@ -1,4 +1,4 @@
-"""The face that SciPy and PyTorch users see."""
+"""The operator that users of SciPy and PyTorch see."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class CurvatureOperator(TorchOperator):
         return rewritten.expr
 
     def _resolve(self, expr: Expr) -> Expr:
-        """With full names in all blocks, and the laws that hold only then."""
+        """Give all blocks full names, and apply the laws that hold only then."""
         resolved = resolve(expr, self.problem)
         return resolved if resolved == expr else simplify(resolved, self.problem.facts).expr
 
@@ -119,14 +119,14 @@ class CurvatureOperator(TorchOperator):
 
     @property
     def facts(self) -> Facts:
-        """Symmetry and definiteness, given the loss; True, False or None (unknown)."""
+        """The symmetry and definiteness, given the loss; True, False or None (unknown)."""
         # What a matrix term declares is no longer seen in the arrays that it became.
         declared, found = (expr.facts(self.problem.facts) for expr in (self.expr, self._resolved))
         pairs = zip(astuple(declared), astuple(found), strict=True)
         return Facts(*(b if a is None else a for a, b in pairs))
 
     def explain(self) -> str:
-        """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""
+        """A report on what became of the expression: laws that applied, the plan, routes and what is kept."""
         with self.problem.lock:
             return explain(self)
 
@@ -212,7 +212,7 @@ class CurvatureOperator(TorchOperator):
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> SolveResult:
-        """For an operator A⁻¹ (or c A⁻¹): its product with b, with a report per column.
+        """Solve with an operator A⁻¹ (or c A⁻¹): its product with b, with a report per column.
 
         Args:
             b: right-hand side(s), of any kind and shape that a product takes.
@@ -296,7 +296,7 @@ class CurvatureOperator(TorchOperator):
                 return getattr(form.at(self.snapshot), quantity)()
 
     def exact_rows(self, quantity: Quantity = "eigh") -> int | None:
-        """Rows of the matrix that :meth:`exact` would build and factorise: what it costs, in products.
+        """The rows of the matrix that :meth:`exact` would build and factorise: what it costs, in products.
 
         Returns:
             Rows of the dense or the Gram matrix, or columns whose squares are summed; 0 where the structure is there already;
@@ -367,7 +367,7 @@ class CurvatureOperator(TorchOperator):
         return self._combine(self.expr**exponent)
 
     def dot(self, x: Any) -> Any:
-        """``op @ x``, ``op * x`` and ``op(x)``: another operator, a number, or a vector."""
+        """The product with an operator, a number or a vector: ``op @ x``, ``op * x`` and ``op(x)``."""
         if self._same(x):
             return self._combine(self.expr @ x.expr, x)
         if isinstance(x, Expr):

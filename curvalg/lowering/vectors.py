@@ -21,7 +21,7 @@ Vector = np.ndarray | Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Operand:
-    """A parsed operand.
+    """An operand of a product, read as columns.
 
     Args:
         columns: real columns (n, K) in the operator's dtype and on its device.
@@ -141,9 +141,7 @@ def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codoma
 
 
 def require_finite(result: Tensor, what: object) -> Tensor:
-    """Raises:
-    ProblemError: a product with NaN or infinite entries.
-    """
+    """Raise ProblemError for a product with NaN or infinite entries."""
     # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
     if not math.isfinite(result.sum().item()) and not bool(torch.isfinite(result).all()):
         raise ProblemError(

@@ -1,4 +1,4 @@
-"""What a term sees of one batch."""
+"""The batch that a term sees: outputs, targets, the loss, and what follows from them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Batch:
         denominator: what a mean loss divides by, over the whole data set.
         samples: whether one sample is a row of the batch ("item") or an element of the loss ("position").
         start: running number of the first row in the data set.
-        number: called where samples are told apart by their running number; refuses data in random order.
+        number: called where samples are identified by their running number; refuses data in random order.
         pullback: u -> Jᵀu (D,).
         per_sample: the gradients of all shares.
         layers: makes the recording of the model's layers.
@@ -98,7 +98,7 @@ class Batch:
         return self._loss is not None
 
     def evaluate_loss(self) -> None:
-        """Have the loss at this output ready: a callable is recorded, which vmap forbids inside of it."""
+        """Evaluate the loss at this output now: a callable is recorded, which vmap forbids inside of it."""
         if self._loss is not None:
             _ = self._point
 
@@ -113,7 +113,7 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """Class of each position; ignored ones hold a valid class and have weight 0.
+        """The class of each position; ignored ones hold a valid class and have weight 0.
 
         Raises:
             LossError: the loss has no classes.
@@ -125,16 +125,16 @@ class Batch:
 
     @cached_property
     def weights(self) -> Tensor:
-        """αₙ of each position, broadcastable to the output."""
+        """Weight αₙ of each position, broadcastable to the output."""
         return self._share * self._point.weights
 
     @cached_property
     def loss_gradient(self) -> Tensor:
-        """rₙ = ∂cₙ/∂zₙ, of the output's shape."""
+        """Gradient rₙ = ∂cₙ/∂zₙ of the loss, of the output's shape."""
         return self._share * self._form.join(self._point.gradient())
 
     def loss_hvp(self, tangent: Tensor) -> Tensor:
-        """Bₙ ż, of the output's shape."""
+        """Product Bₙ ż with the Hessian of the loss, of the output's shape."""
         point, form = self._point, self._form
         product: Tensor = point.hvp(tangent) if form.single else form.join(point.hvp(form.split(tangent)))
         # With a large vocabulary this is the peak of a product: no buffer that can be done without.
@@ -158,7 +158,7 @@ class Batch:
 
     @property
     def loss_rank(self) -> int:
-        """How many columns :meth:`row_factor` gives, without making them."""
+        """The number of columns that :meth:`row_factor` gives, without making them."""
         point = self._point
         per_block = point.rank
         return per_block * self._positions if self._blockwise else per_block
@@ -193,7 +193,7 @@ class Batch:
         return [axis for axis in range(1, ndim) if axis != classes]
 
     def gradient_columns(self) -> Tensor:
-        """√s rₙ, a column for every sample of a row (columns, *output.shape): their outer products make the covariance."""
+        """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance."""
         return self.per_sample_columns(math.sqrt(self.scale) * self.loss_gradient[None])
 
     def per_sample_columns(self, columns: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class Batch:
 
         Args:
             samples: number of draws.
-            seed: of the draws.
+            seed: seed of the draws.
             fisher: second moment of the Fisher instead of B.
         """
         self._number()
@@ -251,20 +251,20 @@ class Batch:
         return product if self.class_axis is None else product.sum(self.class_axis, keepdim=True)
 
     def outer(self, columns: Tensor, tangent: Tensor) -> Tensor:
-        """Σₘ sₘ (sₘᵀ ż) per sample, for columns sₘ of shape (columns, *output.shape)."""
+        """Products Σₘ sₘ (sₘᵀ ż) per sample, for columns sₘ of shape (columns, *output.shape)."""
         products = torch.func.vmap(lambda s: s * self.dot(s, tangent))(columns)
         return products.sum(0)  # type: ignore[no-any-return]
 
     def pull_by(self, pullback: Callable[[Tensor], Tensor]) -> None:
-        """Take Jᵀu from here on by a graph that is there already, instead of by another model call."""
+        """Take Jᵀu from here on by a graph that exists already, instead of by another model call."""
         self._pullback = pullback
 
     def vjp(self, cotangent: Tensor) -> Tensor:
-        """Jᵀu of this batch, shape (D,)."""
+        """Vector-Jacobian product Jᵀu of this batch, shape (D,)."""
         return self._pullback(cotangent)
 
     def per_sample_gradients(self) -> dict[str, Tensor]:
-        """∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.
+        """Gradients ∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.
 
         Raises:
             ProblemError: samples of the batch influence each other (batch-norm in training mode).
@@ -278,7 +278,7 @@ class Batch:
         with or without a bias) has inputs h of shape (n, T, in) and deltas δ of shape (K, n, T, out), with one more leading
         axis each where a convolution has groups; T counts the positions that share the weight: tokens, places of a
         convolution (h are its patches), repeated uses. Then gₖₙ = Σₜ δₖₙₜ hₙₜᵀ for the weight, flattened to (out, in), and
-        Σₜ δₖₙₜ for the bias. :class:`~curvalg.problem.LayerRecord` tells of the other kinds, and of what every record can do
+        Σₜ δₖₙₜ for the bias. :class:`~curvalg.problem.LayerRecord` describes the other kinds, and what every record can do
         (``project``, ``combine``, ``gram``, ``squares``, ``explicit``). Rows are rows of the batch, whatever a sample is.
 
         Costs one model call and one backward pass with K columns; where the model could move rows, one more that checks which

@@ -30,7 +30,7 @@ class Evaluation(ModelCall):
     """One batch of a problem at a snapshot, with outputs, graphs and tangents that are verified."""
 
     def output(self) -> tuple[Tensor, OutputForm]:
-        """z without a graph, by one model call.
+        """Compute z without a graph, by one model call.
 
         A model that differentiates inside its forward (by its inputs, as forces, or by weights) is called with gradients on.
         """
@@ -57,7 +57,7 @@ class Evaluation(ModelCall):
         once: bool = False,
         earlier: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], OutputForm]:
-        """z with its graph, and the leaves that it depends on.
+        """Compute z with its graph, and the leaves that it depends on.
 
         Args:
             watch: leaves -> a context around the model's call.
@@ -76,7 +76,7 @@ class Evaluation(ModelCall):
         return z, leaves, form
 
     def batch(self, z: Tensor, form: OutputForm, layers: Callable[[], Layers] | None = None) -> Batch:
-        """What terms see, given z (its graph is not kept).
+        """The batch that terms see, given z (its graph is not kept).
 
         Args:
             z: the output.
@@ -117,15 +117,15 @@ class Evaluation(ModelCall):
         return point
 
     def evaluate(self) -> Batch:
-        """What terms see, by one model call without a graph."""
+        """The batch that terms see, by one model call without a graph."""
         return self.batch(*self.output())
 
     def pull(self, cotangent: Tensor, *, pushed: bool = False) -> Tensor:
-        """Jᵀu, shape (D,), by one model call and one backward.
+        """Compute Jᵀu, shape (D,), by one model call and one backward.
 
         Args:
             cotangent: u.
-            pushed: whether u was made of a tangent; its graph tells whether forward AD was verified for all that is in it.
+            pushed: whether u was made of a tangent; its graph shows whether forward AD was verified for all that is in it.
 
         Raises:
             RouteError: the tangent was wrong.
@@ -140,7 +140,7 @@ class Evaluation(ModelCall):
         return self.gather(gradients)
 
     def push(self, vector: Tensor) -> tuple[Batch, Tensor]:
-        """What terms see, and ż = J v of the output's shape; one model call by forward AD.
+        """The batch that terms see, and ż = J v of the output's shape; one model call by forward AD.
 
         Where an operation of the model lacks forward AD, by two backward passes through one recorded call instead.
         """
@@ -159,14 +159,14 @@ class Evaluation(ModelCall):
         return self.batch(z, form), reverse_tangents(self, z, leaves).push(tangents)
 
     def decline_forward_ad(self, z: Tensor, leaves: Sequence[Tensor]) -> str | None:
-        """Why forward AD must not be used at this state, noted on the problem; found out by the graph of z, which stays."""
+        """Why forward AD must not be used at this state, found by the graph of z (which stays) and noted on the problem."""
         check = partial(self.wrong_forward_ad, z, leaves, retain=True)
         reason = verdict(self, FORWARD_AD, check, [z])
         self.problem.noted(TangentNotes).no_forward_ad = reason
         return reason
 
     def _wrong_after(self, earlier: Tensor) -> str | None:
-        """The same after a tangent was taken, whose output is compared with that of another call."""
+        """Why forward AD must not be used, after a tangent was taken: its output is compared with that of another call."""
 
         graph: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""One call of the model on one batch at a snapshot, with nothing of the user's changed."""
+"""One call of the model on one batch at a snapshot, which changes nothing of the user's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class InputNotes:
 
 
 class ModelCall:
-    """One batch of a problem at a snapshot, to call the model on. Nothing is computed before it is asked for, nothing is kept.
+    """One batch of a problem at a snapshot, to call the model on. It computes nothing before that, and keeps nothing.
 
     Args:
         problem: the problem.
@@ -45,14 +45,14 @@ class ModelCall:
         self.snapshot = snapshot
         self.sample = sample
         self.operations: frozenset[str] = frozenset()
-        """Of the last recorded call; conversions of dtypes are none."""
+        """The operations of the last recorded call; conversions of dtypes are none."""
 
     def of(self, sample: ReadBatch) -> Self:
-        """The same of another batch."""
+        """The same problem and snapshot with another batch."""
         return type(self)(self.problem, self.snapshot, sample)
 
     def over(self, names: Sequence[str]) -> Self:
-        """The same batch with only these parameters to be differentiated."""
+        """The same batch, with only these parameters to be differentiated."""
         return type(self)(self.problem.restricted(names), self.snapshot, self.sample)
 
     def again(self) -> Callable[[], Self]:
@@ -82,7 +82,7 @@ class ModelCall:
     def run(
         self, tensors: Sequence[Tensor], sample: ReadBatch | None = None, *, once: bool = False
     ) -> tuple[Tensor, OutputForm]:
-        """z for the given tensors in place of the chosen parameters; calls the model once.
+        """Compute z for the given tensors in place of the chosen parameters; calls the model once.
 
         Raises:
             ProblemError: the model fails on the batch, draws random numbers, or returns something without a derivative.
@@ -93,7 +93,7 @@ class ModelCall:
         return form.join(raw), form
 
     def live_output(self) -> Tensor:
-        """z of the user's own module with its own parameters, without a graph, by one model call."""
+        """Compute z of the user's own module with its own parameters, without a graph, by one model call."""
         problem, state = self.problem, self.snapshot.state
         with (
             torch.set_grad_enabled(self.snapshot.structure.differentiates),
@@ -103,7 +103,7 @@ class ModelCall:
         return OutputForm(raw).join(raw).detach()
 
     def call(self, tensors: Sequence[Tensor], batch: Any, *, once: bool = False) -> Any:
-        """What the model returns for the given tensors, on the batch as it may be given to the model.
+        """Call the model with the given tensors, on the batch as it may be given to the model.
 
         Args:
             tensors: in place of the chosen parameters.
@@ -117,7 +117,7 @@ class ModelCall:
         return self._called(lambda: problem.model(tensors, state, batch), once=once)
 
     def _called(self, model: Callable[[], Any], *, once: bool = False) -> Any:
-        """What a call of the model returns, with nothing of the user's changed."""
+        """The result of a model call that changes nothing of the user's."""
         problem, effects = self.problem, self.snapshot.structure.effects
 
         def call() -> Any:
@@ -160,7 +160,7 @@ class ModelCall:
             raise ProblemError(f"the model failed on batch {self.sample.index}, a {shown}: {error}") from error
 
     def in_double(self) -> Callable[[Sequence[Tensor]], Tensor]:
-        """z in float64 for parameters in float64; every call of it calls the model once."""
+        """A function that computes z in float64 for parameters in float64; every call of it calls the model once."""
 
         def wide(t: Tensor) -> Tensor:
             return t.double() if t.is_floating_point() else t
@@ -197,7 +197,7 @@ class ModelCall:
     # -- differentiating ------------------------------------------------------------------------------------------------
 
     def differentiate(self, z: Tensor, leaves: Sequence[Tensor], u: Tensor) -> list[Tensor | None]:
-        """G = J(θ)ᵀu with a graph, by one backward.
+        """Compute G = J(θ)ᵀu with a graph, by one backward.
 
         Raises:
             ProblemError: an operation of the model forbids a second derivative.
@@ -213,7 +213,7 @@ class ModelCall:
         return self.problem.layout.gather(gradients, self.problem.device)
 
     def warn_constant(self) -> None:
-        """Some batches may leave a block of parameters out; whoever leaves out all may have given the wrong ones."""
+        """Warn if no batch depends on the parameters; some batches may leave a block of parameters out."""
         if self.problem.whole is not None:
             return
         warnings.warn(

@@ -49,8 +49,8 @@ class Problem(Setting):
         data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of batches.
         params: the parameters: None (all that require gradients), names or glob patterns, or a dict.
         forward: ``forward(model, batch) -> output`` for batches that are neither pairs nor mappings.
-        target: ``target(batch)`` for the same.
-        reduction: "mean" or "sum", how a callable loss reduces a batch; told from its values where possible. Means of batches
+        target: ``target(batch) -> target`` for such batches.
+        reduction: "mean" or "sum", how a callable loss reduces a batch; found from its values where possible. Means of batches
             are put together by their numbers of rows.
         samples: whether one sample is a row of a batch ("item") or an element of the loss ("position", as a token);
             decides gradient covariances.
@@ -216,12 +216,12 @@ class Problem(Setting):
 
     @property
     def num_samples(self) -> int:
-        """N, the number of samples whose share of the loss is not identically zero."""
+        """The number N of samples whose share of the loss is not identically zero."""
         self.snapshot()
         return self.totals.count
 
     def evaluations(self, snapshot: Snapshot, *, order_matters: bool = False) -> Iterator[Evaluation]:
-        """One pass over the data at a snapshot."""
+        """Go over the data once at a snapshot, one evaluation a batch."""
         order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
         # Which samples share a batch decides the matrix while they influence each other.
         order_matters = order_matters or bool(self.model.batch_statistics)
@@ -239,7 +239,7 @@ class Problem(Setting):
 
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
-        """One pass over the data as terms see it, at the parameters as they are now; batches live inside the context only.
+        """Go over the data once as terms see it, at the parameters as they are now; batches live inside the context only.
 
         >>> import torch
         >>> problem = Problem(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
@@ -253,7 +253,7 @@ class Problem(Setting):
             yield (evaluation.evaluate() for evaluation in self.evaluations(snapshot, order_matters=True))
 
     def factor_columns(self, term: Term) -> int:
-        """How many columns a row has in the factor of a term, told from the first batch by one model call.
+        """The number of columns a row has in the factor of a term, found by one model call on the first batch.
 
         Where outputs are made in chunks there is no factor of a batch; the number is then that of all outputs.
         """
@@ -271,7 +271,7 @@ class Problem(Setting):
         return known[term]
 
     def value(self) -> float:
-        """L(θ), the loss of the whole data set.
+        """The loss L(θ) of the whole data set.
 
         Raises:
             ProblemError: it is not finite.
@@ -286,7 +286,7 @@ class Problem(Setting):
             return self._finite(total / self.totals.denominator, math.isfinite(total), "value")
 
     def gradient(self) -> Tensor:
-        """∇L(θ), shape (D,).
+        """The gradient ∇L(θ) of the loss, shape (D,).
 
         Raises:
             ProblemError: it is not finite.
@@ -320,7 +320,7 @@ class Problem(Setting):
 
 
 class _FactorColumns(dict[Term, int]):
-    """Term -> columns of its factor for a row."""
+    """Numbers of columns of a term's factor for a row, by term."""
 
 
 def _one_of(name: str, value: object, allowed: Sequence[T]) -> T:

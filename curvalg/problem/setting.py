@@ -1,4 +1,4 @@
-"""The ground that evaluations stand on: model, data and loss at one state, options, and what is kept."""
+"""The ground that evaluations stand on: model, data and loss at one state, options, and kept values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Services:
-    """What evaluations are asked for and only floors above them know.
+    """Functions that evaluations ask for and only higher folders can give.
 
     Args:
         count: (setting) -> the totals of the whole data set.
@@ -104,7 +104,7 @@ class Setting:
 
     @property
     def size(self) -> int:
-        """Number of chosen parameters, D."""
+        """The number of chosen parameters, D."""
         return self.layout.size
 
     @functools.cached_property
@@ -114,7 +114,7 @@ class Setting:
 
     @property
     def loss(self) -> Loss | None:
-        """What the user's loss means; with its reduction, once the data were counted."""
+        """The loss that the user means; with its reduction, once the data were counted."""
         structure = self._structure
         return structure.loss if structure.totals is None else structure.totals.loss
 
@@ -134,7 +134,7 @@ class Setting:
             return structure.totals
 
     def need_loss(self) -> Loss:
-        """The loss.
+        """The loss, which must be there.
 
         Raises:
             LossError: there is none.
@@ -164,23 +164,23 @@ class Setting:
         self._forget()
 
     def _forget(self) -> None:
-        """What was found out about the model, its layers and outputs; all of it is of one structure."""
+        """Forget the notes about the model, its layers and outputs; all of them are of one structure."""
         self.model.corrected, self.model.composite = None, False
         self._notes: dict[type, Any] = {}
         self._strict_order = False
 
     def noted(self, kind: type[T]) -> T:
-        """What a part of the code has found out about the model, its layers or outputs, in an object of its own class."""
+        """Notes of one part of the code about the model, its layers or outputs, in an object of its own class."""
         if kind not in self._notes:
             self._notes[kind] = kind()
         return self._notes[kind]  # type: ignore[no-any-return]
 
     def slots(self) -> list[Slot]:
-        """Where every parameter and buffer of the model is."""
+        """The places of every parameter and buffer of the model."""
         return self.model.slots()
 
     def snapshot(self) -> Snapshot:
-        """The state now; the same object as long as nothing that is watched changes."""
+        """The state now, the same object as long as nothing that is watched changes."""
         with self._lock, LOCK:
             if self._snapshot is None or not self._snapshot.intact():
                 if not self._structure.intact():
@@ -215,7 +215,7 @@ class Setting:
         return self._budget
 
     def cached(self, snapshot: Snapshot) -> Cache:
-        """What is kept between products at a snapshot; lives as long as the snapshot or until :meth:`Problem.close`."""
+        """Values kept between products at a snapshot; they live as long as it or until :meth:`Problem.close`."""
         with self._lock:
             if (found := self._cached.get(snapshot)) is None:
                 found = self._cached[snapshot] = Cache(self._budget)
@@ -232,7 +232,7 @@ class Setting:
     # -- passes over the data -------------------------------------------------------------------------------------------
 
     def differentiating(self) -> AbstractContextManager[Any]:
-        """Where a product is taken, whatever the caller's context: gradients on, inference mode and autocast off.
+        """The context of a product, whatever the caller's: gradients on, inference mode and autocast off.
 
         The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
         """
@@ -246,19 +246,19 @@ class Setting:
         return stack
 
     def casting(self) -> AbstractContextManager[Any]:
-        """Where the model is called: under autocast if that was asked for."""
+        """The context of a model call: under autocast if that was asked for."""
         if self.autocast is None:
             return nullcontext()
         # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
     def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
-        """One pass over the data, batch by batch on the problem's device."""
+        """Read the data once, batch by batch, on the problem's device."""
         yield from self.data.read(self.device, order_matters=order_matters)
         self._structure.has_read()
 
     def number_samples(self) -> None:
-        """From now on samples are told apart by their running number: another order is an error.
+        """Identify samples by their running number from now on: another order is an error.
 
         Raises:
             ProblemError: the loader shuffles.
@@ -277,7 +277,7 @@ class Setting:
     # -- some of the parameters -----------------------------------------------------------------------------------------
 
     def restricted(self, patterns: Sequence[str]) -> Self:
-        """The same problem over some of its parameters only; shares data, counts and model.
+        """The problem over some of its parameters only; shares data, counts and model.
 
         Raises:
             ProblemError: a pattern that matches none.

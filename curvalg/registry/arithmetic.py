@@ -1,4 +1,4 @@
-"""Arithmetic of the numbers in a text: exact, and bounded in size."""
+"""Exact arithmetic of the numbers in a text, bounded in size."""
 
 from __future__ import annotations
 

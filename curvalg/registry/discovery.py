@@ -1,4 +1,4 @@
-"""Finding plugins: what installed distributions declare in the entry-point group ``curvalg.terms``.
+"""Discovery of plugins: what installed distributions declare in the entry-point group ``curvalg.terms``.
 
 Finding reads metadata and imports nothing. One distribution's broken metadata, or one plugin that fails to import,
 never hides another.
@@ -22,7 +22,7 @@ FIRST_PARTY = "curvalg"
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point.
+    """A plugin as its entry point declares it.
 
     Args:
         name: the term's short name.
@@ -40,7 +40,7 @@ class Plugin:
 
     @property
     def qualified_name(self) -> str:
-        """``distribution/name``."""
+        """The name with its distribution, ``distribution/name``."""
         return f"{self.distribution}/{self.name}"
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ def _plugins(name: str, distribution: metadata.Distribution) -> tuple[Plugin, ..
 
 
 def load(plugin: Plugin) -> object:
-    """What the entry point points to; imports its module.
+    """The object that the entry point points to; imports its module.
 
     Raises:
         RegistryError: it cannot be imported, or the attribute is missing; chained with the original exception.
@@ -114,7 +114,7 @@ def load(plugin: Plugin) -> object:
 
 
 def cure(plugin: Plugin, error: BaseException) -> str:
-    """What is most likely to help against an exception raised by a plugin's code."""
+    """The advice most likely to help against an exception raised by a plugin's code."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         own = plugin.entry.module.partition(".")[0]
         missing = error.name.partition(".")[0]
@@ -141,4 +141,4 @@ def _upgrade(plugin: Plugin) -> str:
 
 
 def _report(plugin: Plugin) -> str:
-    return f"tell its authors, or {_upgrade(plugin)}"
+    return f"report it to its authors, or {_upgrade(plugin)}"

@@ -1,4 +1,4 @@
-"""How messages about a text point into it."""
+"""Messages about a text that point to a place in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading expressions from text: the inverse of printing. Goes by Python's syntax tree and evaluates nothing."""
+"""Reading expressions from text, the inverse of printing: by Python's syntax tree, without evaluating anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From Python's syntax tree to an expression: which syntax is allowed and what it means. Evaluates nothing."""
+"""The reader from Python's syntax tree to an expression: which syntax is allowed and what it means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry: names to terms."""
+"""The registry, which maps names to terms."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Registry:
     # -- building ------------------------------------------------------------------------------------------------------
 
     def build(self, name: str, /, **options: Any) -> Expr:
-        """The expression of this name.
+        """Build the expression of this name.
 
         Args:
             name: a short name, or ``distribution/name``.
@@ -73,7 +73,7 @@ class Registry:
         return built
 
     def spec(self, name: str) -> TermSpec:
-        """What is known of a term; imports its plugin.
+        """The registry's entry for a term; imports its plugin.
 
         Args:
             name: a short name, or ``distribution/name``.
@@ -113,7 +113,7 @@ class Registry:
         return sorted({*BUILTIN, *ALIASES, *self._registered, *map(self._listed, self._valid())})
 
     def failures(self) -> dict[str, str]:
-        """Name -> what is wrong, of every plugin that cannot be used. Imports all plugins; never raises.
+        """Messages on every plugin that cannot be used, by name. Imports all plugins; never raises.
 
         >>> isinstance(Registry().failures(), dict)
         True
@@ -244,7 +244,9 @@ class Registry:
             raise RegistryError(self._unknown(name))
         if len(plugins) > 1:
             values = " and ".join(plugin.value for plugin in plugins)
-            raise RegistryError(f"{name!r} is declared more than once, as {values}; tell the authors of {distribution}")
+            raise RegistryError(
+                f"{name!r} is declared more than once, as {values}; report it to the authors of {distribution}"
+            )
         return self._load(plugins[0]), name, plugins[0]
 
     def _unknown(self, name: str) -> str:

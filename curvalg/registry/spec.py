@@ -1,4 +1,4 @@
-"""What the registry knows of a term: where it comes from, its options, and whether given options fit them."""
+"""Entries of the registry: where a term comes from, its options, and whether given options fit them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Origin = Literal["built-in", "plugin", "registered"]
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a term.
+    """One option of a term, as registered.
 
     Args:
         name: its keyword.
         annotation: its type, as written; empty where none is.
         default: its default; ``REQUIRED`` where there is none.
-        hint: the type itself; ``Any`` where it cannot be told.
+        hint: the type itself; ``Any`` where it is not known.
 
     >>> print(Option("samples", "int", 1, int))
     samples: int = 1
@@ -56,7 +56,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether it must be given."""
+        """Whether the option must be given."""
         return self.default is REQUIRED
 
     def __str__(self) -> str:
@@ -119,14 +119,14 @@ def summary_of(factory: Factory) -> str:
 
 
 def options_of(factory: object, who: str) -> tuple[Option, ...]:
-    """The options of a term class or function.
+    """The options that a term class or function takes.
 
     Args:
         factory: what a registration or an entry point gave.
         who: how messages call it.
 
     Raises:
-        RegistryError: not a factory, written for another contract, or its options cannot be told.
+        RegistryError: not a factory, written for another contract, or its options cannot be found.
     """
     if isinstance(factory, type) and issubclass(factory, NamedExpr):
         _check_class(factory, who)
@@ -185,7 +185,7 @@ def _hint(factory: Any, name: str, written: Any) -> Any:
     try:
         # One at a time: an annotation that only a type checker can resolve must not hide the others.
         return typing.get_type_hints(types.SimpleNamespace(__annotations__={name: written}), globalns=namespace)[name]
-    except Exception:  # evaluating an annotation may raise anything; what cannot be told is not checked
+    except Exception:  # evaluating an annotation may raise anything; what is not known is not checked
         return Any
 
 
@@ -223,7 +223,7 @@ def checked_options(spec: TermSpec, options: Mapping[str, Any]) -> dict[str, Any
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """``" (did you mean 'a' or 'b'?)"`` with the nearest three, or nothing where nothing is as close as ``cutoff`` of 1."""
+    """A hint ``" (did you mean 'a' or 'b'?)"`` with the nearest three, or nothing where none is as close as ``cutoff`` of 1."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, 3, cutoff)]
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
@@ -272,7 +272,7 @@ def _fits_tuple(value: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
 
 
 def refused_result(spec: TermSpec, built: object) -> str | None:
-    """Why what a factory returned is no expression the algebra can hold; None where it is one."""
+    """The reason why what a factory returned is no expression the algebra can hold; None where it is one."""
     if not isinstance(built, Expr):
         return f"returned {type(built).__name__}, not an expression"
     try:

@@ -41,7 +41,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Step:
-    """One law that fired."""
+    """One law that was applied."""
 
     law: str
     before: Expr
@@ -99,13 +99,13 @@ def rewrite(expr: Expr, laws: Sequence[Law], loss: LossFacts | None = None) -> R
 
 
 def _changed(node: Expr, done: Mapping[Expr, Expr]) -> tuple[Expr, ...]:
-    """What the children have become; nothing where that is what they were."""
+    """The children that have changed, or nothing."""
     visited = tuple(done[child] for child in node.children)
     return () if all(new is old for new, old in zip(visited, node.children, strict=True)) else visited
 
 
 def _run(expr: Expr, visit: Callable[[Expr], Iterator[Expr]], done: Mapping[Expr, Expr]) -> None:
-    """A recursion on a stack of its own: Python's is too short for deep expressions."""
+    """Run a recursion on a stack of its own: Python's is too short for deep expressions."""
     stack = [visit(expr)]
     while stack:
         needed = next(stack[-1], None)

@@ -64,15 +64,15 @@ class Checkpoint:
         self._next = time.monotonic() + INTERVAL
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        """Let no other run write the file.
+        """A context in which no other run writes the file.
 
         Raises:
-            CheckpointError: one does.
+            CheckpointError: another run does.
         """
         return self.place.held()
 
     def due(self) -> bool:
-        """Whether it is time to write again."""
+        """Whether it is time to write the file again."""
         return time.monotonic() >= self._next
 
     def mark(self) -> None:
@@ -82,7 +82,7 @@ class Checkpoint:
         self._marked = {**self._choices.recalled, **self._choices.choices}, exponent
 
     def save(self, algorithm: Named, state: State, seconds: float) -> None:
-        """Write a state. Where that fails, the file that is there stays as it is, and a warning is all: results count more."""
+        """Write a state. Where that fails, the existing file stays as it is, with only a warning: results count more."""
         begin = time.monotonic()
         header = json.dumps(
             {
@@ -136,7 +136,7 @@ class Checkpoint:
         return state, float(header["seconds"])
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Header and tensors of a file that is whole."""
+        """The header and tensors of a file that is whole."""
         try:
             with safe_open(self.place.path, "pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
@@ -220,7 +220,7 @@ def _are_sums(value: Any) -> TypeGuard[list[list[float]]]:
 
 
 def same_sums(left: list[list[float]], right: list[list[float]]) -> bool:
-    """Whether sums, each with how far rounding may take it, are the same."""
+    """Whether sums, each with its possible error by rounding, are the same."""
     pairs = zip(left, right, strict=False)
     return len(left) == len(right) and all(abs(a - b) <= max(most, others) for (a, most), (b, others) in pairs)
 

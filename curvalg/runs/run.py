@@ -15,7 +15,7 @@ from curvalg.runs.unit import Outgrown
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended.
+    """The outcome of a run: its last state, and what it took.
 
     Args:
         state: the last complete one.

@@ -1,4 +1,4 @@
-"""Where a file of a run lies: tried before anything is computed, held by one run at a time, replaced in one piece."""
+"""The file of a run: its place tried before anything is computed, held by one run at a time, replaced in one piece."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ except ImportError:  # Windows
 
 
 FileName = str | os.PathLike[str]
-"""Of a file that a run is written to."""
+"""The name of a file that a run is written to."""
 Stamp = tuple[int, int, int] | None
-"""What tells one file from another in the same place; None where there is none."""
+"""What identifies a file in its place, so that another one there is noticed; None where there is none."""
 
 
 class RunFile:
@@ -69,7 +69,7 @@ class RunFile:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let no other run write there.
+        """A context in which no other run writes there.
 
         Raises:
             CheckpointError: another run holds it.
@@ -132,7 +132,7 @@ class RunFile:
             raise self._refused("it must not be read and written by this user")
 
     def _own(self) -> IO[str]:
-        """The file beside it, locked."""
+        """The locked file beside it."""
         beside = self._beside("lock")
         while True:
             file = open(beside, "a+", encoding="utf-8")  # noqa: SIM115  open for as long as the place is held
@@ -177,7 +177,7 @@ class RunFile:
 
 
 def require_place(path: FileName | None) -> None:
-    """Refuse, before anything is computed, a place where no file can be written; None is none.
+    """Raise, before anything is computed, for a place where no file can be written; None is none.
 
     Raises:
         CheckpointError: it is one, or another run writes there.

@@ -16,7 +16,7 @@ from curvalg.tensors import trees
 
 
 def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
-    """Name -> what JSON can hold; names are words for messages.
+    """The fingerprint of a run: name -> what JSON can hold; names are words for messages.
 
     Args:
         expr: that the run multiplies by.
@@ -47,7 +47,7 @@ def _arrays(expr: Expr) -> list[str]:
 
 
 def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
-    """What model and loss compute, which may differ by rounding: of another machine, number of threads, or batches."""
+    """Numbers that model and loss compute, which may differ by rounding: of another machine, number of threads, or batches."""
     kept = problem.cached(snapshot).get("numbers", None, lambda: numbers(problem))
     tolerance = max(torch.finfo(problem.dtype).eps ** 0.5, rounding)
     return {name: _sums(found, tolerance) for name, found in kept.items()}
@@ -58,7 +58,7 @@ def _needs_model(expr: Expr) -> bool:
 
 
 def _data(problem: Problem) -> str | list[list[float]] | None:
-    """Of data that lie in memory their bits; of a loader the sums that its passes are compared by."""
+    """The bits of data that lie in memory; of a loader, the sums that its passes are compared by."""
     if problem.data.fixed:
         return digest(*trees.tensors(problem.data.source))
     return None if (found := problem.data.contents) is None else _sums(found, TOLERANCE)

@@ -1,4 +1,4 @@
-"""What a resumable algorithm is: a small object and a state that it maps to the next one."""
+"""The contract of a resumable algorithm: a small object and a state that it maps to the next one."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class State:
 
     @property
     def products(self) -> int:
-        """Products with one vector so far."""
+        """The number of products with one vector so far."""
         return self.count("products")
 
     def count(self, name: str) -> int:
-        """A number that is an integer."""
+        """The number of this name, which is an integer."""
         number = self.numbers[name]
         assert isinstance(number, int)
         return number
@@ -48,7 +48,7 @@ def is_count(value: object) -> bool:
 
 
 def sizes(state: State, numbers: Mapping[str, Callable[[object], bool]], tensors: Form) -> dict[str, int] | None:
-    """What the letters of a form stand for; None for a state that has another form.
+    """The sizes that the letters of a form stand for; None for a state that has another form.
 
     Args:
         state: as it was read from a file.
@@ -75,25 +75,25 @@ def sizes(state: State, numbers: Mapping[str, Callable[[object], bool]], tensors
 
 
 class Named(Protocol):
-    """What a checkpoint tells of a run."""
+    """The description of a run in a checkpoint."""
 
     @property
     def name(self) -> str:
-        """For messages and checkpoints."""
+        """The name for messages and checkpoints."""
         ...
 
     @property
     def options(self) -> Options:
-        """All that decides the result, except the operator."""
+        """Everything that decides the result, except the operator."""
         ...
 
     def fits(self, state: State) -> bool:
-        """Whether what was read from a file can be a state of this algorithm."""
+        """Whether a state read from a file can be one of this algorithm."""
         ...
 
 
 class Algorithm(Named, Protocol):
-    """A resumable algorithm.
+    """A resumable algorithm, as a map from each state to the next.
 
     ``step`` is a function of the state alone: random numbers come from CPU generators that are seeded by numbers in the
     state, and choices that were measured are looked up there. So a run that was killed and resumed gives the same bits.
@@ -104,7 +104,7 @@ class Algorithm(Named, Protocol):
         ...
 
     def step(self, state: State) -> State:
-        """The next state."""
+        """The state after this one."""
         ...
 
     def done(self, state: State) -> bool:
@@ -112,5 +112,5 @@ class Algorithm(Named, Protocol):
         ...
 
     def expected(self, state: State) -> int:
-        """Products that all of it will take, by a guess that may change."""
+        """The products that the whole run will take, by a guess that may change."""
         ...

@@ -23,7 +23,7 @@ from curvalg.solve.trail import Mark, Trail
 
 @dataclass(frozen=True)
 class Solve:
-    """What a solve is called in a checkpoint, and all that decides its result but the number of iterations."""
+    """The description of a solve in a checkpoint: all that decides its result but the number of iterations."""
 
     options: Options
     name: str = "solve"
@@ -140,7 +140,7 @@ class FileTrail(Trail):
         file.save(self._solve, _packed(self._parts), self._before + time.perf_counter() - self._begin)
 
     def close(self) -> None:
-        """Write the last state."""
+        """Write the last state to the file."""
         self._bar.close()
         with self._held:
             if self._file is not None and self._parts:

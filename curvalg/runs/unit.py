@@ -1,4 +1,4 @@
-"""A power of two as the unit of an operator: whatever its scale, algorithms see numbers near one, and their squares."""
+"""A power of two as the unit of an operator: whatever its scale, algorithms work on numbers near one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Finite:
         return self.sized(x)[0]
 
     def sized(self, x: Tensor) -> tuple[Tensor, float]:
-        """The product and its largest magnitude, which tells all at the price of one look.
+        """The product and its largest magnitude, which shows all in one reduction.
 
         Raises:
             ProblemError: it is not finite.
@@ -58,7 +58,7 @@ class Finite:
 
 
 class PowerOfTwo:
-    """2^exponent, near the norm of an operator.
+    """The unit 2^exponent, near the norm of an operator.
 
     It is found from the first product that is not zero, which costs nothing, and is 1 at ordinary scales. Powers of two are
     exact, so that no digit depends on it, except for those that would otherwise be lost to under- or overflow. Where a first
@@ -89,11 +89,11 @@ class PowerOfTwo:
         return product
 
     def to(self, x: Tensor) -> Tensor:
-        """True numbers in this unit."""
+        """Convert true numbers to this unit."""
         return self._times(x, -1)
 
     def back(self, x: Tensor) -> Tensor:
-        """Numbers in this unit as they truly are.
+        """Convert numbers in this unit to true numbers.
 
         Raises:
             ProblemError: they are out of range.
@@ -125,10 +125,10 @@ class PowerOfTwo:
 
 
 def _largest(x: Tensor) -> float:
-    """max |entry|, NaN where one is."""
+    """The largest magnitude of an entry, NaN where one is."""
     return float(x.abs().amax()) if x.numel() else 0.0
 
 
 def _exponent(number: float) -> int:
-    """e with 2^e ≤ number < 2^(e + 1)."""
+    """The exponent e with 2^e ≤ number < 2^(e + 1)."""
     return math.frexp(number)[1] - 1

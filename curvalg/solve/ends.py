@@ -1,4 +1,4 @@
-"""Which eigenvalues are wanted: the ends of a spectrum, as ``scipy.sparse.linalg.eigsh`` names them."""
+"""Ends of a spectrum: which eigenvalues are wanted, as ``scipy.sparse.linalg.eigsh`` names them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Which: TypeAlias = Literal["LA", "SA", "LM", "BE"]
 
 @dataclass(frozen=True)
 class Side:
-    """One end of ascending eigenvalues.
+    """One end of a list of ascending eigenvalues.
 
     Args:
-        merit: of eigenvalues; the largest are wanted.
+        merit: a function of eigenvalues; those with the largest merit are wanted.
         count: how many.
         last: among equals, whether those at the end come first, so that the two ends do not meet before they must.
     """
@@ -27,7 +27,7 @@ class Side:
     last: bool
 
     def order(self, values: Tensor) -> Tensor:
-        """Positions by falling merit."""
+        """Positions sorted by falling merit."""
         merits = self.merit(values)
         if not self.last:
             return merits.argsort(descending=True, stable=True)
@@ -48,7 +48,7 @@ SIDES: dict[str, Callable[[int], tuple[Side, ...]]] = {
 
 
 def wanted(values: Tensor, which: Which, k: int) -> Tensor:
-    """Positions (k,) of the wanted ones among ascending values, ascending; there must be at least k values."""
+    """The positions (k,) of the wanted ones among ascending values, ascending; there must be at least k values."""
     return torch.cat([side.order(values)[: side.count] for side in SIDES[which](k)]).sort().values
 
 

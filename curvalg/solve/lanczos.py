@@ -20,13 +20,13 @@ from curvalg.solve.solve_result import Matmul
 
 @dataclass(frozen=True)
 class Krylov:
-    """A V = V T + Q B on the orthogonal complement of locked vectors.
+    """A Krylov decomposition A V = V T + Q B on the orthogonal complement of locked vectors.
 
     Args:
         basis: orthonormal rows (locked + a + p, n): locked vectors, V, Q.
         locked: how many rows the search stays orthogonal to.
         projected: T (a, a), symmetric, float64 on the CPU.
-        coupling: B (p, a), the same.
+        coupling: B (p, a), float64 on the CPU.
         seed: of the random directions.
         draws: how many times random directions were drawn.
     """
@@ -40,17 +40,17 @@ class Krylov:
 
     @property
     def multiplied(self) -> int:
-        """a, the dimension of the projected problem."""
+        """The dimension a of the projected problem."""
         return len(self.projected)
 
     @property
     def pending(self) -> Tensor:
-        """Q, rows (p, n)."""
+        """The pending block Q, rows (p, n)."""
         return self.basis[self.locked + self.multiplied :]
 
     @property
     def vectors(self) -> Tensor:
-        """V, rows (a, n)."""
+        """The multiplied vectors V, rows (a, n)."""
         return self.basis[self.locked : self.locked + self.multiplied]
 
     @property
@@ -59,13 +59,13 @@ class Krylov:
         return not len(self.pending)
 
     def used(self) -> int:
-        """Vectors held beside the locked ones."""
+        """The number of vectors held beside the locked ones."""
         return self.basis.shape[0] - self.locked
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """Eigenpairs of the projected matrix.
+    """Ritz pairs: eigenpairs of the projected matrix.
 
     Args:
         values: ascending, (a,).
@@ -79,7 +79,7 @@ class Ritz:
 
     @property
     def scale(self) -> float:
-        """|θ|max, which tolerances are relative to."""
+        """The largest |θ|, which tolerances are relative to."""
         return float(self.values.abs().max()) if len(self.values) else 0.0
 
 
@@ -123,14 +123,16 @@ def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
 
 
 def ritz(krylov: Krylov) -> Ritz:
-    """The Ritz pairs."""
+    """The Ritz pairs of a decomposition."""
     values, weights = torch.linalg.eigh(krylov.projected)
     return Ritz(values, weights, (krylov.coupling @ weights).norm(dim=0))
 
 
 def compress(krylov: Krylov, weights: Tensor, capacity: int) -> Krylov:
-    """A thick restart: V becomes V · weights, for orthonormal weights (a, l) that span an invariant subspace of T, exactly or
-    nearly; the pending block stays, so that nothing is lost of vectors that are kept."""
+    """A thick restart: V becomes V · weights, for orthonormal weights (a, l) that span an invariant subspace of T.
+
+    The subspace may be nearly invariant; the pending block stays, so that nothing is lost of vectors that are kept.
+    """
     # One new storage, written once: at this size every copy counts.
     locked, n = krylov.locked, krylov.basis.shape[1]
     rows = locked + weights.shape[1] + len(krylov.pending)
@@ -164,7 +166,7 @@ def rebuild(krylov: Krylov, kept: Tensor, products: Tensor, start: Tensor, width
 
 
 def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
-    """With a pending block from given rows, filled up with random ones; there is none before."""
+    """The decomposition with a pending block from given rows, filled up with random ones; there is none before."""
     room = krylov.basis.shape[1] - krylov.basis.shape[0]
     if len(start) and room:
         start = scaled(start, -exponents(start.T)[:, None])
@@ -176,7 +178,7 @@ def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
 
 
 def _drawn(krylov: Krylov, count: int, capacity: int) -> Krylov:
-    """With random directions in the pending block, at most as many as there is room for; V is not coupled to them."""
+    """The decomposition with as many random directions in the pending block as there is room for; V is not coupled to them."""
     count = min(count, krylov.basis.shape[1] - krylov.basis.shape[0])
     if count <= 0:
         return krylov

@@ -31,14 +31,14 @@ class _Recurrence:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> _Recurrence:
-        """From the tensors of a mark."""
+        """Make the recurrences from the tensors of a mark."""
         state = cls(torch.zeros(0, 0), same)
         for name in vars(state):
             setattr(state, name, tensors[name].to(device))
         return state
 
     def arrange(self) -> None:
-        """Lie in memory as tensors from a file do: sums along columns depend on that in their last bits."""
+        """Arrange the memory as that of tensors from a file: sums along columns depend on that in their last bits."""
         for name, value in vars(self).items():
             setattr(self, name, value.contiguous())
 
@@ -48,7 +48,7 @@ class _Recurrence:
             setattr(self, name, value[..., kept])
 
     def step(self, matmul: Matmul, apply: Matmul) -> Tensor:
-        """One Lanczos step and one Givens rotation; the update of x. ``eta`` becomes the residual's estimate."""
+        """Make one Lanczos step and one Givens rotation, and update x. ``eta`` becomes the residual's estimate."""
         z = self.z / self.gamma
         az = matmul(z)
         delta = (az * z).sum(0)

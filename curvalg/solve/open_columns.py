@@ -1,4 +1,4 @@
-"""Book-keeping that the iterative solvers share: columns that end are frozen, the rest go on in smaller products."""
+"""Book-keeping that the iterative solvers share: columns that end are frozen, the others go on in smaller products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERFLOW = "the residual or the solution is not finite (out of range of the dtyp
 
 
 def same(r: Tensor) -> Tensor:
-    """No preconditioner."""
+    """The residuals themselves, for solves without a preconditioner."""
     return r
 
 
@@ -129,18 +129,18 @@ class OpenColumns:
         return int(mark.numbers["step"])
 
     def own(self, mark: Mark, *names: str) -> list[Tensor]:
-        """Tensors of the method, on the device of the right-hand sides."""
+        """The tensors of the method, on the device of the right-hand sides."""
         return [mark.tensors[name].to(self.b.device) for name in names]
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(positions kept, x, r) after freezing the columns that need no iteration."""
+        """Start a solve: (positions kept, x, r) after freezing the columns that need no iteration."""
         kept = self.freeze((self.residual <= self.tolerance) & torch.isfinite(self.residual), CONVERGED)
         x = self.best[:, self.active].clone()
         r = self.b[:, self.active] if not bool(x.any()) else self.b[:, self.active] - self.matmul(x)
         return kept, x, r
 
     def meets(self, x: Tensor, norms: Tensor, columns: Tensor, factor: Tensor | float = 1.0) -> Tensor:
-        """Which true residual norms of iterates x meet the tolerance, times a factor, or what products leave by rounding."""
+        """The mask of residual norms of iterates x that meet the tolerance, times a factor, or are rounding of products."""
         tolerance = factor * self.tolerance[columns]
         if self.noise:
             tolerance = tolerance + self.noise * self.matmul.size * x.norm(dim=0)
@@ -156,7 +156,7 @@ class OpenColumns:
         return kept
 
     def count(self) -> None:
-        """One more iteration of the active columns."""
+        """Count one more iteration of the active columns."""
         self.iterations[self.active] += 1
 
     def record(self, norms: Tensor) -> None:

@@ -58,7 +58,7 @@ def complete(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """weights (q, p) · rows (p, n), the weights from the small float64 problem."""
+    """The product weights (q, p) · rows (p, n), the weights from the small float64 problem."""
     return weights.to(rows) @ rows
 
 
@@ -79,7 +79,7 @@ def grown(basis: Tensor, new: Tensor, capacity: int) -> Tensor:
 
 
 def small(t: Tensor) -> Tensor:
-    """For the projected problem: float64 on the CPU."""
+    """A tensor for the projected problem: float64 on the CPU."""
     return t.to("cpu", torch.float64)
 
 
@@ -98,14 +98,14 @@ def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _less(block: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
-    """block − coefficients · basis, reading only the rows that count."""
+    """The difference block − coefficients · basis, reading only the rows that count."""
     rows = coefficients.any(0).nonzero()
     first = int(rows[0]) if len(rows) else len(basis)
     return torch.addmm(block, coefficients[:, first:].to(block), basis[first:], alpha=-1)
 
 
 def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
-    """block = triangleᵀ · rows with orthonormal rows; one is zero where nothing but rounding is left of it."""
+    """Factors of block = triangleᵀ · rows with orthonormal rows; one is zero where only rounding is left of it."""
     if len(block) > NARROW:
         if (found := _by_cholesky(block)) is not None:
             return found
@@ -125,7 +125,7 @@ def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_cholesky(block: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same by Gram matrices, two matrix products for each of two passes; None for rows that are nearly dependent.
+    """Factors as of ``_factorise`` by Gram matrices, two products in each of two passes; None for nearly dependent rows.
 
     Cholesky QR twice (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 2015), which is orthonormal to rounding as long as
     the condition number is below eps^-1/2.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def exponents(columns: Tensor) -> Tensor:
-    """The e (K,) with 2^e ≤ max |entry| < 2^(e + 1) of each column (n, K); 0 for zero columns and those not finite."""
+    """The exponents e (K,) with 2^e ≤ max |entry| < 2^(e + 1) of each column (n, K); 0 for zero and non-finite columns."""
     if not len(columns):
         return torch.zeros(columns.shape[1], dtype=torch.int32, device=columns.device)
     largest = columns.abs().amax(0)
@@ -16,13 +16,13 @@ def exponents(columns: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, exponent: Tensor) -> Tensor:
-    """2^e x along the last axis; in two steps, for 2^e itself may be out of range where the product is not."""
+    """The product 2^e x along the last axis, in two steps, as 2^e itself may be out of range where the product is not."""
     half = exponent // 2
     one = torch.ones_like(half, dtype=x.dtype)
     return x * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
 
 
 def norms(columns: Tensor) -> Tensor:
-    """‖column‖ (K,), also where squares would overflow or vanish."""
+    """The norms ‖column‖ (K,), also where squares would overflow or vanish."""
     unit = exponents(columns)
     return scaled(scaled(columns, -unit).norm(dim=0), unit)

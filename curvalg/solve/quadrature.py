@@ -44,32 +44,32 @@ class Recurrences:
 
     @property
     def steps(self) -> int:
-        """j, how many were made."""
+        """The number j of steps that were made."""
         return len(self.alphas)
 
     @property
     def width(self) -> int:
-        """p, how many recurrences there are."""
+        """The number p of recurrences."""
         return self.alphas.shape[1]
 
     @property
     def going(self) -> Tensor:
-        """Which recurrences have not ended, bool (p,)."""
+        """The mask (p,) of recurrences that have not ended."""
         return self.betas[-1] > 0 if self.steps else torch.ones(self.width, dtype=torch.bool)
 
     def vectors(self) -> Tensor:
-        """V of each recurrence that is kept whole, (p, j, n), a view."""
+        """The vectors V of each recurrence that is kept whole, (p, j, n), a view."""
         return self.basis.view(-1, self.width, self.basis.shape[1]).transpose(0, 1)[:, : self.steps]
 
 
 def begin(start: Tensor, *, whole: bool, capacity: int) -> Recurrences:
-    """Recurrences from unit rows (p, n)."""
+    """The recurrences that begin at unit rows (p, n)."""
     none = torch.zeros(0, len(start), dtype=torch.float64)
     return Recurrences(start.contiguous(), none, none, whole, capacity)
 
 
 def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
-    """One step of all recurrences that have not ended, by one product with their columns."""
+    """Make one step of all recurrences that have not ended, by one product with their columns."""
     p, going = old.width, old.going
     current, previous = old.basis[-p:], old.basis[-2 * p : -p]
     product = _product(current, going.to(current.device), matmul)
@@ -108,7 +108,7 @@ def gauss(alphas: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_column(alphas: Tensor, betas: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """f(T) e₁ of each recurrence, (p, j)."""
+    """The vector f(T) e₁ of each recurrence, (p, j)."""
     values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
     return torch.einsum("pij,pj->pi", vectors, function(values) * vectors[:, 0, :])
 
@@ -127,7 +127,7 @@ class GaussRules:
     coarse: tuple[Tensor, Tensor]
 
     def mean(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
-        """E qᵀ f(A) q as (value, standard error over the vectors, estimated error of the quadrature).
+        """The mean E qᵀ f(A) q as (value, standard error over the vectors, estimated error of the quadrature).
 
         The standard error of a single vector is NaN. The quadrature is compared with that of fewer steps.
         """
@@ -147,7 +147,7 @@ def rule(alphas: Tensor, betas: Tensor) -> GaussRules:
 
 
 def standard_error(each: Tensor) -> Tensor:
-    """Of the mean over the first axis, wider for few by Student's t, so that twice as much holds for 95 of 100 means.
+    """The standard error of the mean over the first axis, widened by Student's t so that twice as much covers 95 %.
 
     The spread of four numbers is itself known to a third. NaN for a single one.
     """
@@ -161,13 +161,13 @@ def standard_error(each: Tensor) -> Tensor:
 
 
 def _tridiagonal(alphas: Tensor, betas: Tensor) -> Tensor:
-    """(p, j, j)."""
+    """The tridiagonal matrices, (p, j, j)."""
     beside = betas[: len(alphas) - 1].T
     return torch.diag_embed(alphas.T) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
 
 
 def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
-    """A times the rows that are multiplied, zeros for the others."""
+    """The product of A with the rows that are multiplied, zeros for the others."""
     if bool(going.all()):
         return matmul(rows.T).T.contiguous()
     full = torch.zeros_like(rows)
@@ -178,7 +178,7 @@ def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
 def _three_term(
     product: Tensor, current: Tensor, previous: Tensor, old: Recurrences, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A v − α v − β v₋₁ for each row, written to ``out``, since products may return something they keep; α; the norms."""
+    """The rows A v − α v − β v₋₁, written to ``out``, since products may return something they keep; α; the norms."""
     alphas, norms, group = [], [], max(1, CACHED // current.shape[1])
     for some in range(0, len(current), group):
         rows = slice(some, some + group)
@@ -192,7 +192,7 @@ def _three_term(
 
 
 def _purged(rest: Tensor, vectors: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Without its parts along the vectors (p, j, n), and the norms; a second time where the first one took much away."""
+    """The rows without their parts along the vectors (p, j, n), and the norms; twice where the first pass took much away."""
     for _ in range(2):
         coefficients = torch.bmm(vectors, rest[:, :, None])
         rest = torch.baddbmm(rest[:, None, :], coefficients.transpose(1, 2), vectors, alpha=-1)[:, 0]

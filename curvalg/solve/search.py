@@ -1,4 +1,4 @@
-"""The search for a few eigenpairs: grow, check with true residuals, restart, and look for what may have been missed.
+"""The search for a few eigenpairs: grow, check with true residuals, restart, and look for what was missed.
 
 A Krylov space of width p holds at most p eigenvectors of a repeated eigenvalue, so pairs that meet the tolerance are not
 yet the right ones. They are challenged: the search goes on from random directions orthogonal to them, for as long as some
@@ -31,7 +31,7 @@ CAUTION = 3.0
 
 @dataclass(frozen=True)
 class Aim:
-    """What is searched, and with what means.
+    """The aim of a search: wanted pairs, tolerance and means.
 
     Args:
         k: how many pairs.
@@ -52,7 +52,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Search:
-    """Where a search stands.
+    """The state of a search for eigenpairs.
 
     Args:
         krylov: the decomposition; while the wanted pairs are challenged and when done, its first k vectors are theirs.
@@ -72,12 +72,12 @@ class Search:
 
     @property
     def over(self) -> bool:
-        """Whether there is nothing more to do."""
+        """Whether nothing is left to do."""
         return self.phase in (DONE, STAGNATED)
 
 
 def start(aim: Aim, locked: Tensor, rows: Tensor) -> Search:
-    """Before the first product.
+    """The state before the first product.
 
     Args:
         aim: what is searched.
@@ -90,7 +90,7 @@ def start(aim: Aim, locked: Tensor, rows: Tensor) -> Search:
 
 
 def step(search: Search, aim: Aim, matmul: Matmul) -> Search:
-    """One block of products, and whatever follows from it."""
+    """Multiply one block, and do whatever follows from it."""
     capacity = search.krylov.locked + aim.subspace
     krylov = extend(search.krylov, matmul, aim.width, capacity)
     search = replace(search, krylov=krylov, blocks=search.blocks + 1)
@@ -117,7 +117,7 @@ def check(search: Search, aim: Aim, matmul: Matmul) -> Search:
 
 
 def current(search: Search, aim: Aim) -> tuple[Tensor, Tensor, Tensor]:
-    """(values ascending, vectors as rows, residuals) as good as they are known; residuals are estimates before a check."""
+    """The pairs (values ascending, vectors as rows, residuals) as known now; residuals are estimates before a check."""
     if search.phase != SEARCH:
         return search.values, search.krylov.vectors[: len(search.values)], search.residuals
     pairs = ritz(search.krylov)
@@ -127,7 +127,7 @@ def current(search: Search, aim: Aim) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def settled(search: Search, aim: Aim) -> int:
-    """How many of the wanted pairs meet the tolerance by estimate."""
+    """The number of the wanted pairs that meet the tolerance by estimate."""
     values, _, residuals = current(search, aim) if search.phase != SEARCH else _estimates(search, aim)
     scale = float(values.abs().max()) if len(values) else 0.0
     return int((residuals <= aim.tol * scale).sum())
@@ -140,13 +140,13 @@ def _estimates(search: Search, aim: Aim) -> tuple[Tensor, None, Tensor]:
 
 
 def _due(krylov: Krylov, aim: Aim) -> bool:
-    """Whether it is time for Ritz pairs: their cost grows with the third power of the dimension, and pays seldom then."""
+    """Whether Ritz pairs should be computed now: their cost grows with the third power of the dimension."""
     stride = max(aim.width, krylov.multiplied // 32)
     return krylov.exhausted or _full(krylov, aim) or krylov.multiplied % stride < aim.width
 
 
 def _full(krylov: Krylov, aim: Aim) -> bool:
-    """Whether the next block does not fit."""
+    """Whether the next block does not fit into memory."""
     whole = krylov.basis.shape[0] >= krylov.basis.shape[1]
     return not whole and krylov.used() + aim.width > aim.subspace
 
@@ -159,7 +159,7 @@ def _claims(search: Search, aim: Aim, pairs: Ritz) -> bool:
 
 
 def _checked(search: Search, aim: Aim, pairs: Ritz, matmul: Matmul) -> Search:
-    """After a look at the true residuals of the wanted pairs."""
+    """The search after a look at the true residuals of the wanted pairs."""
     krylov, chosen = search.krylov, wanted(pairs.values, aim.which, aim.k)
     capacity = krylov.locked + aim.subspace
     values = pairs.values[chosen]

@@ -1,4 +1,4 @@
-"""What every solver returns: an iterate and a report for each column."""
+"""The result of every solver: an iterate and a report for each column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Matmul = Callable[[Tensor], Tensor]
 
 CONVERGED = "converged"
 ROUNDING = "converged: what is left is rounding of the products"
-"""Of a direct solve whose residual is above the tolerance, but as small as it can be."""
+"""The reason of a direct solve whose residual is above the tolerance, but as small as it can be."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SolveResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every column converged."""
+        """Whether every column has converged."""
         return bool(self.converged.all())
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""Where an iterative solve has been: what it can be resumed from, or ended at."""
+"""The trail of an iterative solve: states that it can be resumed from, or ended at."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Trail:
         self.start = self.last = start
 
     def mark(self, mark: Mark) -> None:
-        """Called between iterations."""
+        """Remember a mark; called between iterations."""
         self.last = mark
 
     def close(self) -> None:
-        """No mark comes any more."""
+        """End the trail: no mark comes any more."""
 
     def part(self, number: int) -> Trail:
         """The trail of one of several solves, one after the other."""

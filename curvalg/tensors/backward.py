@@ -22,7 +22,7 @@ def backward(
     retain_graph: bool | None = None,
     batched: bool = False,
 ) -> list[Tensor | None]:
-    """Σ cotangentᵀ ∂outputs/∂inputs; outputs that are None or constant count as zero, edges stand for tensors that are gone.
+    """Sum Σ cotangentᵀ ∂outputs/∂inputs; None or constant outputs count as zero, edges stand for tensors that are gone.
 
     With ``batched`` all cotangents have a leading axis, and so do the results.
 
@@ -53,7 +53,7 @@ def backward(
 def backward_from(
     edge: GradientEdge, inputs: Sequence[Tensor], cotangent: Tensor, *, retain_graph: bool
 ) -> list[Tensor | None]:
-    """cotangentᵀ ∂/∂inputs of the tensor whose gradient arrives at an edge.
+    """The product cotangentᵀ ∂/∂inputs of the tensor whose gradient arrives at an edge.
 
     Raises:
         ProblemError: autograd fails for a known reason that has a cure.
@@ -66,7 +66,7 @@ def backward_from(
 
 
 def _refuse_known(error: RuntimeError) -> None:
-    """Say what to do where autograd fails for a known reason.
+    """Raise an error that says what to do where autograd fails for a known reason.
 
     Raises:
         StaleError: a tensor that a graph needs was changed in place.
@@ -86,7 +86,7 @@ def _refuse_known(error: RuntimeError) -> None:
 def backward_columns(
     z: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor, *, batched: bool | None = None
 ) -> tuple[list[Tensor | None], bool]:
-    """Jᵀs for cotangents (K, *z.shape), each result with a leading axis of length K; the graph stays.
+    """Products Jᵀs for cotangents (K, *z.shape), each result with a leading axis of length K; the graph stays.
 
     Args:
         z: the output.

@@ -1,4 +1,4 @@
-"""Sums over batches: the one place where they are added, and where a data-parallel run will need its one all-reduce."""
+"""Sums over batches: the one place where they are added, and where a data-parallel run needs its one all-reduce."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from curvalg.tensors import trees
 
 
 class BatchSum:
-    """What batches give, added one after the other.
+    """The sum of what batches give, added one after the other.
 
     Args:
         dtype: that floating-point numbers are added in; None: their own.
@@ -24,7 +24,7 @@ class BatchSum:
         self._ours = False
 
     def add(self, part: Any) -> None:
-        """One more tensor, or pytree of tensors; None adds nothing."""
+        """Add one more tensor, or pytree of tensors; None adds nothing."""
         if part is None:
             return
         if self._dtypes is None and self._dtype is not None:

@@ -24,7 +24,7 @@ class Bits:
         self._view = self._bits
 
     def intact(self, live: Tensor) -> bool:
-        """Whether the live tensor has the bits; on small networks every call here is one of a product's."""
+        """Whether the live tensor still has the bits; on small networks every call here costs a part of a product's time."""
         # The memory is looked at each time; as long as it is the same memory, through the same view.
         place = (id(live), live.data_ptr(), live.shape, live.stride(), live.dtype)
         if place != self._seen:

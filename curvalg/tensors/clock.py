@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def timed(run: Callable[[], T]) -> tuple[float, T]:
-    """Seconds of one run, and what it gave."""
+    """The seconds of one run, and its result."""
     start = time.perf_counter()
     result = run()
     for device in _devices(result):

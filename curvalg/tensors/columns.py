@@ -58,7 +58,7 @@ def grad_columns(
     *,
     retain: bool,
 ) -> list[Tensor | None]:
-    """Σ cotangentᵀ ∂outputs/∂inputs for cotangents with a leading column axis; one backward pass for all columns."""
+    """Sums Σ cotangentᵀ ∂outputs/∂inputs for cotangents with a leading column axis; one backward pass for all columns."""
     if cotangents[0].shape[0] == 1:
         single = backward(outputs, inputs, [c[0] for c in cotangents], retain_graph=retain)
         return [None if g is None else g[None] for g in single]

@@ -1,4 +1,4 @@
-"""Walking autograd graphs."""
+"""Walks over autograd graphs and questions about them."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def operations(roots: Iterable[Tensor | GradientEdge | None]) -> frozenset[str]:
 
 
 def coarsest_dtype(z: Tensor) -> torch.dtype:
-    """The floating dtype of the largest rounding error among all intermediate results that a graph tells of."""
+    """The floating dtype of the largest rounding error among all intermediate results that a graph shows."""
     found = {z.dtype}
     for node in nodes([z]):
         metadata = getattr(node, "_input_metadata", ())
-        # Results that do not exist are told as scalars in float32.
+        # Results that do not exist are shown as scalars in float32.
         real = (m for i, m in enumerate(metadata) if i == 0 or len(m.shape))
         found.update(m.dtype for m in real if m.dtype.is_floating_point)
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
-    """Refuse gradients whose graph hides an operation that has no second derivative.
+    """Raise for gradients whose graph hides an operation that has no second derivative.
 
     Raises:
         ProblemError: it does.

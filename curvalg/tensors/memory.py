@@ -1,4 +1,4 @@
-"""How much memory is free, where a problem lives."""
+"""Free memory on the device of a problem."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _CONTAINERS = (
 
 
 def free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can be allocated on a device now.
+    """The bytes that can be allocated on a device now.
 
     On a host what is available without swapping, and no more than the container's limit leaves; on a GPU what the driver
     has left and what torch holds in reserve.
 
     Args:
         device: of the problem.
-        groups: where the operating system tells the limits of a container.
+        groups: where the operating system lists the limits of a container.
     """
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -69,7 +69,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def unflatten(form: Any, values: Sequence[Any]) -> Any:
-    """The inverse of :func:`flatten`."""
+    """The tree from its leaves and its form, as :func:`flatten` gives them."""
     return leaf_map(lambda leaf: values[leaf.index] if isinstance(leaf, _Place) else leaf, form)
 
 
@@ -79,12 +79,12 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def versions(tree: Any) -> list[int]:
-    """How often each tensor of a tree was written into in place; inference tensors, which do not count it, say 0."""
+    """The number of times each tensor of a tree was written into; inference tensors, which do not count it, give 0."""
     return [0 if t.is_inference() else t._version for t in tensors(tree)]
 
 
 def add(left: Any, right: Any) -> Any:
-    """Two statistics of the same structure, added leaf by leaf; None counts as nothing yet."""
+    """The sum of two statistics of the same structure, leaf by leaf; None counts as nothing yet."""
     if left is None or right is None:
         return right if left is None else left
     if type(left) is type(right) is dict:  # what a batch does not have (an expert without rows) adds nothing
@@ -93,7 +93,7 @@ def add(left: Any, right: Any) -> Any:
 
 
 def rows(tree: Any) -> int | None:
-    """Length of the leading axis of the first tensor that has one."""
+    """The length of the leading axis of the first tensor that has one."""
     return next((t.shape[0] for t in tensors(tree) if t.ndim), None)
 
 
@@ -108,7 +108,7 @@ def place(tree: Any, device: torch.device) -> Any:
 
 
 def describe(value: Any) -> str:
-    """Kind and shapes of a value, for messages."""
+    """The kind and shapes of a value, for messages."""
     if isinstance(value, Tensor):
         return f"tensor {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):

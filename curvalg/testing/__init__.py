@@ -1,4 +1,4 @@
-"""The conformance kit: whether a term keeps the contract of terms, in one line of a test.
+"""The conformance kit, which checks in one line of a test whether a term keeps the contract of terms.
 
 >>> from curvalg.testing import check_term
 >>> check_term("ggn")

@@ -76,7 +76,7 @@ def check_term(
 
 
 def checked_names(expected_failures: Mapping[str, str] | None) -> Mapping[str, str]:
-    """The expected failures.
+    """The expected failures, if all of them name checks.
 
     Raises:
         ConformanceError: a name that no check has.
@@ -92,7 +92,7 @@ def checked_names(expected_failures: Mapping[str, str] | None) -> Mapping[str, s
 
 
 def run(name: str, subject: Subject, *, missing_is_passing: bool = True) -> str | None:
-    """One check: None where it passes, else the message.
+    """Run one check: None where it passes, else the message.
 
     Args:
         name: of the check.

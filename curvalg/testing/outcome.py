@@ -1,4 +1,4 @@
-"""How a check ends: it returns, or says that it does not apply, or says what was expected, what came and what to do."""
+"""The outcome of a check: it returns, does not apply, or says what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ RTOL = {torch.float64: 1e-8, torch.float32: 5e-4}
 
 
 class NotApplicable(Exception):
-    """There is nothing to check, and why."""
+    """A check does not apply; the message says why."""
 
 
 class Failure(AssertionError):
-    """A check failed.
+    """A check failed on a term.
 
     Args:
         expected: what the contract asks for.

@@ -1,4 +1,4 @@
-"""One pytest test for each term and check."""
+"""Tests for pytest, one for each term and check."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TermCheck:
         self._subject = subject
 
     def __call__(self, term: Expr | str | None = None) -> None:
-        """Run it.
+        """Run this check on its term.
 
         Args:
             term: another term to check in place of its own.
@@ -73,7 +73,7 @@ def parametrize_terms(
     *,
     expected_failures: Mapping[str, str] | Callable[[Expr | str], Mapping[str, str]] | None = None,
 ) -> pytest.MarkDecorator:
-    """A decorator that makes a test function one test for each term and check.
+    """Make a decorator that turns a test function into one test for each term and check.
 
     Args:
         terms: as :func:`check_term` takes them. Names are looked up only when a test runs.

@@ -1,4 +1,4 @@
-"""The problems that terms are checked on unless others are given: tiny, and different where terms go wrong."""
+"""The problems that terms are checked on by default: tiny, and different where terms go wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = (2, 3)
 
 
 class _Tied(nn.Module):
-    """Token embedding tied to the output layer; classes on the second axis."""
+    """A model whose token embedding is tied to the output layer; classes on the second axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _Tied(nn.Module):
 
 
 class _Sequence(nn.Module):
-    """A class for every token; classes on the last axis."""
+    """A model with a class for every token; classes on the last axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def make(maker: Callable[[], Problem], seed: int = 0) -> Problem:
 
 
 def default_problems(*names: str) -> list[Problem]:
-    """The problems that :func:`~curvalg.testing.check_term` uses unless others are given.
+    """Make the problems that :func:`~curvalg.testing.check_term` uses unless others are given.
 
     Args:
         names: of some of them, as failures print them; none for all.

@@ -1,4 +1,4 @@
-"""``pytest --curvalg-terms "my_term,other(k=3)"``: the checks of registered terms, without a test file.
+"""The option ``pytest --curvalg-terms "my_term,other(k=3)"``: checks of registered terms, without a test file.
 
 pytest imports this module at every start wherever curvalg is installed, so it imports nothing but pytest itself.
 """
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 class TermCollector(pytest.Collector):
-    """All checks of one term."""
+    """A collector of all checks of one term."""
 
     def collect(self) -> Iterator[pytest.Item]:
         from curvalg.testing.parametrize import term_checks
@@ -51,7 +51,7 @@ class TermCollector(pytest.Collector):
 
 
 class CheckItem(pytest.Item):
-    """One check of one term."""
+    """A test item for one check of one term."""
 
     def __init__(self, *, check: TermCheck, **kwargs: Any) -> None:
         super().__init__(**kwargs)

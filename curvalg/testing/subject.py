@@ -1,4 +1,4 @@
-"""What the checks look at: a term, on every problem that it is defined for."""
+"""The subject of checks: a term, on every problem that it is defined for."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Case:
 
 @dataclass
 class Subject:
-    """A term under test.
+    """A term that is being checked.
 
     Args:
         given: the term, or its name in the registry, or an expression as text.
@@ -114,7 +114,7 @@ class Subject:
 
     @functools.cached_property
     def term(self) -> Expr:
-        """The term itself."""
+        """The term, built if it was given by name."""
         if isinstance(self.given, Expr):
             return self.given
         if not isinstance(self.given, str):
@@ -130,7 +130,7 @@ class Subject:
 
     @functools.cached_property
     def spec(self) -> registry.TermSpec | None:
-        """What the registry knows of the term; None where it is not registered."""
+        """The registry's entry for the term; None where it is not registered."""
         if isinstance(self.given, str) and self._is_name(self.given):
             return registry.spec(self.given.strip())
         if not isinstance(self.term, NamedExpr):
@@ -174,7 +174,7 @@ class Subject:
         except (LossError, ProblemError) as error:  # the matrix is not defined for this loss or model
             self.skipped[case.name] = str(error)
             return False
-        except Exception:  # the check of products tells it better
+        except Exception:  # the check of products reports it better
             return True
         return True
 
@@ -204,7 +204,7 @@ def on_problems(check: Callable[[Case], None]) -> Check:
 
 
 def _place(error: BaseException) -> str:
-    """Where the author's code raised an exception, or led to it; empty where it did neither."""
+    """The place where the author's code raised an exception, or led to it; empty where it did neither."""
     ours = [str(Path(package.__file__ or "").parent) for package in (curvalg, torch)]
     frames = traceback.extract_tb(error.__traceback__)
     foreign = [f for f in frames if not f.filename.startswith(tuple(ours))]

@@ -1,4 +1,4 @@
-"""The same problem in another form: other batches, another precision, model calls counted."""
+"""Other forms of a problem: other batches, another precision, model calls counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def variant(
     problem: Problem, *, cache: int | None = None, columns: Any = None, output_memory: float | None = None
 ) -> Problem:
     """A twin that keeps nothing of what the problem has computed; model and data are shared."""
-    _ = problem.totals  # a callable's reduction is told only once
+    _ = problem.totals  # a callable's reduction is given only once
     twin = copy.copy(problem)
     if cache is not None:
         twin.cache = cache
@@ -34,7 +34,7 @@ def variant(
 
 
 def rebatched(problem: Problem, sizes: Sequence[int]) -> Problem:
-    """The same samples in the same order, in batches of other sizes.
+    """The problem with its samples in the same order, in batches of other sizes.
 
     Args:
         problem: the problem.
@@ -96,7 +96,7 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
 
 
 def counted(problem: Problem, **options: Any) -> tuple[Problem, Callable[[], int]]:
-    """A twin, and a function that tells how often its model has been called."""
+    """A twin, and a function that gives how often its model has been called."""
     twin = variant(problem, **options)
     twin.model = copy.copy(problem.model)
     rule, calls = problem.model.rule or call_model, [0]

@@ -51,7 +51,7 @@ class GGNDiagonal(SquaredColumns):
 
     @property
     def numbered(self) -> bool:  # type: ignore[override]
-        """Draws are told apart by the running number of their sample."""
+        """Whether draws depend on the running number of their sample."""
         return self.samples > 0
 
     def columns(self, batch: Batch) -> Tensor:

@@ -18,13 +18,13 @@ WIDTH = 32
 
 
 class SquaredColumns(MatrixTerm):
-    """Σₙ Σₖ (Jₙᵀ sₖₙ)² entry by entry, as a diagonal matrix."""
+    """The sum Σₙ Σₖ (Jₙᵀ sₖₙ)² entry by entry, as a diagonal matrix."""
 
     uses_layers: ClassVar[bool] = True
 
     @abstractmethod
     def columns(self, batch: Batch) -> Tensor:
-        """s, shape (columns, *output.shape)."""
+        """The columns s, shape (columns, *output.shape)."""
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return Facts(psd=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Extended:
-    """g_ik = J_iᵀ (p_i − e_k) with weights w_ik = α_i p_ik, so that Σ_ik w_ik g_ik g_ikᵀ is the GGN exactly.
+    """The gradients g_ik = J_iᵀ (p_i − e_k) with weights w_ik = α_i p_ik, so that Σ_ik w_ik g_ik g_ikᵀ is the GGN exactly.
 
     Everything is laid out by position, (P, C) with P = rows times positions and C classes.
 
@@ -38,11 +38,11 @@ class Extended:
         return tensor.movedim(self._axis, -1).reshape(-1, self._shape[-1])
 
     def by_output(self, tensor: Tensor) -> Tensor:
-        """The inverse of :meth:`by_position`."""
+        """A tensor (P, C) in the output's shape."""
         return tensor.reshape(self._shape).movedim(-1, self._axis)
 
     def slopes(self, tangent: Tensor) -> Tensor:
-        """s_ik = (p_i − e_k)ᵀ ż_i = g_ikᵀ v, (P, C).
+        """The slopes s_ik = (p_i − e_k)ᵀ ż_i = g_ikᵀ v, (P, C).
 
         From differences to the likeliest class, which p_i − e_k does not see: where its probability is nearly 1, ⟨p, ż⟩ − ż_k
         would lose all digits.
@@ -52,7 +52,7 @@ class Extended:
         return (self.p * t).sum(1, keepdim=True) - t
 
     def class_sums(self, values: Tensor) -> Tensor:
-        """Σ over samples of class c of values (P, C), as a matrix [c, k]."""
+        """The sums over samples of class c of values (P, C), as a matrix [c, k]."""
         return self.own.T @ values
 
     def of_label(self, table: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Extended:
         return self.own @ table
 
     def cotangent(self, coefficients: Tensor) -> Tensor:
-        """Σ_k a_ik (p_i − e_k) for coefficients a (P, C), of the output's shape.
+        """The cotangent Σ_k a_ik (p_i − e_k) for coefficients a (P, C), of the output's shape.
 
         Sums over classes vanish, so that a class of probability nearly 1, where terms cancel, is minus all others.
         """
@@ -71,12 +71,12 @@ class Extended:
 
 
 def divided(sums: Tensor, weights: Tensor) -> Tensor:
-    """Sums / weights, zero where the weight is: a class that is empty or of weight zero has no mean."""
+    """The quotient sums / weights, zero where the weight is: a class that is empty or of weight zero has no mean."""
     positive = weights > 0
     quotient: Tensor = sums.where(positive, 0.0) / weights.where(positive, 1.0)
     return quotient
 
 
 def off_diagonal(classes: int, like: Tensor) -> Tensor:
-    """1 where k ≠ c."""
+    """A matrix with 1 where k ≠ c, else 0."""
     return like.new_ones(classes, classes).fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""What the names are registered to: each chooses between a second pass and stored class means."""
+"""The factories that the names are registered to: each chooses between a second pass and stored class means."""
 
 from __future__ import annotations
 

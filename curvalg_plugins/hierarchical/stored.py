@@ -1,4 +1,4 @@
-"""The same terms from stored class means ḡ_ck: C² gradients, computed once, and then no second pass."""
+"""The hierarchical terms from stored class means ḡ_ck: C² gradients, computed once, and then no second pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stats = dict[str, Any]
 
 
 def class_gradients(batch: Batch) -> Stats:
-    """W [c, k], and W_ck ḡ_ck = Σ_{i: y_i = c} w_ik g_ik as rows [c, k, D]; C² backward passes."""
+    """The weights W [c, k], and W_ck ḡ_ck = Σ_{i: y_i = c} w_ik g_ik as rows [c, k, D]; C² backward passes."""
     extended = Extended(batch)
     classes = extended.classes
     sums: Tensor | None = None
@@ -121,7 +121,7 @@ class StoredWithin(Hierarchical):
 
 
 def _class_mean(weights: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """W_c = Σ_{k≠c} W_ck (C,), and ḡ_c (C, D)."""
+    """The weights W_c = Σ_{k≠c} W_ck (C,), and the means ḡ_c (C, D)."""
     off = off_diagonal(weights.shape[0], weights)
     total = (off * weights).sum(1)
     return total, divided((off[..., None] * sums).sum(1), total[:, None])

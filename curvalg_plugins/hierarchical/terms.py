@@ -17,9 +17,7 @@ Own = Literal["within", "same"]
 
 
 def require_softmax(label: str, loss: LossFacts | None) -> None:
-    """Raises:
-    LossError: the loss is not softmax cross-entropy, whose GGN alone has this decomposition.
-    """
+    """Raise LossError unless the loss is softmax cross-entropy, whose GGN alone has this decomposition."""
     if loss is None or not (loss.classes and loss.fisher_is_ggn):
         name = "a problem without a loss" if loss is None else loss.name
         raise LossError(
@@ -28,7 +26,7 @@ def require_softmax(label: str, loss: LossFacts | None) -> None:
 
 
 class Hierarchical(DatasetTerm):
-    """What the terms share: class weights W [c, k] prepared once, and class means u [c, k] of the slopes per product."""
+    """The base of the terms: class weights W [c, k] prepared once, class means u [c, k] of the slopes per product."""
 
     def validate(self, loss: LossFacts | None) -> None:
         require_softmax(self.label, loss)
@@ -49,7 +47,7 @@ class Hierarchical(DatasetTerm):
         return extended.cotangent(extended.w * self.coefficients(extended, tangent, prepared, totals))
 
     def coefficients(self, extended: Extended, tangent: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
-        """What g_ikᵀ v becomes in this term, (P, C)."""
+        """The coefficients that g_ikᵀ v becomes in this term, (P, C)."""
         raise NotImplementedError
 
 
@@ -139,12 +137,12 @@ class GGNSameSpread(Term):
 
 
 def within(extended: Extended, tangent: Tensor, weights: Tensor, sums: Tensor, own: Own) -> Tensor:
-    """s_ik − u_ck, without k = y_i where that part belongs to the same-class term."""
+    """The slopes s_ik − u_ck, without k = y_i where that part belongs to the same-class term."""
     spread = extended.slopes(tangent) - extended.of_label(divided(sums, weights))
     return spread if own == "within" else spread * (1 - extended.own)
 
 
 def _class_means(weights: Tensor, sums: Tensor) -> Tensor:
-    """u_c = Σ_{k≠c} sums_ck / Σ_{k≠c} W_ck, as a column [c, 1]."""
+    """The means u_c = Σ_{k≠c} sums_ck / Σ_{k≠c} W_ck, as a column [c, 1]."""
     off = off_diagonal(weights.shape[0], weights)
     return divided((off * sums).sum(1, keepdim=True), (off * weights).sum(1, keepdim=True))

@@ -76,7 +76,7 @@ class EKFAC(LayerFactors):
         return layer
 
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
-        """Q_B and Q_A; found for the first batch and left with the statistics for the others."""
+        """The bases Q_B and Q_A; found for the first batch and left with the statistics for the others."""
         if "bases" not in layer:
             from curvalg_plugins.kronecker import factors  # needs torch
 

@@ -49,7 +49,7 @@ def inputs_first(record: LayerRecord) -> bool:
 
 
 def inputs_and_deltas(record: LayerRecord) -> tuple[Tensor, Tensor]:
-    """Inputs (n, T, in) and deltas (K, n, T, out)."""
+    """The inputs (n, T, in) and deltas (K, n, T, out)."""
     h, d = record.inputs, record.deltas
     assert h is not None
     if record.kind == "embedding":
@@ -71,7 +71,7 @@ WIDE = 128
 
 
 def gram(x: Tensor) -> Tensor:
-    """xᵀx for x (n, m), exactly symmetric; of a wide one only upper panels are multiplied, and mirrored: 5/8 of the work."""
+    """The product xᵀx for x (n, m), exactly symmetric; of a wide one only upper panels are multiplied, and mirrored."""
     width = x.shape[1]
     step = -(-width // PANELS) if width >= WIDE else max(width, 1)
     result = x.new_empty(width, width)
@@ -87,7 +87,7 @@ def gram(x: Tensor) -> Tensor:
 def input_factor(
     h: Tensor, active: Tensor | None, approximation: Approximation, bias: bool, real: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """Σ h hᵀ over active rows (None: all), and the number of summands, for h (n, T, in).
+    """The sum Σ h hᵀ over active rows (None: all), and the number of summands, for h (n, T, in).
 
     With a bias of h followed by a one. Positions that are not ``real`` (None: all are) hold zeros and do not count.
     """
@@ -111,14 +111,14 @@ def input_factor(
 
 
 def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
-    """Σ δ δᵀ for δ (K, n, T, out)."""
+    """The sum Σ δ δᵀ for δ (K, n, T, out)."""
     if approximation == "reduce":
         d = d.sum(2)
     return gram(d.flatten(0, -2))
 
 
 def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(B + √c/π I, A + π√c I) with π² = (tr A / dim A) / (tr B / dim B): Martens and Grosse, arXiv 1503.05671, §6.3."""
+    """Factors (B + √c/π I, A + π√c I) with π² = (tr A / dim A) / (tr B / dim B): Martens and Grosse, arXiv 1503.05671, §6.3."""
     a, b = float(inputs.trace()) / len(inputs), float(output.trace()) / len(output)
     pi = math.sqrt(a / b) if a > 0 and b > 0 else 1.0
     root = math.sqrt(damping)
@@ -130,7 +130,7 @@ def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tenso
 
 
 def eigenvectors(matrix: Tensor) -> Tensor:
-    """Of a symmetric matrix; by float64 where its own precision does not converge."""
+    """The eigenvectors of a symmetric matrix; by float64 where its own precision does not converge."""
     try:
         vectors: Tensor = torch.linalg.eigh(matrix)[1]
         if bool(torch.isfinite(vectors).all()):
@@ -146,7 +146,7 @@ CHUNK = 2**22
 
 
 def second_moments(h: Tensor, d: Tensor, output: Tensor, inputs: Tensor) -> Tensor:
-    """Σ_kn [(Q_Bᵀ dW Q_A)_ij]² with dW = Σ_t δ hᵀ, shape (out, in).
+    """Second moments Σ_kn [(Q_Bᵀ dW Q_A)_ij]² with dW = Σ_t δ hᵀ, shape (out, in).
 
     Args:
         h: (n, T, in), followed by a one where Q_A has a row more.
@@ -175,7 +175,7 @@ def second_moments(h: Tensor, d: Tensor, output: Tensor, inputs: Tensor) -> Tens
 
 
 def _rotate(h: Tensor, basis: Tensor) -> Tensor:
-    """Q_Aᵀ h for h (..., in), followed by a one where the basis has a row more."""
+    """The product Q_Aᵀ h for h (..., in), followed by a one where the basis has a row more."""
     width = h.shape[-1]
     rotated = h @ basis[:width]
     return rotated if len(basis) == width else rotated.add_(basis[-1])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class LayerFactors(MatrixTerm):
-    """What the approximations share: factors of every layer, and what becomes of the other parameters."""
+    """The base of the approximations: factors of every layer, and the blocks of the other parameters."""
 
     approximation: Approximation
     joint: bool
@@ -37,7 +37,7 @@ class LayerFactors(MatrixTerm):
 
     @property
     def columns(self) -> tuple[Fisher, int, int]:
-        """Which curvature in output space: kind, draws, seed."""
+        """The columns of curvature in output space: kind, draws, seed."""
         return "empirical", 1, 0
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
@@ -95,9 +95,7 @@ class LayerFactors(MatrixTerm):
         return [Block((name,), Kronecker(matrix)) for name, matrix in others.items()]
 
     def _refuse(self, others: Mapping[str, Tensor]) -> None:
-        """Raises:
-        ProblemError: there are parameters without Kronecker factors, and nothing was said about them.
-        """
+        """Raise ProblemError if there are parameters without Kronecker factors, and no rule was chosen for them."""
         if others and self.rest == "refuse":
             raise ProblemError(
                 f"{self.label} has no Kronecker factors for {', '.join(others)}; pass rest='diagonal' or rest='exact' for "
@@ -113,7 +111,7 @@ class LayerFactors(MatrixTerm):
         return [Block((weight,), Kronecker(output, inputs)), Block((bias[0],), Kronecker(output))]
 
     def assembled(self, stats: Stats, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Expr:
-        """All blocks, with (B, A) of each layer changed on the way."""
+        """All blocks together, with (B, A) of each layer changed on the way."""
         blocks = self.blocks_of_others(stats["others"])
         for params, layer in stats["layers"].items():
             blocks += self.layer_blocks(params, *change(*self.means(layer)))
@@ -127,7 +125,7 @@ class LayerFactors(MatrixTerm):
         return block_diagonal(blocks)
 
     def means(self, layer: Stats) -> tuple[Tensor, Tensor]:
-        """B, a sum of shares, and A, a mean."""
+        """The factors B, a sum of shares, and A, a mean."""
         return layer["outputs"], layer["inputs"] / layer["count"].clamp_min(1)
 
 

@@ -13,18 +13,14 @@ Stats = dict[str, Any]
 
 
 def check_options(label: str, **choices: tuple[object, tuple[object, ...]]) -> None:
-    """Raises:
-    ExpressionError: an option that is none of its choices.
-    """
+    """Raise ExpressionError for an option that is none of its choices."""
     for name, (value, known) in choices.items():
         if value not in known:
             raise OptionError(f"{label}: {name} is one of {', '.join(map(repr, known))}, got {value!r}")
 
 
 def check_draws(label: str, fisher: str, samples: object, seed: object) -> None:
-    """Raises:
-    ExpressionError: numbers of draws that make no sense, or without draws.
-    """
+    """Raise ExpressionError for numbers of draws that make no sense, or without draws."""
     for name, value, least, default in (("samples", samples, 1, 1), ("seed", seed, 0, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{label}: {name} is an integer ≥ {least}, got {value!r}")

@@ -60,7 +60,7 @@ def _against(records: list[LayerRecord], right: Problem) -> Tensor:
 
 
 def _products(records: list[LayerRecord], others: list[LayerRecord]) -> Tensor:
-    """⟨gₖₙ, g'ₖ'ₙ'⟩, shape (K, n, K', n')."""
+    """Inner products ⟨gₖₙ, g'ₖ'ₙ'⟩, shape (K, n, K', n')."""
     matched = {record.params: record for record in others}
     if matched.keys() != {record.params for record in records}:
         # A layer that the output depends on for one of the data sets only.
@@ -74,7 +74,7 @@ def _products(records: list[LayerRecord], others: list[LayerRecord]) -> Tensor:
 
 
 def _explicit(records: list[LayerRecord]) -> Tensor:
-    """The gradients themselves (K, n, D)."""
+    """The multiplied-out gradients (K, n, D)."""
     gradients = {name: g.flatten(2) for record in records for name, g in record.explicit().items()}
     return torch.cat([gradients[name] for name in sorted(gradients)], 2)
 

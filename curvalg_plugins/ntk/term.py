@@ -1,4 +1,4 @@
-"""What the name is registered to."""
+"""The function that the name ``ntk`` is registered to."""
 
 from __future__ import annotations
 

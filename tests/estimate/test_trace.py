@@ -309,7 +309,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"products": 1}, "expected products ≥ 4 for method 'xtrace' (two test vectors, to tell the error), got products=1"),
+        ({"products": 1}, "expected products ≥ 4 for method 'xtrace' (two test vectors, to estimate the error), got products=1"),
         ({"products": 3, "method": "xtrace"}, "expected products ≥ 4"),
         ({"products": 1, "method": "hutchinson"}, "expected products ≥ 2"),
         ({"products": 5, "method": "hutch++"}, "expected products ≥ 6"),

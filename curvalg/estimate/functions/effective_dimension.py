@@ -33,7 +33,7 @@ def effective_dimension(
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
-    """How many directions of a positive semidefinite operator stand out from the damping.
+    """The number of directions of a positive semidefinite operator that stand out from the damping.
 
     tr A (A + λ)⁻¹ ≈ (n / k) Σ_probes Σ_j τ_j² θ_j / (θ_j + λ), with the quadrature of :func:`logdet`. Where the structure of a
     curvature operator gives all eigenvalues at no greater cost, it is exact.

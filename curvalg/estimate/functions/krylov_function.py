@@ -24,7 +24,7 @@ RARE = 10
 
 @dataclass(frozen=True)
 class KrylovFunction:
-    """f(A) v ≈ ‖v‖ V f(T) e₁ for each of several columns, V and T from Lanczos recurrences with full re-orthogonalisation.
+    """Approximations f(A) v ≈ ‖v‖ V f(T) e₁ for several columns, V and T from Lanczos with full re-orthogonalisation.
 
     Args:
         target: a symmetric operator.
@@ -49,7 +49,7 @@ class KrylovFunction:
         return {"function": self.function.name, "vector": digest(self.rows)}
 
     def start(self) -> State:
-        """The columns, normalised."""
+        """The state with the columns, normalised."""
         rows, norms, _ = self._sized()
         unit = rows / norms.to(rows)[:, None]
         return self._pack(quadrature.begin(unit, whole=True, capacity=self._capacity), self.before)
@@ -63,7 +63,7 @@ class KrylovFunction:
         return found is not None and found["b"] == (found["j"] + 1) * p
 
     def step(self, state: State) -> State:
-        """One product with all columns that have not converged to rounding."""
+        """Make one product with all columns that have not converged to rounding."""
         given = self._unpack(state)
         products = state.products + int(given.going.sum())
         return self._pack(quadrature.advance(given, self.target.multiply), products)
@@ -79,7 +79,7 @@ class KrylovFunction:
         return bool((self.changes(state) <= self.tol).all())
 
     def expected(self, state: State) -> int:
-        """The most."""
+        """The largest number of products."""
         return self.before + self.most * len(self.rows)
 
     def changes(self, state: State) -> Tensor:
@@ -96,7 +96,7 @@ class KrylovFunction:
         return torch.where(given.going, change, 0.0)
 
     def columns(self, state: State) -> Tensor:
-        """f(A) V, (n, p)."""
+        """The approximations of f(A) V, (n, p)."""
         given = self._unpack(state)
         _, norms, exponent = self._sized()
         weights = self._coefficients(given, given.steps) * small(norms)[:, None]
@@ -116,7 +116,7 @@ class KrylovFunction:
         return min(self.most, 64) + 1
 
     def _coefficients(self, given: Recurrences, steps: int) -> Tensor:
-        """f(T) e₁ of the first steps, (p, steps)."""
+        """The coefficients f(T) e₁ of the first steps, (p, steps)."""
         eps = torch.finfo(self.rows.dtype).eps
         return quadrature.first_column(
             given.alphas[:steps],

@@ -30,7 +30,7 @@ def logdet(
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
-    """log det A of a positive definite operator, by stochastic Lanczos quadrature.
+    """The log-determinant log det A of a positive definite operator, by stochastic Lanczos quadrature.
 
     log det A = tr log A ≈ (n / k) Σ_probes Σ_j τ_j² ln θ_j, with the Ritz values θ and squared first components τ² of k Lanczos
     recurrences. Where the structure of a curvature operator gives it at no greater cost, it is exact.

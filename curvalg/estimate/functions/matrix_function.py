@@ -34,7 +34,7 @@ KEPT = 2**28
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionProduct(Result):
-    """f(A) v.
+    """The product f(A) v of a function of an operator with vectors.
 
     Args:
         value: in the kind and shape of v.
@@ -80,7 +80,7 @@ def matrix_function(
         progress: show products done and expected.
 
     Returns:
-        The product, in ``value``. With a given number of steps ``converged`` tells whether the tolerance was reached.
+        The product, in ``value``. With a given number of steps ``converged`` says whether the tolerance was reached.
 
     Raises:
         FactsError: the operator is not symmetric, or has Ritz values where the function is not defined.
@@ -156,7 +156,7 @@ def _most(size: int, columns: int) -> int:
 
 
 def _exact(given: Target, f: Scalar, columns: Tensor) -> Tensor | None:
-    """f(A) X by the eigenvectors of a structure; None where there are none that are cheap, or accurate enough."""
+    """The product f(A) X by the eigenvectors of a structure; None where there are none that are cheap, or accurate enough."""
     if (known := given.structured("eigh", CHEAP)) is None:
         return None
     pairs: Eigh = known[0]

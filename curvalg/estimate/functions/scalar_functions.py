@@ -1,4 +1,4 @@
-"""Functions of the eigenvalues of an operator: by name, or given; where they are defined, and what to do elsewhere."""
+"""Functions of the eigenvalues of an operator, by name or given; their domains, and what to do outside."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scalar:
     cure: str = "choose a function that is finite on the whole spectrum, or add a shift, + c * Identity"
 
     def at(self, values: Tensor, operator: str, eps: float) -> Tensor:
-        """f of Ritz values or eigenvalues; those that rounding put below the domain are taken to its end.
+        """Values f of Ritz values or eigenvalues; those that rounding put below the domain are taken to its end.
 
         Args:
             values: float64.
@@ -73,7 +73,7 @@ NAMED: dict[str, Scalar] = {
 
 
 def scalar(function: Any) -> Scalar:
-    """A function by name, or a given one.
+    """A scalar function by its name, or the given one.
 
     Raises:
         ExpressionError: neither.

@@ -1,4 +1,4 @@
-"""tr f(A) of positive semidefinite operators by stochastic Lanczos quadrature: what logdet and effective_dimension share."""
+"""The trace tr f(A) by stochastic Lanczos quadrature, which logdet and effective_dimension share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def spectral_sum(
     name: str,
     begin: float,
 ) -> Estimate:
-    """tr f(A) = n E qᵀ f(A) q over unit vectors q.
+    """The trace tr f(A) = n E qᵀ f(A) q over unit vectors q.
 
     Args:
         given: a symmetric operator.
@@ -88,7 +88,7 @@ def spectral_sum(
 
 
 def _split(products: int, steps: int | None, size: int) -> tuple[int, int]:
-    """(probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""
+    """The pair (probes, steps) for a matrix of so many rows; two probes at least, where there are two products."""
     longest = max(products // 2, 1) if steps is None else products
     steps = round(math.sqrt(LONGER * products)) if steps is None else steps
     steps = max(1, min(steps, size, longest))
@@ -96,7 +96,7 @@ def _split(products: int, steps: int | None, size: int) -> tuple[int, int]:
 
 
 def refuse_negative(values: Tensor, what: str, name: str, *, strictly: bool, eps: float) -> Tensor:
-    """Ritz values, rounding errors below zero set to zero.
+    """The Ritz values, with rounding errors below zero set to zero.
 
     Raises:
         FactsError: one that is negative, or zero where that is not allowed.

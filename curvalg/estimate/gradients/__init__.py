@@ -1,1 +1,1 @@
-"""What the gradients of single samples tell: their norms and noise, and their inner products with solutions."""
+"""Gradients of single samples: their norms and noise, and their inner products with solutions."""

@@ -18,7 +18,7 @@ WIDTH = 32
 
 
 def gradient_norms(problem: Problem) -> Tensor:
-    """‖∇cₙ‖ of every sample, in the order of the data (N,), without a gradient per sample.
+    """Norms ‖∇cₙ‖ of every sample's gradient, in the order of the data (N,), without a gradient per sample.
 
     cₙ is the share of sample n: for an unweighted mean loss ∇cₙ is N⁻¹ times the gradient of the sample's own loss. From
     layer inputs h and output deltas δ: ‖δ‖² (‖h‖² + 1) for a linear layer with a bias (Goodfellow, arXiv 1510.01799). With
@@ -55,10 +55,10 @@ def gradient_norms(problem: Problem) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNoise(Result):
-    """The noise of minibatch gradients.
+    """The noise of minibatch gradients, with the simple noise scale.
 
     Args:
-        simple: the simple noise scale tr Σ / |G|², in samples; infinite where the data do not tell |G|² from zero.
+        simple: the simple noise scale tr Σ / |G|², in samples; infinite where |G|² cannot be distinguished from zero.
         trace: tr Σ, unbiased, of the gradients of single samples around their mean.
         square: |G|², unbiased: the squared norm of the true gradient. It may be negative.
     """

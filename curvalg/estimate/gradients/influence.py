@@ -40,7 +40,7 @@ def bilinear(op: CurvatureOperator, left: Vector, right: Vector) -> Tensor:
 
 
 def influence(op: CurvatureOperator, gradients: Vector) -> Tensor:
-    """⟨∇cₙ, A v⟩ of every sample n for some gradients v, shape (N, P), without a gradient per sample.
+    """Inner products ⟨∇cₙ, A v⟩ of every sample n for some gradients v, shape (N, P), without a gradient per sample.
 
     With A = (H + λ I)⁻¹ at a minimiser of L and v = ∇ℓ of a test loss, it predicts by how much that test loss changes when
     sample n is left out of the training data: θ moves by (H + λ I)⁻¹ ∇cₙ. One solve for each column and one pass over the

@@ -1,1 +1,1 @@
-"""Random vectors: how they are drawn and numbered, what is averaged over them, and how large the error of the average is."""
+"""Random vectors: drawing and numbering them, averages over them, and the errors of these averages."""

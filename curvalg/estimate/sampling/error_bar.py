@@ -1,4 +1,4 @@
-"""Standard errors: what random vectors tell of the error that they make."""
+"""Standard errors, estimated from the random vectors that make them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from curvalg.solve.orthogonal import small
 
 
 def standard_error(samples: Tensor) -> Tensor:
-    """Of the mean of independent samples along the first axis; infinite for a single one."""
+    """The standard error of the mean of independent samples along the first axis; infinite for a single one."""
     return samples.std(0) / len(samples) ** 0.5 if len(samples) > 1 else torch.full_like(samples[0], torch.inf)
 
 
@@ -86,7 +86,7 @@ class Rest:
         return variance.sqrt() / m * _widening(float(freedom))
 
     def _sums(self) -> tuple[Tensor, Tensor]:
-        """wᵢᵀwⱼ and uᵢᵀBuⱼ, (m, m) each, summed in float64 over some entries at a time."""
+        """The sums wᵢᵀwⱼ and uᵢᵀBuⱼ, (m, m) each, in float64 over some entries at a time."""
         m, device = len(self.vectors), self.vectors.device
         gram, products = torch.zeros(2, m, m, dtype=torch.float64, device=device)
         X, E, scale = (t.to(device) for t in (self.inside.T, self.projected.T, self.scale.sqrt()[:, None]))
@@ -107,7 +107,7 @@ def _widening(freedom: float) -> float:
 
 
 def _symmetric_share(products: Tensor) -> Tensor:
-    """‖(B + Bᵀ)/2‖² / ‖B‖² by the products of different vectors: only the symmetric part of B makes an error."""
+    """The ratio ‖(B + Bᵀ)/2‖² / ‖B‖² by the products of different vectors: only the symmetric part of B makes an error."""
     other = products - torch.diag(products.diagonal())
     whole = other.square().sum()
     return ((other + other.T) / 2).square().sum() / whole if whole > 0 else torch.ones_like(whole)

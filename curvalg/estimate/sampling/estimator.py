@@ -1,4 +1,4 @@
-"""What a method by random products is: the sketch that it keeps of them, and the value with its error that it makes of that."""
+"""The contract of a method by random products: the sketch of products, and the value with its error made of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Estimator(ABC):
-    """A method: :class:`~curvalg.estimate.sampling.sampler.Sampler` draws the vectors, block by block, and keeps the sketch.
+    """A method; a :class:`~curvalg.estimate.sampling.sampler.Sampler` draws its vectors block by block and keeps its sketch.
 
     Args:
         target: the operator.
@@ -38,7 +38,7 @@ class Estimator(ABC):
     multiplications: ClassVar[int] = 1
     """How many each test vector takes."""
     safety: ClassVar[float] = 1.0
-    """By which the standard error of the samples is multiplied, for samples that depend on each other look too much alike.
+    """The factor on the standard error of the samples, for samples that depend on each other look too much alike.
     Calibrated over five spectra: at least nine of ten errors are below two of the reported ones."""
     keeps: ClassVar[bool] = True
     """Whether test vectors are needed again."""
@@ -59,7 +59,7 @@ class Estimator(ABC):
 
     @classmethod
     def columns(cls, multiplications: int, size: int) -> int:
-        """Test vectors for so many multiplications of an operator with so many columns."""
+        """The number of test vectors for so many multiplications of an operator with so many columns."""
         return min(multiplications // cls.multiplications, size)
 
     def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class Estimator(ABC):
 
     @cached_property
     def probes(self) -> Probes:
-        """The test vectors."""
+        """The random test vectors."""
         return Probes(self.target.space, self.seed, self.integrand.distribution, self.keeps)
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Estimator(ABC):
         return self.target.multiply(rows.T).T.contiguous()
 
     def no_rows(self) -> Tensor:
-        """No vectors."""
+        """An empty tensor of rows."""
         space = self.target.space
         return torch.zeros(0, self.target.size, dtype=space.dtype, device=space.device)
 
@@ -91,20 +91,18 @@ class UnitVectors(Estimator):
     method: ClassVar[str] = "exact"
 
     def form(self, columns: int) -> Form:
-        """Nothing."""
+        """An empty sketch."""
         return {}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
-        """Never asked for."""
         raise NotImplementedError
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """Never asked for."""
         raise NotImplementedError
 
     @classmethod
     def columns(cls, multiplications: int, size: int) -> int:
-        """None."""
+        """No test vectors."""
         return 0
 
 

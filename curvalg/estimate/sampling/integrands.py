@@ -1,4 +1,4 @@
-"""What is averaged over random vectors: a function of a vector and its image under the operator."""
+"""Integrands to be averaged over random vectors: functions of a vector and its image under the operator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Integrand:
     entrywise: bool = False
 
     def samples(self, rows: Tensor, images: Tensor) -> Tensor:
-        """Numbers, one for each row, (m,)."""
+        """One number for each row, (m,)."""
         found = [self.at(x, y) for x, y in zip(rows, images, strict=True)]
         return small(torch.stack(found)) if found else torch.zeros(0, dtype=torch.float64)
 

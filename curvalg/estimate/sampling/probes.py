@@ -37,7 +37,7 @@ class Probes:
     keep: bool = field(default=True, compare=False)
 
     def rows(self, start: int, stop: int, room: int = 0) -> Tensor:
-        """Those with numbers start ≤ i < stop, shape (stop − start, n); ``room`` is how many there will be in all."""
+        """The test vectors start ≤ i < stop, shape (stop − start, n); ``room`` is how many there will be in all."""
         if not self.keep:
             return self._drawn(start, stop)
         kept = self._kept

@@ -1,4 +1,4 @@
-"""An estimate by random vectors, from the request to the result or the complaint."""
+"""An estimate by random vectors, from the request to the result or the error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sampled(
         require_enough(products, estimator.method, price * size, f"one for each of {size} unit vectors")
     elif size > 1:
         least = price * 2 * estimator.multiplications
-        require_enough(products, estimator.method, least, "two test vectors, to tell the error")
+        require_enough(products, estimator.method, least, "two test vectors, to estimate the error")
     most = max(16 * products, min(2 * price * size, 1000)) if request.maxiter is None else int(request.maxiter)
     tol = None if request.tol is None else float(request.tol)
     room = estimator.columns(products // price, size)
@@ -85,5 +85,5 @@ def sampled(
 
 
 def _plain(x: Tensor) -> float | Tensor:
-    """A float of a scalar."""
+    """A scalar tensor as a float."""
     return float(x) if x.ndim == 0 else x

@@ -40,21 +40,21 @@ class Sampler:
 
     @property
     def target(self) -> Target:
-        """The operator."""
+        """The operator that is multiplied."""
         return self.estimator.target
 
     @property
     def name(self) -> str:
-        """For messages and checkpoints."""
+        """The name for messages and checkpoints."""
         return self.estimator.method
 
     @property
     def options(self) -> Options:
-        """All that decides the result, except the operator."""
+        """Everything that decides the result, except the operator."""
         return {"products": self.products, "tol": self.tol, "seed": self.estimator.seed, "maxiter": self.most}
 
     def start(self) -> State:
-        """Nothing multiplied yet."""
+        """The state with nothing multiplied yet."""
         nothing = torch.zeros(0, dtype=torch.float64)
         last = int(self._columns(self.products) == 0)
         return State(
@@ -97,7 +97,7 @@ class Sampler:
         )
 
     def step(self, state: State) -> State:
-        """One block of test vectors, or of those that complete a basis."""
+        """Multiply one block of test vectors, or of those that complete a basis."""
         state = self._placed(state)
         return self._completing_step(state) if state.numbers["last resort"] else self._random_step(state)
 
@@ -106,7 +106,7 @@ class Sampler:
         return bool(state.numbers["done"])
 
     def expected(self, state: State) -> int:
-        """The budget as it stands."""
+        """The number of products in the present budget."""
         return self.target.size * self.price if state.numbers["last resort"] else state.count("budget")
 
     def reached(self, state: State) -> bool:
@@ -121,7 +121,7 @@ class Sampler:
         return bool(state.numbers["last resort"]) and self.done(state)
 
     def result(self, state: State) -> tuple[Tensor, Tensor]:
-        """Value and standard error; of an interrupted run those of the test vectors so far."""
+        """The value and its standard error; of an interrupted run those of the test vectors so far."""
         columns = state.count("columns")
         if self.done(state) or not columns:
             return state.tensors["value"], state.tensors["error"]
@@ -170,7 +170,7 @@ class Sampler:
         return self.estimator.columns(budget // self.price, self.target.size)
 
     def _placed(self, state: State) -> State:
-        """With the vectors on the operator's device, where a checkpoint was read."""
+        """The state with its vectors on the operator's device, where a checkpoint was read."""
         device = self.target.space.device
         return State({**state.tensors, **{k: state.tensors[k].to(device) for k in self.estimator.large}}, state.numbers)
 

@@ -37,7 +37,7 @@ class StochasticLanczos:
         name: for messages and checkpoints.
         locked: orthonormal rows (d, n) that the vectors are orthogonal to.
         before: products that were spent before.
-        enough: tells from the rule whether its error is small enough; if not, the probes are doubled.
+        enough: says whether the error of a rule is small enough; if not, the probes are doubled.
         most: products that doubling stays within.
     """
 
@@ -58,12 +58,12 @@ class StochasticLanczos:
 
     @property
     def method(self) -> str:
-        """For results."""
+        """The name of the method, for results."""
         return "slq" if self.whole else "slq, three-term recurrence without re-orthogonalisation"
 
     @property
     def options(self) -> Options:
-        """All but the error that is asked for, so that a run can be resumed with a smaller one."""
+        """All options but the error that is asked for, so that a run can be resumed with a smaller one."""
         return {
             "probes": self.probes,
             "steps": self.steps,
@@ -73,7 +73,7 @@ class StochasticLanczos:
         }
 
     def start(self) -> State:
-        """Nothing done yet."""
+        """The state with nothing done yet."""
         none = torch.zeros(self.steps, 0, dtype=torch.float64)
         finished = {"finished alphas": none, "finished betas": none}
         return State(finished, {"products": self.before, "round": 0, "wanted": self.probes})
@@ -91,7 +91,7 @@ class StochasticLanczos:
         return 0 < found["j"] < self.steps and found["b"] == kept * found["p"]
 
     def step(self, state: State) -> State:
-        """One product with the vectors of all recurrences of the round."""
+        """Make one product with the vectors of all recurrences of the round."""
         numbers = dict(state.numbers)
         if (going := self._going(state)) is None:
             wanted = state.count("wanted")
@@ -116,11 +116,11 @@ class StochasticLanczos:
         return self.enough is None or 2 * wanted * self.steps > self.most or self.enough(self.rule(state))
 
     def expected(self, state: State) -> int:
-        """Of the probes that are wanted now."""
+        """The products of all probes that are wanted now."""
         return self.before + state.count("wanted") * self.steps
 
     def rule(self, state: State) -> GaussRules:
-        """Of all probes as far as they are; at least one step must have been made."""
+        """The rule of all probes as far as they are; at least one step must have been made."""
         alphas, betas = state.tensors["finished alphas"], state.tensors["finished betas"]
         if (going := self._going(state)) is not None:
             more = _padded(going, self.steps)
@@ -146,7 +146,7 @@ class StochasticLanczos:
         return Recurrences(basis, tensors["alphas"], tensors["betas"], self.whole, self.steps + 1)
 
     def _drawn(self, state: State) -> Recurrences:
-        """Recurrences of new probes."""
+        """The recurrences of new probes."""
         count = min(WIDEST, state.count("wanted") - self._finished(state))
         number = SALT + self.seed * 1_000_003 + state.count("round")
         generator, space = torch.Generator().manual_seed(number % 2**63), self.target.space

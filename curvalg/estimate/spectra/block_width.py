@@ -1,4 +1,4 @@
-"""How many columns a block of products should have: measured once, then kept with the run."""
+"""The width of a block of products: measured once, then kept with the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A spectral density as a result: the curve, its band, and what can be asked of it."""
+"""A spectral density as a result: the curve, its band, and the questions it answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvalg.solve.quadrature import GaussRules, standard_error
 
 @dataclass(frozen=True)
 class Look:
-    """How a density is drawn.
+    """The options of how a density is drawn.
 
     Args:
         scale: "linear" or "log".
@@ -64,7 +64,7 @@ class Density(Result):
 
     @classmethod
     def of(cls, rule: GaussRules, outliers: Tensor, look: Look, size: int, made: Result) -> Density:
-        """The curve of rules on the complement of outliers; ``made`` tells how they were made."""
+        """The curve of rules on the complement of outliers; ``made`` says how they were made."""
         share = (size - len(outliers)) / size
         nodes, weights = rule.nodes, rule.weights * share
         floor = floor_of(nodes)
@@ -113,8 +113,10 @@ class Density(Result):
         return shares if isinstance(x, Tensor) else float(shares)
 
     def count(self, a: float, b: float) -> Estimate:
-        """How many eigenvalues there are in [a, b]; the error is one standard error over the probes plus the difference to
-        rules of fewer steps. Bounds are best put into gaps of the spectrum."""
+        """The number of eigenvalues in [a, b], best with bounds in gaps of the spectrum.
+
+        Its error is one standard error over the probes plus the difference to rules of fewer steps.
+        """
 
         def inside(values: Tensor) -> Tensor:
             return ((values >= a) & (values <= b)).double()
@@ -129,7 +131,7 @@ class Density(Result):
         )
 
     def plot(self, ax: Any = None) -> Any:
-        """The curve on a logarithmic axis with its error band; outliers are marked by triangles."""
+        """Draw the curve on a logarithmic axis with its error band; outliers are marked by triangles."""
         ax = axes(ax)
         grid, low = self.grid.numpy(), 0.1 / (self.size * self.width)
         ax.plot(grid, self.density.clamp_min(low).numpy(), color="C0", label="density")

@@ -106,7 +106,7 @@ def search(
     v0: Vector | None,
     deflate: Vector | Eigenpairs | None = None,
 ) -> tuple[Eigenpairs, str]:
-    """The pairs of a target with a unit, in that unit, and what :func:`eigsh` has to complain about, "" for nothing."""
+    """The pairs of a target with a unit, in that unit, and the complaint of :func:`eigsh` about them, "" for none."""
     begin = time.perf_counter()
     require_one_of(which, "which", SIDES, _HINTS.get(str(which), ""))
     k, block = require_pairs(k), require_block(block)
@@ -165,7 +165,7 @@ _HINTS = {"SM": "; eigenvalues near zero are the largest of the inverse: eigsh(i
 
 
 def _locked(deflate: Vector | Eigenpairs | None, given: Target) -> Tensor:
-    """Orthonormal rows that span what is deflated."""
+    """Orthonormal rows that span the deflated space."""
     vectors = deflate.eigenvectors if isinstance(deflate, Eigenpairs) else deflate
     rows = given.rows(vectors, "deflate")
     if not len(rows):

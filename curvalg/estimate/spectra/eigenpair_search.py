@@ -54,7 +54,7 @@ class Lanczos:
 
     @property
     def options(self) -> Options:
-        """All but the number of products, so that a run that stopped there can be resumed with more."""
+        """All options but the number of products, so that a run that stopped there can be resumed with more."""
         return {
             "k": self.k,
             "which": self.which,
@@ -92,7 +92,7 @@ class Lanczos:
         return found is not None and found["rows"] == len(self.locked) + found["a"] + found["p"]
 
     def step(self, state: State) -> State:
-        """One block of products."""
+        """Multiply one block of vectors."""
         width, counter = state.count("width"), _Counter(self.target.multiply, state.products)
         return self._pack(searching.step(self._unpack(state), self._aim(width), counter), width, counter.products)
 
@@ -101,22 +101,22 @@ class Lanczos:
         return self._unpack(state).over or state.products >= self.most
 
     def expected(self, state: State) -> int:
-        """As if all wanted pairs took as long as those that have converged."""
+        """The expected products, as if all wanted pairs took as long as those that have converged."""
         found = searching.settled(self._unpack(state), self._aim(state.count("width")))
         return min(self.most, state.products * (self.k + 1) // (found + 1))
 
     def checked(self, state: State) -> State:
-        """With true residuals, which takes k products if the search was stopped in between."""
+        """The state with true residuals, which takes k products if the search was stopped in between."""
         width, counter = state.count("width"), _Counter(self.target.multiply, state.products)
         return self._pack(searching.check(self._unpack(state), self._aim(width), counter), width, counter.products)
 
     def pairs(self, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """(values ascending, vectors as columns, residuals); residuals are estimates before a check."""
+        """The pairs (values ascending, vectors as columns, residuals); residuals are estimates before a check."""
         values, rows, residuals = searching.current(self._unpack(state), self._aim(state.count("width")))
         return values, rows.T.contiguous(), residuals
 
     def phase(self, state: State) -> str:
-        """What the search was about to do."""
+        """The phase that the search was in."""
         return str(state.numbers["phase"])
 
     def _aim(self, width: int) -> Aim:
@@ -128,7 +128,7 @@ class Lanczos:
         return min(n, max(needed, min(MOST, SPARE // n)))
 
     def _first(self, width: int) -> Tensor:
-        """Rows to begin with; of more than fit into a block, as many random mixtures, which reach the same directions."""
+        """The rows to begin with; of more than fit into a block, as many random mixtures, which reach the same directions."""
         if len(self.start_rows) <= width:
             return self.start_rows
         generator = torch.Generator().manual_seed(self.seed)
@@ -187,7 +187,7 @@ class Lanczos:
 
 
 class _Counter:
-    """A product that counts columns."""
+    """A product that counts its columns."""
 
     def __init__(self, matmul: Matmul, products: int) -> None:
         self.matmul, self.products = matmul, products

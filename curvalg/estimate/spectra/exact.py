@@ -1,4 +1,4 @@
-"""Eigenpairs that the structure of an operator gives."""
+"""Eigenpairs that are exact by the structure of an operator."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None
 
 
 def chosen(spectrum: Eigh, k: int, which: Which, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(values ascending (k,), vectors (n, k)) of the wanted pairs; those of the rest are random vectors of its space."""
+    """The wanted pairs (values ascending (k,), vectors (n, k)); those of the rest are random vectors of its space."""
     listed, rest = small(spectrum.eigenvalues), min(spectrum.multiplicity, k)
     values, order = torch.cat([listed, listed.new_full((rest,), spectrum.rest)]).sort(stable=True)
     positions = wanted(values, which, k)

@@ -41,7 +41,7 @@ class SingularTriplets(Result):
         return iter((self.left, self.values, self.right))
 
     def plot(self, ax: Any = None) -> Any:
-        """Singular values, falling."""
+        """Draw the singular values, falling."""
         ax = axes(ax)
         ax.semilogy(range(1, len(self.values) + 1), self.values.flip(0).numpy(), "o")
         ax.set_xlabel("rank")
@@ -104,7 +104,7 @@ def svds(
 
 
 def gram(given: Target) -> Target:
-    """AᵀA or A Aᵀ, the smaller one; of a target with a unit in the square of it."""
+    """The smaller one of AᵀA and A Aᵀ; of a target with a unit in the square of it."""
     m, n = given.shape
     first, second = (given.multiply, given.adjoint) if n <= m else (given.adjoint, given.multiply)
 
@@ -128,7 +128,7 @@ def gram(given: Target) -> Target:
 
 
 def _triplets(given: Target, pairs: Eigenpairs) -> SingularTriplets:
-    """With the vectors of the other side, by products with those that were found."""
+    """The triplets, with the vectors of the other side by products with those that were found."""
     m, n = given.shape
     forward, back = (given.multiply, given.adjoint) if n <= m else (given.adjoint, given.multiply)
     found, values = pairs.eigenvectors, pairs.eigenvalues.clamp_min(0).sqrt()

@@ -1,4 +1,4 @@
-"""From the nodes of quadrature rules to a curve: axes, widths of the bumps, grids."""
+"""Curves from the nodes of quadrature rules: axes, widths of the bumps, grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 MARGIN = 0.05
 """Room beyond the outermost nodes, as a share of the range."""
 FLOOR = 1e-5
-"""Of the largest |λ| (without outliers), added to every |λ| before the logarithm."""
+"""The share of the largest |λ| (without outliers) that is added to every |λ| before the logarithm."""
 REACH, FINE = 8.0, 3
 """Widths around peaks that the grid covers, and points for each width there."""
 LONGEST = 2**16
@@ -23,7 +23,7 @@ NEGLIGIBLE = 1e-14
 
 @dataclass(frozen=True)
 class Axis:
-    """Where bumps are Gaussian.
+    """The axis on which bumps are Gaussian.
 
     Args:
         to: eigenvalue -> position.
@@ -39,12 +39,12 @@ class Axis:
 
 
 def linear(_floor: float) -> Axis:
-    """Positions are eigenvalues."""
+    """The axis whose positions are eigenvalues."""
     return Axis(lambda x: x, lambda x: x, 3.0, lambda far: 1e-2 * far)
 
 
 def logarithmic(floor: float) -> Axis:
-    """Positions are log₁₀(|λ| + floor), so that zero is a unit, and what is far from it of no other shape."""
+    """The axis with positions log₁₀(|λ| + floor), so that zero is a unit, and what is far from it of no other shape."""
     return Axis(lambda x: (x.abs() + floor).log10(), lambda x: 10**x, 1.04, lambda far: min(1e-2 * far, 0.1))
 
 
@@ -53,12 +53,12 @@ SCALES: dict[str, Callable[[float], Axis]] = {"linear": linear, "log": logarithm
 
 
 def floor_of(nodes: Tensor) -> float:
-    """What is added to magnitudes before the logarithm; 1 for a matrix of zeros."""
+    """The floor that is added to magnitudes before the logarithm; 1 for a matrix of zeros."""
     return FLOOR * (float(nodes.abs().max()) if nodes.numel() else 0.0) or 1.0
 
 
 def extent(positions: Tensor, weights: Tensor, least: Callable[[float], float]) -> tuple[float, float]:
-    """(centre, half range with its margin) of the nodes; of a single point a range for a visible peak."""
+    """The pair (centre, half range with its margin) of the nodes; of a single point a range for a visible peak."""
     seen = positions[weights > NEGLIGIBLE]
     low, high = (float(seen.min()), float(seen.max())) if len(seen) else (0.0, 0.0)
     centre, half = (low + high) / 2, (high - low) / 2 * (1 + 2 * MARGIN)
@@ -66,12 +66,12 @@ def extent(positions: Tensor, weights: Tensor, least: Callable[[float], float]) 
 
 
 def papyan_width(half: float, steps: int, kappa: float) -> float:
-    """σ = 2 / ((M − 1) √(8 ln κ)) on [−1, 1], times half the range (Papyan, 2020, section D.2)."""
+    """The width σ = 2 / ((M − 1) √(8 ln κ)) on [−1, 1], times half the range (Papyan, 2020, section D.2)."""
     return half * 2 / (max(steps - 1, 1) * math.sqrt(8 * math.log(kappa)))
 
 
 def even_grid(centre: float, half: float, width: float, points: int, peaks: Tensor) -> Tensor:
-    """Evenly over the range and the tails of bumps at its ends, finer where the width asks for it, and around each peak."""
+    """A grid even over the range and the tails of bumps at its ends, finer where the width asks for it and around peaks."""
     reach = half + REACH * width
     points = min(max(points, math.ceil(2 * reach / width * FINE)), max(points, LONGEST))
     even = torch.linspace(centre - reach, centre + reach, points, dtype=torch.float64)
@@ -81,7 +81,7 @@ def even_grid(centre: float, half: float, width: float, points: int, peaks: Tens
 
 
 def bumps(grid: Tensor, positions: Tensor, weights: Tensor, width: float) -> Tensor:
-    """Σ_j w_j N(x; θ_j, σ²) at the points x of the grid, for each row of nodes.
+    """The sum Σ_j w_j N(x; θ_j, σ²) at the points x of the grid, for each row of nodes.
 
     Args:
         grid: (g,).

@@ -1,4 +1,4 @@
-"""Means of independent samples."""
+"""Estimators by means of independent samples."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ class SampleMean(Estimator):
     keeps: ClassVar[bool] = False
 
     def form(self, columns: int) -> Form:
-        """The samples."""
+        """The samples so far."""
         return {"samples": (torch.float64, (columns,))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
-        """More samples; the vectors are forgotten."""
+        """The sketch with more samples; the vectors are forgotten."""
         omega = self.probes.rows(start, stop)
         samples = self.integrand.samples(omega, self.multiply(omega))
         return {"samples": torch.cat([sketch["samples"], samples])}, stop - start
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """Their mean; of a multiple of the identity they differ by less than rounding does to all of them."""
+        """The mean of the samples; of a multiple of the identity they differ by less than rounding does to all of them."""
         samples = sketch["samples"]
         noise = torch.finfo(self.target.space.dtype).eps * samples.abs().mean()
         return samples.mean(), torch.hypot(standard_error(samples), noise)
 
     @classmethod
     def columns(cls, multiplications: int, size: int) -> int:
-        """As many, for no vector is held."""
+        """One for each multiplication, as no vector is held."""
         return multiplications
 
 
 class RunningMean(SampleMean):
-    """The same of vectors, of which only mean and squared deviations are kept (Bekas, Kokiopoulou and Saad, 2007).
+    """The mean of vectors, of which only mean and squared deviations are kept (Bekas, Kokiopoulou and Saad, 2007).
 
     Of a diagonal by signs, the error of entry i is that of the rest of row i.
     """
@@ -49,12 +49,12 @@ class RunningMean(SampleMean):
     large: ClassVar[tuple[str, ...]] = ("mean", "squares")
 
     def form(self, columns: int) -> Form:
-        """Mean and squared deviations."""
+        """The mean and the squared deviations."""
         entries = torch.float64, (self.target.size,)
         return {"mean": entries, "squares": entries}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
-        """Updated as samples come (Welford, 1962)."""
+        """The mean and deviations, updated as samples come (Welford, 1962)."""
         omega = self.probes.rows(start, stop)
         mean, squares = sketch["mean"], sketch["squares"]
         for count, (x, y) in enumerate(zip(omega, self.multiply(omega), strict=True), start + 1):

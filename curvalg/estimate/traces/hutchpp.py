@@ -16,7 +16,7 @@ from curvalg.solve.orthogonal import grown
 
 
 class HutchPlusPlus(Range):
-    """tr QᵀAQ + the mean of gᵀ(I − QQᵀ)A(I − QQᵀ)g over vectors g that Q does not depend on.
+    """The estimate tr QᵀAQ + the mean of gᵀ(I − QQᵀ)A(I − QQᵀ)g over vectors g that Q does not depend on.
 
     Meyer, Musco, Musco and Woodruff, SOSA 2021. Even test vectors make the basis, odd ones the samples.
     """
@@ -26,11 +26,11 @@ class HutchPlusPlus(Range):
     large: ClassVar[tuple[str, ...]] = ("basis", "images", "products of samples")
 
     def form(self, columns: int) -> Form:
-        """With the products of the g."""
+        """The basis, and the products of the g."""
         return {**super().form(columns), "products of samples": (self.target.space.dtype, (columns, self.target.size))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
-        """Both kinds of vectors are multiplied at once."""
+        """The sketch after both kinds of vectors were multiplied at once."""
         products = self.multiply(self.probes.rows(2 * start, 2 * stop, 2 * self.room))
         extended = self.with_range_of(sketch, products[::2])
         before = sketch["products of samples"]
@@ -38,17 +38,17 @@ class HutchPlusPlus(Range):
         return extended, 2 * (stop - start) + len(extended["basis"]) - len(sketch["basis"])
 
     def range_probes(self, columns: int) -> Tensor:
-        """Every other one."""
+        """Every other test vector."""
         return self.probes.rows(0, 2 * columns)[::2]
 
     def tested(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """Those of both kinds."""
+        """The test vectors of both kinds, with their products."""
         omega, products = super().tested(sketch, columns)
         samples = self.probes.rows(0, 2 * columns)[1::2]
         return torch.cat([omega, samples]), torch.cat([products, sketch["products of samples"]])
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """From inner products, so that g need not be projected before it is multiplied."""
+        """The estimate from inner products, so that g need not be projected before it is multiplied."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
         trace = self.integrand.total(Q, Z)
         if len(R) < columns or len(R) == n:

@@ -1,4 +1,4 @@
-"""Norms of an operator."""
+"""Norms of an operator, which may be rectangular."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank approximations of the range of an operator, which traces and diagonals are taken of."""
+"""Low-rank approximations of the range of an operator, for traces and diagonals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Range(Estimator):
         return extended, stop - start + len(extended["basis"]) - len(sketch["basis"])
 
     def range_probes(self, columns: int) -> Tensor:
-        """The rows of Ωᵀ."""
+        """The rows of Ωᵀ, the test vectors."""
         return self.probes.rows(0, columns)
 
     def with_range_of(self, sketch: Tensors, products: Tensor) -> Tensors:
@@ -54,7 +54,7 @@ class Range(Estimator):
         return self.range_probes(columns), R.T.to(Q) @ Q
 
     def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """The basis, and what of the test vectors is orthogonal to it."""
+        """The basis, and the parts of the test vectors that are orthogonal to it."""
         Q, Z = sketch["basis"], sketch["images"]
         omega, products = self.tested(sketch, columns)
         W = inner(omega, Q).to(Q)
@@ -63,7 +63,7 @@ class Range(Estimator):
         return torch.cat([Q, rows]), torch.cat([Z, images])
 
     def noise(self, triangle: Tensor) -> Tensor:
-        """What may be left of the trace outside of a basis that holds all of the range but rounding noise.
+        """The size of what may be left of the trace outside of a basis that holds all of the range but rounding noise.
 
         n eigenvalues of random signs, each of the size of the rounding unit times ‖A‖_F.
         """

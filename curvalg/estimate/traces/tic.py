@@ -29,7 +29,7 @@ from curvalg.runs.run_state import Options
 DENSE = 256
 """Parameters up to which both matrices are made."""
 MOST = 4096
-"""The same where exactness is asked for."""
+"""The largest number of parameters whose matrices are made where exactness is asked for."""
 
 
 def tic(
@@ -128,7 +128,7 @@ def tic(
 
 
 def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C: Expr) -> Target:
-    """Vᵀ H⁻¹ V where C = V Vᵀ has known columns, which is symmetric and smaller; else H⁻¹ C."""
+    """The matrix Vᵀ H⁻¹ V where C = V Vᵀ has known columns, which is symmetric and smaller; else H⁻¹ C."""
     problem, name = solve.problem, f"inverse({H}) @ ({C})"
 
     def subject() -> Options:

@@ -1,4 +1,4 @@
-"""The trace of an operator."""
+"""The trace of a square operator."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trace(
 
     - "xnystrace": tr of a Nyström approximation plus a sample of the rest, averaged over all ways to leave one test vector
       out. For positive semi-definite operators; one round of products. The choice of "auto" where that is proved.
-    - "xtrace": the same with a basis of the range of A. Any operator; two rounds. The choice of "auto" otherwise.
+    - "xtrace": as "xnystrace", with a basis of the range of A. Any operator; two rounds. The choice of "auto" otherwise.
     - "hutch++": a basis and independent samples. Two rounds.
     - "hutchinson": independent samples only; good for flat spectra, and takes no memory. One round.
     - "exact": by structure or by unit vectors.

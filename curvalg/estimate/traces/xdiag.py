@@ -24,7 +24,7 @@ class XDiag(Range):
     safety: ClassVar[float] = 1.25
 
     def images(self, rows: Tensor) -> Tensor:
-        """AᵀQ."""
+        """The products AᵀQ."""
         if self.target.symmetric:
             return self.multiply(rows)
         try:
@@ -62,7 +62,7 @@ class XDiag(Range):
 
 
 def distinct(rows: Tensor) -> Tensor:
-    """Which rows are no linear combinations of those before them, (m,)."""
+    """The mask (m,) of rows that are no linear combinations of those before them."""
     triangle = torch.linalg.qr(inner(rows, rows), mode="r").R
     pivots: Tensor = triangle.diagonal().abs()
     return pivots > 1e-9 * rows.shape[1]

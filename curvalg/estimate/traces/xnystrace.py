@@ -26,11 +26,11 @@ class XNysTrace(Estimator):
     large: ClassVar[tuple[str, ...]] = ("sketch",)
 
     def form(self, columns: int) -> Form:
-        """The products."""
+        """The products of all test vectors."""
         return {"sketch": (self.target.space.dtype, (columns, self.target.size))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
-        """More products."""
+        """The sketch with more products."""
         products = self.multiply(self.probes.rows(start, stop, self.room))
         room = self.room
         return {"sketch": grown(sketch["sketch"], products, room)}, stop - start
@@ -57,11 +57,11 @@ class XNysTrace(Estimator):
         return samples.mean(), torch.hypot(error if columns < n else 0 * missed[0], missed.new_tensor(noise))
 
     def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """All test vectors."""
+        """All test vectors with their products."""
         return independent(self.probes.rows(0, columns), sketch["sketch"])
 
     def _shifted(self, core: Tensor, gram: Tensor, scale: float) -> tuple[Tensor, float]:
-        """ΩᵀAΩ with A + shift · I in place of A: rounding must not make it indefinite."""
+        """The matrix ΩᵀAΩ with A + shift · I in place of A: rounding must not make it indefinite."""
         eps = torch.finfo(self.target.space.dtype).eps
         shift, smallest = eps * scale, float(torch.linalg.eigvalsh(gram)[0])
         core = (core + core.T) / 2

@@ -27,7 +27,7 @@ class XTrace(Range):
     method: ClassVar[str] = "xtrace"
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
-        """All m leave-one-out estimates in O(m³) from inner products."""
+        """The mean of all m leave-one-out estimates, in O(m³) from inner products."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
         trace = self.integrand.total(Q, Z)
         if len(R) < columns or len(R) == n:
@@ -51,7 +51,7 @@ class XTrace(Range):
 
 
 def _without_another(trace: Tensor, W: Tensor, T: Tensor, R: Tensor, H: Tensor, S: Tensor, n: int) -> Tensor:
-    """Estimate i (rows) as it were without test vector j (columns), by the projection Π onto the span of sᵢ and sⱼ.
+    """Estimate i (rows) without test vector j (columns), by the projection Π onto the span of sᵢ and sⱼ.
 
     With y = Πwᵢ = α sᵢ + β sⱼ, what is outside of the smaller basis is rᵢᵀy − tᵢᵀ(wᵢ − y) + (wᵢ − y)ᵀH(wᵢ − y).
     """

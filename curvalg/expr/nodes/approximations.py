@@ -73,9 +73,7 @@ def diagonal_part(expr: Expr, *, probes: int = 0, seed: int = 0) -> Expr:
 
 
 def _require_integers(function: str, **options: tuple[object, int]) -> None:
-    """Raises:
-    ExpressionError: an option that is not an integer, or below its least value.
-    """
+    """Raise ExpressionError for an option that is not an integer, or below its least value."""
     for name, (value, least) in options.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise OptionError(f"{function}: {name} must be an integer ≥ {least}, got {value!r}")

@@ -45,7 +45,7 @@ class ArrayLeaf(Expr):
         operands: Iterable[tuple[str, Fraction]],
         origin: Expr | None = None,
     ) -> Leaf:
-        """The leaf that an exact operation on leaves gives.
+        """The array leaf that results from an exact operation on other leaves.
 
         Its token follows from the operation and the operands, so that doing the same again gives an equal leaf.
 
@@ -93,7 +93,7 @@ class ArrayLeaf(Expr):
         raise NotImplementedError
 
     def describe(self) -> str:
-        """What stands in ``Name<...>`` when printed."""
+        """The description that stands in ``Name<...>`` when the leaf is printed."""
         return f"{self.size}, {_dtype(self.arrays[0])}"
 
 
@@ -138,7 +138,7 @@ def _facts_of_values(values: Any) -> Facts:
 
 
 class Diagonal(ArrayLeaf):
-    """diag(values).
+    """Diagonal matrix diag(values) on the parameters.
 
     Args:
         values: shape (D,), in the flat layout of the parameters.
@@ -165,7 +165,7 @@ class Diagonal(ArrayLeaf):
 
 
 class Kronecker(ArrayLeaf):
-    """F₁ ⊗ F₂ ⊗ …, row-major: for a weight matrix V, (B ⊗ A) vec(V) = vec(B V Aᵀ).
+    """Kronecker product F₁ ⊗ F₂ ⊗ …, row-major: for a weight matrix V, (B ⊗ A) vec(V) = vec(B V Aᵀ).
 
     Args:
         factors: square matrices, the output factor first.
@@ -202,7 +202,7 @@ class Kronecker(ArrayLeaf):
 
 
 class LowRank(ArrayLeaf):
-    """left · core · rightᵀ.
+    """Low-rank matrix left · core · rightᵀ.
 
     Args:
         left: shape (D, r).
@@ -247,7 +247,7 @@ class LowRank(ArrayLeaf):
 
 
 class Eigenbasis(ArrayLeaf):
-    """Q diag(values) Qᵀ with an orthogonal basis Q.
+    """Matrix with a known eigenbasis: Q diag(values) Qᵀ with an orthogonal Q.
 
     Args:
         basis: an orthogonal matrix, or a :class:`Kronecker` leaf of orthogonal factors.
@@ -268,7 +268,7 @@ class Eigenbasis(ArrayLeaf):
 
     @cached_property
     def digest(self) -> str:
-        """Of a basis that is an array: the same for the same numbers in the same dtype."""
+        """A digest of the numbers and dtype of a basis that is an array, equal for equal bases."""
         basis: Any = self.basis
         array = basis.detach().cpu().double().numpy() if hasattr(basis, "detach") else basis
         return hashlib.sha256(f"{_dtype(basis)} {array.shape}".encode() + array.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Block-diagonal matrices."""
+"""Block-diagonal matrices: their blocks, the node and the function that makes it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Block:
 
     @property
     def anchored(self) -> bool:
-        """Whether it holds a sub-matrix of what surrounds the block-diagonal, so that it means nothing elsewhere."""
+        """Whether the block holds a sub-matrix of what surrounds the block-diagonal, so that it means nothing elsewhere."""
         return self.expr.domain_params is not None
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ class BlockDiagonal(Composite):
 
     @property
     def covering(self) -> bool:
-        """Whether every parameter lies in a block; what no block covers is zero."""
+        """Whether every parameter lies in a block; the matrix is zero where no block is."""
         return self.complete or self.by in ("parameter", "module")
 
     def find_sides(self) -> tuple[Side, Side]:

@@ -24,7 +24,7 @@ MAX_DEPTH = 500
 
 
 def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
-    """An expression and the nodes with parts in it, as far as they are not known yet; parts come first."""
+    """An expression and the composite nodes in it whose answer is not known yet, parts first."""
     todo = [(expr, False)]
     while todo:
         node, ready = todo.pop()
@@ -37,7 +37,7 @@ def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
 
 
 def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
-    """What ``find`` gives for a node, kept with it under a key; the parts are settled first."""
+    """The result of ``find`` for a node, kept with the node under a key; its parts are settled first."""
     for node in bottom_up(expr, lambda node: key in node.known):
         node.known[key] = find(node)
     value: T = expr.known[key]
@@ -45,7 +45,7 @@ def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
 
 
 class Composite(Expr):
-    """A node with parts. What is found of it once counts neither for equality nor in a pickle."""
+    """A node with parts. What is found out about it and kept counts neither for equality nor in a pickle."""
 
     def __post_init__(self) -> None:
         for part in self.children:
@@ -63,7 +63,7 @@ class Composite(Expr):
     # -- what a kind of node says ---------------------------------------------------------------------------------------
 
     def find_sides(self) -> tuple[Side, Side]:
-        """Codomain and domain."""
+        """Find codomain and domain from those of the parts."""
         raise NotImplementedError
 
     def find_facts(self, loss: LossFacts | None) -> Facts:
@@ -71,7 +71,7 @@ class Composite(Expr):
         raise NotImplementedError
 
     def content(self, of: Callable[[Expr], Hashable]) -> Hashable:
-        """What two equal nodes share, with ``of`` of its parts in their place."""
+        """The content that two equal nodes share, with ``of`` of the parts in the place of the parts."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return tuple(of(value) if isinstance(value, Expr) else value for value in values)
 
@@ -83,7 +83,7 @@ class Composite(Expr):
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        """Codomain and domain."""
+        """Codomain and domain of the node."""
         sides: tuple[Side, Side] = settled(self, "sides", lambda node: node.find_sides())
         return sides
 
@@ -124,7 +124,7 @@ class Composite(Expr):
 
 
 def _same(part: Expr) -> Hashable:
-    """What is shared by one and the same node, and by equal nodes without parts."""
+    """A key that is equal for one and the same node, and for equal nodes without parts."""
     return id(part) if part.children else part
 
 
@@ -145,7 +145,7 @@ def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
 
 
 def side(expr: Expr, which: Literal["domain", "codomain"]) -> Side:
-    """One side of an expression. Two expressions fit together where these are equal."""
+    """A description of the codomain or domain. Two expressions fit together where these are equal."""
     if which == "domain":
         return expr.domain, expr.domain_params
     return expr.codomain, expr.codomain_params
@@ -157,7 +157,7 @@ def square(expr: Expr) -> bool:
 
 
 def shape(expr: Expr) -> str:
-    """``domain -> codomain``, for messages."""
+    """The text ``domain -> codomain``, for messages."""
 
     def name(which: Literal["domain", "codomain"]) -> str:
         space, params = side(expr, which)
@@ -167,7 +167,7 @@ def shape(expr: Expr) -> str:
 
 
 def require_endomorphism(expr: Expr, what: str) -> None:
-    """Refuse what does not map parameters to the same parameters.
+    """Raise unless an expression maps parameters to the same parameters.
 
     Raises:
         ExpressionError: not an expression, or one with another side.
@@ -179,7 +179,7 @@ def require_endomorphism(expr: Expr, what: str) -> None:
 
 
 def require_semidefinite(expr: Expr, what: str) -> None:
-    """Refuse what is known, of any loss, not to be symmetric or not to be positive semi-definite.
+    """Raise if a matrix is known, for any loss, not to be symmetric or not to be positive semi-definite.
 
     Raises:
         ExpressionError: one of the two is refuted.

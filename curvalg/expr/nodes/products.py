@@ -1,4 +1,4 @@
-"""Products and integer powers."""
+"""Products and integer powers of expressions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums: canonical linear combinations."""
+"""Sums of expressions as canonical linear combinations."""
 
 from __future__ import annotations
 

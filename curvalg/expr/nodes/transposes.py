@@ -1,4 +1,4 @@
-"""Transposes, and telling that an expression is symmetric from how it is written."""
+"""Transposes, and the test whether an expression is symmetric as it is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curvalg.expr.nodes.constants import IdentityExpr, ZeroExpr
 
 
 class Reversed(Composite):
-    """What maps the other way than the one expression in it: a transpose, an inverse."""
+    """An expression that maps the other way than the one inside it: a transpose or an inverse."""
 
     expr: Expr
 
@@ -27,7 +27,7 @@ class Reversed(Composite):
 
 
 class SelfTransposed(Composite):
-    """What is symmetric by construction, on the side of the one expression in it: a square root, a diagonal part."""
+    """An expression that is symmetric by construction, such as a square root or a diagonal part."""
 
     expr: Expr
 
@@ -56,7 +56,7 @@ class Transpose(Reversed):
 
 
 def transpose(expr: Expr) -> Expr:
-    """The transpose; a double transpose is the expression itself."""
+    """The transpose of an expression; a double transpose is the expression itself."""
     if isinstance(expr, Transpose):
         return expr.expr
     if isinstance(expr, ArrayLeaf) and isinstance(expr.origin, Transpose):

@@ -1,4 +1,4 @@
-"""Expressions as LaTeX."""
+"""Expressions printed as LaTeX."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _scaled(coefficient: Fraction, factor: str) -> str:
 
 
 def join(parts: list[tuple[bool, str]]) -> str:
-    """Summands, each with whether it is subtracted."""
+    """Join summands, each with whether it is subtracted, to one text."""
     (negative, first), *rest = parts
     shown = f"-{first}" if negative else first
     return shown + "".join(f" {'-' if minus else '+'} {part}" for minus, part in rest)
@@ -177,7 +177,7 @@ def _(expr: BlockDiagonal) -> tuple[str, int]:
 
 
 def text_block(block: Block) -> str:
-    """One block in the syntax of :func:`curvalg.parse`."""
+    """The text of one block in the syntax of :func:`curvalg.parse`."""
     joint = {"joint": True} if block.joint else {}
     return call("block", [patterns(block.params), text(block.expr)], joint)
 
@@ -201,7 +201,7 @@ def _(expr: NamedExpr) -> tuple[str, int]:
 
 
 def patterns(params: tuple[str, ...]) -> str:
-    """Parameter names or patterns: one string, or a list."""
+    """The text of parameter names or patterns: one string, or a list."""
     return repr(_names(params))
 
 
@@ -210,7 +210,7 @@ def _names(params: tuple[str, ...]) -> str | list[str]:
 
 
 def changed(expr: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Options of a dataclass node that differ from their defaults."""
+    """Options of a dataclass node that differ from their defaults, as text."""
     fields = (
         [f for f in dataclasses.fields(expr) if f.init and f.name not in skip] if dataclasses.is_dataclass(expr) else []
     )
@@ -218,6 +218,6 @@ def changed(expr: Any, skip: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def call(name: str, positional: list[str], options: dict[str, Any]) -> str:
-    """``name(a, b, option=value)``."""
+    """The text of a call, ``name(a, b, option=value)``."""
     shown = [f"{key}={text(v) if isinstance(v, Expr) else repr(v)}" for key, v in options.items()]
     return f"{name}({', '.join([*positional, *shown])})"

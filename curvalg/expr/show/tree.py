@@ -1,4 +1,4 @@
-"""Expressions as trees."""
+"""Expressions printed as indented trees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Branch = tuple[str, Expr]
 
 
 def tree(expr: Expr) -> str:
-    """One node a line, children indented below it."""
+    """Text with one node a line, the children indented below it."""
     return "\n".join(_lines(expr, "", ""))
 
 

@@ -1,4 +1,4 @@
-"""Binary cross-entropy on logits."""
+"""Binary cross-entropy on logits, in closed form."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class BCEWithLogits(ElementwiseLoss):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def weights(self, target: Structure) -> Tensor:
-        """w of every element."""
+        """The weight w of every element."""
         ones = super().weights(target)
         weight = self._broadcast("weight", self.weight, ones)
         return ones if weight is None else weight.expand(ones.shape)
@@ -98,5 +98,5 @@ class BCEWithLogits(ElementwiseLoss):
         except RuntimeError:
             raise LossError(
                 f"BCEWithLogits: expected {option} to broadcast to the target {tuple(like.shape)}, got "
-                f"{tuple(weight.shape)}; one weight per row cannot follow a split into batches."
+                f"{tuple(weight.shape)}; one weight per row cannot follow a split into batches"
             ) from None

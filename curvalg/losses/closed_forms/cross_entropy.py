@@ -54,9 +54,9 @@ class CrossEntropy(SoftmaxLoss):
         check_reduction("CrossEntropy", self.reduction)
         check_weight("CrossEntropy", "weight", self.weight)
         if self.weight is not None and self.weight.ndim != 1:
-            raise LossError(f"CrossEntropy: expected weight of shape (C,), got {tuple(self.weight.shape)}.")
+            raise LossError(f"CrossEntropy: expected weight of shape (C,), got {tuple(self.weight.shape)}")
         if not 0.0 <= self.label_smoothing <= 1.0:
-            raise LossError(f"CrossEntropy: expected label_smoothing in [0, 1], got {self.label_smoothing}.")
+            raise LossError(f"CrossEntropy: expected label_smoothing in [0, 1], got {self.label_smoothing}")
 
     @classmethod
     def from_module(cls, module: nn.CrossEntropyLoss) -> CrossEntropy:
@@ -79,13 +79,13 @@ class CrossEntropy(SoftmaxLoss):
         return {} if self.weight is None else {"weight": self.weight}
 
     def weights(self, target: Structure) -> Tensor:
-        """m of each position."""
+        """The mass m of each position."""
         target = real_target("CrossEntropy", target)
         if target.is_floating_point():
             if target.ndim == 1:
                 raise LossError(
                     f"CrossEntropy: expected labels as integers, or probabilities (N, C), got {target.dtype} of shape "
-                    f"{tuple(target.shape)}; for class labels pass target.long()."
+                    f"{tuple(target.shape)}; for class labels pass target.long()"
                 )
             self._check_soft(target)
             return self._soft_mass(target)
@@ -112,7 +112,7 @@ class CrossEntropy(SoftmaxLoss):
         if self.weight is not None and len(self.weight) != classes:
             raise LossError(
                 f"CrossEntropy: expected weight of shape ({classes},), one for each class on axis {axis} of the output "
-                f"{tuple(output.shape)}, got ({len(self.weight)},); check class_axis={self.class_axis}."
+                f"{tuple(output.shape)}, got ({len(self.weight)},); check class_axis={self.class_axis}"
             )
         if target.is_floating_point():
             self._check_soft(target, output)
@@ -156,7 +156,7 @@ class CrossEntropy(SoftmaxLoss):
     def _labels(self, target: Tensor, classes: int | None) -> tuple[Tensor, Tensor]:
         """Which positions count, and labels in which ignored ones are replaced by class 0."""
         if target.dtype == torch.bool:
-            raise LossError("CrossEntropy: expected integer or floating-point targets, got bool; use target.long().")
+            raise LossError("CrossEntropy: expected integer or floating-point targets, got bool; use target.long()")
         target = target.long()
         keep = target != self.ignore_index
         upper = torch.iinfo(torch.long).max if classes is None else classes
@@ -166,7 +166,7 @@ class CrossEntropy(SoftmaxLoss):
             count = "at least 0" if classes is None else f"from 0 to {classes - 1}"
             raise LossError(
                 f"CrossEntropy: expected labels {count} or ignore_index={self.ignore_index}, got "
-                f"{target[place].item()} at {place}; correct the label, or set ignore_index or class_axis."
+                f"{target[place].item()} at {place}; correct the label, or set ignore_index or class_axis"
             )
         return keep, torch.where(keep, target, 0)
 
@@ -174,7 +174,7 @@ class CrossEntropy(SoftmaxLoss):
         if self.ignore_index >= 0:
             raise LossError(
                 f"CrossEntropy: ignore_index={self.ignore_index} means nothing for probability targets (floating "
-                "point); give the ignored positions a target of zeros, or use class indices (target.long())."
+                "point); give the ignored positions a target of zeros, or use class indices (target.long())"
             )
         self.check_probabilities(target, output)
 
@@ -191,12 +191,12 @@ class CrossEntropy(SoftmaxLoss):
             cure = "probability targets of the output's shape must be floating point: use target.float()"
         raise LossError(
             f"CrossEntropy: expected index targets of shape {tuple(expected)} for an output {tuple(output.shape)} with "
-            f"classes on axis {axis} (class_axis={self.class_axis}), got {tuple(target.shape)}; {cure}."
+            f"classes on axis {axis} (class_axis={self.class_axis}), got {tuple(target.shape)}; {cure}"
         )
 
 
 class IndexPoint(SoftmaxPoint):
-    """Cross-entropy at class indices."""
+    """Cross-entropy at one output and class indices."""
 
     def __init__(self, loss: CrossEntropy, output: Tensor, axis: int, keep: Tensor, labels: Tensor) -> None:
         self.loss, self.keep = loss, keep
@@ -228,7 +228,7 @@ class IndexPoint(SoftmaxPoint):
 
 
 class SoftTargetPoint(SoftmaxPoint):
-    """Cross-entropy at class probabilities."""
+    """Cross-entropy at one output and class probabilities."""
 
     def __init__(self, loss: CrossEntropy, output: Tensor, axis: int, target: Tensor) -> None:
         self.loss, self.target = loss, target

@@ -20,21 +20,21 @@ class ElementwiseLoss(Loss):
 
     @abstractmethod
     def first(self, output: Tensor, target: Tensor) -> Tensor:
-        """∂ℓ/∂z of every element."""
+        """The first derivative ∂ℓ/∂z of every element."""
 
     @abstractmethod
     def second(self, output: Tensor, target: Tensor) -> Tensor:
-        """∂²ℓ/∂z² of every element."""
+        """The second derivative ∂²ℓ/∂z² of every element."""
 
     def information(self, output: Tensor, target: Tensor) -> Tensor:
-        """E (∂ℓ/∂z)² of every element under the likelihood at the output."""
+        """The Fisher information E (∂ℓ/∂z)² of every element under the likelihood at the output."""
         return self.second(output, target)
 
     def check_values(self, output: Tensor, target: Tensor) -> None:
         """Raise LossError for entries out of range; nothing by default."""
 
     def weights(self, target: Structure) -> Tensor:
-        """w of every element of the target: ones by default."""
+        """The weight w of every element of the target: one by default."""
         tensor = real_target(self.name, target)
         dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
         return torch.ones((), dtype=dtype, device=tensor.device).expand(tensor.shape)
@@ -66,15 +66,14 @@ class ElementwisePoint(LossPoint[Tensor]):
         self.curvature = self.weights * loss.second(output, target)
 
     def value(self) -> Tensor:
-        """Σ w ℓ."""
         return self.loss.total(self.output, self.target)
 
     def gradient(self) -> Tensor:
-        """w ∂ℓ/∂z."""
+        """The gradient w ∂ℓ/∂z."""
         return self.weights * self.loss.first(self.output, self.target)
 
     def hvp(self, tangent: Tensor) -> Tensor:
-        """w ∂²ℓ/∂z² ∘ t."""
+        """The product w ∂²ℓ/∂z² ∘ t."""
         return self.curvature * tangent
 
     def fisher_hvp(self, tangent: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class ElementwisePoint(LossPoint[Tensor]):
         return self._information() * tangent
 
     def factor(self) -> Tensor:
-        """One column √B."""
+        """The single column √B."""
         return self._root(self.curvature).unsqueeze(0)
 
     def pseudo_gradients(self, uniform: Tensor, *, fisher: bool = False) -> Tensor:

@@ -47,7 +47,7 @@ class GaussianNLL(Loss):
     def __post_init__(self) -> None:
         check_reduction(_NAME, self.reduction)
         if not self.eps > 0:
-            raise LossError(f"{_NAME}: expected eps > 0, got {self.eps}.")
+            raise LossError(f"{_NAME}: expected eps > 0, got {self.eps}")
 
     @classmethod
     def from_module(cls, module: nn.GaussianNLLLoss) -> GaussianNLL:
@@ -81,7 +81,7 @@ class GaussianNLL(Loss):
             count = f" of {len(output)}" if isinstance(output, (tuple, list)) else ""
             raise LossError(
                 f"{_NAME}: expected the output to be a tuple (mean, variance), got {type(output).__name__}{count}; "
-                "return both from the model, or adapt it with Problem's forward=."
+                "return both from the model, or adapt it with Problem's forward="
             )
         mean, variance = floating(_NAME, output[0], "mean"), floating(_NAME, output[1], "variance")
         target = real_target(_NAME, target).to(mean.dtype)
@@ -89,7 +89,7 @@ class GaussianNLL(Loss):
         if variance.shape not in (mean.shape, (*mean.shape[:-1], 1)):
             raise LossError(
                 f"{_NAME}: expected a variance of shape {tuple(mean.shape)}, or with last size 1, got "
-                f"{tuple(variance.shape)}; unsqueeze or expand it in the model."
+                f"{tuple(variance.shape)}; unsqueeze or expand it in the model"
             )
         check_range(_NAME, variance, variance >= 0, "variances that are not negative (pass them through softplus)")
         structure = optree.tree_structure(output)  # type: ignore[arg-type]  # narrowed to a tuple of Any
@@ -118,7 +118,7 @@ class GaussianPoint(LossPoint[Structure]):
         )
 
     def gradient(self) -> Structure:
-        """(r/v, (1/v − r²/v²)/2)."""
+        """The gradient (r/v, (1/v − r²/v²)/2)."""
         r, v = self.residual, self.variance
         return self._build(r / v, (1 / v - (r / v).square()) / 2)
 
@@ -131,16 +131,16 @@ class GaussianPoint(LossPoint[Structure]):
         return self._build(of_mean / v + coupling * of_variance, coupling * of_mean + curvature * of_variance)
 
     def fisher_hvp(self, tangent: Structure) -> Structure:
-        """diag(1/v, 1/(2v²)) t."""
+        """The product diag(1/v, 1/(2v²)) t."""
         of_mean, of_variance = tangent
         per_mean, per_variance = self._information()
         return self.structure.unflatten([per_mean * of_mean, per_variance * of_variance])
 
     def factor(self) -> Tensor:
-        """Refused: B is indefinite."""
+        """Raise LossError, as B is indefinite."""
         raise LossError(
             f"{_NAME}: the Hessian in (mean, variance) is not positive semi-definite and has no square root; use the "
-            "fisher or fisher_mc instead of the ggn."
+            "fisher or fisher_mc instead of the ggn"
         )
 
     def pseudo_gradients(self, uniform: Tensor, *, fisher: bool = False) -> Tensor:

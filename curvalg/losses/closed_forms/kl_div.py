@@ -36,9 +36,9 @@ class _Divided:
         name = type(self).__name__
         check_reduction(name, self.reduction, ("batchmean", "mean", "sum"))
         if self.divisor not in (None, "rows", "elements"):
-            raise LossError(f"{name}: expected divisor to be 'rows', 'elements' or None, got {self.divisor!r}.")
+            raise LossError(f"{name}: expected divisor to be 'rows', 'elements' or None, got {self.divisor!r}")
         if self.reduction == "batchmean" and self.divisor == "elements":
-            raise LossError(f"{name}: reduction='batchmean' divides by rows; for elements use reduction='mean'.")
+            raise LossError(f"{name}: reduction='batchmean' divides by rows; for elements use reduction='mean'")
         if self.reduction == "batchmean":
             object.__setattr__(self, "divisor", "rows")
             object.__setattr__(self, "reduction", "mean")
@@ -87,7 +87,7 @@ class KLDivWithLogits(_Divided, SoftmaxLoss):
         return LossFacts("KLDivWithLogits", convex=True, likelihood=True, fisher_is_ggn=True, classes=True)
 
     def weights(self, target: Structure) -> Tensor:
-        """m of each position."""
+        """The mass m of each position."""
         q = self._probabilities(target)
         return q.sum(self.axis_of(q))
 
@@ -101,7 +101,7 @@ class KLDivWithLogits(_Divided, SoftmaxLoss):
         if not tensor.is_floating_point():
             raise LossError(
                 f"KLDivWithLogits: expected probability targets (floating point), got {tensor.dtype}; "
-                "use CrossEntropy for class indices."
+                "use CrossEntropy for class indices"
             )
         dtype = tensor.dtype if output is None else output.dtype
         q = tensor.to(dtype).exp() if self.log_target else tensor.to(dtype)
@@ -120,7 +120,7 @@ class _KLPoint(SoftmaxPoint):
         return F.kl_div(logarithms, self.target, reduction="sum", log_target=self.log_target)
 
     def gradient(self) -> Tensor:
-        """m p − q."""
+        """The gradient m p − q."""
         return self.balanced(self.weights * self.probabilities - self.q)
 
 
@@ -153,7 +153,7 @@ class KLDiv(_Divided, ElementwiseLoss):
         super().__post_init__()
         warnings.warn(
             "KLDiv is linear in its input (log-probabilities), so its ggn is zero; use KLDivWithLogits on the logits, "
-            "with log_softmax taken out of the model.",
+            "with log_softmax taken out of the model",
             CurvalgWarning,
             stacklevel=3,
         )
@@ -165,7 +165,7 @@ class KLDiv(_Divided, ElementwiseLoss):
 
     @property
     def facts(self) -> LossFacts:
-        """Linear, hence convex."""
+        """Linear in the output, hence convex."""
         return LossFacts("KLDiv", convex=True)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
@@ -173,9 +173,9 @@ class KLDiv(_Divided, ElementwiseLoss):
         return F.kl_div(output, target, reduction="sum", log_target=self.log_target)
 
     def first(self, output: Tensor, target: Tensor) -> Tensor:
-        """−q."""
+        """The constant derivative −q."""
         return -(target.exp() if self.log_target else target)
 
     def second(self, output: Tensor, target: Tensor) -> Tensor:
-        """0."""
+        """Zero for every element."""
         return torch.zeros_like(output)

@@ -1,4 +1,4 @@
-"""Poisson negative log-likelihood."""
+"""Poisson negative log-likelihood of counts, in closed form."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PoissonNLL(ElementwiseLoss):
     def __post_init__(self) -> None:
         check_reduction("PoissonNLL", self.reduction)
         if not self.eps >= 0:
-            raise LossError(f"PoissonNLL: expected eps >= 0, got {self.eps}.")
+            raise LossError(f"PoissonNLL: expected eps >= 0, got {self.eps}")
 
     @classmethod
     def from_module(cls, module: nn.PoissonNLLLoss) -> PoissonNLL:
@@ -72,15 +72,15 @@ class PoissonNLL(ElementwiseLoss):
         )
 
     def first(self, output: Tensor, target: Tensor) -> Tensor:
-        """e^z − t, or 1 − t/k."""
+        """The derivative e^z − t, or 1 − t/k for rates."""
         return output.exp() - target if self.log_input else 1 - target / (output + self.eps)
 
     def second(self, output: Tensor, target: Tensor) -> Tensor:
-        """e^z, or t/k²."""
+        """The derivative e^z, or t/k² for rates."""
         return output.exp() if self.log_input else target / (output + self.eps).square()
 
     def information(self, output: Tensor, target: Tensor) -> Tensor:
-        """e^z, or z/k² + (eps/k)²."""
+        """The information e^z, or z/k² + (eps/k)² for rates."""
         if self.log_input:
             return output.exp()
         guarded = output + self.eps

@@ -45,19 +45,18 @@ class MSE(ElementwiseLoss):
 
     @property
     def facts(self) -> LossFacts:
-        """Convex, a likelihood."""
+        """Convex, and a likelihood."""
         return LossFacts("MSE", convex=True, likelihood=True, fisher_is_ggn=True)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """Σ r²."""
         return F.mse_loss(output, target, reduction="sum")
 
     def first(self, output: Tensor, target: Tensor) -> Tensor:
-        """2 r."""
+        """The derivative 2 r."""
         return 2 * (output - target)
 
     def second(self, output: Tensor, target: Tensor) -> Tensor:
-        """2."""
+        """Two for every element."""
         return torch.full_like(output, 2.0)
 
 
@@ -84,7 +83,7 @@ class Huber(ElementwiseLoss):
     def __post_init__(self) -> None:
         check_reduction("Huber", self.reduction)
         if not self.delta > 0:
-            raise LossError(f"Huber: expected delta > 0, got {self.delta}.")
+            raise LossError(f"Huber: expected delta > 0, got {self.delta}")
 
     @classmethod
     def from_module(cls, module: nn.HuberLoss) -> Huber:
@@ -93,7 +92,7 @@ class Huber(ElementwiseLoss):
 
     @property
     def facts(self) -> LossFacts:
-        """Convex, no likelihood."""
+        """Convex, but no likelihood."""
         return LossFacts("Huber", convex=True)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class SmoothL1(ElementwiseLoss):
     def __post_init__(self) -> None:
         check_reduction("SmoothL1", self.reduction)
         if not self.beta >= 0:
-            raise LossError(f"SmoothL1: expected beta >= 0, got {self.beta}.")
+            raise LossError(f"SmoothL1: expected beta >= 0, got {self.beta}")
 
     @classmethod
     def from_module(cls, module: nn.SmoothL1Loss | nn.L1Loss) -> SmoothL1:
@@ -142,7 +141,7 @@ class SmoothL1(ElementwiseLoss):
 
     @property
     def facts(self) -> LossFacts:
-        """Convex, no likelihood."""
+        """Convex, but no likelihood."""
         return LossFacts("SmoothL1", convex=True)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from curvalg.losses.validation import check_nonnegative, check_range, floating
 
 
 class SoftmaxPoint(LossPoint[Tensor]):
-    r"""What softmax losses share at one output z of shape (N, …, C, …): p = softmax(z), mass m, and all of B.
+    r"""One output z of a softmax loss, of shape (N, …, C, …): p = softmax(z), mass m, and all of B.
 
     A subclass adds its value and the linear part of its gradient.
 
@@ -52,7 +52,7 @@ class SoftmaxPoint(LossPoint[Tensor]):
 
     @property
     def rank(self) -> int:
-        """One less than there are classes, and a column of zeros for a single one."""
+        """The number of classes less one, or 1 (a column of zeros) for a single class."""
         return max(1, self.output.shape[self.axis] - 1)
 
     def factor(self) -> Tensor:
@@ -115,12 +115,12 @@ class SoftmaxLoss(Loss):
         if ndim < 2:
             raise LossError(
                 f"{name}: expected an output (N, C, …) or, with class_axis=-1, (N, …, C), got the unbatched shape "
-                f"{tuple(output.shape)}; add a sample axis with unsqueeze(0)."
+                f"{tuple(output.shape)}; add a sample axis with unsqueeze(0)"
             )
         if not -ndim <= axis < ndim or axis % ndim == 0:
             raise LossError(
                 f"{name}: expected class_axis to name an axis of the output {tuple(output.shape)} other than the "
-                f"first, which holds the samples, got {axis}; use 1 or -1."
+                f"first, which holds the samples, got {axis}; use 1 or -1"
             )
         return axis % ndim
 
@@ -136,7 +136,7 @@ class SoftmaxLoss(Loss):
             expected = tuple(size for axis, size in enumerate(output.shape) if axis != self.axis_of(output))
             raise LossError(
                 f"{name}: expected probability targets (floating point) of the output's shape {tuple(output.shape)}, "
-                f"got {tuple(target.shape)}; for class indices of shape {expected} use target.long()."
+                f"got {tuple(target.shape)}; for class indices of shape {expected} use target.long()"
             )
         self.axis_of(target)
         check_range(name, target, target >= 0, "probability targets that are not negative")

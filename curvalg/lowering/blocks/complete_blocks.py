@@ -1,4 +1,4 @@
-"""Block-diagonal expressions on a problem: every block by the full names of its parameters, and all of them covered."""
+"""Block-diagonal expressions on a problem: blocks by the full names of their parameters, and every parameter in one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from curvalg.rewrite import simplify
 
 
 def resolve(expr: Expr, problem: Problem) -> Expr:
-    """The same matrix with complete block-diagonals: disjoint blocks with full names that cover every parameter.
+    """The matrix with complete block-diagonals: disjoint blocks with full names that cover every parameter.
 
     Laws need that knowledge: a multiple of the identity may only move into blocks that cover everything.
 

@@ -1,4 +1,4 @@
-"""Sizes of output space."""
+"""Numbers of rows in output space, batch by batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from curvalg.problem import Problem, Snapshot
 
 
 def output_sizes(problem: Problem, snapshot: Snapshot) -> list[int]:
-    """Number of outputs of every batch, by one pass of the model; kept.
+    """The number of outputs of every batch, by one pass of the model; kept.
 
     Raises:
         ProblemError: the data come in random order, so that rows of output space have no meaning.

@@ -1,4 +1,4 @@
-"""Where the rows of a sub-matrix lie among those of the whole."""
+"""Rows of a sub-matrix among those of the whole, as contiguous ranges."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowRanges:
     outputs: int = 0
 
     def take(self, x: Tensor) -> Tensor:
-        """The rows of x, shape (rows, ...); a view where they are one range."""
+        """The chosen rows of x, shape (rows, ...); a view where they are one range."""
         parts = [x[at] for at in self.ranges]
         if self.outputs:
             both = [part.reshape(self.outputs, -1, *x.shape[1:]) for part in parts]
@@ -30,7 +30,7 @@ class RowRanges:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def put(self, whole: Tensor, rows: Tensor) -> None:
-        """Write rows to their places."""
+        """Write rows to their places in the whole."""
         if self.outputs:
             weight, bias = self.ranges
             both = rows.reshape(self.outputs, -1, *rows.shape[1:])
@@ -44,7 +44,7 @@ class RowRanges:
             start = stop
 
     def indices(self, device: torch.device) -> Tensor:
-        """The same rows by number."""
+        """The indices of these rows."""
         last = max((at.stop for at in self.ranges), default=0)
         return self.take(torch.arange(last, device=device))
 
@@ -58,7 +58,7 @@ def by_blocks(rows: Sequence[RowRanges], x: Tensor, function: Callable[[int, Ten
 
 
 def merged(slices: list[slice]) -> tuple[slice, ...]:
-    """Ranges one after the other as fewer, where they touch."""
+    """The ranges one after the other, as fewer where they touch."""
     found: list[slice] = []
     for s in slices:
         if found and found[-1].stop == s.start:

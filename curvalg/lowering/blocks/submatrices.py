@@ -1,4 +1,4 @@
-"""Sub-matrices and blocks: where they lie, and whether differentiating the chosen parameters alone gives them."""
+"""Sub-matrices and blocks: their places, and whether differentiating the chosen parameters alone gives them."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def submatrix(whole: Expr, params: tuple[str, ...], problem: Problem) -> Expr:
 
 
 def places(problem: Problem, names: Sequence[str]) -> RowRanges:
-    """Where parameters lie, one after the other."""
+    """The rows of some parameters, one after the other."""
     return RowRanges(merged([problem.layout.slices[name] for name in names]))
 
 
 def block_places(problem: Problem, block: Block) -> RowRanges:
-    """Where a block lies, in the order of its rows.
+    """The rows of a block, in its order.
 
     A joint block lies as the rows of [W | b]: all inputs of an output, then its bias.
 
@@ -110,12 +110,12 @@ def block_places(problem: Problem, block: Block) -> RowRanges:
 
 
 def block_problem(problem: Problem, block: Block) -> Problem:
-    """What a block's expression is about: its parameters alone, or all where it is a sub-matrix of the whole."""
+    """The problem of a block's expression: over its parameters alone, or over all where it is a sub-matrix of the whole."""
     return problem if block.expr.domain_params is not None else problem.restricted(block.params)
 
 
 def partition(by: Partition | None, problem: Problem) -> list[tuple[str, ...]]:
-    """Groups of parameter names, as given: names or patterns."""
+    """Groups of parameter names, from names or patterns."""
     names = problem.layout.names
     if by == "parameter":
         return [(name,) for name in names]

@@ -42,7 +42,6 @@ class ByBlocks(Solver[list[Any]]):
     def solve(
         self, state: list[Any], b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
-        """A⁻¹ B, block by block."""
         x = torch.zeros_like(b)
         residual = b.new_zeros(b.shape[1])
         converged = torch.ones_like(residual, dtype=torch.bool)
@@ -71,6 +70,5 @@ class ByBlocks(Solver[list[Any]]):
         return [oath for (_, _, solver, _), own in zip(self.parts, state) for oath in solver.oaths(own)]
 
     def approximate(self, state: list[Any], b: Tensor) -> Tensor:
-        """A⁻¹ B, block by block."""
         rows = [places for places, _, _, _ in self.parts]
         return by_blocks(rows, b, lambda i, part: self.parts[i][2].approximate(state[i], part))

@@ -60,7 +60,7 @@ _OFFERS: dict[str, OfferRule] = {}
 
 
 def _form(name: str) -> Callable[[OfferRule], OfferRule]:
-    """Under this name from now on."""
+    """Register a function as the form of the given name."""
 
     def register(rule: OfferRule) -> OfferRule:
         _OFFERS[name] = rule
@@ -173,7 +173,7 @@ def _blocks(matrix: BoundMatrix) -> Offer:
 
 
 def matrix_blocks(matrix: BoundMatrix) -> list[tuple[RowRanges, BoundMatrix, str]] | str:
-    """(where it lies, block, names) of a block-diagonal matrix that covers everything, else why it is none."""
+    """The triples (where it lies, block, names) of a block-diagonal matrix that covers everything, else why it is none."""
     expr = matrix.expr
     if not isinstance(expr, BlockDiagonal) or isinstance(expr.what, Expr) or not expr.complete:
         return "the matrix is not block-diagonal"
@@ -218,7 +218,7 @@ def _woodbury(matrix: BoundMatrix) -> Offer:
 
 
 def _stacked(updates: Sequence[tuple[float, LowRank]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ c L C Rᵀ as one L C Rᵀ with a block-diagonal core."""
+    """A sum Σ c L C Rᵀ as one L C Rᵀ with a block-diagonal core."""
     lefts, cores, rights = [], [], []
     for c, leaf in updates:
         left = tensor(leaf.left, like)
@@ -254,7 +254,7 @@ def _gram(matrix: BoundMatrix) -> Offer:
     if shift < 0:
         return "the identity has a negative coefficient"
     if not problem.data.ordered:
-        return "the loader shuffles, so that columns of V cannot be told apart; pass shuffle=False"
+        return "the loader shuffles, so that columns of V cannot be identified; pass shuffle=False"
     columns = sum(problem.factor_columns(term) for _, term in entries) * problem.totals.rows
     if columns >= matrix.size:
         return f"M = {columns} columns are not fewer than D = {matrix.size}"
@@ -279,7 +279,7 @@ def _gram(matrix: BoundMatrix) -> Offer:
 
 
 def _compared(gram: Gram, matrix: BoundMatrix, snapshot: Snapshot) -> Gram:
-    """The form, after a look at whether the columns that somebody's terms give make the matrix that their products are of.
+    """The form, after a check that the columns that a plugin's terms give make the matrix that their products are of.
 
     Raises:
         ExpressionError: they do not.
@@ -362,7 +362,7 @@ def _dense(matrix: BoundMatrix) -> Offer:
 
 
 def dense(matrix: BoundMatrix, snapshot: Snapshot) -> Structure:
-    """The matrix built by products, float64; kept without its shift, for the next damping."""
+    """The matrix built by products, float64; kept without its shift, for another damping."""
     expr, problem = matrix.expr, matrix.problem
     _, shift = affine(expr)
     base = matrix.of(expr - shift * Identity) if shift else matrix

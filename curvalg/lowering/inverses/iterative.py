@@ -1,4 +1,4 @@
-"""Solves by products alone: a Krylov method."""
+"""Iterative solves by products alone: a Krylov method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from curvalg.solve.trail import Trail
 
 @dataclass(frozen=True)
 class Operators:
-    """What a Krylov method multiplies with at one state.
+    """The products that a Krylov method takes at one state.
 
     Args:
         multiply: X -> A X.
@@ -51,7 +51,6 @@ class Iterative(Solver[Operators]):
     def solve(
         self, state: Operators, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
-        """A⁻¹ B from a starting point."""
         request = self.request
         return self.method(
             state.multiply,

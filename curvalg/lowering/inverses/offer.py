@@ -1,4 +1,4 @@
-"""A matrix that is to be put into a structured form, and what a form offers."""
+"""The matrix that is to be put into a structured form, and the form on offer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from curvalg.rewrite import simplify
 
 
 class Multiplies(Protocol):
-    """What may be done with a matrix as it stands: multiply."""
+    """A matrix as it stands, which can only be multiplied with."""
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         """The product with x (n, K)."""
@@ -51,12 +51,12 @@ class BoundMatrix:
 
     @property
     def facts(self) -> Facts:
-        """Given the loss."""
+        """The facts of the matrix, given the loss."""
         return self.expr.facts(self.problem.facts)
 
     @cached_property
     def size(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         if self.expr.domain == "outputs":
             return sum(output_sizes(self.problem, self.problem.snapshot()))
         params = self.expr.domain_params
@@ -64,16 +64,16 @@ class BoundMatrix:
 
     @cached_property
     def plan(self) -> Multiplies:
-        """Its products."""
+        """The plan of products with this matrix."""
         return self._planner(self.expr, self.problem)
 
     def localised(self) -> BoundMatrix:
-        """This matrix on the problem over its own parameters, where it is a sub-matrix that can be seen so."""
+        """The matrix on the problem over its own parameters, where it is a sub-matrix that allows this."""
         expr, problem = inside(self.expr, self.problem)
         return self if problem is self.problem else self.of(simplify(expr, problem.facts).expr, problem)
 
     def of(self, expr: Expr, problem: Problem | None = None, *, spectral: bool = False) -> BoundMatrix:
-        """Another matrix, on the same problem or a restriction of it; asked for as much as this one, or for more."""
+        """Another matrix, on the same problem or a restriction of it, for the same functions or more."""
         return BoundMatrix(expr, problem or self.problem, self._planner, self.spectral or spectral, self.found)
 
 
@@ -87,7 +87,7 @@ class Form:
         spectral: whether functions such as a square root can be taken, not only the inverse.
         singular: why the matrix certainly has no inverse, if so.
         rows: of the matrix that has to be built by products or factorised for it; 0 where its structure is given.
-        diagonal_rows: the same where only the diagonal or the trace is asked for.
+        diagonal_rows: as ``rows``, where only the diagonal or the trace is asked for.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Form:
         self._made: WeakKeyDictionary[Snapshot, Structure] = WeakKeyDictionary()
 
     def at(self, snapshot: Snapshot) -> Structure:
-        """The structure at a snapshot."""
+        """The structured matrix at a snapshot."""
         with snapshot.lock:
             if snapshot not in self._made:
                 self._made[snapshot] = self._make(snapshot)
@@ -123,7 +123,7 @@ OfferRule = Callable[[BoundMatrix], Offer]
 
 
 def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
-    """An expression as Σ cᵢ Aᵢ + shift · I."""
+    """The expression as Σ cᵢ Aᵢ + shift · I."""
     if expr.domain is None:
         return [], multiple(expr)
     if isinstance(expr, ZeroExpr):
@@ -136,7 +136,7 @@ def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
 
 
 def multiple(expr: Expr) -> float:
-    """c of an expression without a size of its own, all of which are c · I: sqrt(2 * Identity).
+    """The number c of an expression without a size of its own, all of which are c · I: sqrt(2 * Identity).
 
     Raises:
         FactsError: the inverse of zero, or the square root of a negative number.

@@ -19,7 +19,7 @@ Given: TypeAlias = LinearOperator | Callable[..., Any] | None
 
 
 def given_preconditioner(given: LinearOperator | Callable[..., Any]) -> Preconditioning:
-    """R (n, K) -> P⁻¹ R, by an operator (as SciPy's ``M``) or by a function of one vector (n,)."""
+    """A function R (n, K) -> P⁻¹ R, from an operator (as SciPy's ``M``) or a function of one vector (n,)."""
 
     def apply(_: Snapshot, r: Tensor) -> Tensor:
         if isinstance(given, LinearOperator):

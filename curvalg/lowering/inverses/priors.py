@@ -14,7 +14,7 @@ _OTHER = "the matrix is not one Kronecker product and the identity"
 
 
 def damped_by_name(matrix: BoundMatrix) -> Offer:
-    """B ⊗ A over [W | b] plus c₁ I for the weight and c₂ I for the bias, where both are positive."""
+    """The matrix B ⊗ A over [W | b] plus c₁ I for the weight and c₂ I for the bias, where both are positive."""
     parts, shift = affine(matrix.expr)
     joint = [(c, part) for c, part in parts if isinstance(part, BlockDiagonal) and len(part.children) == 1]
     multiples = [(c, part) for c, part in parts if isinstance(part, BlockDiagonal) and len(part.children) == 2]

@@ -1,4 +1,4 @@
-"""How exact products are, and the tolerances that fit."""
+"""Rounding of products, and the tolerances that fit it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def epsilon(problem: Problem) -> float:
 
 
 def noise(problem: Problem) -> float:
-    """ε of the rounding ε ‖A‖ ‖x‖ that solves by default have to live with: 0 unless a model computes in half precision."""
+    """The ε of the rounding ε ‖A‖ ‖x‖ that solves by default have to live with: 0 unless a model computes in half precision."""
     return SPARE * found if (found := epsilon(problem)) > torch.finfo(torch.float32).eps else 0.0
 
 
 def default_rtol(problem: Problem) -> float:
-    """Of inverses that name none: 1e-8 in float64 and 1e-5 in float32; 0.03 in bfloat16 and 0.004 in float16."""
+    """The tolerance of inverses that name none: 1e-8 in float64, 1e-5 in float32; 0.03 in bfloat16, 0.004 in float16."""
     return max(1e-8 if problem.dtype == torch.float64 else 1e-5, noise(problem))

@@ -1,4 +1,4 @@
-"""What a solver is: made for a matrix, prepared once at each state, and asked for solves."""
+"""The contract of a solver: made for a matrix, prepared once at each state, and asked for solves."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ class InverseRequest:
 
     @property
     def facts(self) -> Facts:
-        """Of the matrix, given the loss."""
+        """The facts of the matrix, given the loss."""
         return self.matrix.facts
 
     @property
     def problem(self) -> Problem:
-        """Restricted already where the inverse is inside a restriction."""
+        """The problem, restricted already where the inverse is inside a restriction."""
         return self.matrix.problem
 
     @property
     def rtol(self) -> float:
-        """Relative tolerance; by default what fits the dtypes of the problem."""
+        """The relative tolerance; by default what fits the dtypes of the problem."""
         return default_rtol(self.problem) if self.node.rtol is None else float(self.node.rtol)
 
     @property
     def noise(self) -> float:
-        """ε of the residuals ε ‖A‖ ‖x‖ that count as rounding of the products; 0 where a tolerance was asked for by name."""
+        """The ε of residuals ε ‖A‖ ‖x‖ that count as rounding of the products; 0 where a tolerance was asked for by name."""
         return 0.0 if self.demanding else noise(self.problem)
 
     @property
@@ -64,7 +64,7 @@ class InverseRequest:
 
     @property
     def maxiter(self) -> int:
-        """The most iterations."""
+        """The largest number of iterations."""
         return self.node.maxiter or min(10 * self.matrix.size, 10_000)
 
 
@@ -85,26 +85,26 @@ class Solver(ABC, Generic[State]):
 
     @abstractmethod
     def prepare(self, snapshot: Snapshot) -> State:
-        """What solves at a snapshot share: factorisations, products."""
+        """Prepare what solves at a snapshot share: factorisations, products."""
 
     @abstractmethod
     def solve(
         self, state: State, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
-        """A⁻¹ B for right-hand sides (n, K).
+        """Solve A X = B for right-hand sides (n, K).
 
         Args:
             state: what :meth:`prepare` gave.
             b: B.
             x0: where iterations start.
-            trail: is told of iterates, and may interrupt.
+            trail: is called with iterates, and may interrupt.
             report: without one, residuals that took a product of their own are NaN.
         """
 
     def approximate(self, state: State, b: Tensor) -> Tensor:
-        """A⁻¹ B as a preconditioner takes it: one fixed linear map, not checked."""
+        """Apply A⁻¹ as a preconditioner takes it: one fixed linear map, not checked."""
         return self.solve(state, b, None, report=False).x
 
     def oaths(self, state: State) -> list[Oath]:
-        """What structures have proved until now."""
+        """The proofs of structures until now."""
         return []

@@ -28,7 +28,7 @@ _OWN: dict[str, Strategy] = {}
 
 
 def solver(name: str) -> Callable[[Strategy], Strategy]:
-    """Under this name from now on; a form of the same name gives way to it."""
+    """Register a function as the solver of the given name; a form of the same name gives way to it."""
 
     def register(strategy: Strategy) -> Strategy:
         _OWN[name] = strategy

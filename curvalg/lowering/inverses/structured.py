@@ -1,4 +1,4 @@
-"""Solves by a structured form: exact, and verified once at each state."""
+"""Exact solves by a structured form, verified once at each state."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Prepared:
 
     @property
     def oath(self) -> Oath:
-        """What it proves, found out at the first use."""
+        """The proof of the structure, made at the first use."""
         if self._oath is None:
             problem = self._problem
             like = torch.empty(0, dtype=problem.dtype, device=problem.device)
@@ -86,7 +86,7 @@ class Structured(Solver[Prepared]):
     def solve(
         self, state: Prepared, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
-        """A⁻¹ B; a starting point changes nothing."""
+        """Solve A X = B; a starting point changes nothing."""
         structure, oath, unit = state.structure, state.oath, exponents(b)
         b = scaled(b, -unit)
         x, iterations = structure.solve(b), torch.zeros_like(unit, dtype=torch.int64)
@@ -107,7 +107,7 @@ class Structured(Solver[Prepared]):
         return SolveResult(x, converged, iterations, scaled(residual, unit), reasons)
 
     def _refined(self, state: Prepared, b: Tensor, x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x with the smallest residual that refinement reaches; the norms; which of them will do."""
+        """The x with the smallest residual that refinement reaches; the norms; which of them are small enough."""
         tolerance = self._tolerance(b, unit)
         r = b - state.multiply(x)
         best = r.norm(dim=0)
@@ -124,13 +124,13 @@ class Structured(Solver[Prepared]):
         return x, best, torch.isfinite(best) & ((best <= tolerance) | state.oath.accepts(x, b, r))
 
     def _tolerance(self, b: Tensor, unit: Tensor) -> Tensor:
-        """What residuals of B, scaled by powers of two, are to be below."""
+        """The bound on residuals of B, scaled by powers of two."""
         atol = scaled(torch.full_like(b[:1], float(self.request.node.atol)), -unit)[0]
         tolerance: Tensor = atol + self.request.rtol * b.norm(dim=0)
         return tolerance
 
     def _warn(self, accepted: Tensor, residual: Tensor, b: Tensor) -> None:
-        """Say so once where solves that rounding excuses have left much of b, and the matrix was built by products.
+        """Warn once where solves that rounding excuses have left much of b, and the matrix was built by products.
 
         Its entries are rounded then, and with them x along the smallest eigenvalues. Of arrays that were given x is right, and
         the residual is rounding of the products alone.
@@ -152,5 +152,5 @@ class Structured(Solver[Prepared]):
         return [state.oath] if state.sworn else []
 
     def approximate(self, state: Prepared, b: Tensor) -> Tensor:
-        """A⁻¹ B without refinement."""
+        """Apply A⁻¹ without refinement."""
         return state.structure.solve(b)

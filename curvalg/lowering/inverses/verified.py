@@ -1,4 +1,4 @@
-"""Structured forms prove themselves once, on random vectors, and are believed from then on."""
+"""Proofs of structured forms, made once, on random vectors, and believed from then on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Oath:
-    """What a structure proved, or what it is trusted to be.
+    """The proof of a structure, or the trust in it.
 
     Args:
         pieces: its blocks.
@@ -75,7 +75,7 @@ class Oath:
 
 
 def trusted(structure: Structure, like: Tensor, epsilon: float) -> Oath:
-    """A structure that is believed at the user's word, without a product of its matrix."""
+    """The oath of a structure that is believed at the user's word, without a product of its matrix."""
     probe = _probe(structure, like)
     return Oath(_pieces(structure, probe), epsilon, right=True, solves=True, errors=None)
 
@@ -112,7 +112,7 @@ def swear(structure: Structure, matmul: Matmul, like: Tensor, epsilon: float, re
 
 
 def report(oaths: Sequence[Oath]) -> list[str]:
-    """What was proved by the structures of one inverse, for ``explain()``, with the largest errors."""
+    """The lines of ``explain()`` on what was proved by the structures of one inverse, with the largest errors."""
     made = [(oath, oath.errors) for oath in oaths if oath.errors is not None]
     lines = []
     if len(made) < len(oaths):
@@ -168,7 +168,7 @@ def _inside(take: Take, places: RowRanges) -> Take:
 
 
 def _size(structure: Structure, x: Tensor) -> float:
-    """‖S‖ from below, by steps of the power method."""
+    """A lower bound of ‖S‖, by steps of the power method."""
     size = 0.0
     for _ in range(POWERS):
         norm = norms(x)

@@ -1,4 +1,4 @@
-"""Matrices V Vᵀ with few columns: V by layers, the Gram matrix, the kernel."""
+"""Matrices V Vᵀ with few columns: V by layers, the Gram matrix, and the neural tangent kernel."""
 
 from curvalg.lowering.low_rank.factor import Factor, factor_of
 

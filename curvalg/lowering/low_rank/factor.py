@@ -30,7 +30,7 @@ SMALL = 2**24
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some columns of one batch.
+    """Some columns of V, from one batch.
 
     Args:
         start: number of its first column among all M.
@@ -47,16 +47,16 @@ class Chunk:
 
     @property
     def stop(self) -> int:
-        """One past its last column."""
+        """The number after that of its last column."""
         return self.start + self.columns * self.rows
 
     @property
     def nbytes(self) -> int:
-        """Memory of inputs and deltas."""
+        """The memory of inputs and deltas."""
         return sum(record.nbytes for record in self.records)
 
     def split(self, groups: Groups) -> list[tuple[LayerRecord, dict[str, int]]]:
-        """What each layer has in the groups, with the number of the group of each of its parameters."""
+        """The records of each layer by group, with the number of the group of each parameter."""
         if groups not in self._splits:
             owner = {name: g for g, names in enumerate(groups) for name in names}
             parts = [record.select(tuple(owner)) for record in self.records]
@@ -65,7 +65,7 @@ class Chunk:
 
 
 class Factor:
-    """V (D × M) with Σ_t V_t V_tᵀ = Σ_t A_t over some terms, at one snapshot.
+    """The columns V (D × M) with Σ_t V_t V_tᵀ = Σ_t A_t over some terms, at one snapshot.
 
     Column (k, n) of a batch is Jₙᵀ sₖₙ; columns lie batch by batch, within a batch k by k. What fits the problem's budget is
     kept; other products push and pull the vectors through the model, and the Gram matrix is made group by group.
@@ -94,7 +94,7 @@ class Factor:
     # -- what the columns are -------------------------------------------------------------------------------------------
 
     def cotangents(self, batch: Batch) -> Tensor:
-        """s of all terms, shape (columns, *output.shape)."""
+        """The cotangents s of all terms, shape (columns, *output.shape)."""
         parts = []
         for term in self.terms:
             columns = call(term, "factor", batch)
@@ -124,18 +124,18 @@ class Factor:
 
     @property
     def active(self) -> Tensor:
-        """Which columns are not zero (M,): a sample of no share has none."""
+        """The columns that are not zero (M,): a sample of no share has none."""
         return torch.cat(self._active)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(columns per row, rows) of every batch; known after :meth:`prepare`."""
+        """Pairs (columns per row, rows) of every batch; known after :meth:`prepare`."""
         assert self._sizes is not None
         return self._sizes
 
     @property
     def size(self) -> int:
-        """M; known after :meth:`prepare`."""
+        """The number M of columns; known after :meth:`prepare`."""
         return sum(columns * rows for columns, rows in self.sizes)
 
     # -- passes over the data ---------------------------------------------------------------------------------------------
@@ -161,13 +161,13 @@ class Factor:
         source._sharing.add(self)
 
     def drop_matrix(self) -> None:
-        """Release V alone."""
+        """Release the matrix V alone."""
         if self._matrix is not None:
             self.nbytes -= bytes_of(self._matrix)
             self._matrix = None
 
     def matrix(self, problem: Problem, snapshot: Snapshot) -> Tensor | None:
-        """Vᵀ (M, D), made once and kept; None where it is large or beyond the budget."""
+        """The matrix Vᵀ (M, D), made once and kept; None where it is large or beyond the budget."""
         self.prepare(problem, snapshot)
         if self._matrix is None and self.complete:
             nbytes = self.size * problem.size * self.dtype.itemsize
@@ -227,14 +227,14 @@ class Factor:
     # -- products ---------------------------------------------------------------------------------------------------------
 
     def push(self, problem: Problem, snapshot: Snapshot, x: Tensor) -> Tensor:
-        """Vᵀ X for X (D, P), shape (M, P)."""
+        """Products Vᵀ X for X (D, P), shape (M, P)."""
         self.prepare(problem, snapshot)
         if not self.complete:
             return torch.stack([self._push_through(problem, snapshot, column) for column in x.unbind(1)], 1)
         return self.push_groups(problem.layout, (tuple(problem.layout.names),), x)[0]
 
     def push_groups(self, layout: Layout, groups: Groups, x: Tensor) -> Tensor:
-        """V_gᵀ X_g for the rows of each group of parameters, shape (groups, M, P), from kept inputs and deltas."""
+        """Products V_gᵀ X_g for the rows of each group of parameters, shape (groups, M, P), from kept inputs and deltas."""
         directions = layout.unflatten_rows(x.T.contiguous())
         result = x.new_zeros(len(groups), self.size, x.shape[1])
         for chunk in self.chunks:
@@ -255,14 +255,14 @@ class Factor:
         return torch.cat(parts).to(x.dtype)
 
     def pull(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
-        """V Y for Y (M, P), shape (D, P)."""
+        """Products V Y for Y (M, P), shape (D, P)."""
         self.prepare(problem, snapshot)
         if not self.complete:
             return torch.stack([self._pull_through(problem, snapshot, column) for column in y.unbind(1)], 1)
         return self.pull_groups(problem.layout, (tuple(problem.layout.names),), y[None])
 
     def pull_groups(self, layout: Layout, groups: Groups, y: Tensor) -> Tensor:
-        """V_g Y_g for each group, together (D, P), from kept inputs and deltas; Y (groups, M, P)."""
+        """Products V_g Y_g for each group, together (D, P), from kept inputs and deltas; Y (groups, M, P)."""
         columns = y.shape[2]
         found = {name: BatchSum(self._sum_dtype) for name in layout.names}
         for chunk in self.chunks:
@@ -293,7 +293,7 @@ class Factor:
         return total.value  # type: ignore[no-any-return]
 
     def gram(self, problem: Problem, snapshot: Snapshot) -> Tensor:
-        """Vᵀ V (M, M), computed once and kept.
+        """The Gram matrix Vᵀ V (M, M), computed once and kept.
 
         Where not all inputs and deltas fit, as many columns as do are held while one pass makes their products with all
         later ones.
@@ -340,7 +340,7 @@ class Factor:
 
 
 def _half(problem: Problem) -> int:
-    """Bytes of inputs and deltas that may be held while a Gram matrix is made, for each of its two sides."""
+    """The bytes of inputs and deltas that may be held while a Gram matrix is made, for each of its two sides."""
     return (problem.budget.limit or WORKSPACE) // 2
 
 
@@ -349,7 +349,7 @@ def _slices(recorded: RecordedLayers, columns: Tensor, limit: int) -> Iterator[t
     count = columns.shape[0]
     width = count
     if count > 1:
-        # The bytes of one column tell those of all: inputs are shared, deltas are not.
+        # The bytes of one column give those of all: inputs are shared, deltas are not.
         one = recorded.records(columns[:1])
         deltas = sum(record.nbytes - record.input_bytes for record in one)
         shared = sum(record.input_bytes for record in one)
@@ -360,7 +360,7 @@ def _slices(recorded: RecordedLayers, columns: Tensor, limit: int) -> Iterator[t
 
 
 def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:
-    """The blocks of two chunks, and their mirror image."""
+    """Fill in the blocks of two chunks, and their mirror image."""
     block: Tensor | None = None
     others = {record.params: record for record in right.records}
     for record in left.records:

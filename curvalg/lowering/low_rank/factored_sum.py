@@ -1,4 +1,4 @@
-"""Whether an expression is a sum Σ c V Vᵀ + shift · I of terms with known columns V."""
+"""The test whether an expression is a sum Σ c V Vᵀ + shift · I of terms with known columns V."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from curvalg.problem import Problem
 
 @dataclass(frozen=True)
 class FactoredSum:
-    """Σ c V Vᵀ + shift · I, some of the terms centred.
+    """A sum Σ c V Vᵀ + shift · I, some of the terms centred.
 
     Args:
         entries: (c, term), in one order whatever the order of the sum.
@@ -25,12 +25,12 @@ class FactoredSum:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms."""
+        """The terms of the sum."""
         return tuple(term for _, term in self.entries)
 
 
 def factored_sum(expr: Expr, problem: Problem) -> FactoredSum | str:
-    """The sum, or why the expression is none on this problem; coefficients may have any sign."""
+    """The expression as such a sum, or why it is none on this problem; coefficients may have any sign."""
     parts, shift = affine(expr)
     entries = [(c, part) for c, part in parts if isinstance(part, Term)]
     if not parts or len(entries) < len(parts):
@@ -53,5 +53,5 @@ def why_not_factored(entries: Sequence[tuple[float, Term]], problem: Problem) ->
 
 
 def in_order(entries: Sequence[tuple[float, Term]]) -> list[tuple[float, Term]]:
-    """One order of the terms, so that sums written in any order share what is kept."""
+    """The terms in one fixed order, so that sums written in any order share what is kept."""
     return sorted(entries, key=lambda entry: repr(entry[1]))

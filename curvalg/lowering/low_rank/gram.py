@@ -1,4 +1,4 @@
-"""The dual form: functions of V Vᵀ + c I through the small Gram matrix VᵀV."""
+"""The form by the Gram matrix: functions of V Vᵀ + c I through the small VᵀV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SINGLE = 1e4
 
 
 class GramBasis(Basis):
-    """Q = W P κ^(−1/2) for eigenpairs K P = P κ of the Gram matrix with κ > 0."""
+    """The basis Q = W P κ^(−1/2) for eigenpairs K P = P κ of the Gram matrix with κ > 0."""
 
     def __init__(self, columns: WeightedFactor, vectors: Tensor, values: Tensor) -> None:
         self._columns, self.vectors, self.roots = columns, vectors, values.sqrt()
@@ -45,7 +45,7 @@ class GramBasis(Basis):
 
 
 class Gram(Structure):
-    """W Wᵀ + c I with W (D × M), M < D.
+    """The matrix W Wᵀ + c I with W (D × M), M < D.
 
     (W Wᵀ + c I)⁻¹ = c⁻¹ (I − W (WᵀW + c I)⁻¹ Wᵀ); the non-zero eigenvalues are those of WᵀW. The Gram matrix is kept on the
     problem, so that another damping costs one factorisation.
@@ -137,7 +137,7 @@ class Gram(Structure):
 
 
 def _noise(gram: Tensor, largest: float) -> float:
-    """Eigenvalues of a Gram matrix below this are its rounding errors: independent ones of an entry's size in every entry."""
+    """The size below which eigenvalues of a Gram matrix are rounding: independent errors of an entry's size in every entry."""
     size = gram.shape[0]
     entry = torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
     return 8 * math.sqrt(size) * entry + size * torch.finfo(torch.float64).eps * largest

@@ -18,7 +18,7 @@ from curvalg.problem import Batch, Problem, Snapshot
 
 @dataclass(frozen=True)
 class Outputs(Term):
-    """JᵀJ as V Vᵀ, with a column of V for every output: VᵀV is then J Jᵀ."""
+    """The matrix JᵀJ as V Vᵀ, with a column of V for every output: VᵀV is then J Jᵀ."""
 
     def factor(self, batch: Batch) -> Tensor:
         z = batch.output
@@ -36,7 +36,7 @@ def is_kernel(expr: Expr) -> bool:
 
 
 def kernel(problem: Problem, snapshot: Snapshot) -> Tensor:
-    """J Jᵀ (M, M), rows in the order of the data, float64 (computed in the problem's precision)."""
+    """The kernel J Jᵀ (M, M), rows in the order of the data, float64 (computed in the problem's precision)."""
     return problem.cached(snapshot).get("kernel", None, lambda: _make(problem, snapshot), budgeted=True)
 
 

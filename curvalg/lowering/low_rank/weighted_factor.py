@@ -15,7 +15,7 @@ from curvalg.problem import Problem, Snapshot
 
 
 class WeightedFactor:
-    """W = V T: the columns of a weighted sum of terms, each scaled by the root of its coefficient, some centred.
+    """The columns W = V T of a weighted sum of terms, each scaled by the root of its coefficient, some centred.
 
     A centred term is V (I − 11ᵀ/N) Vᵀ with 1 over its active columns, so its columns are V (I − γ 11ᵀ).
 
@@ -49,7 +49,7 @@ class WeightedFactor:
         return self._mixing
 
     def transform(self, y: Tensor) -> Tensor:
-        """T Y for Y (M, P); T is symmetric."""
+        """Products T Y for Y (M, P); T is symmetric."""
         scale, centred = self._mix()
         for ones, gamma in centred:
             one = ones.to(y.dtype)
@@ -57,17 +57,17 @@ class WeightedFactor:
         return scale.to(y.dtype)[:, None] * y
 
     def analyse(self, x: Tensor) -> Tensor:
-        """Wᵀ X for X (D, P), in the problem's precision."""
+        """Products Wᵀ X for X (D, P), in the problem's precision."""
         own = x.to(self.problem.dtype)
         return self.transform(self.factor.push(self.problem, self.snapshot, own)).to(x.dtype)
 
     def synthesise(self, y: Tensor) -> Tensor:
-        """W Y for Y (M, P)."""
+        """Products W Y for Y (M, P)."""
         own = self.transform(y).to(self.problem.dtype)
         return self.factor.pull(self.problem, self.snapshot, own).to(y.dtype)
 
     def gram(self) -> Tensor:
-        """WᵀW (M, M)."""
+        """The Gram matrix WᵀW (M, M)."""
         gram = self.factor.gram(self.problem, self.snapshot)
         scale, centred = self._mix()
         if not centred and bool((scale == 1).all()):
@@ -76,7 +76,7 @@ class WeightedFactor:
 
 
 def weighed(factor: Factor, entries: Sequence[tuple[float, Term]], count: int, y: Tensor) -> Tensor:
-    """T² Y for Y (groups, M, P), with coefficients of any sign: Σ c V Vᵀ is V T² Vᵀ.
+    """Products T² Y for Y (groups, M, P), with coefficients of any sign: Σ c V Vᵀ is V T² Vᵀ.
 
     Args:
         factor: V, of the terms in their order.

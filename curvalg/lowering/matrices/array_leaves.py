@@ -1,4 +1,4 @@
-"""Products with array leaves."""
+"""Products with leaves that hold arrays."""
 
 from __future__ import annotations
 

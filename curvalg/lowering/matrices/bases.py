@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Basis(ABC):
-    """r orthonormal vectors in n dimensions, Q (n, r)."""
+    """An orthonormal basis: r vectors in n dimensions, Q (n, r)."""
 
     @abstractmethod
     def analyse(self, x: Tensor) -> Tensor:
-        """Qᵀ X."""
+        """The coordinates Qᵀ X of vectors."""
 
     @abstractmethod
     def synthesise(self, y: Tensor) -> Tensor:
-        """Q Y."""
+        """The vectors Q Y with given coordinates."""
 
     @abstractmethod
     def squares(self, weights: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class Basis(ABC):
 
 
 class UnitBasis(Basis):
-    """The unit vectors.
+    """The basis of unit vectors.
 
     Args:
         size: n.
@@ -55,7 +55,7 @@ class UnitBasis(Basis):
 
 
 class MatrixBasis(Basis):
-    """The columns of a matrix Q (n, r)."""
+    """The basis of the columns of a matrix Q (n, r)."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -74,7 +74,7 @@ class MatrixBasis(Basis):
 
 
 class KroneckerBasis(Basis):
-    """Q₁ ⊗ Q₂ ⊗ … of orthogonal factors, row-major."""
+    """The basis Q₁ ⊗ Q₂ ⊗ … of orthogonal factors, row-major."""
 
     def __init__(self, factors: Sequence[Tensor]) -> None:
         self.factors = list(factors)
@@ -97,7 +97,7 @@ class KroneckerBasis(Basis):
 
 
 def kronecker(factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """(F₁ ⊗ F₂ ⊗ …) X for columns (n, K), row-major: a factor at a time."""
+    """Products (F₁ ⊗ F₂ ⊗ …) X for columns (n, K), row-major: a factor at a time."""
     result = x.reshape(*[f.shape[1] for f in factors], x.shape[1])
     for axis, factor in enumerate(factors):
         result = torch.tensordot(factor, result, dims=([1], [axis])).movedim(0, axis)

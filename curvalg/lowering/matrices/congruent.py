@@ -10,7 +10,7 @@ from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singu
 
 
 class Congruent(Structure):
-    """B ⊗ A + I ⊗ D for symmetric B, A and a positive diagonal D: M (b aᵀ + 1) Mᵀ with M = Q_B ⊗ D^{1/2} Q.
+    """The matrix B ⊗ A + I ⊗ D, D a positive diagonal, as M (b aᵀ + 1) Mᵀ with M = Q_B ⊗ D^{1/2} Q.
 
     Q diag(a) Qᵀ is D^{-1/2} A D^{-1/2}, and Q_B diag(b) Q_Bᵀ is B. M is not orthogonal, so these are no eigenvalues.
 
@@ -28,11 +28,11 @@ class Congruent(Structure):
 
     @property
     def _weights(self) -> Tensor:
-        """D for every row (n, 1)."""
+        """The damping D for every row (n, 1)."""
         return self.damping.repeat(len(self.output))[:, None]
 
     def _decomposed(self) -> tuple[Tensor, KroneckerBasis]:
-        """b aᵀ + 1, flat, and the basis Q_B ⊗ Q."""
+        """The values b aᵀ + 1, flat, and the basis Q_B ⊗ Q."""
         if self._eigen is None:
             root = self.damping.sqrt()
             b, left = torch.linalg.eigh(self.output)

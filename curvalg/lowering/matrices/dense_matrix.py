@@ -40,7 +40,7 @@ class DenseMatrix(Structure):
         return self._solve(b.double()).to(b.dtype)
 
     def spectral(self) -> Spectral | None:
-        """By eigenvalues, of a symmetric matrix."""
+        """The matrix by its eigenvalues, if it is symmetric."""
         if self._spectral is None and self.facts.symmetric:
             values, vectors = torch.linalg.eigh(self.matrix)
             self._spectral = Spectral(self.size, values, MatrixBasis(vectors), what=self.what)

@@ -8,7 +8,7 @@ from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 
 
 class Inverted(Structure):
-    """A⁻¹, by the solves of A."""
+    """The inverse A⁻¹, by the solves of A."""
 
     def __init__(self, inner: Structure) -> None:
         super().__init__(inner.size)

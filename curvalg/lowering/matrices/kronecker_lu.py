@@ -13,7 +13,7 @@ from curvalg.solve import factorize
 
 
 class KroneckerLU(Structure):
-    """F₁ ⊗ F₂ ⊗ … (or one matrix) of square factors, not symmetric, factorised one by one.
+    """The product F₁ ⊗ F₂ ⊗ … (or one matrix) of square factors, not symmetric, factorised one by one.
 
     Args:
         factors: float64.

@@ -14,7 +14,7 @@ from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singu
 
 
 class Spectral(Structure):
-    """Q diag(values) Qᵀ + rest · (I − Q Qᵀ).
+    """The matrix Q diag(values) Qᵀ + rest · (I − Q Qᵀ).
 
     Args:
         size: n.

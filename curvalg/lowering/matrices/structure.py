@@ -1,4 +1,4 @@
-"""What a structured matrix answers."""
+"""The questions that a structured matrix answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Structure(ABC):
 
     @abstractmethod
     def solve(self, b: Tensor) -> Tensor:
-        """A⁻¹ B for columns (n, K).
+        """Solve A X = B for columns (n, K).
 
         Raises:
             FactsError: singular to working precision.
@@ -56,27 +56,27 @@ class Structure(ABC):
 
     @abstractmethod
     def mapped(self, function: Function, name: str) -> Structure | None:
-        """f(A) by its eigenvalues; None where only solves are cheap."""
+        """The function f(A) by the eigenvalues; None where only solves are cheap."""
 
     @abstractmethod
     def multiply(self, x: Tensor) -> Tensor:
-        """A X for columns (n, K)."""
+        """The product A X for columns (n, K)."""
 
     @abstractmethod
     def trace(self) -> float | None:
-        """Σ of the diagonal; None where it is not known cheaply, as in all questions below."""
+        """The sum of the diagonal; None where it is not known cheaply, as in all questions below."""
 
     @abstractmethod
     def diagonal(self) -> Tensor | None:
-        """The diagonal, shape (n,)."""
+        """The diagonal of the matrix, shape (n,)."""
 
     @abstractmethod
     def logdet(self) -> float | None:
-        """log |det A|; −∞ for a singular matrix."""
+        """The number log |det A|; −∞ for a singular matrix."""
 
     @abstractmethod
     def eigh(self) -> Eigh | None:
-        """The eigenpairs, of a symmetric matrix."""
+        """The eigenpairs of a symmetric matrix."""
 
 
 def singular(what: str, zeros: int) -> FactsError:

@@ -13,7 +13,7 @@ from curvalg.solve import factorize
 
 
 class Woodbury(Structure):
-    """B + L C Rᵀ, inverted as B⁻¹ − B⁻¹ L (I + C Rᵀ B⁻¹ L)⁻¹ C Rᵀ B⁻¹, which needs no inverse of C.
+    """The matrix B + L C Rᵀ, inverted as B⁻¹ − B⁻¹ L (I + C Rᵀ B⁻¹ L)⁻¹ C Rᵀ B⁻¹, which needs no inverse of C.
 
     Woodbury, 1950; Golub and Van Loan, Matrix Computations, §2.1.4.
 
@@ -22,7 +22,7 @@ class Woodbury(Structure):
         left: L (n, r).
         core: C (r, r).
         right: R (n, r).
-        otherwise: the same matrix in another form, for a B without an inverse (the sum may have one); None: there is none.
+        otherwise: this matrix in another form, for a B without an inverse (the sum may have one); None: there is none.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Woodbury(Structure):
         return self.base.multiply(x) + left @ (core @ (right.T @ x))
 
     def _capacitance(self) -> tuple[Tensor, Tensor]:
-        """B⁻¹ L, and I + C Rᵀ B⁻¹ L."""
+        """The matrices B⁻¹ L and I + C Rᵀ B⁻¹ L."""
         if self._inner is None:
             self._inner = self.base.solve(self.left.double())
         eye = torch.eye(self.core.shape[0], dtype=torch.float64, device=self.core.device)
         return self._inner, eye + self.core.double() @ (self.right.double().T @ self._inner)
 
     def _otherwise(self) -> Structure | None:
-        """What answers where B has no inverse; None where it has."""
+        """The other form, where B has no inverse; None where it has."""
         if self._inner is None and self._other is None:
             try:
                 self._capacitance()

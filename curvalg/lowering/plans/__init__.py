@@ -1,1 +1,1 @@
-"""From an expression to the sweeps and matrices that make its product."""
+"""Plans: an expression as the sweeps and matrices that make its product."""

@@ -71,7 +71,7 @@ class ProductPlan(Plan):
 
 @dataclass(frozen=True)
 class LeafPlan(Plan):
-    """An array leaf or its transpose."""
+    """The plan of an array leaf or its transpose."""
 
     leaf: ArrayLeaf
     transpose: bool = False
@@ -106,7 +106,7 @@ class BlocksPlan(Plan):
 
 @dataclass(frozen=True)
 class SubmatrixPlan(Plan):
-    """Rows and columns of a plan on all parameters.
+    """Some rows and columns of a plan on all parameters.
 
     Args:
         whole: the plan.
@@ -155,7 +155,7 @@ class UnboundPlan(Plan):
 
 @dataclass(frozen=True)
 class ZeroPlan(Plan):
-    """Zero; a rectangular one has the rows of its codomain."""
+    """The plan of zero; a rectangular one has the rows of its codomain."""
 
     problem: Problem
     codomain: str | None

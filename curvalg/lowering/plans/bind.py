@@ -29,7 +29,7 @@ Planner = Callable[[Expr, Problem], Multiplies]
 
 
 def unbound(expr: Expr) -> list[Expr]:
-    """Everything in an expression that needs a pass over the data to become a matrix, each once.
+    """Every matrix in an expression that needs a pass over the data to be made, each once.
 
     Matrices of preconditioners are included.
     """
@@ -54,7 +54,7 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, who
         problem: restricted already where the expression is inside a restriction or a block.
         snapshot: the state.
         planner: gives products.
-        whole: the problem over all parameters; None: the same.
+        whole: the problem over all parameters; None: ``problem``.
     """
     whole = whole or problem
     if not unbound(expr):
@@ -129,13 +129,13 @@ def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: 
 
 
 def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation, method: Any) -> None:
-    """The first row alone: a term that refuses the model's layers does so before a pass over the data."""
+    """Try the first row alone: a term that refuses the model's layers does so before a pass over the data."""
     problem, sample = evaluation.problem, evaluation.sample
     if sample.rows == 1 or problem.draws.mode == "frozen" or problem.noted(LayerNotes).compared:  # known already
         return
     try:
         recorded = record_layers(Evaluation(problem, evaluation.snapshot, sample.head(1)))
-    except CurvalgError:  # whatever is wrong with the model, the whole batch tells it better
+    except CurvalgError:  # whatever is wrong with the model, the whole batch reports it better
         return
     if recorded.batch.output.shape[0] == 1:
         for term in terms:

@@ -37,7 +37,7 @@ def compute(expr: Expr, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem)
 
 @compute.register
 def _(expr: DiagonalPart, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
-    """From a structured form, from the columns of Gauss-Newton forms, else by one product a parameter."""
+    """The exact diagonal: by structure, by the columns of Gauss-Newton forms, else by one product a parameter."""
     matrix = matrix.localised()
     values = _by_structure(matrix, snapshot)
     if values is None:
@@ -47,7 +47,7 @@ def _(expr: DiagonalPart, matrix: BoundMatrix, snapshot: Snapshot, whole: Proble
 
 @compute.register
 def _(expr: DiagonalEstimate, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) -> Diagonal:
-    """From a structured form, else the mean of v ∘ A v over random signs v."""
+    """An estimated diagonal: exact by structure, else the mean of v ∘ A v over random signs v."""
     matrix = matrix.localised()
     if (values := _by_structure(matrix, snapshot)) is not None:
         return Diagonal(values)

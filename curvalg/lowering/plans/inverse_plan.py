@@ -65,7 +65,7 @@ class InversePlan(Plan):
             return self.solver.approximate(self._state(snapshot), x)
 
     def _state(self, snapshot: Snapshot) -> Any:
-        """What the solver prepared at a snapshot."""
+        """The state that the solver prepared at a snapshot."""
         with snapshot.lock:
             if snapshot not in self._states:
                 self._states[snapshot] = self.solver.prepare(snapshot)
@@ -74,7 +74,7 @@ class InversePlan(Plan):
     def solve(
         self, snapshot: Snapshot, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
-        """A⁻¹ B (n, K) with a report per column; with a trail, an interrupted solve returns what it has.
+        """Solve A X = B (n, K) with a report per column; with a trail, an interrupted solve returns what it has.
 
         Raises:
             ConvergenceError: a column did not reach the tolerance; carries the result with the best iterates.

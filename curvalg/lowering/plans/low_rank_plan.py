@@ -34,7 +34,7 @@ class Impossible(Exception):
 
 
 class Ways:
-    """Which way the products of one matrix take at one snapshot; for single columns and for several it may differ.
+    """The choice which way the products of one matrix take at one snapshot; it may differ for single and several columns.
 
     Args:
         problem: remembers what was chosen, for runs that go on later.
@@ -55,7 +55,7 @@ class Ways:
 
     @property
     def declined(self) -> dict[str, str]:
-        """Why a way cannot be taken."""
+        """The reasons why ways cannot be taken."""
         return {way: reason for race in self.races.values() for way, reason in race.declined.items()}
 
     @property
@@ -94,7 +94,7 @@ class Ways:
 
 
 def _differs(ways: Mapping[str, Way], name: str, x: Tensor) -> str | None:
-    """Why a way cannot be taken beside the first."""
+    """The reason why a way cannot be taken beside the first, or None."""
     try:
         got = ways[name](x)
     except (Impossible, ProblemError) as error:
@@ -116,7 +116,7 @@ class LowRankPlan(Plan):
         entries: (coefficient, term).
         groups: the parameters of each block.
         shifts: multiple of the identity in each block.
-        otherwise: the same in the ordinary way.
+        otherwise: the plan in the ordinary way.
         patience: columns that are multiplied in the ordinary way before another is tried.
     """
 
@@ -142,7 +142,7 @@ class LowRankPlan(Plan):
         return tuple(term for _, term in self.entries)
 
     def ways(self, snapshot: Snapshot) -> Ways:
-        """The choice, shared by all plans of this matrix."""
+        """The choice of ways, shared by all plans of this matrix."""
 
         def make() -> Ways:
             total = " + ".join(sorted(f"{c:g}*{term}" for c, term in self.entries))
@@ -151,7 +151,7 @@ class LowRankPlan(Plan):
         return self.problem.cached(snapshot).get("ways", (self.entries, self.groups), make)
 
     def factor(self, snapshot: Snapshot) -> Factor:
-        """V, shared by all that need it."""
+        """The factor V, shared by all that need it."""
         return factor_of(self.problem, snapshot, self.terms)
 
     def prepare(self, snapshot: Snapshot) -> None:

@@ -20,13 +20,13 @@ AT_A_TIME = 64
 
 
 def _pushed(route: TwiceBackward | Rows, layout: Layout, x: Tensor) -> Tensor:
-    """J X by a recorded route, (outputs, K)."""
+    """Products J X by a recorded route, (outputs, K)."""
     return torch.stack([route.push(layout.tangents(v)).reshape(-1).to(x.dtype) for v in x.unbind(1)], 1)
 
 
 @dataclass(frozen=True)
 class OutputPlan(Plan):
-    """The Jacobian, its transpose, or the loss Hessian: a side in output space, rows in the order of the data."""
+    """The plan of the Jacobian, its transpose or the loss Hessian; rows of outputs in the order of the data."""
 
     problem: Problem
     kind: Literal["jacobian", "jacobian.T", "loss_hessian"]
@@ -44,7 +44,7 @@ class OutputPlan(Plan):
             return total.value  # type: ignore[no-any-return]
 
     def dense(self, snapshot: Snapshot) -> Tensor | None:
-        """J or Jᵀ by as many backward passes as a batch has outputs, or as there are parameters, whichever are fewer."""
+        """The matrix J or Jᵀ by as many backward passes as a batch has outputs, or as there are parameters, if fewer."""
         if self.kind == "loss_hessian":
             return None
         rows, problem = [], self.problem
@@ -62,14 +62,14 @@ class OutputPlan(Plan):
         return whole.T if self.kind == "jacobian.T" else whole
 
     def _push(self, evaluation: Evaluation, x: Tensor) -> Tensor:
-        """J X for one batch, by one model call for several columns."""
+        """Products J X for one batch, by one model call for several columns."""
         if x.shape[1] == 1:
             return evaluation.push(x[:, 0])[1].reshape(-1, 1).to(x.dtype)
         z, leaves, _ = evaluation.record()
         return _pushed(reverse_tangents(evaluation, z, leaves), self.problem.layout, x)
 
     def _pull(self, z: Tensor, leaves: Sequence[Tensor], u: Tensor) -> Tensor:
-        """Jᵀ U for one batch, (D, K)."""
+        """Products Jᵀ U for one batch, (D, K)."""
         found, _ = backward_columns(z, leaves, u.T.reshape(-1, *z.shape).to(z.dtype))
         flat = [
             u.new_zeros(u.shape[1], leaf.numel()) if g is None else g.reshape(u.shape[1], leaf.numel())
@@ -78,7 +78,7 @@ class OutputPlan(Plan):
         return torch.cat([t.to(u.dtype) for t in flat], 1).T
 
     def _curve(self, evaluation: Evaluation, t: Tensor) -> Tensor:
-        """B T for one batch."""
+        """Products B T for one batch."""
         batch = evaluation.evaluate()
         columns = [batch.loss_hvp(column.reshape(batch.output.shape)).reshape(-1) for column in t.unbind(1)]
         return torch.stack(columns, 1)

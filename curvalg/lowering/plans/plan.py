@@ -1,4 +1,4 @@
-"""What every plan can do: an expression on a problem before any number is computed."""
+"""The contract of a plan: an expression on a problem before any number is computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Plan(ABC):
 
     @property
     def inner(self) -> tuple[Plan, ...]:
-        """Plans inside this one."""
+        """The plans inside this one."""
         return ()
 
     def dense(self, snapshot: Snapshot) -> Tensor | None:
@@ -44,12 +44,12 @@ class Plan(ABC):
 
     @property
     def passes(self) -> int:
-        """How many passes over the recordings one product takes."""
+        """The number of passes over the recordings that one product takes."""
         return sum(part.passes for part in self.inner)
 
 
 def as_float(coefficient: Fraction) -> float:
-    """A coefficient as a float.
+    """The coefficient as a float.
 
     Raises:
         ExpressionError: out of a float's range.

@@ -1,4 +1,4 @@
-"""From expressions to plans: one rule per kind of node."""
+"""The planner: from expressions to plans, one rule per kind of node."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ _TRANSPARENT = (alg.Sum, alg.Product, alg.Inverse)
 
 
 def _visible(expr: Expr) -> list[Expr]:
-    """What the plan of an expression meets on the same problem; preconditioners are planned by themselves."""
+    """The expressions that a plan meets on the same problem; preconditioners are planned by themselves."""
     if isinstance(expr, alg.Inverse):
         return [expr.expr]
     return list(expr.children) if isinstance(expr, _TRANSPARENT) else []
@@ -120,7 +120,7 @@ def _(expr: alg.Inverse, problem: Problem, plan: Planning) -> Plan:
 
 
 def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preconditioning | None:
-    """R -> P⁻¹ R from the expression's own preconditioner, else from the one given when lowering.
+    """A function R -> P⁻¹ R from the expression's own preconditioner, else from the one given when lowering.
 
     Raises:
         ExpressionError: the preconditioner's own inverse is iterative, so that it is no fixed linear map.
@@ -285,7 +285,7 @@ def _worth_factoring(problem: Problem) -> bool:
 
 
 def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
-    """A @ C + B @ C as (A + B) @ C: products with one last factor share its result, and so one input."""
+    """The sum A @ C + B @ C as (A + B) @ C: products with one last factor share its result, and so one input."""
     groups: dict[Expr, list[tuple[Expr, Fraction]]] = {}
     result: dict[Expr, Fraction] = {}
     for child, c in coefficients.items():
@@ -356,7 +356,7 @@ def _share(plans: Sequence[Plan], blocks: Sequence[alg.Block], problem: Problem)
 
 
 def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> dict[int, FactoredSum]:
-    """Which blocks are of one sum of terms with few output directions, so that their products can be taken together."""
+    """The blocks that are of one sum of terms with few output directions, so that their products can be taken together."""
     if not _worth_factoring(problem):
         return {}
     sums: dict[tuple[tuple[float, Term], ...], dict[int, FactoredSum]] = {}

@@ -17,7 +17,7 @@ from curvalg.problem.verification.tangent_checks import TangentNotes
 
 @dataclass(frozen=True)
 class SweepPlan(Plan):
-    """Local terms in one sweep, one column after the other."""
+    """The plan of local terms in one sweep, one column after the other."""
 
     problem: Problem
     sweep: Sweep

@@ -70,7 +70,7 @@ class ChunkedRecording(RecordedBatch):
 
     @property
     def route(self) -> str:
-        """How tangents of the trunk are taken."""
+        """The route by which tangents of the trunk are taken."""
         return ForwardAD.ROUTE if self.gamma is None else TwoStage.ROUTE
 
     def graphs(self) -> Iterable[Tensor | GradientEdge]:
@@ -89,7 +89,7 @@ class ChunkedRecording(RecordedBatch):
         return total
 
     def _tangents(self, rows: Tensor, chunk: int) -> Tensor:
-        """ḣ for vectors (K, D), shape (K, *h.shape): from G where there is one, else by forward AD."""
+        """The tangents ḣ for vectors (K, D), shape (K, *h.shape): from G where there is one, else by forward AD."""
         evaluation = self.again()
         notes = evaluation.problem.noted(TangentNotes)
         if self.gamma is None and notes.no_forward_ad is None:

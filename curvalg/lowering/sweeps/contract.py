@@ -21,7 +21,7 @@ OURS = ("curvalg", "curvalg_plugins")
 
 
 def call(term: Expr, method: str, *given: Any) -> Any:
-    """What a method of a term returns.
+    """The result of a method of a term.
 
     Args:
         term: the term.
@@ -47,12 +47,12 @@ def call(term: Expr, method: str, *given: Any) -> Any:
 
 
 def is_ours(term: Expr) -> bool:
-    """Whether the term is tested here."""
+    """Whether the term is part of this project, and so tested here."""
     return type(term).__module__.partition(".")[0] in OURS
 
 
 def require_defined(term: NamedExpr) -> None:
-    """Refuse a term without the methods that its matrix is made of, as where their names are misspelt.
+    """Raise for a term without the methods that its matrix is made of, as where their names are misspelt.
 
     Raises:
         ExpressionError: it lacks them.
@@ -96,7 +96,7 @@ def _version(t: Tensor) -> int:
 
 
 def named(term: Expr) -> str:
-    """A term with the distribution that it comes from."""
+    """The name of a term with the distribution that it comes from."""
     package = type(term).__module__.partition(".")[0]
     found = importlib.metadata.packages_distributions().get(package)
     label = getattr(term, "label", type(term).__name__)
@@ -104,10 +104,10 @@ def named(term: Expr) -> str:
 
 
 def fitting(term: Expr, method: str, value: Any, like: Tensor) -> Tensor:
-    """A tensor that a term returned for a batch.
+    """The tensor that a term returned for a batch, if it fits.
 
     Raises:
-        ExpressionError: another kind, shape, dtype or device. Autograd broadcasts a wrong shape without a word.
+        ExpressionError: another kind, shape, dtype or device. Autograd broadcasts a wrong shape without an error.
     """
     if not isinstance(value, Tensor) or value.shape != like.shape:
         raise ExpressionError(

@@ -59,7 +59,7 @@ class Linearization:
 
     @property
     def route(self) -> str:
-        """How tangents are taken, where no term is curved."""
+        """The route of tangents, where no term is curved."""
         return self.recorder.route
 
     def drop(self) -> None:
@@ -81,7 +81,7 @@ class Linearization:
     # -- products -------------------------------------------------------------------------------------------------------
 
     def product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
-        """The product with vectors (K, D), shape (K, D)."""
+        """The product of the sweep with vectors (K, D), shape (K, D)."""
         problem.budget.touch(self)
         self.products += rows.shape[0]
         problem.measured.choices[self._counted] = self.products
@@ -140,7 +140,7 @@ class Linearization:
         return True
 
     def _forget(self, problem: Problem) -> None:
-        """Drop what an unfinished pass recorded where the next pass could not tell which batch is which."""
+        """Drop what an unfinished pass recorded where the next pass could not say which batch is which."""
         if not self.complete and not (problem.data.fixed and problem.data.ordered):
             self.drop()
 
@@ -295,7 +295,7 @@ class Linearization:
             self.batches[recorded.index] = recorded
             return
         self.keeping = recorded.keep = False
-        if not self._ordered:  # which batch is which could not be told in the next pass
+        if not self._ordered:  # which batch is which would be unknown in the next pass
             self.drop()
         kept = f"{len(self.batches)} batches kept" if self.batches else "no batch kept"
         needed, limit = nbytes / 2**20, problem.budget.limit / 2**20

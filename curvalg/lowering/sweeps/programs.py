@@ -1,4 +1,4 @@
-"""After many products: tangents by linearised programs, where these are verified on every batch and faster."""
+"""Tangents by linearised programs, after many products, where these are verified on every batch and faster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AMORTISED = 32
 
 
 class Programs:
-    """Whether a sweep's tangents are taken by programs.
+    """The choice whether a sweep's tangents are taken by programs.
 
     Args:
         problem: the problem.

@@ -1,4 +1,4 @@
-"""How the batches of a sweep are recorded: verified, and with tangents by the fastest route that is right."""
+"""Recording of the batches of a sweep: verified, and with tangents by the fastest route that is right."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Recording: TypeAlias = SinglePass | Staged | ChunkedRecording
 
 
 class Recorder:
-    """Of one sweep on one problem at one snapshot.
+    """The recorder of one sweep on one problem at one snapshot.
 
     Args:
         problem: the problem.
@@ -54,7 +54,7 @@ class Recorder:
         self._measured = False
 
     def record(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
-        """A batch, for products with so many columns.
+        """Record a batch for products with so many columns.
 
         Args:
             evaluation: the batch.
@@ -72,7 +72,7 @@ class Recorder:
         return recorded
 
     def _swear_symmetric(self, evaluation: Evaluation, recorded: SinglePass) -> None:
-        """Once a state, on a few rows where these can be recorded without the others: two products cost little there."""
+        """Check symmetry once a state, on a few rows where these can be recorded without the others, as products cost less."""
 
         def check() -> None:
             sample = recorded
@@ -89,7 +89,7 @@ class Recorder:
         verdict(evaluation, ("symmetric", str(self.sweep)), check, recorded.graphs())
 
     def _size(self, batch: Batch) -> float:
-        """‖z‖ (‖u‖ + ‖u̇(z)‖): what terms make of a tangent as large as the output."""
+        """The size ‖z‖ (‖u‖ + ‖u̇(z)‖) of what terms make of a tangent as large as the output."""
         batch.evaluate_loss()
         parts = (self.sweep.cotangent(batch), self.sweep.rate(batch, batch.output, {}, {}))
         return float(batch.output.norm()) * sum(float(part.norm()) for part in parts)
@@ -115,7 +115,7 @@ class Recorder:
         return TwoStage(evaluation, None, keep, found)
 
     def _choose_route(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
-        """J v by two backward passes through the recorded graph, by forward AD with a forward pass of its own, or by rows."""
+        """Choose J v by two backward passes through the graph, by forward AD with a pass of its own, or by rows."""
         problem, race = evaluation.problem, self._race
         notes = problem.noted(TangentNotes)
         possible = self._possible(evaluation, graph(evaluation), columns, keep)
@@ -144,7 +144,7 @@ class Recorder:
         return possible[self.route]
 
     def _possible(self, evaluation: Evaluation, found: Graph, columns: int, keep: bool) -> dict[str, Staged]:
-        """Route -> the batch recorded so, of those that are right; the first needs no model call in a product."""
+        """The batch recorded by each route that is right; the first needs no model call in a product."""
         z, leaves, _ = found
         notes = evaluation.problem.noted(TangentNotes)
         twice = twice_backward(evaluation, z, leaves) is not None

@@ -23,7 +23,7 @@ Rate = Callable[[Tensor], Tensor]
 
 
 class Cotangent(torch.autograd.Function):
-    """u on the way forward; on the way back the arriving ż = J v becomes u̇ and goes on to z.
+    """A function with value u; on the way back the arriving ż = J v becomes u̇ and goes on to z.
 
     The context holds a function over detached data only, never what owns the graph: a cycle through the autograd engine
     is not collected.
@@ -61,7 +61,7 @@ class RecordedBatch(ABC):
         self.keep = keep
 
     def directions(self, rows: Tensor) -> list[Tensor]:
-        """Vectors (K, D) as one tensor (K, *shape) per parameter, in its dtype."""
+        """The vectors (K, D) as one tensor (K, *shape) per parameter, in its dtype."""
         columns = rows.shape[0]
         parts = zip(rows.split(self.layout.sizes, 1), self.layout.shapes.values(), strict=True)
         tensors = [t.reshape(columns, *shape) for t, shape in parts]
@@ -83,7 +83,7 @@ class RecordedBatch(ABC):
         """Tensors whose graphs are kept, or edges where the tensors themselves are not."""
 
     def over(self, problem: Problem) -> RecordedBatch | None:
-        """The same recording for some of its parameters, sharing its graph; None where that cannot be had."""
+        """The recording for some of its parameters, sharing its graph; None where that is impossible."""
         return None
 
     def _twin(self, problem: Problem) -> tuple[Any, list[int]]:
@@ -99,7 +99,7 @@ Graph = tuple[Tensor, list[Tensor], Batch]
 
 
 def graph(evaluation: Evaluation) -> Graph:
-    """Of one model call."""
+    """The graph of one model call."""
     z, leaves, form = evaluation.record()
     batch, again, layout, device = (
         evaluation.batch(z, form),
@@ -123,15 +123,15 @@ class Staged(RecordedBatch):
 
     @abstractmethod
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
-        """J v for vectors (K, D), shape (K, *output.shape)."""
+        """Tangents J v for vectors (K, D), shape (K, *output.shape)."""
 
     @abstractmethod
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
-        """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
+        """Products (∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
 
 
 class SinglePass(RecordedBatch):
-    """z, u = Cotangent(z) and G = J(θ)ᵀu: one backward of G along v is (∂_v J)ᵀu + Jᵀu̇.
+    """A recording of z, u = Cotangent(z) and G = J(θ)ᵀu: one backward of G along v is (∂_v J)ᵀu + Jᵀu̇.
 
     Args:
         evaluation: the batch.
@@ -156,7 +156,7 @@ class SinglePass(RecordedBatch):
         self.whole = self._joined() if keep and self.layout.uniform else None
 
     def _joined(self) -> GradientEdge | None:
-        """Where a cotangent (D,) of all gradients at once arrives."""
+        """A tensor where a cotangent (D,) of all gradients at once arrives."""
         parts = [
             torch.zeros(size, dtype=self.layout.dtype, device=self.device) if g is None else g.reshape(-1)
             for g, size in zip(self.gradients, self.layout.sizes, strict=True)
@@ -191,7 +191,7 @@ class SinglePass(RecordedBatch):
 
 
 class TwoStage(Staged):
-    """z and, with u a leaf, G = J(θ)ᵀu: first all tangents ż = J v, then (∂_v J)ᵀu + Jᵀu̇ for a given u̇.
+    """A recording of z and, with u a leaf, G = J(θ)ᵀu: first all ż = J v, then (∂_v J)ᵀu + Jᵀu̇ for a given u̇.
 
     Totals of the whole data set stand between the two. They must not enter a Function's backward: under vmap one column
     would meet all.
@@ -232,8 +232,6 @@ class TwoStage(Staged):
         return twin  # type: ignore[no-any-return]
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
-        """J v for vectors (K, D), shape (K, *output.shape)."""
-
         def push(part: Tensor) -> Tensor:
             if part.shape[0] == 1:
                 return self.route.push([v[0] for v in self.directions(part)])[None]
@@ -242,7 +240,6 @@ class TwoStage(Staged):
         return chunked(push, chunk, rows)
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
-        """(∂_v J)ᵀu + Jᵀu̇ for vectors (K, D) and rates (K, *output.shape), shape (K, D)."""
         retain = self.keep or rows.shape[0] > chunk
 
         def product(part: Tensor, udot: Tensor) -> Tensor:
@@ -256,7 +253,7 @@ class TwoStage(Staged):
 
 
 class Pushed(Staged):
-    """z with its graph, and J v by a function that needs no graph (forward AD or a linearised program).
+    """A recording of z with its graph, and J v by a function that needs no graph (forward AD or a linearised program).
 
     Args:
         evaluation: the batch.
@@ -276,11 +273,10 @@ class Pushed(Staged):
         return [self.z]
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
-        """J v for vectors (K, D), shape (K, *output.shape)."""
         return chunked(lambda part: mapped(self.push, part), chunk, rows)
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
-        """Jᵀu̇ for rates (K, *output.shape), shape (K, D)."""
+        """Products Jᵀu̇ for rates (K, *output.shape), shape (K, D)."""
         retain = self.keep or rows.shape[0] > chunk
 
         def product(udot: Tensor) -> Tensor:
@@ -290,7 +286,7 @@ class Pushed(Staged):
 
 
 def graph_bytes(recorded: RecordedBatch) -> int:
-    """Memory that the graphs of a recorded batch hold, as far as autograd's nodes tell: distinct storages, each once."""
+    """Memory that the graphs of a recorded batch hold, as far as autograd's nodes show it: distinct storages, each once."""
     roots = list(recorded.graphs())
     storages: dict[int, int] = {}
 

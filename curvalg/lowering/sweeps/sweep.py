@@ -33,7 +33,7 @@ class Sweep:
 
     @cached_property
     def key(self) -> frozenset[tuple[float, Term]]:
-        """What equal sums share, in whatever order they were written."""
+        """A key that is equal for equal sums, in whatever order they were written."""
         return frozenset(self.entries)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Sweep:
         return any(defines(term, "cotangent") for _, term in self.entries)
 
     def symmetric(self, loss: LossFacts | None) -> bool:
-        """Whether all terms are, as far as is known."""
+        """Whether all terms are symmetric, as far as is known."""
         return all(term.facts(loss).symmetric is True for _, term in self.entries)
 
     @property
@@ -78,7 +78,7 @@ class Sweep:
         return None
 
     def cotangent(self, batch: Batch) -> Tensor:
-        """Σ cᵢ uᵢ, of the output's shape."""
+        """The sum Σ cᵢ uᵢ, of the output's shape."""
         total: Tensor | None = None
         for coefficient, term in self.entries:
             u = call(term, "cotangent", batch)
@@ -87,7 +87,7 @@ class Sweep:
         return torch.zeros_like(batch.output) if total is None else total
 
     def rate(self, batch: Batch, tangent: Tensor, prepared: Prepared, totals: Totals) -> Tensor:
-        """Σ cᵢ u̇ᵢ for one tangent, of the output's shape."""
+        """The sum Σ cᵢ u̇ᵢ for one tangent, of the output's shape."""
         result: Tensor | None = None
         for coefficient, term in self.entries:
             if isinstance(term, DatasetTerm):
@@ -99,7 +99,7 @@ class Sweep:
         return torch.zeros_like(tangent) if result is None else result
 
     def rate_of(self, batch: Batch) -> Rate:
-        """ż -> Σ cᵢ u̇ᵢ, for sweeps without data-set terms."""
+        """A function ż -> Σ cᵢ u̇ᵢ, for sweeps without data-set terms."""
         (coefficient, term), *others = self.entries
         if coefficient == 1 and not others and is_ours(term) and defines(term, "cotangent_dot"):
             return partial(term.cotangent_dot, batch)  # type: ignore[return-value]  # the usual case, where every call counts
@@ -112,7 +112,7 @@ def prepare(
     snapshot: Snapshot,
     batches: Callable[[], Iterable[Batch]] | None = None,
 ) -> Prepared:
-    """What the terms need of the whole data set without a tangent; one pass for all of them, kept on the problem.
+    """Statistics of the whole data set that terms need without a tangent; one pass for all terms, kept on the problem.
 
     Args:
         terms: the terms.

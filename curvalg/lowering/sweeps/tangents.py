@@ -1,4 +1,4 @@
-"""Recordings without second derivatives whose tangents J v come by another route than the recorded graph."""
+"""Recordings without second derivatives, with tangents J v by another route than the recorded graph."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Transient(Staged):
         return []
 
     def tangent(self, rows: Tensor, chunk: int) -> Tensor:
-        """J v for one vector (1, D), shape (1, *output.shape)."""
+        """The tangent J v for one vector (1, D), shape (1, *output.shape)."""
         self._batch, tangent = self.evaluation.push(rows[0])
         return tangent[None]
 
     def finish(self, rows: Tensor, rates: Tensor, chunk: int) -> Tensor:
-        """Jᵀu̇ for one rate, shape (1, D)."""
+        """The product Jᵀu̇ for one rate, shape (1, D)."""
         self._batch = None  # released before the model call, which is the peak
         return self.evaluation.pull(rates[0], pushed=True)[None]
 
@@ -107,7 +107,7 @@ def decline_linearized(new: Linearized, old: Staged, rows: Tensor) -> str | None
 
 
 def _constants(program: Callable[..., Any]) -> list[Tensor]:
-    """Tensors that a linearised program holds."""
+    """The tensors that a linearised program holds."""
     cells = getattr(program, "__closure__", None) or ()
     graphs = [c.cell_contents for c in cells if isinstance(c.cell_contents, fx.GraphModule)]
     found: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""How many columns go into one backward pass."""
+"""Widths: the number of columns that go into one backward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLUMN_MEMORY = 2**30
 
 
 class Widths:
-    """Of the products of one sweep: as asked for, or measured on the first batch that meets so many columns.
+    """The widths of the products of one sweep: as asked for, or measured on the first batch with so many columns.
 
     Args:
         problem: the problem.
@@ -44,11 +44,11 @@ class Widths:
 
     @property
     def unmeasured(self) -> int:
-        """Columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
+        """The columns of totals and rates at a time: unlike the backward passes not measured, so that products repeat."""
         return self.asked or MOST_COLUMNS
 
     def at_a_time(self, problem: Problem, recorded: Recording, rows: Tensor) -> int:
-        """Columns in one backward pass of a product with vectors (K, D)."""
+        """The columns in one backward pass of a product with vectors (K, D)."""
         if self.asked is not None:
             return self.asked
         if rows.shape[0] == 1 or isinstance(recorded, Transient):
@@ -63,7 +63,7 @@ class Widths:
         return self._chosen[width]
 
     def _choose(self, problem: Problem, recorded: Recording, rows: Tensor, width: int) -> int:
-        """One, a width, or a quarter of it; as chosen before, or what costs least a column."""
+        """Choose one column, a width, or a quarter of it: as before, or the least cost a column."""
 
         def run(part: Tensor, chunk: int) -> Tensor:
             if isinstance(recorded, (SinglePass, ChunkedRecording)):
@@ -96,13 +96,13 @@ class Widths:
 
 
 def _is_work(seconds: Mapping[int, float]) -> bool:
-    """It is work, not calls, that takes the time: wider ones are no better, and long to measure."""
+    """Whether work, not calls, takes the time: wider ones are no better, and long to measure."""
     last = next(reversed(list(seconds)))
     return last * seconds[last] > LONG and seconds[last] > WORSE * seconds[1]
 
 
 def _unlike_single(run: Callable[[Tensor, int], Tensor], rows: Tensor) -> str | None:
-    """Why columns must not be taken in one pass: what they give differs from one alone."""
+    """The reason why columns must not be taken in one pass: what they give differs from one alone."""
     try:
         batched, single = run(rows[:2], 2), run(rows[:1], 1)
     except (RuntimeError, NotImplementedError, ValueError) as error:

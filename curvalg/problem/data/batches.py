@@ -42,7 +42,7 @@ class ReadBatch:
     index: int
 
     def head(self, rows: int) -> ReadBatch:
-        """The first rows: of every tensor whose leading axis has the length of the batch."""
+        """The first rows of every tensor whose leading axis has the length of the batch."""
 
         def cut(tree: Any) -> Any:
             return trees.tensor_map(lambda t: t[:rows] if t.ndim and t.shape[0] == self.rows else t, tree)
@@ -51,11 +51,11 @@ class ReadBatch:
 
 
 class Data:
-    """Batches of a data set.
+    """The batches of a data set, read the same way in every pass.
 
     Args:
         data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any other re-iterable of batches.
-        target: ``target(batch)`` for batches whose target cannot be told from their form.
+        target: ``target(batch)`` for batches whose form does not show which part is the target.
         needs_target: whether a missing target is an error.
 
     Raises:
@@ -97,18 +97,18 @@ class Data:
 
     @property
     def contents(self) -> Fingerprint | None:
-        """What a loader gave in the first pass, without the order; None before, and for data in memory."""
+        """The contents that a loader gave in the first pass, without the order; None before, and for data in memory."""
         return None if self.fixed or self._reference is None else total(self._reference)[:-1]
 
     def forget(self) -> None:
-        """What the first pass gave is no longer what later ones are compared with."""
+        """Compare later passes no longer with what the first one gave."""
         self._reference = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": LoaderStream()}
 
     def read(self, device: torch.device, *, order_matters: bool = False) -> Iterator[ReadBatch]:
-        """One pass.
+        """Read the data once, batch by batch.
 
         Args:
             device: where the tensors are moved to.
@@ -123,7 +123,7 @@ class Data:
             target = self._target(batch)
             count = trees.rows(target) if target is not None else trees.rows(batch)
             if count is None:
-                raise ProblemError(f"cannot tell the number of samples in a batch that is a {_countless(batch)}")
+                raise ProblemError(f"cannot find the number of samples in a batch that is a {_countless(batch)}")
             if not self.fixed:
                 prints.append(fingerprint(raw, count))
                 if order_matters:
@@ -199,7 +199,7 @@ class Data:
         if not self.needs_target:
             return None
         raise ProblemError(
-            f"cannot tell the target of a batch: {hint}. Batches are pairs (X, y) or mappings with one of the keys "
+            f"cannot find the target of a batch: {hint}. Batches are pairs (X, y) or mappings with one of the keys "
             f"{list(TARGET_KEYS)}; for others pass forward=lambda model, batch: ... and target=lambda batch: ..."
         )
 
@@ -212,9 +212,7 @@ def call_model(model: Callable[..., Any], batch: Any) -> Any:
 
 
 def _without_nested(batch: Any) -> Any:
-    """Raises:
-    ProblemError: a batch with a nested tensor, whose rows have no common shape.
-    """
+    """Raise ProblemError for a batch with a nested tensor, whose rows have no common shape."""
     if any(t.is_nested for t in trees.tensors(batch)):
         raise ProblemError(
             "a batch has a nested tensor (torch.nested), whose rows differ in shape; pad them with "
@@ -224,7 +222,7 @@ def _without_nested(batch: Any) -> Any:
 
 
 def _countless(batch: Any) -> str:
-    """A batch whose samples cannot be counted, and what to do."""
+    """The kind of a batch whose samples cannot be counted, and what to do."""
     if any(isinstance(leaf, np.ndarray) for leaf in trees.leaves(batch)):
         return f"{trees.describe(batch)}: convert NumPy arrays to tensors with torch.from_numpy"
     return f"{trees.describe(batch)}: its tensors need a leading axis over the samples"

@@ -1,4 +1,4 @@
-"""What all problems of a process share: the random generators, and switches of torch that hold for every thread."""
+"""What all problems of a process share: random generators, and switches of torch that hold for every thread."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Random state: nothing of the user's is advanced, and a model's own draws are refused or replayed."""
+"""Random state: the user's generators are not advanced, and a model's own draws are refused or replayed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _NumPyState:
         self._full: dict[str, Any] = {}
 
     def save(self, *, exactly: bool) -> tuple[bytes | None, dict[str, Any]]:
-        """The state now; ``exactly`` reads all of it."""
+        """Save the state as it is now; ``exactly`` reads all of it."""
         memory = _numpy_memory()
         # A second number of a normal pair waits outside of that memory, and goes without a trace in it.
         if exactly or memory is None or memory != self._memory or self._full.get("has_gauss"):

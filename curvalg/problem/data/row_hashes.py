@@ -25,7 +25,7 @@ TOLERANCE = 1e-9
 
 
 def fingerprint(batch: Any, rows: int) -> Fingerprint:
-    """The fingerprint of one batch with so many samples."""
+    """The fingerprint of one batch with the given number of samples."""
     with torch.no_grad():
         hashes = [(t, hashed) for t in trees.tensors(batch) if len(hashed := _hash(t))]
         floating = _join([h for t, h in hashes if t.is_floating_point() or t.is_complex()])

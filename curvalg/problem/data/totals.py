@@ -1,4 +1,4 @@
-"""Counts and denominators of a data set."""
+"""Counts and denominators of a whole data set."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Keeper(Protocol):
     nbytes: int
 
     def drop(self) -> None:
-        """Release what is kept."""
+        """Release the memory that is kept."""
 
 
 FRACTION = 1 / 4
@@ -32,7 +32,7 @@ class Budget:
 
     Args:
         limit: in bytes; 0 keeps nothing.
-        free: tells what is free now, where the limit was not the user's: of what is free nothing is taken that would
+        free: gives what is free now, where the limit was not the user's: of what is free nothing is taken that would
             leave less than as much again.
     """
 
@@ -42,14 +42,14 @@ class Budget:
         self._order: list[ref[Keeper]] = []
 
     def resize(self, limit: int, free: Callable[[], int] | None = None) -> None:
-        """Another limit from now on; what no longer fits is dropped."""
+        """Set another limit; what no longer fits is dropped."""
         self.limit, self.free = limit, free
         for r in list(self._order):
             if self.used > limit and (keeper := r()) is not None:
                 keeper.drop()
 
     def touch(self, keeper: Keeper) -> None:
-        """Mark as used just now."""
+        """Mark something as used just now."""
         if self._order and self._order[-1]() is keeper:
             return
         self._order = [r for r in self._order if r() is not None and r() is not keeper]
@@ -57,11 +57,11 @@ class Budget:
 
     @property
     def used(self) -> int:
-        """Bytes kept now."""
+        """The number of bytes kept now."""
         return sum(keeper.nbytes for r in self._order if (keeper := r()) is not None)
 
     def reserve(self, keeper: Keeper, nbytes: int) -> bool:
-        """Whether so many more bytes may be kept; others are dropped to make room, the keeper itself is not."""
+        """Whether so many more bytes may be kept; others are dropped to make room, but not the keeper itself."""
         if nbytes > self.limit - keeper.nbytes:
             return False
         if self.free is not None and nbytes > self.free():  # what is to be kept is there already
@@ -85,12 +85,12 @@ class CacheEntry:
         self.nbytes = 0
 
     def drop(self) -> None:
-        """Release the value."""
+        """Release the kept value."""
         self.value, self.nbytes = None, 0
 
 
 class Cache:
-    """What is kept at one state: values by kind and key, each made once.
+    """Values kept at one state by kind and key, each made once.
 
     Args:
         budget: for values that are kept only as long as there is room.
@@ -101,7 +101,7 @@ class Cache:
         self._values: dict[tuple[str, Hashable], Any] = {}
 
     def get(self, kind: str, key: Hashable, make: Callable[[], T], *, budgeted: bool = False) -> T:
-        """The value under a key: the kept one, else made now.
+        """The value under a key: the kept one, or else one made now.
 
         Args:
             kind: of things.
@@ -136,9 +136,9 @@ class Cache:
         return self._values.get((kind, key))
 
     def missing(self, kind: str, keys: Iterable[T]) -> list[T]:
-        """Those of some keys that nothing is kept under, each once."""
+        """The keys, each once, under which nothing is kept."""
         return [key for key in dict.fromkeys(keys) if (kind, key) not in self._values]
 
     def keys(self, *kinds: str) -> list[tuple[str, Any]]:
-        """(kind, key) of all that is kept of some kinds."""
+        """All (kind, key) under which values of the given kinds are kept."""
         return [place for place in self._values if place[0] in kinds]

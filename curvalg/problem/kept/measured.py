@@ -1,4 +1,4 @@
-"""What short measurements chose between ways that give the same numbers up to rounding."""
+"""Choices by short measurements between ways that give the same numbers up to rounding."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Measured:
         return f"{topic} of {subject} over {len(self._names)} tensors ({digest})"
 
     def known(self, name: str) -> Any:
-        """What was chosen in an earlier run, or at an earlier state of the model; None if nothing was."""
+        """The choice of an earlier run, or of an earlier state of the model; None if there was none."""
         return self.recalled.get(name, self.choices.get(name))

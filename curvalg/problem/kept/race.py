@@ -1,4 +1,4 @@
-"""Which of several ways to the same numbers is taken: compared, timed, remembered and reported."""
+"""The choice between several ways to the same numbers: compared, timed, remembered and reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENOUGH = 0.5
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way in a race.
+    """One way that takes part in a race.
 
     Args:
         run: takes it once.
@@ -69,11 +69,11 @@ class Race(Generic[K]):
 
     @property
     def known(self) -> K | None:
-        """What was chosen before, in an earlier run or at an earlier state."""
+        """The choice of an earlier run or state, or None."""
         return self._measured.known(self.name)  # type: ignore[no-any-return]
 
     def decide(self, way: K) -> K:
-        """Take a way without measuring, and remember it."""
+        """Choose a way without measuring, and remember it."""
         self.chosen = self._measured.choices[self.name] = way
         return way
 
@@ -92,7 +92,7 @@ class Race(Generic[K]):
         turns: int = 1,
         enough: Callable[[Mapping[K, float]], bool] = lambda seconds: False,
     ) -> K:
-        """Choose the fastest.
+        """Choose the fastest way by measuring.
 
         Args:
             candidates: by way; the first is the reference, which can always be taken.
@@ -121,7 +121,7 @@ class Race(Generic[K]):
         )
 
     def shown(self) -> str:
-        """What was measured, for people."""
+        """The measured times as text for people."""
         return ", ".join(f"{way} {1e3 * seconds:.2g} ms" for way, seconds in self.seconds.items())
 
 

@@ -122,7 +122,7 @@ class Deferred(Tensor):
         return made
 
     def made(self) -> Tensor:
-        """The real numbers."""
+        """The real numbers of the outputs."""
         linear = self.linear
         z = F.linear(linear.hidden, linear.weight, linear.bias)
         for func, args, kwargs in self.moves:
@@ -168,10 +168,10 @@ def _moved(deferred: Deferred, grid: Tensor, axis: int, move: Move) -> Deferred:
 
 
 def _by_axes(deferred: Deferred, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred | None:
-    """A function that acts on every axis by itself: the class axis is whole if its length alone tells outputs from grid."""
+    """A function that acts on every axis by itself: the class axis is whole if its length in outputs and grid shows it."""
     try:
         grid, shape = func(deferred.grid, *args, **kwargs), func(_sized(deferred), *args, **kwargs).shape
-    except (IndexError, RuntimeError):  # such as one class picked: the real numbers tell
+    except (IndexError, RuntimeError):  # such as one class picked: then the real numbers are made
         return None
     apart = [axis for axis, (one, many) in enumerate(zip(grid.shape, shape, strict=False)) if one != many]
     whole = grid.ndim == len(shape) and len(apart) == 1 and shape[apart[0]] == deferred.linear.weight.shape[0]
@@ -204,7 +204,7 @@ def _in_order(deferred: Deferred, func: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def _cast(deferred: Deferred, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred | None:
-    """Another dtype, and nothing else."""
+    """A function that changes the dtype and nothing else."""
     given = [*args, *kwargs.values()]
     if not all(isinstance(value, torch.dtype) for value in given) or kwargs.keys() - {"dtype"}:
         return None

@@ -2,7 +2,7 @@
 
 A batch is taken this way where its outputs would be larger than ``Problem(output_memory=...)``, its loss is one of softmax
 probabilities, and the model returns the outputs of a linear layer with nothing but movements in between. The first such batch
-of a problem is tried without derivatives; what it tells about the model is remembered.
+of a problem is tried without derivatives; what it shows about the model is remembered.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from curvalg.problem.large_outputs.head import Head, why_not_a_head
 
 
 class HeadNotes:
-    """What is known of the end of a model.
+    """Notes on whether the end of a model is a linear layer.
 
     Attributes:
-        found: whether it is a linear layer; None before a call has told.
+        found: whether it is a linear layer; None before a call has shown it.
         declined: why outputs are not made in chunks.
         inner: weights of layers known not to be the last.
     """
@@ -36,7 +36,7 @@ class HeadNotes:
 
 
 def has_large_outputs(evaluation: Evaluation) -> bool:
-    """Whether the outputs of the batch may be larger than is held at a time, as far as can be told without the model."""
+    """Whether the outputs of the batch may be larger than is held at a time, as far as is known without a model call."""
     problem, target = evaluation.problem, evaluation.sample.target
     if not isinstance(problem.loss, SoftmaxLoss) or not isinstance(target, Tensor):
         return False
@@ -69,7 +69,7 @@ def record_head(evaluation: Evaluation, *, graph: bool = True, once: bool = Fals
     try:
         with torch.set_grad_enabled(graph):
             found = _call(evaluation, leaves, once=once)
-    except Exception:  # whatever is wrong with the model on these data, the ordinary call tells it better
+    except Exception:  # whatever is wrong with the model on these data, the ordinary call reports it better
         return None
     if isinstance(found, str):
         return None
@@ -86,7 +86,7 @@ def push_hidden(evaluation: Evaluation, vector: Tensor, names: Collection[str]) 
 
     Raises:
         NotImplementedError: an operation of the model has no forward AD.
-        RuntimeError: the same.
+        RuntimeError: likewise.
     """
     tangents = evaluation.problem.layout.tangents(vector)
     with forward_ad.dual_level():
@@ -102,7 +102,7 @@ def push_hidden(evaluation: Evaluation, vector: Tensor, names: Collection[str]) 
 
 
 def _tried(evaluation: Evaluation) -> bool:
-    """Whether the model ends in a linear layer, told by calling it on the first batch that asks."""
+    """Whether the model ends in a linear layer, found by calling it on the first batch that asks."""
     notes = evaluation.problem.noted(HeadNotes)
     if notes.found is None:
         notes.found = False

@@ -27,7 +27,7 @@ from curvalg.problem.model.outputs import OutputForm, require_finite_output
 from curvalg.tensors.uniforms import uniforms
 
 Cotangent = Callable[[Batch], Tensor]
-"""batch -> u."""
+"""A function batch -> u."""
 Rate = Callable[[Batch], Callable[[Tensor], Tensor]]
 """batch -> (ż -> u̇)."""
 
@@ -75,13 +75,13 @@ class Head:
 
     @property
     def positions_per_row(self) -> int:
-        """How many positions a row of the batch has."""
+        """The number of positions that a row of the batch has."""
         return math.prod(self.shape[1:])
 
     # -- chunks -----------------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[Tensor, Batch]]:
-        """What terms see of each chunk of positions (p), outputs of shape (p, classes); and the rows of h at them."""
+        """The batch that terms see for each chunk of positions (p), with outputs (p, classes); and the rows of h at them."""
         for start in range(0, len(self.places), self.chunk):
             part = slice(start, start + self.chunk)
             places = self.places[part]
@@ -129,13 +129,13 @@ class Head:
         return t.reshape(-1, t.shape[-1])
 
     def _widened(self, z: Tensor) -> Tensor:
-        """Values of the layer as the loss gets them."""
+        """Values of the layer in the form that the loss gets."""
         for dtype in self.casts:
             z = z.to(dtype)
         return z.to(self.dtype)
 
     def _narrowed(self, u: Tensor) -> Tensor:
-        """What comes back from the loss as the layer gets it."""
+        """Values from the loss in the form that the layer gets."""
         for dtype in (*reversed(self.casts), self.weight.dtype):
             u = u.to(dtype)
         return u
@@ -194,7 +194,7 @@ class Head:
         return result.reshape(len(rows), *self.hidden.shape)
 
     def _tangent(self, h: Tensor, h_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None) -> Tensor:
-        """ż = W ḣ + Ẇ h + ḃ of a chunk."""
+        """The tangent ż = W ḣ + Ẇ h + ḃ of a chunk."""
         z_dot = h.new_zeros(len(h), self.classes) if h_dot is None else h_dot @ self.weight.T
         if weight_dot is not None:
             z_dot.addmm_(h, weight_dot.T)
@@ -207,12 +207,12 @@ class Head:
         return None if place is None or like is None else row[place].view(like.shape).to(like.dtype)
 
     def _add_outer(self, total: Tensor, u: Tensor, h: Tensor) -> None:
-        """total += u hᵀ where W is."""
+        """Add u hᵀ to the total at the place of W."""
         if self._weight_slice is not None:
             total[self._weight_slice].view(self.weight.shape).addmm_(u.T.to(total.dtype), h.to(total.dtype))
 
     def _add_sum(self, total: Tensor, u: Tensor) -> None:
-        """total += Σ u where b is."""
+        """Add Σ u to the total at the place of b."""
         if self._bias_slice is not None:
             total[self._bias_slice] += u.sum(0)
 
@@ -244,7 +244,7 @@ def _classes_last(target: Tensor, axis: int) -> Tensor:
 
 
 def why_not_a_head(deferred: Deferred, evaluation: Evaluation) -> str | None:
-    """Why the loss cannot read these outputs in chunks, or None: what does not fit is for the loss itself to refuse."""
+    """Why the loss cannot read these outputs in chunks, or None. What does not fit is for the loss itself to refuse."""
     loss, target = evaluation.problem.loss, evaluation.sample.target
     assert isinstance(loss, SoftmaxLoss)
     if deferred.ndim < 2 or loss.class_axis % deferred.ndim != deferred.axis:

@@ -1,4 +1,4 @@
-"""From uses and the gradients at their outputs to a record."""
+"""The record of a layer, made from uses of its parameters and the gradients at their outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from curvalg.problem.layers.uses import Declined, DenseUse, Use, joined
 
 
 def role_of(name: str, use: Use) -> str:
-    """What a parameter is in a use: "weight" or "bias"."""
+    """The role of a parameter in a use: "weight" or "bias"."""
     return next(role for role, own in use.roles.items() if own == name)
 
 
 def common_form(name: str, uses: Sequence[Use]) -> None:
-    """Raises:
-    Declined: the uses of a parameter cannot be put together as positions of one layer.
-    """
+    """Raise Declined if the uses of a parameter cannot be put together as positions of one layer."""
     # A bias is a shift, whatever it is added to.
     kinds = {(use.kind, use.form) if role_of(name, use) == "weight" else ("shift", None) for use in uses}
     if len(kinds) > 1:

@@ -1,4 +1,4 @@
-"""Sees every use of the parameters while the model runs."""
+"""Observation of every use of the parameters while the model runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Capture(TorchFunctionMode):
         self.reasons: dict[str, str] = {}
 
     def watch(self, leaves: Sequence[Tensor]) -> Capture:
-        """Which tensors stand for the parameters."""
+        """Watch the tensors that stand for the parameters."""
         self._leaves = {id(leaf): name for leaf, name in zip(leaves, self._names, strict=True)}
         return self
 
@@ -82,7 +82,7 @@ class Capture(TorchFunctionMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments."""
+    """All tensors in nested arguments of a call."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

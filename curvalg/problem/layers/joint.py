@@ -1,4 +1,4 @@
-"""Records that are put together, and records of nothing."""
+"""Records that are put together from others, and records of parameters without any gradient."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What is found out about the layers of a model, once for all batches."""
+"""Notes on the layers of a model, found out once for all batches."""
 
 from __future__ import annotations
 
 
 class LayerNotes:
-    """Of the layers of one problem.
+    """Notes on the layers of one problem.
 
     Attributes:
         reasons: parameter -> why its gradients are multiplied out.

@@ -41,7 +41,7 @@ class _Declined(Exception):
 
 
 def per_sample_gradients(evaluation: Evaluation, batch: Batch) -> Gradients:
-    """∇cₙ by parameter, (n, *parameter.shape).
+    """Gradients ∇cₙ by parameter, (n, *parameter.shape).
 
     Raises:
         ProblemError: samples influence each other through batch statistics.
@@ -56,7 +56,7 @@ def per_sample_gradients(evaluation: Evaluation, batch: Batch) -> Gradients:
 
 
 def row_gradients(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gradients:
-    """∂⟨sₙ, zₙ⟩/∂θ for the rows n of a batch and one cotangent s of the output's shape, (n, *parameter.shape).
+    """Gradients ∂⟨sₙ, zₙ⟩/∂θ for the rows n of a batch and one cotangent s of the output's shape, (n, *parameter.shape).
 
     Raises:
         ProblemError: samples influence each other through batch statistics.
@@ -79,9 +79,7 @@ def row_gradients(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gr
 
 
 def refuse_batch_statistics(model: Model) -> None:
-    """Raises:
-    ProblemError: rows of a batch influence each other.
-    """
+    """Raise ProblemError if rows of a batch influence each other."""
     for name in model.batch_statistics:
         raise ProblemError(
             f"per-sample gradients are not defined while {name} normalises with batch statistics, since samples influence "

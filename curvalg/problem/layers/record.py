@@ -17,7 +17,7 @@ Kind = Literal["dense", "scale", "embedding", "shift", "explicit", "zero", "join
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Which parameters a record is about, and where they live.
+    """The parameters that a record is about, and the module that owns them.
 
     Args:
         params: names in the problem's layout.
@@ -34,7 +34,7 @@ class ParameterGroup:
     real: Tensor | None = None
 
     def of(self, names: Collection[str]) -> ParameterGroup:
-        """The same place for some of its parameters."""
+        """The group of some of its parameters."""
         return replace(self, params=tuple(name for name in self.params if name in names))
 
 
@@ -82,18 +82,18 @@ class LayerRecord(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Memory of the distinct tensors that are held."""
+        """The memory of the distinct tensors that are held."""
 
     @property
     def input_bytes(self) -> int:
-        """Memory of what does not grow with the columns."""
+        """The memory of what does not grow with the columns."""
         inputs = self.inputs
         return 0 if inputs is None else bytes_of(inputs)
 
     @property
     @abstractmethod
     def inputs(self) -> Tensor | None:
-        """h of shape (n, T, in): patches of a convolution, integers (n, T) of an embedding, normalised inputs of a scale.
+        """Inputs h (n, T, in): patches of a convolution, integers (n, T) of an embedding, normalised inputs of a scale.
 
         (groups, n, T, in) where a convolution has groups; None where the gradient does not depend on it.
         """
@@ -101,15 +101,15 @@ class LayerRecord(ABC):
     @property
     @abstractmethod
     def deltas(self) -> Tensor:
-        """δ of shape (K, n, T, out), or (groups, K, n, T, out) where a convolution has groups."""
+        """Output deltas δ of shape (K, n, T, out), or (groups, K, n, T, out) where a convolution has groups."""
 
     @abstractmethod
     def select(self, names: Collection[str]) -> LayerRecord | None:
-        """The same record for some of its parameters; None if it has none of them."""
+        """The record of some of its parameters; None if it has none of them."""
 
     @abstractmethod
     def project(self, directions: Mapping[str, Tensor]) -> Tensor:
-        """⟨gₖₙ, vₚ⟩, shape (P, K, n).
+        """Inner products ⟨gₖₙ, vₚ⟩, shape (P, K, n).
 
         Args:
             directions: name -> (P, *parameter.shape); missing names count as zero, names of other layers are ignored.
@@ -117,14 +117,14 @@ class LayerRecord(ABC):
 
     @abstractmethod
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
-        """Σₖₙ wₚₖₙ gₖₙ for weights (P, K, n), by parameter (P, *parameter.shape)."""
+        """Sums Σₖₙ wₚₖₙ gₖₙ for weights (P, K, n), by parameter (P, *parameter.shape)."""
 
     def project_each(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """⟨gₖₙ, vₚ⟩ of each parameter by itself, (P, K, n) by name; their sum is :meth:`project`."""
+        """Inner products ⟨gₖₙ, vₚ⟩ of each parameter by itself, (P, K, n) by name; their sum is :meth:`project`."""
         return {name: self._alone(name).project(directions) for name in self.params}
 
     def combine_each(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """:meth:`combine` with weights (P, K, n) of each parameter's own."""
+        """Sums as of :meth:`combine`, with weights (P, K, n) of each parameter's own."""
         return {name: self._alone(name).combine(weights[name])[name] for name in self.params}
 
     def _alone(self, name: str) -> LayerRecord:
@@ -136,18 +136,18 @@ class LayerRecord(ABC):
 
     @abstractmethod
     def squares(self) -> dict[str, Tensor]:
-        """Σₖₙ gₖₙ² by parameter, of its shape."""
+        """Sums of squares Σₖₙ gₖₙ² by parameter, of its shape."""
 
     @abstractmethod
     def square_norms(self) -> Tensor:
-        """‖gₖₙ‖² over all parameters of the record, shape (K, n)."""
+        """Squared norms ‖gₖₙ‖² over all parameters of the record, shape (K, n)."""
 
     @abstractmethod
     def explicit(self) -> dict[str, Tensor]:
-        """gₖₙ by parameter, (K, n, *parameter.shape): memory as of K·n gradients."""
+        """Gradients gₖₙ by parameter, (K, n, *parameter.shape): as much memory as K·n gradients."""
 
     def gram(self, other: LayerRecord) -> Tensor:
-        """⟨gₖₙ, g'ₖ'ₙ'⟩ with the gradients of the same parameters on any batch, shape (K, n, K', n').
+        """Inner products ⟨gₖₙ, g'ₖ'ₙ'⟩ with the gradients of the same parameters on any batch, shape (K, n, K', n').
 
         Raises:
             ValueError: the other record is of other parameters.
@@ -159,7 +159,7 @@ class LayerRecord(ABC):
 
     @abstractmethod
     def _gram(self, other: LayerRecord) -> Tensor:
-        """The same, where the other is of this class."""
+        """Inner products as of :meth:`gram`, where the other record is of this class."""
 
     def _gram_explicit(self, other: LayerRecord) -> Tensor:
         left, right = self.explicit(), other.explicit()
@@ -168,7 +168,7 @@ class LayerRecord(ABC):
         return torch.stack(parts).sum(0).reshape(shape)
 
     def _directions(self, directions: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-        """P, and the directions of this record's parameters."""
+        """The number P of directions, and the directions of this record's parameters."""
         count = next((v.shape[0] for v in directions.values()), 0)
         return count, {name: directions[name] for name in self.params if name in directions}
 
@@ -190,7 +190,7 @@ class GuardedInput:
 
     @property
     def tensor(self) -> Tensor:
-        """The input.
+        """The guarded input, unchanged.
 
         Raises:
             StaleError: it was written into.
@@ -204,7 +204,7 @@ class GuardedInput:
 
 
 def bytes_of(*tensors: Tensor | None) -> int:
-    """Memory of tensors."""
+    """The memory that tensors take."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

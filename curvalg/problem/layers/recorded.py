@@ -1,4 +1,4 @@
-"""One model call whose layer inputs and output deltas can be taken for several chunks of columns."""
+"""A recorded model call that gives layer inputs and output deltas for several chunks of columns."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class RecordedLayers:
 
     @property
     def used(self) -> set[str]:
-        """Parameters that some function of the table takes."""
+        """The parameters that some function of the table takes."""
         return {name for use in self._uses for name in use.roles.values()}
 
     def dtypes(self, name: str) -> set[torch.dtype]:
-        """Of the outputs of all functions that take a parameter."""
+        """The dtypes of the outputs of all functions that take a parameter."""
         return {use.output_dtype for use in self._uses if name in use.roles.values()}
 
     def head(self, rows: int) -> RecordedLayers | None:
@@ -113,7 +113,7 @@ class RecordedLayers:
         return [self._in_group(group, found) for group in groups]
 
     def _in_group(self, group: tuple[str, ...], found: list[LayerRecord]) -> LayerRecord:
-        """What was found of the parameters of one group: Gram matrices compare records across batches."""
+        """The records of one group of parameters put together: Gram matrices compare records across batches."""
         parts = [part for record in found if (part := record.select(group)) is not None]
         return parts[0] if len(parts) == 1 else Joint(self._place(group), parts)
 
@@ -176,9 +176,9 @@ class RecordedLayers:
             return []
         aligned = {i: g for i, g in gradients.items() if getattr(self._uses[i], "routing", None) is None}
         strange = self._route(gradients, misplaced(self.z, cotangents, aligned, self._pull))
-        # A row without a cotangent told nothing of its place; and loaders that shuffle give other rows next time.
-        told = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
-        if not strange and self.problem.data.ordered and bool(told):
+        # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time.
+        complete = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
+        if not strange and self.problem.data.ordered and bool(complete):
             checked.add(key)
         return strange
 

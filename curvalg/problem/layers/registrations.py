@@ -1,4 +1,4 @@
-"""Which functions of torch give inputs and deltas: one registration per layer function."""
+"""The table of torch functions that give inputs and deltas: one registration per layer function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, Em
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A row of the table.
+    """One row of the table: a function of torch and what its calls are.
 
     Args:
         function: the function of torch.
@@ -41,7 +41,7 @@ def register(arguments: str, *functions: Callable[..., Any]) -> Callable[[MakeUs
     """Make the decorated function say what calls of the given functions are.
 
     Args:
-        arguments: names of their positional arguments, separated by spaces; built-in functions do not tell them.
+        arguments: names of their positional arguments, separated by spaces; built-in functions do not give them.
         functions: as ``__torch_function__`` gets them.
     """
 
@@ -54,7 +54,7 @@ def register(arguments: str, *functions: Callable[..., Any]) -> Callable[[MakeUs
 
 @register("input weight bias", F.linear)
 def linear(call: Call) -> Use:
-    """h Wᵀ + b."""
+    """A linear layer h Wᵀ + b."""
     if call.values["input"].ndim < 2:
         raise Declined("its input has no axis of rows")
     form = WeightForm(call.values["weight"].shape)
@@ -63,7 +63,7 @@ def linear(call: Call) -> Use:
 
 @register("bias input weight", torch.addmm, torch.Tensor.addmm)
 def added_product(call: Call) -> Use:
-    """b + h W."""
+    """A product with a sum, b + h W."""
     if call.values.get("beta", 1) != 1 or call.values.get("alpha", 1) != 1 or call.values["bias"].ndim != 1:
         raise Declined("it is used in addmm with factors, or with a matrix that is added")
     return _product(call)
@@ -71,7 +71,7 @@ def added_product(call: Call) -> Use:
 
 @register("input weight", torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 def product(call: Call) -> Use:
-    """h W."""
+    """A matrix product h W."""
     return _product(call)
 
 
@@ -86,13 +86,13 @@ def _product(call: Call) -> Use:
 
 
 def _spatial(value: int | Sequence[int], axes: int) -> list[int]:
-    """A number for every axis."""
+    """One number for every spatial axis."""
     values = [value] if isinstance(value, int) else list(value)
     return values * axes if len(values) == 1 else values
 
 
 def _image(call: Call) -> tuple[int, list[int]]:
-    """Number of spatial axes, and the kernel's size."""
+    """The number of spatial axes, and the kernel's size."""
     kernel = list(call.values["weight"].shape[2:])
     if call.values["input"].ndim != len(kernel) + 2:
         raise Declined("its input has no axis of rows")
@@ -101,7 +101,7 @@ def _image(call: Call) -> tuple[int, list[int]]:
 
 @register("input weight bias stride padding dilation groups", F.conv1d, F.conv2d, F.conv3d)
 def convolution(call: Call) -> Use:
-    """Patches times the weight."""
+    """A convolution: patches times the weight."""
     axes, kernel = _image(call)
     stride, dilation = (_spatial(call.values.get(name, 1), axes) for name in ("stride", "dilation"))
     padding = call.values.get("padding", 0)
@@ -147,7 +147,7 @@ def transposed_convolution(call: Call) -> Use:
 
 @register("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse", F.embedding)
 def embedding(call: Call) -> Use:
-    """Rows of a table."""
+    """An embedding: rows of a table."""
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if call.values.get(option):
             raise Declined(f"the option {option} of its embedding has no factored form")
@@ -178,25 +178,25 @@ def _channels(call: Call) -> torch.Size:
 
 @register("input normalized_shape weight bias eps", F.layer_norm)
 def layer_norm(call: Call) -> Use:
-    """Statistics of the last axes."""
+    """Layer normalisation: statistics of the last axes."""
     return _affine(call, F.layer_norm, torch.Size(call.values["normalized_shape"]))
 
 
 @register("input normalized_shape weight eps", F.rms_norm)
 def rms_norm(call: Call) -> Use:
-    """Mean squares of the last axes."""
+    """RMS normalisation: mean squares of the last axes."""
     return _affine(call, F.rms_norm, torch.Size(call.values["normalized_shape"]))
 
 
 @register("input num_groups weight bias eps", F.group_norm)
 def group_norm(call: Call) -> Use:
-    """Statistics of groups of channels."""
+    """Group normalisation: statistics of groups of channels."""
     return _affine(call, F.group_norm, _channels(call))
 
 
 @register("input running_mean running_var weight bias training momentum eps", F.batch_norm)
 def batch_norm(call: Call) -> Use:
-    """Running statistics: those of the batch would make its rows depend on each other."""
+    """Batch normalisation with running statistics: those of the batch would make its rows depend on each other."""
     if call.values.get("training"):
         raise Declined("its batch normalisation is in training mode")
     return _affine(call, F.batch_norm, _channels(call))
@@ -204,7 +204,7 @@ def batch_norm(call: Call) -> Use:
 
 @register("input running_mean running_var weight bias use_input_stats momentum eps", F.instance_norm)
 def instance_norm(call: Call) -> Use:
-    """Statistics of each channel of each row."""
+    """Instance normalisation: statistics of each channel of each row."""
     # Normalising once more must not update the running statistics.
     fixed = {} if call.values.get("use_input_stats") is False else {"running_mean": None, "running_var": None}
     return _affine(call, F.instance_norm, _channels(call), **fixed)
@@ -229,14 +229,14 @@ def _operand(call: Call) -> tuple[str, str, Tensor]:
 
 @register("input other", torch.add, torch.Tensor.add, torch.Tensor.add_)
 def added(call: Call) -> Use:
-    """x + b."""
+    """A sum x + b with a parameter."""
     argument, name, _ = _operand(call)
     return ElementUse(call, {"bias": name}, call.values[argument].shape, None)
 
 
 @register("input other", torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.sub_, torch.Tensor.subtract)
 def subtracted(call: Call) -> Use:
-    """x - b or b - x."""
+    """A difference x - b or b - x with a parameter."""
     argument, name, _ = _operand(call)
     sign = 1 if argument == "input" else -1
     return ElementUse(call, {"bias": name}, call.values[argument].shape, None, sign=sign)
@@ -244,6 +244,6 @@ def subtracted(call: Call) -> Use:
 
 @register("input other", torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
 def multiplied(call: Call) -> Use:
-    """x ∘ w."""
+    """An elementwise product x ∘ w with a parameter."""
     argument, name, other = _operand(call)
     return ElementUse(call, {"weight": name}, call.values[argument].shape, other)

@@ -1,4 +1,4 @@
-"""Whether a graph can send rows to other places, depending on the data."""
+"""The test whether a graph can send rows to other places, depending on the data."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _STEADY = frozenset(
 )
 """Operations that leave rows where they are, or move them in the same way whatever the numbers are."""
 _WEIGHTED = frozenset(("Addmm", "Mm", "Convolution"))
-"""The same where one operand is a parameter; a matrix made from the data may be a permutation."""
+"""Operations that keep rows in place where one operand is a parameter; a matrix made from the data may be a permutation."""
 _VIEWS = frozenset(("View", "UnsafeView", "ReshapeAlias"))
-"""The same where the first axis stays."""
+"""Operations that keep rows in place where the first axis stays."""
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -82,13 +82,13 @@ def _kind(node: Any) -> str:
 def _keeps_rows(node: Any) -> bool:
     try:
         before, after = node._saved_self_sym_sizes, node._input_metadata[0].shape
-    except (AttributeError, IndexError):  # not told by this version of torch
+    except (AttributeError, IndexError):  # this version of torch does not have it
         return False
     return bool(before) and bool(after) and int(before[0]) == int(after[0])
 
 
 def _is_parameter(node: Any) -> bool:
-    """A parameter, or its transpose."""
+    """Whether a node is a parameter, or its transpose."""
     while node is not None and _kind(node) in ("T", "View"):
         node = node.next_functions[0][0]
     return node is not None and node.name() == _LEAF

@@ -1,4 +1,4 @@
-"""One use of parameters in a forward pass: what its inputs and deltas are."""
+"""One use of parameters in a forward pass, and its inputs and deltas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Call:
     edge: GradientEdge
 
     def roles(self, *allowed: str) -> dict[str, str]:
-        """The parameters by argument.
+        """The names of the parameters by argument.
 
         Raises:
             Declined: a parameter stands for another argument than the allowed ones.
@@ -84,7 +84,7 @@ class Use(ABC):
 
     @property
     def form(self) -> Any:
-        """Uses of one parameter can be put together where this is equal."""
+        """A key that is equal for uses of one parameter that can be put together."""
         return None
 
     @property
@@ -94,18 +94,18 @@ class Use(ABC):
 
     @abstractmethod
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """h as the record of this kind takes it."""
+        """Inputs h as the record of this kind takes them."""
 
     def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> GuardedInput | LinearMap:
-        """h of this use and of others of the same parameters, their positions one after the other."""
+        """Inputs h of this use and of others of the same parameters, their positions one after the other."""
         return GuardedInput(joined([use.inputs(rows, dtype) for use in (self, *others)], -2))
 
     @abstractmethod
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
-        """δ as the record of this kind takes it, from the gradient with respect to the output (K, *output.shape)."""
+        """Deltas δ as the record of this kind takes them, from the gradient with respect to the output (K, *output.shape)."""
 
     def shifts(self, gradient: Tensor, rows: int) -> Tensor:
-        """δ of an added parameter, (K, n, T, size)."""
+        """Deltas δ of an added parameter, (K, n, T, size)."""
         return self.deltas(gradient, rows)
 
 
@@ -149,9 +149,7 @@ class DenseUse(Use):
         return self._form
 
     def check(self, shape: torch.Size, rows: int) -> None:
-        """Raises:
-        Declined: a tensor of this shape does not hold the rows of the batch.
-        """
+        """Raise Declined for a tensor of this shape that does not hold the rows of the batch."""
         check_rows(shape, rows, 1 if self._channels == -1 else None)
 
     def fits(self, rows: int) -> bool:
@@ -232,7 +230,7 @@ class ElementUse(Use):
 
 
 class EmbeddingUse(Use):
-    """Rows of a table, picked by indices.
+    """A use of an embedding: rows of a table, picked by indices.
 
     Args:
         call: the call.
@@ -261,7 +259,7 @@ class EmbeddingUse(Use):
 
 
 def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """Tensors one after the other; a single one as it is."""
+    """Tensors put one after the other; a single one as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
@@ -301,7 +299,7 @@ class Routing:
 
     @staticmethod
     def of(owner: Tensor, rows: int) -> Routing:
-        """By the row of every input."""
+        """Make the routing from the row of every input."""
         order = torch.argsort(owner, stable=True)
         counts = torch.bincount(owner, minlength=rows)
         first = counts.cumsum(0) - counts
@@ -310,7 +308,7 @@ class Routing:
         return Routing(owner, slot, rows, int(counts.max()) if len(owner) else 1)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """(K, L, ...) as (K, n, T, ...), zero where a row has fewer inputs."""
+        """The tensor (K, L, ...) as (K, n, T, ...), zero where a row has fewer inputs."""
         result = tensor.new_zeros(tensor.shape[0], self.rows, self.width, *tensor.shape[2:])
         result[:, self.owner, self.slot] = tensor
         return result

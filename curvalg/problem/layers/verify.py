@@ -1,4 +1,4 @@
-"""Whether the records of a batch are the gradients.
+"""The check that the records of a batch are the gradients.
 
 A rule's formula is trusted for a parameter after one comparison, of a few rows. Which row is which may depend on the data
 (models that sort by length, experts that choose their inputs), and is checked for all that is handed out.
@@ -39,11 +39,11 @@ class Comparable(Protocol):
 
     @property
     def used(self) -> set[str]:
-        """Parameters that some function of the table takes."""
+        """The parameters that some function of the table takes."""
         ...
 
     def dtypes(self, name: str) -> set[torch.dtype]:
-        """Of the outputs of all functions that take a parameter."""
+        """The dtypes of the outputs of all functions that take a parameter."""
         ...
 
     def head(self, rows: int) -> Comparable | None:
@@ -51,7 +51,7 @@ class Comparable(Protocol):
         ...
 
     def build(self, cotangents: Tensor) -> list[LayerRecord]:
-        """Records of all parameters."""
+        """Build the records of all parameters."""
         ...
 
 
@@ -118,7 +118,7 @@ def _compare(recorded: Comparable, names: list[str]) -> bool:
     before = set(notes.reasons)
     records = recorded.build(signed)
     if notes.reasons.keys() - before:
-        return True  # building told already, without numbers
+        return True  # building has shown it already, without numbers
     expected = _gradients(recorded, list(recorded.leaves), mixed)
     got: dict[str, Tensor] = {}
     for record in records:
@@ -151,7 +151,7 @@ def misplaced(
     """The uses whose rows are not those of the output.
 
     Where row n of the output depends on row n of a use and on no other, cotangents Σₖ aₖ wₙ sₖₙ give wₙ Σₖ aₖ δₖₙ in the same
-    row, for any numbers a and w: one more backward pass tells.
+    row, for any numbers a and w: one more backward pass shows it.
 
     Args:
         z: the output.
@@ -180,11 +180,11 @@ def misplaced(
 
 
 def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
-    """The row of the batch that each input of a layer belongs to (L,); None where that cannot be told.
+    """The row of the batch that each input of a layer belongs to (L,); None where that is not known.
 
     Args:
         deltas: δ (L..., out) for a cotangent u.
-        numbered: the same for the cotangent with row n times n + 1.
+        numbered: δ for the cotangent with row n times n + 1.
         rows: n.
     """
     a, b = (t.reshape(-1, t.shape[-1]).double() for t in (deltas, numbered))
@@ -203,7 +203,7 @@ def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
 
 
 def _tolerance(recorded: Comparable, name: str, explicit: bool) -> float:
-    """Round-off of the two computations; what is wrong is wrong by far more."""
+    """The round-off of the two computations; what is wrong is wrong by far more."""
     if explicit:  # rounded as the model rounds, in the dtypes that it casts to
         return 5e-2
     # Under autocast a layer rounds to less than its parameters have.

@@ -18,14 +18,14 @@ from curvalg.errors import ProblemError
 
 
 class Model(Protocol):
-    """What is remembered of a model."""
+    """What is remembered about a model."""
 
     corrected: bool | None
     composite: bool
 
 
 class Corrected(TorchFunctionMode):
-    """Exchanges such functions while a model runs. The first call of a model tells whether it has any.
+    """Exchanges such functions while a model runs. The first call of a model shows whether it has any.
 
     Args:
         model: the model; where it is ``composite``, normalisations are exchanged as well.
@@ -65,7 +65,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of a table, with their derivative.
+    """The rows of a table, with their derivative.
 
     The padding's row is a constant in reverse mode, but has a tangent in forward mode (torch 2.13). Gradients that are
     scaled by frequencies are no derivatives; sparse ones cannot be added up in a vector.
@@ -175,7 +175,7 @@ def _statistics_norm(
     axes: tuple[int, ...] | None,
     eps: float,
 ) -> Tensor:
-    """By the statistics of the input over some axes, or by the running ones (which are not moved)."""
+    """Normalisation by the statistics of the input over some axes, or by the running ones (which are not moved)."""
     if axes is not None:
         x = _normalised(input, axes, eps)
     else:

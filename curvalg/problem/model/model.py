@@ -27,7 +27,7 @@ from curvalg.tensors.backward import REENTRANT
 
 @contextmanager
 def recording(device: torch.device, model: Model, *, once: bool = False) -> Iterator[None]:
-    """Where the model (and a loss that is the user's code) is called: only kernels that can be differentiated twice.
+    """The context in which the model (and a loss that is the user's code) is called: kernels that differentiate twice.
 
     Fused attention has neither a double backward nor forward AD, the encoder fast path and cuDNN's recurrent layers
     neither; compiled code has no double backward; the one of torch's weight norm is wrong. A reentrant checkpoint whose
@@ -120,7 +120,7 @@ class ModuleModel:
         ]
 
     def named_modules(self) -> list[tuple[str, nn.Module]]:
-        """All modules, each once."""
+        """All modules by name, each once."""
         return [(name or type(child).__name__, child) for name, child in self.module.named_modules()]
 
     def functions(self) -> list[tuple[str, Any]]:
@@ -128,7 +128,7 @@ class ModuleModel:
         return []
 
     def slots(self) -> list[Slot]:
-        """Where every parameter and buffer is, one name per (module, slot)."""
+        """The place of every parameter and buffer, one name per (module, slot)."""
         return params_.slots(self.module, "_parameters") + params_.slots(self.module, "_buffers")
 
     def update(self) -> None:
@@ -186,15 +186,12 @@ class CallableModel:
         self.composite = False
 
     def named_modules(self) -> list[tuple[str, nn.Module]]:
-        """A function has none."""
         return []
 
     def functions(self) -> list[tuple[str, Any]]:
-        """The function itself."""
         return [("model", self.function)]
 
     def slots(self) -> list[Slot]:
-        """Where every parameter is."""
         return [(name, self.own, name) for name in self.own]
 
     def update(self) -> None:

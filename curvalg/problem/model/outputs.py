@@ -1,4 +1,4 @@
-"""Between what a model returns and the one tensor z that curvature is computed on."""
+"""Conversion between what a model returns and the one tensor z that curvature is computed on."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class OutputForm:
         return torch.cat([_widen(t).reshape(t.shape[0], -1) for t in trees.leaves(structure)], 1)
 
     def split(self, z: Tensor) -> Any:
-        """The inverse of :meth:`join`, up to the dtype: containers of the classes that the model returned."""
+        """The structure from the one tensor, up to the dtype: containers of the classes that the model returned."""
         if self.single:
             return z
         widths = [shape[1:].numel() for shape in self._shapes]
@@ -62,9 +62,7 @@ def _widen(t: Tensor) -> Tensor:
 
 
 def require_finite_output(z: Tensor, index: int) -> None:
-    """Raises:
-    ProblemError: outputs of the batch of this number with NaN or infinite entries.
-    """
+    """Raise ProblemError for outputs with NaN or infinite entries, of the batch of this number."""
     # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
     if not math.isfinite(z.sum().item()) and not bool(torch.isfinite(z).all()):
         raise ProblemError(

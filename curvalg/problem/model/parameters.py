@@ -1,4 +1,4 @@
-"""Which parameters a problem is about, and how they lie in a flat vector."""
+"""The parameters that a problem is about, and their places in a flat vector."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Number of scalars, D."""
+        """The number of scalars, D."""
         return sum(self.sizes)
 
     def flatten(self, tree: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-        """A vector (D,), or a matrix (D, K) where every tensor has a trailing column axis of length K.
+        """Join tensors to a vector (D,), or a matrix (D, K) where each has a trailing column axis of length K.
 
         Args:
             tree: name -> tensor, or tensors in the order of ``names``.
@@ -112,7 +112,7 @@ class Layout:
         return {name: part.reshape(rows.shape[0], *shape) for (name, shape), part in parts}
 
     def tangents(self, vector: Tensor) -> list[Tensor]:
-        """A vector (D,) as one tensor per parameter, in the parameter's shape and dtype."""
+        """A vector (D,) as one tangent per parameter, in the parameter's shape and dtype."""
         parts = zip(vector.split(self.sizes), self.shapes.values(), strict=True)
         tensors = [t.reshape(shape) for t, shape in parts]
         if self.uniform and vector.dtype == self.dtype:
@@ -138,7 +138,7 @@ class Layout:
 
 
 def slots(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[Slot]:
-    """Where the tensors of a module are: one name per (module, slot), a module under two names once, tied tensors twice."""
+    """The places of the tensors of a module: one name per (module, slot), a module under two names once, tied tensors twice."""
     return [
         (f"{prefix}.{key}" if prefix else key, owner, key)
         for prefix, child in module.named_modules()
@@ -202,7 +202,7 @@ def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters that curvature can be computed for, tied ones once.
+    """Return the parameters, tied ones once, if curvature can be computed for all of them.
 
     Raises:
         ProblemError: complex, integer, uninitialised, sharded or empty parameters.

@@ -1,4 +1,4 @@
-"""What precision is asked for, and whether it can be had."""
+"""The precision that was asked for, and whether it is available."""
 
 from __future__ import annotations
 

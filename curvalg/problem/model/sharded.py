@@ -1,4 +1,4 @@
-"""Models of which this process has a part only: refused by name, with what to do."""
+"""Models of which this process has a part only: refused by name, with advice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from curvalg.tensors.distributed import is_distributed, is_part
 
 
 def require_unsharded(module: nn.Module) -> None:
-    """Refuse a model of which this process has a part only, whichever parameters are chosen.
+    """Raise for a model of which this process has a part only, whichever parameters are chosen.
 
     Raises:
         ProblemError: it is wrapped by FSDP, or has parameters or buffers that are DTensors.
@@ -29,7 +29,7 @@ def require_unsharded(module: nn.Module) -> None:
 
 
 def require_whole(name: str, tensor: object, kind: str = "parameter") -> None:
-    """Refuse a part of a tensor.
+    """Raise for a part of a tensor.
 
     Raises:
         ProblemError: it is a DTensor.

@@ -1,7 +1,7 @@
-"""What calls of the model leave behind on its modules, put back after every call.
+"""Effects of model calls on the modules, undone after every call.
 
 Recurrent layers keep a list of the exchanged weights (and with it the whole graph) until their next forward; others store
-activations, count calls, or keep running means in tensors that are no buffers. The first call at a structure tells what is
+activations, count calls, or keep running means in tensors that are no buffers. The first call at a structure shows what is
 written in place; every call then begins with the same contents, so that all of them compute the same function.
 """
 
@@ -18,7 +18,7 @@ from curvalg.problem.model.watch import Watch, read_generator, set_generator
 
 
 class SideEffects:
-    """Of one model at one structure.
+    """The side effects of one model at one structure.
 
     Args:
         settings: the watch over attributes; what calls change is forgiven in it.
@@ -31,11 +31,11 @@ class SideEffects:
         self._dicts = [module.__dict__ for module in modules]
         self._tensors: list[tuple[Any, Any, Any]] = []
         self.known = False
-        """Whether a call has told what it writes."""
+        """Whether a call has shown what it writes."""
 
     @contextmanager
     def undone(self, mode: Literal["refuse", "frozen"]) -> Iterator[None]:
-        """Around a call.
+        """A context around a call that undoes what the call leaves behind.
 
         Raises:
             ProblemError: the model draws from a generator of its own, and draws are refused.
@@ -68,7 +68,7 @@ class SideEffects:
             )
 
     def learn(self) -> bool:
-        """After the first call: note what it wrote, put it back, and say whether the call has to be made again.
+        """Note what the first call wrote, put it back, and say whether the call has to be made again.
 
         Raises:
             ProblemError: it wrote into a tensor that cannot be exchanged.

@@ -1,4 +1,4 @@
-"""The state that numbers are computed at, and whether the live model, loss and data are still at it."""
+"""The state that numbers are computed at, and the comparison with the live model, loss and data."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ class Configuration:
         self.notes: dict[str, str] = {}
         """What could not be verified, and why, by topic."""
         self.epsilon: float | None = None
-        """The largest rounding error among the dtypes that the model computes in, once a graph has told."""
+        """The largest rounding error among the dtypes that the model computes in, once a graph has shown them."""
         self._read = False
 
     def intact(self) -> bool:
-        """Whether all of it is as it was."""
+        """Whether everything is as it was."""
         for module, training, children in self._flags:
             if module.training is not training or tuple(module._modules.values()) != children:
                 return False
         return self.settings.intact() and self.functions.intact() and self.data.intact()
 
     def has_read(self) -> None:
-        """The data were read to the end: what that changed of them (a cache that a data set fills) does not count."""
+        """Note that the data were read to the end: what that changed of them (a cache that a data set fills) does not count."""
         if not self._read:
             self._read = True
             self.data.forgive()
 
     def changed(self) -> list[str]:
-        """What is different now."""
+        """Names of what is different now."""
         names = [*self.settings.changed(), *self.functions.changed(), *self.data.changed()]
         if any(module.training is not training for module, training, _ in self._flags):
             names.append("training flags")
@@ -125,7 +125,7 @@ class Snapshot:
         return [*names, *self.structure.changed()]
 
     def stale(self, slots: Callable[[], Sequence[Slot]]) -> StaleError:
-        """What to raise when it is not intact."""
+        """The error to raise when the state is not intact."""
         names = self.changed(slots())
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         return StaleError(

@@ -41,7 +41,7 @@ GENERATORS = (Generator, np.random.Generator, np.random.RandomState)
 
 
 class Entry:
-    """A container with what was in it.
+    """A container and its former contents.
 
     Args:
         name: what messages call it.
@@ -53,7 +53,7 @@ class Entry:
         self.copy = live.copy()
 
     def differences(self) -> list[str]:
-        """Names of what is different now."""
+        """Names of what is different now in the container."""
         if _equal(self.live, self.copy):
             return []
         if not isinstance(self.live, _DICTS):
@@ -62,7 +62,7 @@ class Entry:
         return [f"{self.name}.{key}" for key in keys if key not in self.ignored and not self._same(key)]
 
     def intact(self) -> bool:
-        """Whether nothing is different."""
+        """Whether the container has the same contents."""
         return _equal(self.live, self.copy) or (bool(self.ignored) and not self.differences())
 
     def _same(self, key: Any) -> bool:
@@ -71,7 +71,7 @@ class Entry:
         return _equal([self.live[key]], [self.copy[key]])
 
     def ignore_differences(self) -> None:
-        """What is different now does not count from now on."""
+        """Accept what is different now, so that it does not count any more."""
         if isinstance(self.live, _DICTS):
             keys = [*self.copy, *(key for key in self.live if key not in self.copy)]
             self.ignored |= {key for key in keys if not self._same(key)}
@@ -184,7 +184,7 @@ class Watch:
         yield (f"{name}, class {type(value).__name__}", None, None, type(value))
 
     def _class(self, name: str, kind: type) -> Iterator[tuple[str, Any, Any, Any]]:
-        """Attributes and methods of a class and its bases, so far as the user wrote them."""
+        """The attributes and methods of a class and its bases, as far as the user wrote them."""
         if not self._exactly:
             return
         for base in kind.__mro__:
@@ -237,7 +237,7 @@ class Watch:
         return list(dict.fromkeys(found))
 
     def written_tensors(self) -> list[bool]:
-        """For each tensor, whether its memory was written into."""
+        """Whether each tensor's memory was written into."""
         if self._exactly:
             return [not bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)]
         written = {id(t) for t, version in zip(self._counted, self._versions) if t._version != version}
@@ -245,7 +245,7 @@ class Watch:
         return [id(t) in written for _, _, _, t in self.tensors]
 
     def forgive(self) -> None:
-        """Whatever is different now does not count from now on: it is changed by what is done here."""
+        """Accept whatever is different now: it is changed by what is done here."""
         for entry in self.entries:
             entry.ignore_differences()
         self.entries = [entry for entry in self.entries if entry.intact()]
@@ -264,7 +264,7 @@ class Watch:
         self._arrays = [(n, a, b) for n, a, b in self._arrays if np.array_equal(a, b)]
 
     def ignore_written(self, dicts: Iterable[Any]) -> None:
-        """What is different now in these dicts (by key) does not count from now on."""
+        """Accept what is different now in these dicts (by key)."""
         ids = {id(live) for live in dicts}
         for entry in self.entries:
             if id(entry.live) in ids:
@@ -303,7 +303,7 @@ def _is_users(kind: type) -> bool:
 
 
 _HEAP = 1 << 9
-"""Of classes that are made by a class statement."""
+"""The flag of classes that are made by a class statement."""
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "torchvision", "numpy", "scipy", "optree"}
 
 

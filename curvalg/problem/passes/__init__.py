@@ -1,1 +1,1 @@
-"""Passes over the data that every problem offers: counts, the loss and its gradient, numbers that tell models apart."""
+"""Passes over the data that every problem offers: counts, loss and gradient, numbers that identify models."""

@@ -1,4 +1,4 @@
-"""What one pass over the data counts, before anything else is computed."""
+"""The first pass over the data, which counts before anything else is computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from curvalg.problem.setting import Setting
 
 
 def count(problem: Setting) -> Totals:
-    """One pass over the data, without the model; with it where the loss is a callable, which is tried on every batch.
+    """Count by one pass over the data without the model; a callable loss is tried on every batch, with the model.
 
     Raises:
         ProblemError: every target is ignored.

@@ -14,7 +14,7 @@ from curvalg.tensors.backward import backward
 
 
 def loss_of(evaluation: Evaluation) -> float:
-    """The loss of a batch, undivided."""
+    """The loss of a batch, not yet divided by the denominator."""
     with torch.no_grad():
         if (found := record_head(evaluation, graph=False, once=True)) is not None:
             return sum(float(batch.value()) for _, batch in found[0].batches())
@@ -23,7 +23,7 @@ def loss_of(evaluation: Evaluation) -> float:
 
 
 def pulled(evaluation: Evaluation, cotangent_of: Callable[[Batch], Tensor]) -> Tensor:
-    """Jᵀu for u = cotangent_of(batch), shape (D,); by one model call, in chunks of positions where outputs are large."""
+    """Compute Jᵀu for u = cotangent_of(batch), shape (D,), by one model call, in chunks of positions for large outputs."""
     if (found := record_head(evaluation, once=True)) is None:
         z, leaves, form = evaluation.record(once=True)
         return evaluation.gather(backward([z], leaves, [cotangent_of(evaluation.batch(z, form))]))

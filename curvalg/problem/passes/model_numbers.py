@@ -1,4 +1,4 @@
-"""What model, loss and data compute at a state, as a few sums: two problems of the same names and parameters are told apart.
+"""Numbers that identify what model, loss and data compute at a state, where names and parameters are the same.
 
 Names of classes and values of parameters say nothing of an activation, an attribute, an adapter, or an option of a loss. Their
 numbers do. For every row n of the data, with fixed waves w over the entries of an output z,
@@ -76,20 +76,20 @@ def _take_derivative(sums: _Sums, layout: Layout, vector: Tensor) -> None:
 
 
 class _Sums:
-    """Sums as they grow, by what they are of and a number."""
+    """Growing sums, by a name and a number."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, int], list[float]] = {}
         self.missing: set[str] = set()
 
     def add(self, name: str, number: int, terms: Tensor, axes: tuple[int, ...]) -> None:
-        """Hashes are sums of the terms over some axes; they and their squares are added up."""
+        """Add terms over some axes, and their squares."""
         hashes, most = (terms.sum(axes), terms.abs().sum(axes)) if axes else (terms, terms.abs())
         self._add((name, 2 * number), hashes, most)
         self._add((name, 2 * number + 1), hashes.double().square(), most.double().square())
 
     def add_total(self, name: str, number: int, total: Tensor) -> None:
-        """What depends on batches but for its sum."""
+        """Add a term of which only the sum does not depend on batches."""
         self._add((name, 2 * number), total, total.abs())
 
     def _add(self, key: tuple[str, int], terms: Tensor, most: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What is verified before it is believed: calls, graphs, tangents and second derivatives of the user's model.
+"""Verification of calls, graphs, tangents and second derivatives of the user's model, each before it is believed.
 
 Torch's formulas are not all right, hooks and custom functions may alter gradients, and a model may read parameters, random
 numbers or a state in ways that an exchange of its parameters does not reach. Each check is an identity that needs no other

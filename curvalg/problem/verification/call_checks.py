@@ -1,4 +1,4 @@
-"""Whether a call of the model computes one function of the tensors that stand for its parameters."""
+"""The check that a call of the model computes one function of the tensors that stand for its parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from curvalg.tensors.graph import nodes
 
 @contextmanager
 def owned(evaluation: ModelCall) -> Iterator[None]:
-    """Around the first recorded call: the live parameters require gradients, so that a graph that reaches them shows it."""
+    """A context around the first recorded call in which live parameters require gradients, so that graphs show them."""
     problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
     if not problem.verify or "graph" in sworn:
         yield
@@ -34,7 +34,7 @@ def owned(evaluation: ModelCall) -> Iterator[None]:
 
 
 def swear_graph(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Once a structure: the output depends on the tensors that stand for the parameters, and not on the live ones.
+    """Check once a structure that the output depends on the tensors for the parameters, not on the live ones.
 
     Raises:
         ProblemError: a parameter is reached in a way that its exchange does not.
@@ -42,12 +42,12 @@ def swear_graph(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> N
     problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
     if not problem.verify or "graph" in sworn:
         return
-    rounding(evaluation, z)  # the graph tells the dtypes that the model computes in
+    rounding(evaluation, z)  # the graph shows the dtypes that the model computes in
     live = {id(p): name for name, p in problem.model.chosen.items()}
     given = {id(leaf) for leaf in leaves}
     reached = {id(v) for node in nodes([z]) if (v := getattr(node, "variable", None)) is not None}
     if not reached & given:
-        return  # it depends on none of them, which is told elsewhere
+        return  # it depends on none of them, which is reported elsewhere
     for key, name in live.items():
         if key in reached - given:
             raise ProblemError(
@@ -59,7 +59,7 @@ def swear_graph(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> N
 
 
 def swear_output(evaluation: ModelCall, z: Tensor, earlier: Tensor | None = None) -> None:
-    """Once a structure: two calls give the same output, the second of them of the user's own module with its own parameters.
+    """Check once a structure that two calls give the same output, the second of the user's own module.
 
     Args:
         evaluation: of the batch.
@@ -109,7 +109,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def swear_loss(model: Model, point: CallablePoint) -> None:
-    """The user's loss depends on the parameters through the output alone.
+    """Check that the user's loss depends on the parameters through the output alone.
 
     Raises:
         ProblemError: it does not.

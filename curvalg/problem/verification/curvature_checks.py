@@ -1,4 +1,4 @@
-"""Whether second derivatives are those of the gradient: by a central difference, and by symmetry."""
+"""The check that second derivatives are those of the gradient: by a central difference, and by symmetry."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from curvalg.tensors.backward import backward
 from curvalg.tensors.graph import coarsest_dtype, operations
 
 STEP = 1e-6
-"""Of the central difference, in units of the parameters' own size."""
+"""The step of the central difference, in units of the parameters' own size."""
 DIRECTIONS = 3
 """A difference across a kink (ReLU) is wrong by itself: so many directions are tried before the model is."""
 ALLOWED = 1e-4
@@ -36,7 +36,7 @@ ALLOWED = 1e-4
 
 
 def swear_curvature(evaluation: ModelCall) -> None:
-    """Once a structure: second derivatives of the model are those of its gradient, by a central difference in float64.
+    """Check once a structure that second derivatives are those of the gradient, by a central difference in float64.
 
     Once more on a batch whose graph has operations that no verified one had, and on all rows where the few lack some.
 
@@ -108,12 +108,12 @@ class Constants(TorchFunctionMode):
         self._next: int | None = None
 
     def taken(self) -> Constants:
-        """Around a call: remember them."""
+        """A context around a call that remembers the constants."""
         self._next = None
         return self
 
     def given(self) -> Constants:
-        """Around another call: put the remembered ones in their place."""
+        """A context around another call that puts the remembered constants in their place."""
         self._next = 0
         return self
 
@@ -163,7 +163,7 @@ def _difference(evaluation: ModelCall, seed: int, *, hold: bool) -> float | None
 
 
 def _existing(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Those that there are, detached, and zeros for the others."""
+    """The tensors that exist, detached, and zeros for the others."""
     return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(gradients, leaves, strict=True)]
 
 
@@ -173,7 +173,7 @@ def swear_symmetric(
     what: object,
     natural: Callable[[], float],
 ) -> None:
-    """vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
+    """Check that vᵀ(A w) = wᵀ(A v) for the recorded product of a batch with a symmetric matrix.
 
     Args:
         multiply: a direction by parameter -> the product by parameter.
@@ -190,7 +190,7 @@ def swear_symmetric(
     epsilon = evaluation.snapshot.structure.epsilon or torch.finfo(evaluation.problem.dtype).eps
     tolerance, error = epsilon**0.5, abs(left - right)
     if error <= tolerance * (left_scale + right_scale) or not math.isfinite(error):
-        return  # what is not finite is told of the product itself
+        return  # the product itself reports what is not finite
     if not error <= FLOOR * tolerance**2 * natural() / (size_of(evaluation.values()) or 1.0) ** 2:
         raise ProblemError(
             f"the product with {what} is not symmetric (vᵀ(A w) = {left:.6g}, wᵀ(A v) = {right:.6g}), so that the second "

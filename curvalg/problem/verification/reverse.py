@@ -23,7 +23,7 @@ MOST_BYTES = 2**30
 
 
 class TwiceBackward:
-    """J v as the derivative of G = Jᵀu with respect to u, in which it is linear.
+    """Tangents J v as the derivative of G = Jᵀu with respect to u, in which it is linear.
 
     u is random: some operations have no right second derivative where a cotangent is zero.
     """
@@ -37,17 +37,17 @@ class TwiceBackward:
         self.gradients = evaluation.differentiate(z, leaves, self.u)
 
     def held(self) -> list[Tensor]:
-        """Tensors that it keeps besides graphs."""
+        """The tensors that it keeps besides graphs."""
         return []
 
     def over(self, places: Sequence[int]) -> TwiceBackward:
-        """The same for some of the parameters."""
+        """The same tangents for some of the parameters."""
         twin = copy.copy(self)
         twin.gradients = [self.gradients[i] for i in places]
         return twin
 
     def push(self, directions: Sequence[Tensor], *, batched: bool = False) -> Tensor:
-        """J v for one direction by parameter, or with a leading column axis."""
+        """Tangents J v for one direction by parameter, or with a leading column axis."""
 
         (t,) = backward(self.gradients, [self.u], directions, retain_graph=True, batched=batched)
         columns = directions[0].shape[:1] if batched else ()
@@ -55,7 +55,7 @@ class TwiceBackward:
 
 
 class Rows:
-    """J itself, a backward pass for each of its rows."""
+    """Tangents by J itself, a backward pass for each of its rows."""
 
     NAME = "the rows of J"
 
@@ -71,17 +71,17 @@ class Rows:
         self.rows = [None if g is None else g.detach().reshape(z.numel(), -1) for g in found]
 
     def held(self) -> list[Tensor]:
-        """Tensors that it keeps besides graphs."""
+        """The tensors that it keeps besides graphs."""
         return [rows for rows in self.rows if rows is not None]
 
     def over(self, places: Sequence[int]) -> Rows:
-        """The same for some of the parameters."""
+        """The same tangents for some of the parameters."""
         twin = copy.copy(self)
         twin.rows, twin.gradients = [self.rows[i] for i in places], [None] * len(places)
         return twin
 
     def push(self, directions: Sequence[Tensor], *, batched: bool = False) -> Tensor:
-        """J v for one direction by parameter, or with a leading column axis."""
+        """Tangents J v for one direction by parameter, or with a leading column axis."""
         columns = directions[0].shape[0] if batched else 1
         total: Tensor | None = None
         for rows, v in zip(self.rows, directions, strict=True):

@@ -1,4 +1,4 @@
-"""Whether tangents J v are right: ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for random u and v."""
+"""The check that tangents J v are right: ⟨u, J v⟩ = ⟨Jᵀu, v⟩ for random u and v."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A route proves itself once a state, and on every batch with operations that no verified one had."""
+"""Verdicts: a route proves itself once a state, and on every batch with operations that no verified one had."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def verdict(
         evaluation: of the batch at hand.
         route: its name.
         check: what is wrong with it on this batch, or None.
-        graphs: what its operations are told from.
+        graphs: the graphs that show its operations.
     """
     problem, sworn = evaluation.problem, evaluation.snapshot.sworn
     if not problem.verify:

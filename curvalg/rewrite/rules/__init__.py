@@ -1,1 +1,1 @@
-"""The right sides of the laws, a family a file; which laws there are is listed in :mod:`curvalg.rewrite.laws`."""
+"""The right sides of the laws, a family a file; :mod:`curvalg.rewrite.laws` lists the laws."""

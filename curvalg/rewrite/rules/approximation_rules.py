@@ -1,4 +1,4 @@
-"""Diagonal parts."""
+"""Right sides of the laws for diagonal parts."""
 
 from __future__ import annotations
 

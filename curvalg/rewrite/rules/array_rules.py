@@ -31,20 +31,20 @@ def _kind(leaf: ArrayLeaf) -> Hashable | None:
 
 
 def _diagonals(expr: Expr) -> Hashable | None:
-    """What two diagonal matrices share that can be added and multiplied."""
+    """A key that is equal for two diagonal matrices that can be added and multiplied."""
     kind = _kind(expr) if isinstance(expr, Diagonal) else None
     return None if kind is None else (kind, expr.size)  # type: ignore[attr-defined]
 
 
 def _eigenbases(expr: Expr) -> Hashable | None:
-    """What two matrices in one eigenbasis share: the same Kronecker leaf, or an array of the same numbers."""
+    """A key that is equal for two matrices in one eigenbasis: the same Kronecker leaf, or an array of the same numbers."""
     if not isinstance(expr, Eigenbasis) or (kind := _kind(expr)) is None:
         return None
     return kind, expr.basis if isinstance(expr.basis, Kronecker) else expr.digest
 
 
 def _kroneckers(expr: Expr) -> Hashable | None:
-    """What two Kronecker products share that multiply factor by factor."""
+    """A key that is equal for two Kronecker products that multiply factor by factor."""
     if not isinstance(expr, Kronecker) or (kind := _kind(expr)) is None:
         return None
     return kind, tuple(factor.shape[0] for factor in expr.factors)

@@ -17,7 +17,7 @@ Scaled = tuple[BlockDiagonal, Fraction]
 
 
 def multiple(expr: Expr) -> Fraction | None:
-    """c of an expression that is c * Identity as it is written, else None."""
+    """The number c of an expression that is c * Identity as it is written, else None."""
     if isinstance(expr, ZeroExpr):
         return Fraction(0)
     if isinstance(expr, IdentityExpr):
@@ -26,7 +26,7 @@ def multiple(expr: Expr) -> Fraction | None:
 
 
 def partition(expr: Expr) -> Hashable | None:
-    """What two block-diagonals share that add and multiply block by block; None where nothing can."""
+    """A key that is equal for two block-diagonals that add and multiply block by block; None where nothing can."""
     if not isinstance(expr, BlockDiagonal):
         return None
     if isinstance(expr.what, Expr):
@@ -36,14 +36,14 @@ def partition(expr: Expr) -> Hashable | None:
 
 
 def _parts(expr: BlockDiagonal) -> dict[Hashable, Expr]:
-    """What adds up part by part: given blocks by their layout, or the one expression."""
+    """The parts that are added one by one: given blocks by their layout, or the one expression."""
     if isinstance(expr.what, Expr):
         return {None: expr.what}
     return {(block.params, block.joint): block.expr for block in expr.what}
 
 
 def combined(operands: Sequence[Scaled], shift: Fraction = Fraction(0)) -> Expr | None:
-    """Σ cᵢ Bᵢ + shift · I over one partition, or None where the blocks are written over different restrictions."""
+    """The sum Σ cᵢ Bᵢ + shift · I over one partition, or None where the blocks are written over different restrictions."""
     first = operands[0][0]
     parts = [(_parts(operand), c) for operand, c in operands]
     try:
@@ -55,7 +55,7 @@ def combined(operands: Sequence[Scaled], shift: Fraction = Fraction(0)) -> Expr 
 
 
 def of_sum(expr: Sum, loss: LossFacts | None = None) -> Expr | None:
-    """Block-diagonals over the same partition become one, and a single scaled one takes its coefficient inside."""
+    """Merge block-diagonals over the same partition; a single scaled one takes its coefficient inside."""
     groups: dict[Hashable, list[Scaled]] = {}
     pairs: list[tuple[Expr, Any]] = [(Identity, expr.shift), *([] if expr.space is None else [(expr.space, 1)])]
     for part, c in expr.coefficients.items():
@@ -103,7 +103,7 @@ def _product(left: Expr, right: Expr) -> Expr | None:
 
 
 def nested(expr: BlockDiagonal, loss: LossFacts | None) -> Expr | None:
-    """A block that is itself made of blocks, and covered by them, is replaced by these."""
+    """Replace a block that is itself made of blocks, and covered by them, by these."""
     if isinstance(expr.what, Expr):
         return None
     blocks: list[Block] = []
@@ -133,7 +133,7 @@ def of_multiples(expr: BlockDiagonal, loss: LossFacts | None) -> Expr | None:
 
 
 def of_one_multiple(expr: BlockDiagonal, loss: LossFacts | None) -> Expr | None:
-    """Where every block is the same multiple of the identity, so is the whole (if a block is everywhere)."""
+    """The multiple of the identity that every block is, if a block is everywhere."""
     multiples = {multiple(child) for child in expr.children}
     c = multiples.pop()
     if multiples or c is None or (c and not expr.covering):

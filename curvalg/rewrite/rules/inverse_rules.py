@@ -1,4 +1,4 @@
-"""Inverses of what has an exact one in terms of other inverses. Which solver takes what is left is no law."""
+"""Inverses that have an exact form in terms of other inverses. Which solver takes the others is no law."""
 
 from __future__ import annotations
 

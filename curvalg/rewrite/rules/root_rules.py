@@ -1,4 +1,4 @@
-"""Square roots."""
+"""Right sides of the laws for square roots."""
 
 from __future__ import annotations
 

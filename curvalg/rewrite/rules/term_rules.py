@@ -1,4 +1,4 @@
-"""Equalities between named terms."""
+"""Right sides of the laws for named terms."""
 
 from __future__ import annotations
 

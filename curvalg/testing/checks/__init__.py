@@ -1,1 +1,1 @@
-"""The checks themselves, and their table."""
+"""The checks of the conformance kit, and their table."""

@@ -40,7 +40,7 @@ def products(case: Case) -> None:
 
 @on_problems
 def linearity(case: Case) -> None:
-    """A (2v - 3w) = 2 A v - 3 A w, and A 0 = 0."""
+    """The product is linear: A (2v - 3w) = 2 A v - 3 A w, and A 0 = 0."""
     op, vectors = _lower(case), case.vectors(2)
     v, w = vectors[:, 0], vectors[:, 1]
     separate = 2 * (op @ v) - 3 * (op @ w)
@@ -52,7 +52,7 @@ def linearity(case: Case) -> None:
 
 @on_problems
 def adjoint(case: Case) -> None:
-    """uᵀ(A v) = (Aᵀu)ᵀv, and uᵀ(A v) = (A u)ᵀv where the facts say symmetric."""
+    """The transpose is right: uᵀ(A v) = (Aᵀu)ᵀv, and uᵀ(A v) = (A u)ᵀv where the facts say symmetric."""
     matrix = case.matrix.double()
     facts = case.term.facts(case.problem.facts)
     if case.square and facts.symmetric:
@@ -105,7 +105,7 @@ def dense(case: Case) -> None:
 
 @on_problems
 def facts(case: Case) -> None:
-    """What facts() claims holds: symmetry, and definiteness by the least eigenvalue."""
+    """The claims of facts() hold: symmetry, and definiteness by the least eigenvalue."""
     if not case.square:
         raise NotApplicable("facts are of square matrices")
     loss = case.problem.facts

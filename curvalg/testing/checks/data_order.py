@@ -24,7 +24,7 @@ from curvalg.testing.variants import batches, in_dtype, rebatched, variant
 
 @on_problems
 def batch_split(case: Case) -> None:
-    """The same samples in the same order give the same matrix, in whatever batches."""
+    """Samples in the same order give the same matrix, in whatever batches."""
     rows = case.problem.totals.rows
     for sizes in ([rows], [1, 2]):
         twin = rebatched(case.problem, sizes)
@@ -61,7 +61,7 @@ def mutation(case: Case) -> None:
 
 
 def _state(problem: Problem) -> dict[str, Any]:
-    """Everything a user would miss, by what messages call it."""
+    """Everything of the user's that must not change, by its name in messages."""
     state: dict[str, Any] = {}
     for name, owner, key in problem.slots():
         t = owner[key]
@@ -112,7 +112,7 @@ def _batch_untouched(case: Case) -> None:
 
 @on_problems
 def dtypes(case: Case) -> None:
-    """Computed in the problem's precision, and single precision comes close to double precision."""
+    """Products are computed in the problem's precision, and single precision comes close to double precision."""
     here = case.problem.dtype
     other = torch.float32 if here == torch.float64 else torch.float64
     if isinstance(case.term, Term) and not isinstance(case.term, DatasetTerm):
@@ -145,7 +145,7 @@ def _rates_keep_dtype(term: Term, problem: Problem) -> None:
 
 
 def errors(subject: Subject) -> None:
-    """What the term cannot be computed for is refused with an error of curvalg's own."""
+    """A loss or problem that the term cannot be computed for is refused with an error of curvalg's own."""
     for name, maker in UNSUITABLE.items():
         problem = make(maker)
         try:

@@ -32,7 +32,7 @@ def _companions(case: Case) -> list[Expr]:
 
 @on_problems
 def fusion(case: Case) -> None:
-    """In one operator with other terms, the matrix is the sum of the separate ones."""
+    """The matrix of one operator with other terms is the sum of the separate ones."""
     others = _companions(case)
     fused, separate = 2 * case.term, 2 * case.matrix
     for other in others:

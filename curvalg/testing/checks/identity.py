@@ -1,4 +1,4 @@
-"""Terms are values: hashable, comparable, picklable, and they print as what reads back."""
+"""Terms are values: hashable, comparable, picklable, and what they print reads back."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def pickling(subject: Subject) -> None:
 
 
 def text(subject: Subject) -> None:
-    """Text, tree and LaTeX are there, on one line where one is expected."""
+    """Text, tree and LaTeX exist, on one line where one is expected."""
     term = subject.term
     shown = str(term)
     if not shown or not repr(term) or "\n" in shown or " at 0x" in shown:
@@ -118,7 +118,7 @@ def parsing(subject: Subject) -> None:
 
 
 def description(subject: Subject) -> None:
-    """Registered terms say in a line what they are."""
+    """Registered terms say in one line what they are."""
     if subject.spec is None:
         raise NotApplicable("the term is not registered")
     if not subject.spec.summary:

@@ -26,7 +26,7 @@ def _positions(case: Case, names: list[str]) -> Tensor:
 
 @on_problems
 def restriction(case: Case) -> None:
-    """restrict(term, params) is the sub-matrix over these parameters."""
+    """The sub-matrix restrict(term, params) has the entries of the matrix over these parameters."""
     if not case.unrestricted:
         raise NotApplicable("the term is not over all parameters")
     names = case.problem.layout.names
@@ -45,7 +45,7 @@ def restriction(case: Case) -> None:
 
 @on_problems
 def blocks(case: Case) -> None:
-    """block_diagonal(term) has the diagonal blocks of the matrix."""
+    """The blocks of block_diagonal(term) are the diagonal blocks of the matrix."""
     if not (case.unrestricted and case.square):
         raise NotApplicable("only a matrix over all parameters has diagonal blocks")
     expected = torch.zeros_like(case.matrix)

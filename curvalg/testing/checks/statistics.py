@@ -27,7 +27,7 @@ def _summed(problem: Problem, method: Callable[[Batch], Any]) -> Any:
 
 @on_problems
 def additivity(case: Case) -> None:
-    """prepare() and accumulate() add up: batch by batch they give the same as on all data at once."""
+    """Statistics of prepare() and accumulate() add up: batch by batch they give the same as on all data at once."""
     term = case.term
     if not isinstance(term, (DatasetTerm, MatrixTerm)):
         raise NotApplicable("the term has no statistics")
@@ -56,7 +56,7 @@ def _same_sum(method: str, whole: Problem, split: Problem, function: Callable[[B
 
 @on_problems
 def finish(case: Case) -> None:
-    """finish() gives an expression of array leaves over the layout, once; equal terms reuse it."""
+    """The result of finish() is an expression of array leaves over the layout, made once; equal terms reuse it."""
     term = case.term
     if not isinstance(term, MatrixTerm):
         raise NotApplicable("the term is no MatrixTerm")

@@ -61,6 +61,6 @@ def test_arrays_are_to_be_converted():
 def test_a_tuple_of_batches_is_to_be_a_list():
     with pytest.raises(ProblemError, match=r"one batch; a list of batches is written \[\.\.\.\]"):
         read(Data(tuple(batches(range(6), 2)), None, True))
-    with pytest.raises(ProblemError, match="cannot tell the target") as caught:
+    with pytest.raises(ProblemError, match="cannot find the target") as caught:
         read(Data((X, X, Y), None, True))
     assert "written" not in str(caught.value)

@@ -18,7 +18,7 @@ FEW = 256
 
 
 class AffineLayer(LayerRecord):
-    """g = Σₜ δ hᵀ for the weight, Σₜ δ for the bias.
+    """A dense layer: g = Σₜ δ hᵀ for the weight, Σₜ δ for the bias.
 
     Args:
         place: of the parameters.
@@ -97,7 +97,6 @@ class AffineLayer(LayerRecord):
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
     def project_each(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As for every record; with one position, reading the deltas once for both parameters."""
         count, mine = self._directions(directions)
         if self._bias is None or len(mine) < 2 or self._deltas.shape[3] > 1:
             return super().project_each(directions)
@@ -106,7 +105,6 @@ class AffineLayer(LayerRecord):
         return {self._weight: both[:count], self._bias: both[count:]}
 
     def combine_each(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As for every record; with one position, reading the deltas once for both parameters."""
         if self._bias is None or self._deltas.shape[3] > 1:
             return super().combine_each(weights)
         count = weights[self._weight].shape[0]
@@ -123,7 +121,7 @@ class AffineLayer(LayerRecord):
         return (d.transpose(2, 3).reshape(count, columns * out, positions) @ h).reshape(count, columns, out, -1)
 
     def _by_rows(self) -> Callable[[slice], Tensor]:
-        """rows -> h of these rows (groups, n, T, in): patches only of as many rows as are asked for."""
+        """A function rows -> h of these rows (groups, n, T, in): patches only of as many rows as are asked for."""
         if self._groups == 1:
             return self._map.inputs
         every = self._map.inputs()  # asked for once by each group
@@ -226,7 +224,7 @@ def _inner(tangents: Tensor, deltas: Tensor) -> Tensor:
 
 
 def _mixed(weights: Tensor, deltas: Tensor) -> Tensor:
-    """Σₖ wₚₖₙ δₖₙ, shape (groups, n, T, P, out)."""
+    """Weighted sums Σₖ wₚₖₙ δₖₙ, shape (groups, n, T, P, out)."""
     directions, columns, _ = weights.shape
     if directions * columns > FEW:
         return torch.einsum("pkn,gknto->gntpo", weights, deltas)

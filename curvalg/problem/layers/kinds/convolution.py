@@ -52,7 +52,7 @@ class ConvolutionMap(LinearMap):
 
     @staticmethod
     def laid_out(image: Tensor) -> Tensor:
-        """The image as the kernels read it fastest: on CPU with channels last (few channels take a tenth of the time)."""
+        """The image as the kernels read it fastest: channels last on the CPU (few channels take a tenth of the time)."""
         if image.ndim == 4 and image.device.type == "cpu":
             return image.contiguous(memory_format=torch.channels_last)
         return image
@@ -108,7 +108,7 @@ class ConvolutionMap(LinearMap):
         return gradient.reshape(groups, width, out, *form.shape[1:]).transpose(0, 1).reshape(width, *form.shape)
 
     def _size(self, size: torch.Size) -> list[int]:
-        """Places of the output along each axis."""
+        """The number of places of the output along each axis."""
         o, kernel = self._options, self.form.shape[2:]
         parts = zip(size, kernel, o.stride, o.padding, o.dilation, o.output_padding, strict=True)
         if self.form.transposed:

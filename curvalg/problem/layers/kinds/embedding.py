@@ -12,7 +12,7 @@ from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGr
 
 
 class Embedding(LayerRecord):
-    """Row hₙₜ of the gradient is the sum of the δₖₙₜ with that index.
+    """An embedding table: row hₙₜ of the gradient is the sum of the δₖₙₜ with that index.
 
     Args:
         place: of the table (size, d).
@@ -72,7 +72,7 @@ class Embedding(LayerRecord):
         return pair_gram(self._deltas, other._deltas, same)
 
     def _sums(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(columns, the row and index of every sum, Σₜ δ over the places of a row that have the same index)."""
+        """The number of columns, the row and index of every sum, and Σₜ δ over the places of a row with the same index."""
         indices, d = self._inputs.tensor, self._deltas
         keys = indices + self._size * torch.arange(self.rows, device=indices.device)[:, None]
         found, segment = keys.unique(return_inverse=True)

@@ -28,19 +28,19 @@ class WeightForm:
 
     @property
     def width(self) -> int:
-        """Inputs of each output: columns of a group's matrix."""
+        """The inputs of each output: columns of a group's matrix."""
         inner = self.shape[0] // self.groups if self.transposed else self.shape[1]
         return inner * math.prod(self.shape[2:])
 
     def matrices(self, weights: Tensor) -> Tensor:
-        """(P, *shape) as (P, groups, out, in)."""
+        """The weights (P, *shape) as matrices (P, groups, out, in)."""
         if not self.transposed:
             return weights.reshape(weights.shape[0], self.groups, self.shape[0] // self.groups, -1)
         inner, out = self.shape[0] // self.groups, self.shape[1]
         return weights.reshape(-1, self.groups, inner, out, *self.shape[2:]).transpose(2, 3).flatten(3)
 
     def parameter(self, matrices: Tensor) -> Tensor:
-        """The inverse of :meth:`matrices`."""
+        """The weights (P, *shape) from matrices: the inverse of :meth:`matrices`."""
         if not self.transposed:
             return matrices.reshape(-1, *self.shape)
         inner, out = self.shape[0] // self.groups, self.shape[1]
@@ -49,7 +49,7 @@ class WeightForm:
 
 
 class LinearMap(ABC):
-    """W -> W h for fixed h, of a layer with T positions in each of n rows.
+    """The map W -> W h for fixed h, of a layer with T positions in each of n rows.
 
     Args:
         form: of the weight.
@@ -61,23 +61,23 @@ class LinearMap(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Memory that is held."""
+        """The memory that the map holds."""
 
     @abstractmethod
     def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """h of some rows, (groups, n, T, in)."""
+        """The inputs h of some rows, (groups, n, T, in)."""
 
     @abstractmethod
     def push(self, weights: Tensor) -> Tensor:
-        """W h for weights (P, *shape), as (groups, n, T, P, out)."""
+        """Products W h for weights (P, *shape), as (groups, n, T, P, out)."""
 
     @abstractmethod
     def pull(self, mixed: Tensor) -> Tensor:
-        """Σₙₜ δₙₜ hₙₜᵀ for δ (groups, n, T, P, out), as (P, *shape)."""
+        """Sums Σₙₜ δₙₜ hₙₜᵀ for δ (groups, n, T, P, out), as (P, *shape)."""
 
 
 class MatrixMap(LinearMap):
-    """A map of a last axis, or of patches that are there.
+    """A map of a last axis, or of patches that exist as a tensor.
 
     Args:
         form: of the weight.

@@ -14,7 +14,7 @@ Similarity = Callable[[slice, slice], Tensor]
 
 
 def pair_flops(left: Tensor, right: Tensor, width: int) -> float:
-    """What :func:`pair_gram` costs, in multiplications.
+    """The cost of :func:`pair_gram`, in multiplications.
 
     Args:
         left: δ (K, n, T, out).
@@ -28,7 +28,7 @@ def pair_flops(left: Tensor, right: Tensor, width: int) -> float:
 
 
 def pair_gram(left: Tensor, right: Tensor, similarity: Similarity) -> Tensor:
-    """Σₜₜ' ⟨hₙₜ, h'ₙ'ₜ'⟩ ⟨δₖₙₜ, δ'ₖ'ₙ'ₜ'⟩, shape (K, n, K', n').
+    """Inner products Σₜₜ' ⟨hₙₜ, h'ₙ'ₜ'⟩ ⟨δₖₙₜ, δ'ₖ'ₙ'ₜ'⟩, shape (K, n, K', n').
 
     For each pair of rows first Σₜ' ⟨h, h'⟩ δ', then its products with δ: no tensor has all of k, k', t and t'.
 
@@ -61,11 +61,11 @@ def explicit_gram(
     like: Tensor,
     size: int,
 ) -> Tensor:
-    """⟨gₖₙ, g'ₖ'ₙ'⟩ from multiplied-out gradients, some rows at a time.
+    """Inner products ⟨gₖₙ, g'ₖ'ₙ'⟩ of multiplied-out gradients, some rows at a time.
 
     Args:
         left: rows -> their gradients (n, K, size).
-        right: the same of the other side.
+        right: likewise, for the other side.
         shape: (K, n, K', n').
         like: of the dtype and device.
         size: numbers in a gradient.
@@ -85,5 +85,5 @@ def explicit_gram(
 
 
 def passes(rows: int, columns: int, size: int, dtype: torch.dtype) -> int:
-    """How many blocks the gradients of so many rows are cut into."""
+    """The number of blocks that the gradients of so many rows are cut into."""
     return len(steps(rows, columns * size, dtype))

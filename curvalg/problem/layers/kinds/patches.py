@@ -38,13 +38,13 @@ def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
 
 
 def padded(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Zeros around the last axes; negative numbers cut off."""
+    """The tensor with zeros around its last axes; negative numbers cut off."""
     pairs = [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair]
     return F.pad(x, pairs) if any(pairs) else x
 
 
 def spread_out(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """stride - 1 zeros between neighbours along the last axes."""
+    """The tensor with stride - 1 zeros between neighbours along its last axes."""
     if all(step == 1 for step in stride):
         return x
     size = [(n - 1) * step + 1 for n, step in zip(x.shape[2:], stride, strict=True)]
@@ -55,7 +55,7 @@ def spread_out(x: Tensor, stride: Sequence[int]) -> Tensor:
 
 
 def grouped(patches: Tensor, groups: int) -> Tensor:
-    """(N, *places, channels, *kernel) as (N, places, groups, in)."""
+    """The windows (N, *places, channels, *kernel) as (N, places, groups, in)."""
     spatial = (patches.ndim - 2) // 2
     lead = patches.shape[: 1 + spatial]
     return patches.reshape(lead[0], lead[1:].numel(), groups, -1)

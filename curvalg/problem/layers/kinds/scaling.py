@@ -13,7 +13,7 @@ from curvalg.problem.layers.record import GuardedInput, Kind, LayerRecord, Param
 
 
 class VectorRecord(LayerRecord):
-    """Everything from the gradients of each parameter as vectors (K, n, size)."""
+    """A record that computes everything from the gradients of each parameter as vectors (K, n, size)."""
 
     @abstractmethod
     def _vectors(self, name: str) -> Tensor:
@@ -86,7 +86,7 @@ class Shift(VectorRecord):
 
 
 class Explicit(Shift):
-    """Gradients that no rule gave, of one parameter.
+    """Explicit gradients of one parameter, for which there was no rule.
 
     Args:
         place: of the parameter.
