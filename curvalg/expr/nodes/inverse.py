@@ -107,7 +107,7 @@ def inverse(
         raise ExpressionError(f"only a square operator has an inverse; {expr} is {shape(expr)}")
     if isinstance(expr, ZeroExpr):
         raise ExpressionError("the zero operator has no inverse; add c * Identity first")
-    solver = ALIASES.get(solver, solver)
+    solver = ALIASES.get(solver, solver) if isinstance(solver, str) else solver
     if solver not in SOLVERS:
         raise OptionError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if on_fail not in ("raise", "warn"):
