@@ -10,19 +10,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from curvalg.errors import CheckpointError, CurvalgWarning
+from curvalg.problem.kept.measured import Measured
 from curvalg.runs.run_file import FileName, RunFile
 from curvalg.runs.run_state import Named, Options, State
 from curvalg.runs.unit import PowerOfTwo
-
-if TYPE_CHECKING:
-    from curvalg.problem.kept.measured import Measured
 
 FORMAT = 4
 KEY = "curvalg"
