@@ -29,16 +29,6 @@ MOST_PRIVATE_PATCHES = 14
 MOST_PLACES = 53
 """Names that tests reach by :mod:`tests.support.inside`; fewer is better."""
 
-# Each of these is to be divided; take out what has been.
-STILL_WIDE = {"estimate"}
-STILL_SHARED = {"lanczos", "nodes", "state"}
-STILL_LONG = {
-    "lowering/plans/nodes.py",
-    "lowering/sweeps/linearization.py",
-    "problem/problem.py",
-    "problem/verification/oaths.py",
-}
-
 TEST_FILES = sorted(TESTS.rglob("*.py"))
 CODE_FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -130,7 +120,7 @@ def test_tests_look_from_outside() -> None:
 
 def test_no_file_of_the_package_is_long() -> None:
     long = {name(path, PACKAGE) for path in CODE_FILES if length(path) > LONGEST}
-    assert long <= STILL_LONG, f"{sorted(long - STILL_LONG)}: more than {LONGEST} lines"
+    assert not long, f"{sorted(long)}: more than {LONGEST} lines"
 
 
 def test_no_folder_of_the_package_is_wide() -> None:
@@ -141,7 +131,7 @@ def test_no_folder_of_the_package_is_wide() -> None:
                 entries[name(part.parent, PACKAGE)].add(part.stem)
     del entries["."]  # the root holds the floors
     wide = {folder: len(found - {"__init__"}) for folder, found in entries.items()}
-    wide = {folder: count for folder, count in wide.items() if count > WIDEST and folder not in STILL_WIDE}
+    wide = {folder: count for folder, count in wide.items() if count > WIDEST}
     assert not wide, f"more than {WIDEST} entries: {wide}"
 
 
@@ -152,7 +142,7 @@ def test_no_two_modules_share_a_name() -> None:
             homes[path.parent.name].append(name(path.parent))
         elif path.stem not in ("__main__", path.parent.name):  # a package and its own face are one
             homes[path.stem].append(name(path))
-    shared = {word: places for word, places in homes.items() if len(places) > 1 and word not in STILL_SHARED}
+    shared = {word: places for word, places in homes.items() if len(places) > 1}
     assert not shared, f"one word for two modules: {shared}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.errors import ExpressionError, OptionError
@@ -85,10 +85,20 @@ class Expr:
         """Direct sub-expressions, in the order in which :meth:`rebuild` takes them."""
         return ()
 
-    @property
-    def _inner(self) -> tuple[Expr, ...]:
-        """All expressions in this one: the children, and those that are options."""
-        return self.children
+    def walk(self) -> Iterator[Expr]:
+        """This expression and every one in it, each once; one comes before what is in it.
+
+        >>> from curvalg import Identity, inverse, registry
+        >>> [type(node).__name__ for node in inverse(registry.build("ggn") + Identity).walk()]
+        ['Inverse', 'Sum', 'GGN']
+        """
+        todo, seen = [self], set[Expr]()
+        while todo:
+            node = todo.pop()
+            if node not in seen:
+                seen.add(node)
+                yield node
+                todo += reversed(node.children)
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
         """The same node over other children."""

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
+import torch
+
+from curvalg.expr import Expr, Facts
 from curvalg.lowering.lines import indent
+from curvalg.lowering.plans.plan import Plan
+from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
 from curvalg.problem.verification.tangent_checks import TangentNotes
-
-if TYPE_CHECKING:
-    from curvalg.lowering.operator import CurvatureOperator
-    from curvalg.problem import Problem
+from curvalg.rewrite import Step
 
 
-def explain(op: CurvatureOperator) -> str:
+class Explained(Protocol):
+    """What a report is made of: an operator."""
+
+    expr: Expr
+    problem: Problem
+    snapshot: Snapshot
+    shape: tuple[int, int]
+    dtype: Any
+    _steps: list[Step]
+    _simplified: Expr
+    _plan: Plan
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        ...
+
+    @property
+    def facts(self) -> Facts:
+        """Symmetry and definiteness."""
+        ...
+
+
+def explain(op: Explained) -> str:
     """The report of an operator, sections with indented lines."""
     problem, totals = op.problem, op.problem.totals
     facts = ", ".join(f"{name}: {_tri(value)}" for name, value in vars(op.facts).items())
@@ -56,7 +81,7 @@ _OATHS = {
 }
 
 
-def _verified(op: CurvatureOperator) -> list[str]:
+def _verified(op: Explained) -> list[str]:
     """What was verified, and what was not."""
     problem, structure = op.problem, op.snapshot.structure
     if not problem.verify:
@@ -73,7 +98,7 @@ def _verified(op: CurvatureOperator) -> list[str]:
 _KINDS = {"prepared": "statistics", "matrix": "matrix"}
 
 
-def _execution(op: CurvatureOperator) -> list[str]:
+def _execution(op: Explained) -> list[str]:
     problem = op.problem
     lines = [f"recordings take {problem.budget.used / 2**20:.3g} of at most {problem.budget.limit / 2**20:.0f} MiB"]
     kept = [f"{_KINDS[kind]} of {term}" for kind, term in problem.cached(op.snapshot).keys(*_KINDS)]

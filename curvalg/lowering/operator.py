@@ -17,12 +17,15 @@ from curvalg.expr.node import Expr, require_hashable, too_deep
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.composition import TorchOperator, is_real_scalar
+from curvalg.lowering.explain import explain
 from curvalg.lowering.inverses.forms import find
 from curvalg.lowering.inverses.offer import BoundMatrix, Form
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.matrices import DenseMatrix
+from curvalg.lowering.plans.algebra_plan import SumPlan
 from curvalg.lowering.plans.bind import bind, unbound
-from curvalg.lowering.plans.nodes import InversePlan, Plan, SumPlan
+from curvalg.lowering.plans.inverse_plan import InversePlan
+from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
 from curvalg.lowering.vectors import Space, Vector, parse, require_finite
 from curvalg.problem import Problem, Snapshot
@@ -124,8 +127,6 @@ class CurvatureOperator(TorchOperator):
 
     def explain(self) -> str:
         """What the expression became on this problem: laws that fired, the plan, routes and what is kept."""
-        from curvalg.lowering.explain import explain
-
         with self.problem.lock:
             return explain(self)
 
@@ -394,15 +395,14 @@ def _joint_preconditioner(expr: Expr, operators: list[CurvatureOperator]) -> Pre
 
 
 def _has_inverse(expr: Expr) -> bool:
-    return isinstance(expr, Inverse) or any(map(_has_inverse, expr.children))
+    return any(isinstance(node, Inverse) for node in expr.walk())
 
 
 def _preconditioned(expr: Expr, by: Expr) -> Expr:
     """The expression with a preconditioner for every inverse that names none."""
-    expr = expr.rebuild(tuple(_preconditioned(child, by) for child in expr.children)) if expr.children else expr
-    if isinstance(expr, Inverse) and expr.preconditioner is None:
-        return inverse(expr.expr, **{**expr.options, "preconditioner": by})
-    return expr
+    if isinstance(expr, Inverse):
+        return inverse(_preconditioned(expr.expr, by), **{**expr.options, "preconditioner": expr.preconditioner or by})
+    return expr.rebuild(tuple(_preconditioned(child, by) for child in expr.children)) if expr.children else expr
 
 
 def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None) -> CurvatureOperator:

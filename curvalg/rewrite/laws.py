@@ -1,7 +1,7 @@
 """The law book: every exact equality that curvalg uses, each with numeric witnesses.
 
-Witnesses are made of the stand-in matrices of :mod:`curvalg.rewrite.witness`, called w here, which is imported by tests and the
-documentation alone.
+Witnesses are made of stand-in matrices, attributes of w; tests and the documentation hand them in
+(``tests/support/witness.py``).
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from curvalg.expr.node import Expr
@@ -45,14 +43,7 @@ def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: flo
 
 def _arrays(expr: Expr) -> list[str]:
     # Contents rather than tokens: those are new in every process.
-    return [digest(*(torch.as_tensor(a) for a in leaf.arrays)) for leaf in _leaves(expr)]
-
-
-def _leaves(expr: Expr) -> Iterator[ArrayLeaf]:
-    if isinstance(expr, ArrayLeaf):
-        yield expr
-    for child in expr.children:
-        yield from _leaves(child)
+    return [digest(*(torch.as_tensor(a) for a in leaf.arrays)) for leaf in expr.walk() if isinstance(leaf, ArrayLeaf)]
 
 
 def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
@@ -63,7 +54,7 @@ def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
 
 
 def _needs_model(expr: Expr) -> bool:
-    return isinstance(expr, NamedExpr) or any(map(_needs_model, expr.children))
+    return any(isinstance(node, NamedExpr) for node in expr.walk())
 
 
 def _data(problem: Problem) -> str | list[list[float]] | None:

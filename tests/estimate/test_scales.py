@@ -23,9 +23,8 @@ from curvalg.estimate import (
     svds,
     trace,
 )
-from curvalg.runs.run import run as run_of
-from curvalg.runs.run_state import State
-from curvalg.runs.unit import Outgrown
+from curvalg.runs import Outgrown, State
+from curvalg.runs import run as run_of
 from tests.support.spectra import matrix
 
 N = 70

@@ -26,13 +26,13 @@ def expected(text):
 def test_an_exact_inverse(problem_of):
     op = inverse(registry.build("ggn") + 1e-3 * Identity).lower(problem_of("mlp"))
     assert plan_of(op) == expected("""
-        inverse by dual
+        inverse by gram
           diagonal: declined, the matrix is not made of diagonals and the identity
           kronecker: declined, the matrix is not one Kronecker product and the identity
           eigenbasis: declined, the matrix is not one Eigenbasis and the identity
           blocks: declined, the matrix is not block-diagonal
           woodbury: declined, the matrix has no low-rank summand
-          dual: chosen, the Gram matrix of M = 14 columns once (1.53 KiB in float64), then a Cholesky factorisation for each damping (0.915 kFLOP)
+          gram: chosen, the Gram matrix of M = 14 columns once (1.53 KiB in float64), then a Cholesky factorisation for each damping (0.915 kFLOP)
           sum
             sweep: ggn
               recorded: tangent by two backward passes, then one backward
@@ -51,7 +51,7 @@ def test_an_iterative_inverse_names_every_reason(problem_of, inside):
           eigenbasis: declined, the matrix is not one Eigenbasis and the identity
           blocks: declined, the matrix is not block-diagonal
           woodbury: declined, the matrix has no low-rank summand
-          dual: declined, hessian is not of the form V Vᵀ with known V
+          gram: declined, hessian is not of the form V Vᵀ with known V
           kernel: declined, the matrix is not J J.T and the identity
           function: declined, the matrix is not a function of another and the identity
           dense: declined, 43 rows are more than 40
@@ -96,13 +96,13 @@ def test_square_roots_and_matrices_yet_to_be_made(problem_of):
     )
     root = sqrt(registry.build("covariance") + Identity).lower(problem_of("mlp"))
     assert plan_of(root) == expected("""
-        square root by dual
+        square root by gram
           diagonal: declined, the matrix is not made of diagonals and the identity
           kronecker: declined, the matrix is not one Kronecker product and the identity
           eigenbasis: declined, the matrix is not one Eigenbasis and the identity
           blocks: declined, the matrix is not block-diagonal
           woodbury: declined, the matrix has no low-rank summand
-          dual: chosen, the Gram matrix of M = 7 columns once (0.383 KiB in float64), then a Cholesky factorisation for each damping (0.114 kFLOP)
+          gram: chosen, the Gram matrix of M = 7 columns once (0.383 KiB in float64), then a Cholesky factorisation for each damping (0.114 kFLOP)
           of covariance + identity
         """)
 

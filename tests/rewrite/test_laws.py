@@ -28,7 +28,8 @@ from curvalg.expr import (
     sqrt,
     transpose,
 )
-from curvalg.rewrite import LAWS, Law, rewrite, simplify, witness
+from curvalg.rewrite import LAWS, Law, rewrite, simplify
+from tests.support import witness
 from tests.support.strategies import expressions
 from tests.support.worlds import GROUPS, A, B, DenseWorld, P, S, sums_of_blocks, valued
 

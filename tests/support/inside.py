@@ -50,7 +50,7 @@ PLACES = {
     "product": "curvalg.lowering.operator.CurvatureOperator._apply",
     "bind": "curvalg.lowering.operator.CurvatureOperator._bind",
     "choose_way": "curvalg.problem.kept.race.Race.run",
-    "sum_product": "curvalg.lowering.plans.nodes.SumPlan.apply",
+    "sum_product": "curvalg.lowering.plans.algebra_plan.SumPlan.apply",
     "low_rank_product": "curvalg.lowering.plans.low_rank_plan.LowRankPlan.apply",
     "factored_product": "curvalg.lowering.plans.low_rank_plan.LowRankPlan._factored",
     "sweep": "curvalg.lowering.sweeps.linearization.Linearization.product",

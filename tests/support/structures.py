@@ -163,9 +163,9 @@ STRUCTURED: dict[str, tuple[Structured, str]] = {
     "low rank on a diagonal": (low_rank_on_diagonal, "woodbury"),
     "joint Kronecker blocks": (joint_blocks, "blocks"),
     "mixed blocks": (mixed_blocks, "blocks"),
-    "ggn": (term("ggn"), "dual"),
-    "covariance": (term("covariance"), "dual"),
-    "centered covariance": (term("centered_covariance"), "dual"),
-    "sum of terms": (sum_of_terms, "dual"),
+    "ggn": (term("ggn"), "gram"),
+    "covariance": (term("covariance"), "gram"),
+    "centered covariance": (term("centered_covariance"), "gram"),
+    "sum of terms": (sum_of_terms, "gram"),
 }
 """name -> (expression and matrix, the form that it takes once damped)."""

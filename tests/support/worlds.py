@@ -26,7 +26,7 @@ from curvalg.expr import (
     restrict,
     sqrt,
 )
-from curvalg.rewrite.witness import GROUPS, A, B, D, DenseWorld, E, K, L, P, Q, R, S, U, V, X, Y, blocks
+from tests.support.witness import GROUPS, A, B, D, DenseWorld, E, K, L, P, Q, R, S, U, V, X, Y, blocks
 
 __all__ = [
     "A",

@@ -19,7 +19,8 @@ from curvalg.expr.term import Term
 from curvalg.expr.terms import Covariance, Hessian
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import default_rtol, epsilon
-from curvalg.lowering.low_rank.gram import WeightedFactor
+from curvalg.lowering.low_rank.factored_sum import why_not_factored
+from curvalg.lowering.low_rank.weighted_factor import WeightedFactor
 from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
 from curvalg.runs.run_file import FileName
@@ -133,7 +134,7 @@ def _target(solve: CurvatureOperator, covariance: CurvatureOperator, H: Expr, C:
     def subject() -> Options:
         return {**target(solve).subject(), "covariance": str(C)}
 
-    if isinstance(C, Term) and type(C).factor is not Term.factor and problem.data.ordered:
+    if isinstance(C, Term) and problem.data.ordered and why_not_factored([(1.0, C)], problem) is None:
         with problem.differentiating():
             columns = WeightedFactor(problem, solve.snapshot, [(1.0, C)])
             columns.factor.prepare(problem, solve.snapshot)

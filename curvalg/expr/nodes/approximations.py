@@ -8,10 +8,10 @@ from numbers import Integral
 from curvalg.errors import OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.composite import require_endomorphism, require_semidefinite
 from curvalg.expr.nodes.constants import Identity, ZeroExpr
 from curvalg.expr.nodes.sums import Sum, add
 from curvalg.expr.nodes.transposes import SelfTransposed
-from curvalg.expr.spaces import require_endomorphism, require_semidefinite
 
 
 @dataclass(frozen=True, repr=False, eq=False)

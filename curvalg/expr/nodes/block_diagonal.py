@@ -10,8 +10,7 @@ from typing import Literal
 from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts, all_of
 from curvalg.expr.node import Expr
-from curvalg.expr.nodes.composite import Composite, Side
-from curvalg.expr.spaces import as_patterns, require_endomorphism
+from curvalg.expr.nodes.composite import Composite, Side, as_patterns, require_endomorphism
 
 
 @dataclass(frozen=True, repr=False)

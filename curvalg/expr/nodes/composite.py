@@ -7,10 +7,10 @@ Python's stack grows with how deep an expression nests.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space, require_hashable
 
@@ -33,7 +33,7 @@ def bottom_up(expr: Expr, known: Callable[[Expr], bool]) -> Iterator[Expr]:
         if ready:
             yield node
         else:
-            todo += [(node, True), *((part, False) for part in node._inner if part._inner)]
+            todo += [(node, True), *((part, False) for part in node.children if part.children)]
 
 
 def settled(expr: Expr, key: Hashable, find: Callable[[Any], T]) -> T:
@@ -48,8 +48,8 @@ class Composite(Expr):
     """A node with parts. What is found of it once counts neither for equality nor in a pickle."""
 
     def __post_init__(self) -> None:
-        for part in self._inner:
-            if not part._inner:
+        for part in self.children:
+            if not part.children:
                 require_hashable(part)
         depth = 1 + max((child.depth for child in self.children), default=0)
         if depth > MAX_DEPTH:
@@ -125,7 +125,7 @@ class Composite(Expr):
 
 def _same(part: Expr) -> Hashable:
     """What is shared by one and the same node, and by equal nodes without parts."""
-    return id(part) if part._inner else part
+    return id(part) if part.children else part
 
 
 def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
@@ -133,9 +133,71 @@ def _numbered(expr: Expr, numbers: dict[Hashable, int]) -> int:
     found: dict[int, int] = {}
 
     def number(part: Expr) -> Hashable:
-        return found[id(part)] if part._inner else part
+        return found[id(part)] if part.children else part
 
     for node in bottom_up(expr, lambda node: id(node) in found):
         content = node.content(number) if isinstance(node, Composite) else node
         found[id(node)] = numbers.setdefault((type(node), content), len(numbers))
     return found[id(expr)]
+
+
+# -- between which spaces ----------------------------------------------------------------------------------------------
+
+
+def side(expr: Expr, which: Literal["domain", "codomain"]) -> Side:
+    """One side of an expression. Two expressions fit together where these are equal."""
+    if which == "domain":
+        return expr.domain, expr.domain_params
+    return expr.codomain, expr.codomain_params
+
+
+def square(expr: Expr) -> bool:
+    """Whether both sides are the same space, as written; two different patterns may choose the same parameters."""
+    return side(expr, "domain") == side(expr, "codomain")
+
+
+def shape(expr: Expr) -> str:
+    """``domain -> codomain``, for messages."""
+
+    def name(which: Literal["domain", "codomain"]) -> str:
+        space, params = side(expr, which)
+        return f"{space or 'any'}{list(params) if params else ''}"
+
+    return f"{name('domain')} -> {name('codomain')}"
+
+
+def require_endomorphism(expr: Expr, what: str) -> None:
+    """Refuse what does not map parameters to the same parameters.
+
+    Raises:
+        ExpressionError: not an expression, or one with another side.
+    """
+    if not isinstance(expr, Expr):
+        raise ExpressionError(f"{what}() takes an expression, got {type(expr).__name__}")
+    if {expr.domain, expr.codomain} - {"parameters", None} or expr.domain_params != expr.codomain_params:
+        raise ExpressionError(f"{what}() needs an operator on parameters; {expr} is {shape(expr)}")
+
+
+def require_semidefinite(expr: Expr, what: str) -> None:
+    """Refuse what is known, of any loss, not to be symmetric or not to be positive semi-definite.
+
+    Raises:
+        ExpressionError: one of the two is refuted.
+    """
+    facts = expr.facts()
+    if facts.psd is False:
+        missing = "symmetric" if facts.symmetric is False else "positive semi-definite"
+        raise ExpressionError(f"{what}() needs a symmetric positive semi-definite operator; {expr} is not {missing}")
+
+
+def as_patterns(params: str | Sequence[str]) -> tuple[str, ...]:
+    """Names or glob patterns as a tuple without repeats.
+
+    Raises:
+        ExpressionError: empty, or not strings.
+    """
+    given = (params,) if isinstance(params, str) or not isinstance(params, Iterable) else tuple(params)
+    patterns = tuple(p for i, p in enumerate(given) if p not in given[:i])
+    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+        raise OptionError(f"expected parameter names or glob patterns such as 'head.*', got {params!r}")
+    return patterns

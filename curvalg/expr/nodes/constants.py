@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from curvalg.errors import OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space
-from curvalg.expr.spaces import as_patterns, square
+from curvalg.expr.nodes.composite import as_patterns, square
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,15 +11,28 @@ from typing import Any, Literal, get_args
 from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.composite import shape, square
 from curvalg.expr.nodes.constants import ZeroExpr
 from curvalg.expr.nodes.transposes import Reversed
-from curvalg.expr.spaces import shape, square
 
 Solver = Literal[
-    "auto", "diagonal", "kronecker", "eigenbasis", "blocks", "woodbury", "dual", "kernel", "dense", "cg", "minres"
+    "auto",
+    "diagonal",
+    "kronecker",
+    "eigenbasis",
+    "blocks",
+    "woodbury",
+    "gram",
+    "kernel",
+    "function",
+    "dense",
+    "cg",
+    "minres",
 ]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
-"""What ``solver=`` takes: "auto", or the name of one strategy."""
+"""What ``solver=`` takes: "auto", or the name of one solver; "auto" tries all others in this order."""
+ALIASES: dict[str, Solver] = {"dual": "gram"}
+"""Other names of solvers."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -35,7 +48,7 @@ class Inverse(Reversed):
     on_fail: Literal["raise", "warn"] = "raise"
 
     @property
-    def _inner(self) -> tuple[Expr, ...]:
+    def children(self) -> tuple[Expr, ...]:
         return (self.expr,) if self.preconditioner is None else (self.expr, self.preconditioner)
 
     @property
@@ -45,7 +58,8 @@ class Inverse(Reversed):
         return {name: getattr(self, name) for name in names}
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
-        return inverse(children[0], **self.options)
+        inner, *preconditioner = children
+        return inverse(inner, **{**self.options, "preconditioner": preconditioner[0] if preconditioner else None})
 
     def transposed(self, of: Callable[[Expr], Expr]) -> Expr:
         options = self.options
@@ -73,7 +87,7 @@ def inverse(
 
     Args:
         expr: a square expression.
-        solver: "auto" or the name of one strategy.
+        solver: "auto", or the name of one solver, as :data:`~curvalg.expr.SOLVERS` lists them.
         rtol: relative residual of an iterative solve; None: 1e-5 in float32, 1e-8 in float64.
         atol: absolute residual of an iterative solve.
         maxiter: the most iterations of an iterative solve; None: chosen from the size.
@@ -93,6 +107,7 @@ def inverse(
         raise ExpressionError(f"only a square operator has an inverse; {expr} is {shape(expr)}")
     if isinstance(expr, ZeroExpr):
         raise ExpressionError("the zero operator has no inverse; add c * Identity first")
+    solver = ALIASES.get(solver, solver)
     if solver not in SOLVERS:
         raise OptionError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if on_fail not in ("raise", "warn"):

@@ -12,12 +12,11 @@ from typing import Any
 from curvalg.errors import ExpressionError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
-from curvalg.expr.nodes.composite import Composite, Side
+from curvalg.expr.nodes.composite import Composite, Side, shape, side, square
 from curvalg.expr.nodes.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
 from curvalg.expr.nodes.inverse import inverse
 from curvalg.expr.nodes.sums import Sum, add
 from curvalg.expr.nodes.transposes import symmetric_form
-from curvalg.expr.spaces import shape, side, square
 
 MAX_FACTORS = 10_000
 """The most factors of a product."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
-from curvalg.expr.nodes.composite import Composite, Side
+from curvalg.expr.nodes.composite import Composite, Side, as_patterns, shape, side
 from curvalg.expr.nodes.constants import ZeroExpr, zero_between
 from curvalg.expr.nodes.sums import add
-from curvalg.expr.spaces import as_patterns, shape, side
 
 
 @dataclass(frozen=True, repr=False, eq=False)

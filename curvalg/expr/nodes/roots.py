@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
+from curvalg.expr.nodes.composite import require_semidefinite, shape, square
 from curvalg.expr.nodes.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.nodes.inverse import inverse
 from curvalg.expr.nodes.transposes import SelfTransposed
-from curvalg.expr.spaces import require_semidefinite, shape, square
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -10,11 +10,10 @@ from typing import Any
 from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts, Tri
 from curvalg.expr.node import Expr, require_hashable
-from curvalg.expr.nodes.composite import Composite, Side
+from curvalg.expr.nodes.composite import Composite, Side, shape, side, square
 from curvalg.expr.nodes.constants import Identity, IdentityExpr, Zero, ZeroExpr, zero_between
 from curvalg.expr.nodes.transposes import symmetric_form
 from curvalg.expr.scalars import as_coefficient
-from curvalg.expr.spaces import shape, side, square
 
 
 class Sum(Composite):
@@ -102,7 +101,7 @@ def add(pairs: Iterable[tuple[Expr, Any]]) -> Expr:
     typed: Expr | None = None
     for expr, scale in pairs:
         scale = as_coefficient(scale)
-        if not expr._inner:
+        if not expr.children:
             require_hashable(expr)
         parts: Mapping[Expr, Fraction] = {expr: Fraction(1)}
         if isinstance(expr, Sum):

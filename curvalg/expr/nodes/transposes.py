@@ -9,9 +9,8 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
-from curvalg.expr.nodes.composite import Composite, Side, settled
+from curvalg.expr.nodes.composite import Composite, Side, settled, side
 from curvalg.expr.nodes.constants import IdentityExpr, ZeroExpr
-from curvalg.expr.spaces import side
 
 
 class Reversed(Composite):

@@ -9,6 +9,7 @@ from curvalg.expr.node import Expr
 from curvalg.expr.nodes.approximations import DiagonalEstimate, DiagonalPart
 from curvalg.expr.nodes.block_diagonal import Block, BlockDiagonal
 from curvalg.expr.nodes.constants import Identity
+from curvalg.expr.nodes.inverse import Inverse
 from curvalg.expr.nodes.restrictions import Restriction
 from curvalg.expr.nodes.roots import SquareRoot
 from curvalg.expr.nodes.sums import Sum
@@ -38,6 +39,11 @@ def _node(expr: Expr) -> tuple[str, list[Branch]]:
         return text(expr), []
     head = f"{type(expr).__name__.lower()}{_options(expr, 'expr', 'factors')}"
     return head, [("", child) for child in expr.children]
+
+
+@_node.register
+def _(expr: Inverse) -> tuple[str, list[Branch]]:
+    return f"inverse{_options(expr, 'expr')}", [("", expr.expr)]
 
 
 def _options(expr: Expr, *skip: str) -> str:

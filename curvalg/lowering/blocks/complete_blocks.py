@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from curvalg.errors import ExpressionError
-from curvalg.expr import Block, BlockDiagonal, Expr, Inverse, Restriction, Zero, inverse, restrict
+from curvalg.expr import Block, BlockDiagonal, Expr, Restriction, Zero, restrict
 from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import NamedExpr
 from curvalg.lowering.blocks.submatrices import block_problem, inside, is_local, partition, submatrix
@@ -30,20 +28,13 @@ def resolve(expr: Expr, problem: Problem) -> Expr:
     if isinstance(expr, Restriction):
         on = problem.restricted(expr.params) if is_local(expr.expr) else problem
         return submatrix(resolve(expr.expr, on), expr.params, on)
-    return _over_parts(expr, lambda part: resolve(part, problem))
-
-
-def _over_parts(expr: Expr, change: Callable[[Expr], Expr]) -> Expr:
-    """The same node over changed parts."""
-    if isinstance(expr, Inverse) and expr.preconditioner is not None:
-        return inverse(change(expr.expr), **{**expr.options, "preconditioner": change(expr.preconditioner)})
-    return expr.rebuild(tuple(map(change, expr.children)))
+    return expr.rebuild(tuple(resolve(part, problem) for part in expr.children))
 
 
 def _has_blocks(expr: Expr) -> bool:
     if not expr.children:
         return False
-    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, node._inner)))
+    return settled(expr, "blocks", lambda node: isinstance(node, BlockDiagonal) or any(map(_has_blocks, node.children)))
 
 
 def _complete(expr: BlockDiagonal, problem: Problem) -> BlockDiagonal:
@@ -90,7 +81,7 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
 
 def _lies_by_name(expr: Expr) -> bool:
     """Whether something in an expression has rows in the order of the problem: a term, a sub-matrix, blocks."""
-    return isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)) or any(map(_lies_by_name, expr._inner))
+    return any(isinstance(node, (NamedExpr, Restriction, BlockDiagonal)) for node in expr.walk())
 
 
 def _by_name(expr: Expr, names: tuple[str, ...]) -> Expr:
@@ -102,4 +93,4 @@ def _by_name(expr: Expr, names: tuple[str, ...]) -> Expr:
         return expr
     if not _lies_by_name(expr):
         return BlockDiagonal((Block(names, expr, joint=True),), None, True)
-    return _over_parts(expr, lambda part: _by_name(part, names))
+    return expr.rebuild(tuple(_by_name(part, names) for part in expr.children))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,14 @@ class RowRanges:
         """The same rows by number."""
         last = max((at.stop for at in self.ranges), default=0)
         return self.take(torch.arange(last, device=device))
+
+
+def by_blocks(rows: Sequence[RowRanges], x: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """A block-diagonal map of x (n, K): a function of (number of the block, its rows of x); zero where no block is."""
+    result = torch.zeros_like(x)
+    for number, places in enumerate(rows):
+        places.put(result, function(number, places.take(x)))
+    return result
 
 
 def merged(slices: list[slice]) -> tuple[slice, ...]:

@@ -1,18 +1,20 @@
 """Structured forms of a matrix, tried in order; each is offered with its cost, or declined with the reason.
 
-A form makes inverses, square roots, traces and spectra exact. A newcomer is one function and one row of ``FORMS``.
+A form makes inverses, square roots, traces and spectra exact. A newcomer is one function under its name here, and the name in
+:data:`curvalg.expr.SOLVERS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import (
+    SOLVERS,
     BlockDiagonal,
     Diagonal,
     Eigenbasis,
@@ -24,14 +26,15 @@ from curvalg.expr import (
     SquareRoot,
     add,
 )
-from curvalg.expr.term import DatasetTerm, Term
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule, affine
 from curvalg.lowering.inverses.priors import damped_by_name
 from curvalg.lowering.inverses.rounding import epsilon, noise
-from curvalg.lowering.low_rank.gram import Gram, WeightedFactor
+from curvalg.lowering.low_rank.factored_sum import factored_sum
+from curvalg.lowering.low_rank.gram import Gram
 from curvalg.lowering.low_rank.kernel import is_kernel, kernel
+from curvalg.lowering.low_rank.weighted_factor import WeightedFactor
 from curvalg.lowering.matrices import (
     Basis,
     Blocks,
@@ -53,8 +56,20 @@ from curvalg.rewrite import simplify
 
 DENSE_LIMIT = 4096
 """The most rows of a matrix that is built and factorised."""
+_OFFERS: dict[str, OfferRule] = {}
 
 
+def _form(name: str) -> Callable[[OfferRule], OfferRule]:
+    """Under this name from now on."""
+
+    def register(rule: OfferRule) -> OfferRule:
+        _OFFERS[name] = rule
+        return rule
+
+    return register
+
+
+@_form("diagonal")
 def _diagonal(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     diagonals = [(c, part) for c, part in parts if isinstance(part, Diagonal)]
@@ -73,6 +88,7 @@ def _diagonal(matrix: BoundMatrix) -> Offer:
     return Form("diagonal", "a division", make)
 
 
+@_form("kronecker")
 def _kronecker(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(leaf := parts[0][1], Kronecker):
@@ -111,6 +127,7 @@ def _kronecker_spectral(
     return Spectral(matrix.size, scale * values + shift, basis, what=str(matrix.expr))
 
 
+@_form("eigenbasis")
 def _eigenbasis(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(leaf := parts[0][1], Eigenbasis):
@@ -130,6 +147,7 @@ def _eigenbasis(matrix: BoundMatrix) -> Offer:
     return Form("eigenbasis", "two changes of basis and a division", make)
 
 
+@_form("blocks")
 def _blocks(matrix: BoundMatrix) -> Offer:
     blocks = matrix_blocks(matrix)
     if isinstance(blocks, str):
@@ -169,6 +187,7 @@ def matrix_blocks(matrix: BoundMatrix) -> list[tuple[RowRanges, BoundMatrix, str
     ]
 
 
+@_form("woodbury")
 def _woodbury(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     updates = [(c, part) for c, part in parts if isinstance(part, LowRank)]
@@ -222,25 +241,18 @@ def _low_rank_spectral(matrix: BoundMatrix, updates: Sequence[tuple[float, LowRa
     return Spectral(matrix.size, values + shift, basis, shift, str(matrix.expr))
 
 
-def _dual(matrix: BoundMatrix) -> Offer:
-    parts, shift = affine(matrix.expr)
+@_form("gram")
+def _gram(matrix: BoundMatrix) -> Offer:
     problem = matrix.problem
-    if not parts or not all(isinstance(part, Term) for _, part in parts):
-        return "the matrix is not a sum of terms with few output directions and the identity"
-    entries = [(c, part) for c, part in parts if isinstance(part, Term)]
+    total = factored_sum(matrix.expr, problem)
+    if isinstance(total, str):
+        return total
+    entries, shift = total.entries, total.shift
     for c, term in entries:
-        if type(term).factor is Term.factor:
-            return f"{term} is not of the form V Vᵀ with known V"
         if c <= 0:
             return f"the coefficient of {term} is not positive"
-        if not term.facts(problem.facts).psd:
-            return f"{term} is not known to be positive semi-definite"
-        if isinstance(term, DatasetTerm) and not term.centred:
-            return f"{term} needs totals of the data set"
     if shift < 0:
         return "the identity has a negative coefficient"
-    if problem.model.batch_statistics:
-        return "samples influence each other through batch statistics"
     if not problem.data.ordered:
         return "the loader shuffles, so that columns of V cannot be told apart; pass shuffle=False"
     columns = sum(problem.factor_columns(term) for _, term in entries) * problem.totals.rows
@@ -256,7 +268,7 @@ def _dual(matrix: BoundMatrix) -> Offer:
     what = str(matrix.expr)
     singular = None if shift else f"its rank is at most M = {columns}, less than D = {matrix.size}"
     return Form(
-        "dual",
+        "gram",
         cost,
         lambda snapshot: _compared(Gram(WeightedFactor(problem, snapshot, entries), shift, what), matrix, snapshot),
         singular=singular,
@@ -266,29 +278,30 @@ def _dual(matrix: BoundMatrix) -> Offer:
     )
 
 
-def _compared(dual: Gram, matrix: BoundMatrix, snapshot: Snapshot) -> Gram:
+def _compared(gram: Gram, matrix: BoundMatrix, snapshot: Snapshot) -> Gram:
     """The form, after a look at whether the columns that somebody's terms give make the matrix that their products are of.
 
     Raises:
         ExpressionError: they do not.
     """
     problem = matrix.problem
-    others = [term for _, term in dual.columns.entries if not is_ours(term)]
+    others = [term for _, term in gram.columns.entries if not is_ours(term)]
     if not problem.verify or not others:
-        return dual
+        return gram
     x = torch.randn(matrix.size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x.to(problem.device, problem.dtype)
     plan = getattr(matrix.plan, "otherwise", matrix.plan)  # which may take products from the factor itself
     right = plan.apply(snapshot, x)
-    error, size = float((dual.multiply(x) - right).norm()), float(right.norm())
+    error, size = float((gram.multiply(x) - right).norm()), float(right.norm())
     if not error <= max(epsilon(problem) ** 0.5, noise(problem)) * size:
         raise ExpressionError(
             f"{', '.join(map(named, others))}: the columns of factor do not make the matrix that products give (they differ by "
             f"{error / size if size else math.inf:.1e}); correct factor, or leave it out"
         )
-    return dual
+    return gram
 
 
+@_form("kernel")
 def _kernel(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     problem = matrix.problem
@@ -311,6 +324,7 @@ def _kernel(matrix: BoundMatrix) -> Offer:
     return Form("kernel", cost, make)
 
 
+@_form("function")
 def _function(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(outer := parts[0][1], (Inverse, SquareRoot)):
@@ -336,6 +350,7 @@ def _function(matrix: BoundMatrix) -> Offer:
     )
 
 
+@_form("dense")
 def _dense(matrix: BoundMatrix) -> Offer:
     n = matrix.size
     if n > DENSE_LIMIT:
@@ -366,17 +381,7 @@ def _build(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor:
     return (built + built.T) / 2 if matrix.facts.symmetric else built
 
 
-FORMS: dict[str, OfferRule] = {
-    "diagonal": _diagonal,
-    "kronecker": _kronecker,
-    "eigenbasis": _eigenbasis,
-    "blocks": _blocks,
-    "woodbury": _woodbury,
-    "dual": _dual,
-    "kernel": _kernel,
-    "function": _function,
-    "dense": _dense,
-}
+FORMS: dict[str, OfferRule] = {name: _OFFERS[name] for name in SOLVERS if name in _OFFERS}
 """All forms, in the order in which they are tried."""
 
 

@@ -143,15 +143,15 @@ def multiple(expr: Expr) -> float:
     """
     if isinstance(expr, IdentityExpr):
         return 1.0
+    if isinstance(expr, Inverse):
+        if not (inner := multiple(expr.expr)):
+            raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")
+        return 1 / inner
     parts = [multiple(child) for child in expr.children]
     if isinstance(expr, Sum):
         return sum(
             (float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift)
         )
-    if isinstance(expr, Inverse):
-        if not parts[0]:
-            raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")
-        return 1 / parts[0]
     if isinstance(expr, SquareRoot):
         if parts[0] < 0:
             raise FactsError(f"{expr.expr} is {parts[0]:.3g} * Identity, so it has no real square root")

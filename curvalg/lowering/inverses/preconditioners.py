@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import VectorError
-from curvalg.lowering.inverses.solvers import Preconditioning
+from curvalg.lowering.inverses.solver import Preconditioning
 from curvalg.problem import Snapshot
 from curvalg.tensors.trees import describe
 

@@ -3,82 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from curvalg.expr.term import Term
-from curvalg.lowering.low_rank.factor import Factor, factor_of
+from curvalg.lowering.low_rank.weighted_factor import WeightedFactor
 from curvalg.lowering.matrices import Basis, Eigh, Spectral, Structure, singular
 from curvalg.lowering.matrices.structure import Function
-from curvalg.problem import Problem, Snapshot
 from curvalg.solve import factorize
 
 SINGLE = 1e4
 """The largest ‖K‖ / c for which a float32 factorisation with refinement is enough; above, float64."""
-
-
-class WeightedFactor:
-    """W = V T: the columns of a weighted sum of terms, each scaled by the root of its coefficient, some centred.
-
-    A centred term is V (I − 11ᵀ/N) Vᵀ with 1 over its active columns, so its columns are V (I − γ 11ᵀ).
-
-    Args:
-        problem: the problem.
-        snapshot: the state.
-        entries: (positive coefficient, term).
-    """
-
-    def __init__(self, problem: Problem, snapshot: Snapshot, entries: Sequence[tuple[float, Term]]) -> None:
-        # One order of the terms, so that sums written in any order share what is kept.
-        self.entries = sorted(entries, key=lambda entry: repr(entry[1]))
-        self.problem, self.snapshot = problem, snapshot
-        self.factor: Factor = factor_of(problem, snapshot, tuple(term for _, term in self.entries))
-        self._mixing: tuple[Tensor, list[tuple[Tensor, float]]] | None = None
-
-    def _mix(self) -> tuple[Tensor, list[tuple[Tensor, float]]]:
-        """The scale of every column, and (1, γ) of every centred term."""
-        if self._mixing is None:
-            self.factor.prepare(self.problem, self.snapshot)
-            owner, active = self.factor.owner, self.factor.active
-            roots = torch.tensor([math.sqrt(c) for c, _ in self.entries], dtype=torch.float64, device=owner.device)
-            centred = []
-            for number, (_, term) in enumerate(self.entries):
-                if term.centred:
-                    ones = ((owner == number) & active).double()
-                    count = float(ones.sum())
-                    if count:
-                        root = math.sqrt(max(0.0, 1 - count / self.problem.totals.count))
-                        centred.append((ones, (1 - root) / count))
-            self._mixing = roots[owner], centred
-        return self._mixing
-
-    def transform(self, y: Tensor) -> Tensor:
-        """T Y for Y (M, P); T is symmetric."""
-        scale, centred = self._mix()
-        for ones, gamma in centred:
-            one = ones.to(y.dtype)
-            y = y - gamma * torch.outer(one, one @ y)
-        return scale.to(y.dtype)[:, None] * y
-
-    def analyse(self, x: Tensor) -> Tensor:
-        """Wᵀ X for X (D, P), in the problem's precision."""
-        own = x.to(self.problem.dtype)
-        return self.transform(self.factor.push(self.problem, self.snapshot, own)).to(x.dtype)
-
-    def synthesise(self, y: Tensor) -> Tensor:
-        """W Y for Y (M, P)."""
-        own = self.transform(y).to(self.problem.dtype)
-        return self.factor.pull(self.problem, self.snapshot, own).to(y.dtype)
-
-    def gram(self) -> Tensor:
-        """WᵀW (M, M)."""
-        gram = self.factor.gram(self.problem, self.snapshot)
-        scale, centred = self._mix()
-        if not centred and bool((scale == 1).all()):
-            return gram
-        return self.transform(self.transform(gram.double()).T).to(gram.dtype)
 
 
 class GramBasis(Basis):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from curvalg.lowering.blocks.rows import RowRanges
+from curvalg.lowering.blocks.rows import RowRanges, by_blocks
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 
 
@@ -21,18 +21,13 @@ class Blocks(Structure):
     def __init__(self, parts: Sequence[tuple[RowRanges, Structure]]) -> None:
         super().__init__(sum(block.size for _, block in parts))
         self.parts = list(parts)
-
-    def _each(self, x: Tensor, apply: Callable[[Structure, Tensor], Tensor]) -> Tensor:
-        result = torch.empty_like(x)
-        for places, block in self.parts:
-            places.put(result, apply(block, places.take(x)))
-        return result
+        self._rows = [places for places, _ in self.parts]
 
     def multiply(self, x: Tensor) -> Tensor:
-        return self._each(x, lambda block, part: block.multiply(part))
+        return by_blocks(self._rows, x, lambda i, part: self.parts[i][1].multiply(part))
 
     def solve(self, b: Tensor) -> Tensor:
-        return self._each(b, lambda block, part: block.solve(part))
+        return by_blocks(self._rows, b, lambda i, part: self.parts[i][1].solve(part))
 
     def mapped(self, function: Function, name: str) -> Structure | None:
         blocks = [(places, block.mapped(function, name)) for places, block in self.parts]

@@ -9,9 +9,7 @@ from curvalg.errors import CurvalgError, ExpressionError
 from curvalg.expr import (
     Block,
     BlockDiagonal,
-    Inverse,
     Restriction,
-    inverse,
     restrict,
 )
 from curvalg.expr.node import Expr
@@ -43,7 +41,7 @@ def unbound(expr: Expr) -> list[Expr]:
 def _unbound(expr: Expr) -> list[Expr]:
     if isinstance(expr, get_args(Computed)):
         return [expr]
-    return list(dict.fromkeys(term for part in expr._inner for term in unbound(part)))
+    return list(dict.fromkeys(term for part in expr.children for term in unbound(part)))
 
 
 def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, whole: Problem | None = None) -> Expr:
@@ -77,11 +75,6 @@ def bind(expr: Expr, problem: Problem, snapshot: Snapshot, planner: Planner, who
         ]
         return BlockDiagonal(tuple(blocks), None, expr.complete)
     _accumulate(_matrix_terms_here(expr), problem, snapshot)
-    if isinstance(expr, Inverse):
-        options = expr.options
-        if expr.preconditioner is not None:
-            options["preconditioner"] = bind(expr.preconditioner, problem, snapshot, planner, whole)
-        return inverse(bind(expr.expr, problem, snapshot, planner, whole), **options)
     return expr.rebuild(tuple(bind(child, problem, snapshot, planner, whole) for child in expr.children))
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgWarning, FactsError
 from curvalg.expr import BlockDiagonal, Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom, Restriction
-from curvalg.expr.term import Term
 from curvalg.lowering.blocks.submatrices import block_problem, is_local
 from curvalg.lowering.inverses.forms import DENSE_LIMIT, find
 from curvalg.lowering.inverses.offer import BoundMatrix, affine
 from curvalg.lowering.low_rank.factor import factor_of
+from curvalg.lowering.low_rank.factored_sum import factored_sum
 from curvalg.problem import Problem, Snapshot
 
 CHUNK = 256
@@ -62,24 +62,18 @@ def _(expr: DiagonalEstimate, matrix: BoundMatrix, snapshot: Snapshot, whole: Pr
 
 
 def _by_structure(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor | None:
-    form, _ = find(matrix, exclude=("dual", "dense"))
+    form, _ = find(matrix, exclude=("gram", "dense"))
     return None if form is None else form.at(snapshot).diagonal()
 
 
 def _by_columns(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor | None:
     """Sums of squared per-sample directions; no product."""
-    parts, shift = affine(matrix.expr)
-    weights: dict[Term, float] = {}
-    for c, term in parts:
-        if not isinstance(term, Term) or type(term).factor is Term.factor or term.centred:
-            return None
-        if not term.facts(matrix.problem.facts).psd or matrix.problem.model.batch_statistics:
-            return None
-        weights[term] = c
-    if not weights:
+    problem, found = matrix.problem, factored_sum(matrix.expr, matrix.problem)
+    if isinstance(found, str) or any(term.centred for term in found.terms):
         return None
-    total: Tensor = factor_of(matrix.problem, snapshot, tuple(weights)).squares(matrix.problem, snapshot, weights)
-    return total + shift
+    weights = {term: c for c, term in found.entries}
+    squares: Tensor = factor_of(problem, snapshot, found.terms).squares(problem, snapshot, weights)
+    return squares + found.shift
 
 
 def _by_products(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor:

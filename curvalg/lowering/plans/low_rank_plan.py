@@ -11,7 +11,8 @@ from torch import Tensor
 from curvalg.errors import ProblemError
 from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, Groups, factor_of
-from curvalg.lowering.plans.nodes import Plan, drop_recordings
+from curvalg.lowering.low_rank.weighted_factor import weighed
+from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.race import Candidate, Race
 
@@ -184,7 +185,7 @@ class LowRankPlan(Plan):
     def _release(self, snapshot: Snapshot, chosen: set[str]) -> None:
         """Drop what no chosen way needs."""
         if ORDINARY not in chosen:
-            drop_recordings(self.otherwise, snapshot)
+            self.otherwise.release(snapshot)
         elif chosen == {ORDINARY}:
             self.factor(snapshot).drop()
         if MULTIPLIED not in chosen:
@@ -218,16 +219,7 @@ class LowRankPlan(Plan):
             raise Impossible(f"{columns} output directions for each row of the data, more than {MOST_COLUMNS}")
 
     def _weigh(self, factor: Factor, y: Tensor) -> Tensor:
-        """Coefficients and centring of every term's columns, for Y (groups, M, P)."""
-        for number, (c, term) in enumerate(self.entries):
-            if len(self.entries) == 1 and c == 1 and not term.centred:
-                return y
-            mine = (factor.owner == number).to(y.dtype)[:, None]
-            if term.centred:
-                ones = mine * factor.active.to(y.dtype)[:, None]
-                y = y - ones * (ones * y).sum(1, keepdim=True) / self.problem.totals.count
-            y = y * (1 + (c - 1) * mine)
-        return y
+        return weighed(factor, self.entries, self.problem.totals.count, y)
 
     def _shifted(self, result: Tensor, x: Tensor) -> Tensor:
         layout = self.problem.layout

@@ -16,27 +16,27 @@ from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
 from curvalg.lowering.inverses.forms import find
-from curvalg.lowering.inverses.offer import BoundMatrix, Found, affine, multiple
+from curvalg.lowering.inverses.offer import BoundMatrix, Found, multiple
 from curvalg.lowering.inverses.preconditioners import Given, given_preconditioner
-from curvalg.lowering.inverses.solvers import InverseRequest, Preconditioning, choose
-from curvalg.lowering.plans.bind import unbound
-from curvalg.lowering.plans.computed import Computed
-from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
-from curvalg.lowering.plans.nodes import (
+from curvalg.lowering.inverses.solver import InverseRequest, Preconditioning
+from curvalg.lowering.inverses.solvers import choose
+from curvalg.lowering.low_rank.factored_sum import FactoredSum, factored_sum, in_order, why_not_factored
+from curvalg.lowering.plans.algebra_plan import (
     BlocksPlan,
-    InversePlan,
     LeafPlan,
-    OutputPlan,
-    Plan,
     ProductPlan,
-    RootPlan,
     SubmatrixPlan,
     SumPlan,
-    SweepPlan,
-    Unbound,
+    UnboundPlan,
     ZeroPlan,
-    as_float,
 )
+from curvalg.lowering.plans.bind import unbound
+from curvalg.lowering.plans.computed import Computed
+from curvalg.lowering.plans.inverse_plan import InversePlan, RootPlan
+from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
+from curvalg.lowering.plans.output_plan import OutputPlan
+from curvalg.lowering.plans.plan import Plan, as_float
+from curvalg.lowering.plans.sweep_plan import SweepPlan
 from curvalg.lowering.sweeps.contract import require_defined
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.transposed import transposed
@@ -80,12 +80,12 @@ class Planning:
     def _inverses_in(self, expr: Expr, problem: Problem) -> list[Expr]:
         """Inverses that the plan will meet and that have none yet, innermost first: planned so, they take no stack."""
         found: dict[Expr, None] = {}
-        todo = list(expr.children) if isinstance(expr, _TRANSPARENT) else []
+        todo = _visible(expr)
         while todo:
             node = todo.pop()
             if isinstance(node, _TRANSPARENT) and node not in found and (node, problem) not in self._plans:
                 found[node] = None
-                todo += node.children
+                todo += _visible(node)
         return [node for node in reversed(found) if isinstance(node, alg.Inverse)]
 
     def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> BoundMatrix:
@@ -94,6 +94,13 @@ class Planning:
 
 
 _TRANSPARENT = (alg.Sum, alg.Product, alg.Inverse)
+
+
+def _visible(expr: Expr) -> list[Expr]:
+    """What the plan of an expression meets on the same problem; preconditioners are planned by themselves."""
+    if isinstance(expr, alg.Inverse):
+        return [expr.expr]
+    return list(expr.children) if isinstance(expr, _TRANSPARENT) else []
 
 
 @singledispatch
@@ -106,7 +113,7 @@ def _(expr: alg.Inverse, problem: Problem, plan: Planning) -> Plan:
     if expr.domain is None:
         return SumPlan((), multiple(expr))
     if unbound(expr):
-        return Unbound(expr)
+        return UnboundPlan(expr)
     request = InverseRequest(expr, plan.matrix(expr.expr, problem), _preconditioning(expr, problem, plan.given))
     solver, chain = choose(request)
     return InversePlan(expr, solver, tuple(chain), plan(expr.expr, problem))
@@ -141,7 +148,7 @@ def _(expr: alg.SquareRoot, problem: Problem, plan: Planning) -> Plan:
     if expr.domain is None:
         return SumPlan((), multiple(expr))
     if unbound(expr):
-        return Unbound(expr)
+        return UnboundPlan(expr)
     form, chain = find(plan.matrix(expr.expr, problem, spectral=True))
     if form is None:
         raise FactsError(
@@ -178,7 +185,7 @@ def _(expr: Term, problem: Problem, plan: Planning) -> Plan:
 @_rule.register
 def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
     _validate(expr, problem)
-    return Unbound(expr)
+    return UnboundPlan(expr)
 
 
 @_rule.register(alg.DiagonalPart)
@@ -187,7 +194,7 @@ def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
 def _(expr: Computed, problem: Problem, plan: Planning) -> Plan:
     if not unbound(expr.expr):
         plan(expr.expr, problem)  # what cannot be lowered is refused now, not at the first product
-    return Unbound(expr)
+    return UnboundPlan(expr)
 
 
 @_rule.register
@@ -222,7 +229,7 @@ def _(expr: alg.Transpose, problem: Problem, plan: Planning) -> Plan:
         return SweepPlan(problem, Sweep(((1.0, transposed(inner)),)), expr)
     if isinstance(inner, MatrixTerm):
         _validate(inner, problem)
-        return Unbound(expr)
+        return UnboundPlan(expr)
     raise ExpressionError(f"the transpose of {type(inner).__name__} cannot be lowered ({expr})")
 
 
@@ -267,31 +274,14 @@ PATIENCE = 16
 def _swept(problem: Problem, sweep: Sweep, expr: Expr) -> Plan:
     """A sweep, with the other ways that terms of few output directions have."""
     ordinary = SweepPlan(problem, sweep, expr)
-    if not _has_factor(sweep.entries, problem) or not _may_be_factored(problem):
+    if not _worth_factoring(problem) or why_not_factored(sweep.entries, problem) is not None:
         return ordinary
-    return LowRankPlan(problem, _in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
+    return LowRankPlan(problem, in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
 
 
-def _may_be_factored(problem: Problem) -> bool:
-    return (
-        bool(problem.factored)
-        and problem.budget.limit > 0
-        and problem.data.ordered
-        and not problem.model.batch_statistics
-    )
-
-
-def _has_factor(entries: Sequence[tuple[float, Expr]], problem: Problem) -> bool:
-    """Whether all terms have columns V with V Vᵀ = A."""
-    return all(
-        isinstance(part, Term) and type(part).factor is not Term.factor and part.facts(problem.facts).psd is True
-        for _, part in entries
-    )
-
-
-def _in_order(entries: Sequence[tuple[float, Expr]]) -> list[tuple[float, Term]]:
-    """One order of the terms, so that sums written in any order share what is kept."""
-    return sorted([(c, part) for c, part in entries if isinstance(part, Term)], key=lambda entry: repr(entry[1]))
+def _worth_factoring(problem: Problem) -> bool:
+    """Whether products by layer inputs and deltas, or by V, are asked for and can be kept."""
+    return bool(problem.factored) and problem.budget.limit > 0 and problem.data.ordered
 
 
 def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
@@ -359,40 +349,42 @@ def _share(plans: Sequence[Plan], blocks: Sequence[alg.Block], problem: Problem)
             if isinstance(node, SweepPlan) and node.problem.whole is problem:
                 mine.add(("sweep", node.sweep.key))
             todo.extend(node.inner)
-        entries, _ = affine(block.expr)
-        if entries and _has_factor(entries, problem):
-            mine.add(("factor", tuple(term for _, term in _in_order(entries))))
+        if isinstance(total := factored_sum(block.expr, problem), FactoredSum):
+            mine.add(("factor", total.terms))
         found.update(mine)
     problem.shared |= {what for what, count in found.items() if count > 1}
 
 
-def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> list[int]:
+def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> dict[int, FactoredSum]:
     """Which blocks are of one sum of terms with few output directions, so that their products can be taken together."""
-    if not _may_be_factored(problem):
-        return []
-    sums: dict[frozenset[tuple[float, Expr]], list[int]] = {}
+    if not _worth_factoring(problem):
+        return {}
+    sums: dict[tuple[tuple[float, Term], ...], dict[int, FactoredSum]] = {}
     for number, block in enumerate(blocks):
-        parts, _ = affine(block.expr)
-        if parts and _has_factor(parts, problem) and not block.joint:
-            sums.setdefault(frozenset(parts), []).append(number)
+        total = factored_sum(block.expr, problem)
+        if isinstance(total, FactoredSum) and not block.joint:
+            sums.setdefault(total.entries, {})[number] = total
     if not sums:
-        return []
-    entries, numbers = max(sums.items(), key=lambda item: len(item[1]))
-    few = len(numbers) > 1 and sum(problem.factor_columns(t) for _, t in entries if isinstance(t, Term)) <= MOST_COLUMNS
-    return numbers if few else []
+        return {}
+    entries, found = max(sums.items(), key=lambda item: len(item[1]))
+    few = len(found) > 1 and sum(problem.factor_columns(term) for _, term in entries) <= MOST_COLUMNS
+    return found if few else {}
 
 
 def _with_factored(
-    blocks: Sequence[alg.Block], factored: list[int], plans: Sequence[tuple[RowRanges, Plan, str]], problem: Problem
+    blocks: Sequence[alg.Block],
+    factored: Mapping[int, FactoredSum],
+    plans: Sequence[tuple[RowRanges, Plan, str]],
+    problem: Problem,
 ) -> Plan:
     names = problem.layout.names
     groups = tuple(blocks[i].params for i in factored)
     chosen = [name for name in names if any(name in group for group in groups)]
     on = problem if len(chosen) == len(names) else problem.restricted(chosen)
-    parts = [affine(blocks[i].expr) for i in factored]
-    entries = _in_order(parts[0][0])
+    totals = list(factored.values())
     alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
-    joint = LowRankPlan(on, entries, groups, [shift for _, shift in parts], BlocksPlan(alone), patience=0)
+    shifts = [total.shift for total in totals]
+    joint = LowRankPlan(on, totals[0].entries, groups, shifts, BlocksPlan(alone), patience=0)
     if len(factored) == len(blocks):
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]

@@ -1,1 +1,23 @@
 """Layer inputs and output deltas: the gradients of many output directions, held without multiplying them out."""
+
+from curvalg.problem.layers.notes import LayerNotes
+from curvalg.problem.layers.per_sample import LAST, ROUTES, PerSampleNotes, per_sample_gradients
+from curvalg.problem.layers.record import LayerRecord
+from curvalg.problem.layers.recorded import RecordedLayers, record_layers
+from curvalg.problem.layers.registrations import TABLE
+from curvalg.problem.layers.routing import is_steady
+from curvalg.problem.layers.verify import ROWS
+
+__all__ = [
+    "LAST",
+    "ROUTES",
+    "ROWS",
+    "TABLE",
+    "LayerNotes",
+    "LayerRecord",
+    "PerSampleNotes",
+    "RecordedLayers",
+    "is_steady",
+    "per_sample_gradients",
+    "record_layers",
+]

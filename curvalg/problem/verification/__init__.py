@@ -5,3 +5,7 @@ numbers or a state in ways that an exchange of its parameters does not reach. Ea
 route; it is made once and remembered, at a structure of the problem where it is about the model's code, and at a state where
 it depends on the numbers too. ``Problem(verify=False)`` leaves all of them out.
 """
+
+from curvalg.problem.verification.tangent_checks import TangentNotes
+
+__all__ = ["TangentNotes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from curvalg.expr import Identity, Inverse, Product, Sum, add, inverse, multiply
 from curvalg.expr.facts import LossFacts
 from curvalg.expr.node import Expr
-from curvalg.expr.spaces import side, square
+from curvalg.expr.nodes.composite import side, square
 
 
 def of_inverse(expr: Inverse, loss: LossFacts | None) -> Expr | None:

@@ -89,9 +89,8 @@ def _array_leaves(expr: Any) -> None:
         raise Failure(
             "an expression from finish()", type(expr).__name__, "Wrap arrays in Diagonal, Kronecker, LowRank, …"
         )
-    if isinstance(expr, NamedExpr):
-        raise Failure(
-            "array leaves from finish()", f"the term {expr}", "Return what the statistics hold as array leaves"
-        )
-    for child in expr.children:
-        _array_leaves(child)
+    for node in expr.walk():
+        if isinstance(node, NamedExpr):
+            raise Failure(
+                "array leaves from finish()", f"the term {node}", "Return what the statistics hold as array leaves"
+            )

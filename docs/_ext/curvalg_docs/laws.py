@@ -6,7 +6,8 @@ import inspect
 import re
 from collections.abc import Sequence
 
-from curvalg.rewrite import LAWS, Law, rewrite, witness
+from curvalg.rewrite import LAWS, Law, rewrite
+from tests.support import witness
 
 TITLES = {
     "transpose_rules": "Transposes",

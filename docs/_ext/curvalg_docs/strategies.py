@@ -77,7 +77,7 @@ EXAMPLES: dict[str, Example] = {
         lambda: LowRank(torch.ones(SIZE, 1)) + Diagonal(torch.arange(1.0, SIZE + 1)),
         "low-rank updates of a matrix that has a structured inverse",
     ),
-    "dual": Example(
+    "gram": Example(
         "ggn + c*Identity",
         lambda: _ggn() + 0.1 * Identity,
         "a positive sum of terms V Vᵀ with fewer columns than parameters",

@@ -101,7 +101,7 @@ def test_solves_and_spectra(world, name):
     columns = problem.factor_columns(term) * problem.totals.rows
     op = inverse(term + 0.01 * Identity).lower(problem)
     assert torch.allclose(op @ B, torch.linalg.solve(damped, B), atol=1e-7)
-    chosen = "dual" if columns < problem.size else "dense"
+    chosen = "gram" if columns < problem.size else "dense"
     if term.facts(problem.facts).psd:
         assert f"{chosen}: chosen" in op.explain()
     root = torch.linalg.cholesky(damped).logdet() * 2
@@ -156,13 +156,13 @@ def test_a_little_damping_in_single_precision(problem_of):
         x = op @ g
         residual = ggn.lower(problem) @ x + damping * x - g
         assert residual.norm() <= 1e-4 * g.norm()
-        assert "dual: chosen" in op.explain()
+        assert "gram: chosen" in op.explain()
 
 
 def test_why_the_dual_form_declines(problem_of):
     def reason(expr, problem):
         text = inverse(expr + Identity, on_fail="warn").lower(problem).explain()
-        return next(line for line in text.splitlines() if "dual: declined" in line)
+        return next(line for line in text.splitlines() if "gram: declined" in line)
 
     problem = problem_of("mlp")
     build = registry.build

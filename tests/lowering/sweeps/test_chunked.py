@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvalg import Problem, StaleError, registry
 from curvalg.losses import CrossEntropy, KLDivWithLogits
-from curvalg.problem.large_outputs.find_head import HeadNotes
-from curvalg.problem.verification.tangent_checks import TangentNotes
+from curvalg.problem.large_outputs import HeadNotes
+from curvalg.problem.verification import TangentNotes
 from tests.support.large_outputs import (
     LAST,
     POSITIONWISE,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from curvalg import Problem, restrict
-from curvalg.problem.large_outputs.find_head import HeadNotes
+from curvalg.problem.large_outputs import HeadNotes
 from tests.support.large_outputs import (
     LAST,
     POSITIONWISE,

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from curvalg import Problem, ProblemError
-from curvalg.problem.layers.notes import LayerNotes
-from curvalg.problem.layers.recorded import record_layers
-from curvalg.problem.layers.verify import ROWS
+from curvalg.problem.layers import ROWS, LayerNotes, record_layers
 
 D = torch.float64
 

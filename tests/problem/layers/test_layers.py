@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvalg import Problem, ProblemError, registry
-from curvalg.problem.layers.notes import LayerNotes
-from curvalg.problem.layers.recorded import record_layers
-from curvalg.problem.layers.registrations import TABLE
+from curvalg.problem.layers import TABLE, LayerNotes, record_layers
 from tests.support.zoo import make
 
 D = torch.float64

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvalg.problem.layers.routing import is_steady
+from curvalg.problem.layers import is_steady
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 
 import curvalg.expr as alg
-from curvalg.expr import terms
-from curvalg.expr.facts import Facts, LossFacts
-from curvalg.expr.node import Expr
-from curvalg.expr.term import NamedExpr
+from curvalg.expr import Expr, Facts, LossFacts, NamedExpr
 
 Array = Any
 
@@ -99,33 +96,33 @@ class DenseWorld:
         return matrix @ matrix.T + np.eye(self.size) if expr.definite else matrix
 
     @_dense.register
-    def _(self, expr: terms.Jacobian, size: int) -> Array:
+    def _(self, expr: alg.Jacobian, size: int) -> Array:
         return self._random("jacobian", self.outputs, self.size)
 
     @_dense.register
-    def _(self, expr: terms.LossHessian, size: int) -> Array:
+    def _(self, expr: alg.LossHessian, size: int) -> Array:
         return self._random("loss_hessian", self.outputs, self.outputs, True)
 
-    @_dense.register(terms.GGN)
-    @_dense.register(terms.Fisher)
+    @_dense.register(alg.GGN)
+    @_dense.register(alg.Fisher)
     def _(self, expr: Expr, size: int) -> Array:
-        jacobian = self.value(terms.Jacobian())
-        return jacobian.T @ self.value(terms.LossHessian()) @ jacobian
+        jacobian = self.value(alg.Jacobian())
+        return jacobian.T @ self.value(alg.LossHessian()) @ jacobian
 
-    @_dense.register(terms.MonteCarloGGN)
-    @_dense.register(terms.MonteCarloFisher)
+    @_dense.register(alg.MonteCarloGGN)
+    @_dense.register(alg.MonteCarloFisher)
     def _(self, expr: Any, size: int) -> Array:
         return self._random(f"mc {expr.samples} {expr.seed}", self.size, self.size, True)
 
-    @_dense.register(terms.Residual)
-    @_dense.register(terms.Covariance)
-    @_dense.register(terms.CenteredCovariance)
+    @_dense.register(alg.Residual)
+    @_dense.register(alg.Covariance)
+    @_dense.register(alg.CenteredCovariance)
     def _(self, expr: NamedExpr, size: int) -> Array:
         return self._random(expr.name, self.size, self.size, True)
 
     @_dense.register
-    def _(self, expr: terms.Hessian, size: int) -> Array:
-        return self.value(terms.GGN()) + self.value(terms.Residual())
+    def _(self, expr: alg.Hessian, size: int) -> Array:
+        return self.value(alg.GGN()) + self.value(alg.Residual())
 
     @_dense.register
     def _(self, expr: alg.IdentityExpr, size: int) -> Array:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from curvalg import ProblemError, registry
-from curvalg.problem.layers.per_sample import PerSampleNotes
+from curvalg.problem.layers import PerSampleNotes
 from tests.support.zoo import ZOO, make
 
 LAST = "one backward per sample"

@@ -1,0 +1,66 @@
+"""Solves by products alone: a Krylov method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from curvalg.lowering.inverses.solver import InverseRequest, Solver
+from curvalg.problem import Snapshot
+from curvalg.solve import SolveResult
+from curvalg.solve.trail import Trail
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What a Krylov method multiplies with at one state.
+
+    Args:
+        multiply: X -> A X.
+        precondition: R -> P⁻¹ R, or None.
+    """
+
+    multiply: Callable[[Tensor], Tensor]
+    precondition: Callable[[Tensor], Tensor] | None
+
+
+class Iterative(Solver[Operators]):
+    """A Krylov method on products.
+
+    Args:
+        request: the inverse.
+        name: of the solver.
+        method: the kernel.
+    """
+
+    def __init__(self, request: InverseRequest, name: str, method: Callable[..., SolveResult]) -> None:
+        self.request, self.name, self.method = request, name, method
+        self.iterative = True
+        helped = " preconditioned" if request.preconditioner else ""
+        self.cost = f"at most {request.maxiter}{helped} products to a relative residual of {request.rtol:g}"
+
+    def prepare(self, snapshot: Snapshot) -> Operators:
+        plan, preconditioner = self.request.matrix.plan, self.request.preconditioner
+        return Operators(
+            lambda x: plan.apply(snapshot, x),
+            None if preconditioner is None else lambda r: preconditioner(snapshot, r),
+        )
+
+    def solve(
+        self, state: Operators, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
+        """A⁻¹ B from a starting point."""
+        request = self.request
+        return self.method(
+            state.multiply,
+            b,
+            x0=x0,
+            preconditioner=state.precondition,
+            rtol=request.rtol,
+            atol=float(request.node.atol),
+            maxiter=request.maxiter,
+            trail=trail,
+            noise=request.noise,
+        )

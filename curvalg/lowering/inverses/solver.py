@@ -1,0 +1,110 @@
+"""What a solver is: made for a matrix, prepared once at each state, and asked for solves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from curvalg.expr import Facts, Inverse
+from curvalg.lowering.inverses.offer import BoundMatrix
+from curvalg.lowering.inverses.rounding import default_rtol, noise
+from curvalg.lowering.inverses.verified import Oath
+from curvalg.problem import Problem, Snapshot
+from curvalg.solve import SolveResult
+from curvalg.solve.trail import Trail
+
+State = TypeVar("State")
+
+Preconditioning = Callable[[Snapshot, Tensor], Tensor]
+"""R (n, K) -> P⁻¹ R."""
+
+
+@dataclass(frozen=True)
+class InverseRequest:
+    """An inverse to be planned.
+
+    Args:
+        node: the expression, with its options.
+        matrix: what is to be inverted.
+        preconditioner: R -> P⁻¹ R, if given.
+    """
+
+    node: Inverse
+    matrix: BoundMatrix
+    preconditioner: Preconditioning | None = field(default=None, compare=False)
+
+    @property
+    def facts(self) -> Facts:
+        """Of the matrix, given the loss."""
+        return self.matrix.facts
+
+    @property
+    def problem(self) -> Problem:
+        """Restricted already where the inverse is inside a restriction."""
+        return self.matrix.problem
+
+    @property
+    def rtol(self) -> float:
+        """Relative tolerance; by default what fits the dtypes of the problem."""
+        return default_rtol(self.problem) if self.node.rtol is None else float(self.node.rtol)
+
+    @property
+    def noise(self) -> float:
+        """ε of the residuals ε ‖A‖ ‖x‖ that count as rounding of the products; 0 where a tolerance was asked for by name."""
+        return 0.0 if self.demanding else noise(self.problem)
+
+    @property
+    def demanding(self) -> bool:
+        """Whether a tolerance was asked for by name."""
+        return self.node.rtol is not None or self.node.atol > 0
+
+    @property
+    def maxiter(self) -> int:
+        """The most iterations."""
+        return self.node.maxiter or min(10 * self.matrix.size, 10_000)
+
+
+class Solver(ABC, Generic[State]):
+    """A way to solve that accepted a matrix.
+
+    Attributes:
+        name: of the solver.
+        cost: in words, for ``explain()``.
+        iterative: whether it is only accurate to a tolerance, and so no fixed linear map.
+        lines: more for ``explain()``.
+    """
+
+    name: str
+    cost: str
+    iterative: bool = False
+    lines: Sequence[str] = ()
+
+    @abstractmethod
+    def prepare(self, snapshot: Snapshot) -> State:
+        """What solves at a snapshot share: factorisations, products."""
+
+    @abstractmethod
+    def solve(
+        self, state: State, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
+        """A⁻¹ B for right-hand sides (n, K).
+
+        Args:
+            state: what :meth:`prepare` gave.
+            b: B.
+            x0: where iterations start.
+            trail: is told of iterates, and may interrupt.
+            report: without one, residuals that took a product of their own are NaN.
+        """
+
+    def approximate(self, state: State, b: Tensor) -> Tensor:
+        """A⁻¹ B as a preconditioner takes it: one fixed linear map, not checked."""
+        return self.solve(state, b, None, report=False).x
+
+    def oaths(self, state: State) -> list[Oath]:
+        """What structures have proved until now."""
+        return []

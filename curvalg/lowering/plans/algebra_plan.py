@@ -1,0 +1,172 @@
+"""Plans: what an expression becomes on a problem before any number is computed.
+
+A plan is a small tree. Terms of one sum that share their input share a sweep; a product is one plan after another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from curvalg.expr.node import Expr
+from curvalg.expr.nodes.arrays import ArrayLeaf
+from curvalg.lowering.blocks.output_rows import output_sizes
+from curvalg.lowering.blocks.rows import RowRanges, by_blocks
+from curvalg.lowering.lines import alike, indent
+from curvalg.lowering.matrices import array_leaves as leaves
+from curvalg.lowering.plans.plan import Plan
+from curvalg.problem import Problem, Snapshot
+
+
+@dataclass(frozen=True)
+class SumPlan(Plan):
+    """Several plans with one input, and a multiple of the identity."""
+
+    parts: tuple[tuple[float, Plan], ...]
+    shift: float
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return tuple(part for _, part in self.parts)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        if not self.parts:
+            return self.shift * x
+        (coefficient, first), *rest = self.parts
+        total = coefficient * first.apply(snapshot, x) if coefficient != 1 else first.apply(snapshot, x)
+        for coefficient, part in rest:
+            total = total.add_(part.apply(snapshot, x), alpha=coefficient)
+        return total.add_(x, alpha=self.shift) if self.shift else total
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        lines = ["sum"]
+        for coefficient, part in self.parts:
+            head, *tail = part.lines(snapshot)
+            lines += indent([head if coefficient == 1 else f"{coefficient:g} * {head}", *tail])
+        return [*lines, f"  {self.shift:g} * identity"] if self.shift else lines
+
+
+@dataclass(frozen=True)
+class ProductPlan(Plan):
+    """Plans applied from right to left."""
+
+    factors: tuple[Plan, ...]
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return self.factors
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        for factor in reversed(self.factors):
+            x = factor.apply(snapshot, x)
+        return x
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [
+            "product, from the last to the first",
+            *(line for f in self.factors for line in indent(f.lines(snapshot))),
+        ]
+
+
+@dataclass(frozen=True)
+class LeafPlan(Plan):
+    """An array leaf or its transpose."""
+
+    leaf: ArrayLeaf
+    transpose: bool = False
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        return leaves.multiply(self.leaf, x, self.transpose)
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [f"arrays: {self.leaf}{'.T' if self.transpose else ''}"]
+
+
+@dataclass(frozen=True)
+class BlocksPlan(Plan):
+    """Blocks over disjoint groups of parameters; what no block covers is zero."""
+
+    blocks: tuple[tuple[RowRanges, Plan, str], ...]
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return tuple(part for _, part, _ in self.blocks)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        rows = [places for places, _, _ in self.blocks]
+        return by_blocks(rows, x, lambda i, part: self.blocks[i][1].apply(snapshot, part))
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        passes = self.passes
+        cost = f"; about {passes} passes a product" if passes > 1 else ""
+        parts = [(label, plan.lines(snapshot)) for _, plan, label in self.blocks]
+        return [f"{len(self.blocks)} diagonal blocks, one after the other{cost}", *indent(alike(parts))]
+
+
+@dataclass(frozen=True)
+class SubmatrixPlan(Plan):
+    """Rows and columns of a plan on all parameters.
+
+    Args:
+        whole: the plan.
+        size: number of all parameters.
+        places: of those that are kept.
+        domain: whether the columns are parameters.
+        codomain: whether the rows are.
+        label: names of the kept parameters.
+    """
+
+    whole: Plan
+    size: int
+    places: RowRanges
+    domain: bool
+    codomain: bool
+    label: str
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return (self.whole,)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        if self.domain:
+            padded = x.new_zeros(self.size, x.shape[1])
+            self.places.put(padded, x)
+            x = padded
+        result = self.whole.apply(snapshot, x)
+        return self.places.take(result) if self.codomain else result
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [f"sub-matrix over {self.label}", *indent(self.whole.lines(snapshot))]
+
+
+@dataclass(frozen=True)
+class UnboundPlan(Plan):
+    """A matrix whose arrays need a pass over the data that has not been made yet."""
+
+    expr: Expr
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        raise AssertionError("matrix terms are bound before a product")
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return [f"matrix: {self.expr}, accumulated over the data at the first product and kept"]
+
+
+@dataclass(frozen=True)
+class ZeroPlan(Plan):
+    """Zero; a rectangular one has the rows of its codomain."""
+
+    problem: Problem
+    codomain: str | None
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        rows = {
+            None: lambda: x.shape[0],
+            "parameters": lambda: self.problem.size,
+            "outputs": lambda: sum(output_sizes(self.problem, snapshot)),
+        }[self.codomain]()
+        return x.new_zeros(rows, x.shape[1])
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        return ["zero"]

@@ -1,0 +1,63 @@
+"""What every plan can do: an expression on a problem before any number is computed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from fractions import Fraction
+
+from torch import Tensor
+
+from curvalg.errors import ExpressionError
+from curvalg.problem import Snapshot
+
+
+class Plan(ABC):
+    """How one operator is applied at a snapshot."""
+
+    @abstractmethod
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        """The product with x (n, K), shape (m, K)."""
+
+    @abstractmethod
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        """The plan for people, a line each, nested by indentation."""
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        """Plans inside this one."""
+        return ()
+
+    def dense(self, snapshot: Snapshot) -> Tensor | None:
+        """The matrix, where there is a cheaper way than products with unit vectors."""
+        return None
+
+    def prepare(self, snapshot: Snapshot) -> None:
+        """Make the passes over the data that the first product would make."""
+        for part in self.inner:
+            part.prepare(snapshot)
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Drop what sweeps keep; they record anew if they are needed."""
+        for part in self.inner:
+            part.release(snapshot)
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the recordings one product takes."""
+        return sum(part.passes for part in self.inner)
+
+
+def as_float(coefficient: Fraction) -> float:
+    """A coefficient as a float.
+
+    Raises:
+        ExpressionError: out of a float's range.
+    """
+    try:
+        value = float(coefficient)
+    except OverflowError:
+        value = math.inf
+    if math.isinf(value) or (coefficient and not value):
+        raise ExpressionError("a coefficient of the expression is beyond the range of floats")
+    return value
