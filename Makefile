@@ -8,11 +8,11 @@ TESTS ?= -n 2
 BENCHMARK ?= --json benchmarks/results/local.json --plots benchmarks/results/local
 
 # Tests that `make oldest` runs: between them they use every dependency that pyproject.toml bounds from below.
-# cli: typer, rich, tqdm, scikit-learn, matplotlib; solve, operands: SciPy and NumPy; per sample: backpack; trees: optree;
-# memory: psutil; checkpoint files: safetensors.
-OLDEST_TESTS ?= tests/expr tests/registry tests/cli tests/solve tests/losses tests/tensors tests/problem/test_per_sample.py \
-	tests/lowering/test_operands.py tests/lowering/sweeps/test_kept.py tests/lowering/sweeps/test_chunked.py \
-	tests/estimate/test_trace.py tests/estimate/test_checkpoint_files.py tests/estimate/test_pictures.py
+# cli: typer, rich, tqdm, matplotlib, scikit-learn; solve, operands: SciPy and NumPy; per sample: backpack; tensors: optree and
+# psutil; resume: safetensors; chunked: kept products and large outputs.
+OLDEST_TESTS ?= tests/expr tests/registry tests/cli tests/solve tests/losses tests/tensors tests/problem/layers/test_per_sample.py \
+	tests/lowering/test_operands.py tests/lowering/sweeps/test_chunked.py tests/estimate/test_trace.py \
+	tests/estimate/test_resume.py tests/estimate/test_pictures.py
 
 .PHONY: demo test benchmark docs lint types doctest contracts check oldest clean
 
@@ -27,6 +27,7 @@ benchmark: $(VENV)/.benchmark
 
 # Warnings are errors. CURVALG_DOCS_INTERSPHINX=1 links to the documentation of torch, SciPy and NumPy, which takes a network.
 docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/checks/draw.py docs/images/architecture.svg
 	OMP_NUM_THREADS=1 $(RUN) sphinx -b html -n -W --keep-going -q docs docs/_build/html
 	$(VENV)/bin/python docs/checks/figures.py docs/_build/html
 	$(VENV)/bin/python docs/checks/links.py docs/_build/html
