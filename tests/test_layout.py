@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import counts
 from tests.support.inside import PLACES
 
 ROOT = Path(__file__).parents[1]
@@ -154,3 +155,16 @@ def test_no_two_classes_share_a_name() -> None:
                 homes[node.name].append(name(path))
     shared = {word: places for word, places in homes.items() if len(places) > 1}
     assert not shared, f"one word for two classes: {shared}"
+
+
+def test_modules_import_in_circles_in_the_algebra_alone() -> None:
+    """Nodes make each other: sums of products, products of inverses. Nothing else needs to."""
+    assert counts.in_cycles(counts.modules(), counts.doors()) <= 16
+
+
+@pytest.mark.parametrize(
+    ("walk", "most"),
+    [("Hessian product, kept", 17), ("KFAC, lowered and multiplied once", 65), ("inverse, lowered", 53)],
+)
+def test_a_vector_passes_few_rooms(walk, most) -> None:
+    assert counts.walks()[walk] <= most

@@ -173,9 +173,9 @@ class LowRankPlan(Plan):
         ways.count(x.shape[1])
         if ways.declined and self.factor(snapshot).refused not in (None, problem.budget.limit):
             ways.forget()
-        before = ways.chosen
+        before = ways.races[x.shape[1] > 1].chosen
         way = ways.choose(candidates, x, insist=problem.factored is True)
-        if ways.chosen != before:
+        if before is None and way is not None:  # others have left something behind
             self._release(snapshot, ways.chosen)
         try:
             return candidates[way or ORDINARY](x)

@@ -243,7 +243,7 @@ def test_no_graph_outlives_the_last_reference(expr):
     op = build(expr).lower(problem)
     op @ vectors(problem)
     kept = next(iter(problem._cached.values()))
-    recordings = [r for value in kept.values() if hasattr(value, "batches") for r in value.batches.values()]
+    recordings = [r for place in kept.keys("linearization") for r in kept.found(*place).batches.values()]
     refs = [weakref.ref(t) for r in recordings for t in (r.head.hidden, r.gamma) if t is not None]
     assert refs and all(r() is not None for r in refs)
     gc.disable()  # reference counting alone must do

@@ -119,9 +119,8 @@ def _graph_refs(problem):
     return [
         weakref.ref(t)
         for kept in problem._cached.values()
-        for value in kept.values()
-        if hasattr(value, "batches")
-        for recorded in value.batches.values()
+        for place in kept.keys("linearization")
+        for recorded in kept.found(*place).batches.values()
         for t in recorded.graphs()
     ]
 
