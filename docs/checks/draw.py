@@ -17,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.counts import imports, modules  # noqa: E402
+from benchmarks.counts import doors, imports, modules  # noqa: E402
 
 INK, MUTED, LINE, RED = "#1f2430", "#5b6270", "#8a8f9c", "#c0392b"
 BAND, HOUSE, ROOM = "#f4f1ea", "#e8f1fb", "#ffffff"
@@ -65,7 +65,7 @@ def contract() -> tuple[Rows, set[Arrow]]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         layers = tomllib.load(file)["tool"]["importlinter"]["contracts"][0]
     floors = tuple(tuple(part.strip(" ()").split(".")[1] for part in row.split("|")) for row in layers["layers"])
-    return floors, {(a.split(".")[1], b.split(".")[1]) for a, b in (x.split(" -> ") for x in layers["ignore_imports"])}
+    return floors, {(a.split(".")[1], b.split(".")[1]) for a, b in doors()}
 
 
 def read() -> House:
@@ -130,6 +130,15 @@ def needed(rows: Rows, arrows: Collection[Arrow]) -> set[Arrow]:
     return {(a, b) for a, b in down if not any(x == a and c != b and b in reach[c] for x, c in down)}
 
 
+def described(house: House) -> str:
+    """All floors, rooms and arrows in words, which the picture carries: other versions of matplotlib draw other bytes."""
+    arrows = {"": house.between, **house.inside}
+    rows = {"": house.floors, **house.rooms}
+    parts = [f"{floor} {' / '.join(' '.join(row) for row in rows[floor])}" for floor in rows]
+    parts += [f"{floor} {' '.join(f'{a}.{b}' for a, b in sorted(arrows[floor]))}" for floor in arrows]
+    return "; ".join(parts).strip()
+
+
 # -- the picture --------------------------------------------------------------------------------------------------------
 
 WIDTH, PLAIN, STOREY, TALL, HEAD, GAP = 100.0, 5.0, 6.3, 4.0, 6.4, 2.0
@@ -158,13 +167,11 @@ def draw(house: House, path: Path) -> None:
                 _floor(ax, house, floor, i * (share + GAP), top - height, share, height)
                 middles[floor] = top - height / 2
             top -= height + GAP
-        doors = sorted(upward(house.floors, house.between), key=lambda door: -middles[door[1]])
-        for i, (a, b) in enumerate(doors):
-            _door(
-                ax, WIDTH + STEP * (len(doors) - i), middles[a] - 1.2 + 1.2 * i, middles[b], DOORS.get(b, f"{a} → {b}")
-            )
+        up = sorted(upward(house.floors, house.between), key=lambda pair: -middles[pair[1]])
+        for i, (a, b) in enumerate(up):
+            _door(ax, WIDTH + STEP * (len(up) - i), middles[a] - 1.2 + 1.2 * i, middles[b], DOORS.get(b, f"{a} → {b}"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        figure.savefig(path, format="svg", metadata={"Date": None, "Description": described(house)})
 
 
 def _height(house: House, row: tuple[str, ...]) -> float:
