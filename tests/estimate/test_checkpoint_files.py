@@ -309,16 +309,18 @@ FULL = """
 import resource, signal, sys, warnings
 from pathlib import Path
 import torch
+from scipy.sparse.linalg import LinearOperator
 from curvalg.estimate import eigsh
 from curvalg.runs import checkpoint
-path, A = Path(sys.argv[1]), torch.diag(torch.linspace(1, 2, 200).double())
+path, A = Path(sys.argv[1]), torch.diag(torch.linspace(1, 2, 200).double()).numpy()
+op = LinearOperator(A.shape, matvec=A.dot, matmat=A.dot, dtype=float)
 before = path.read_bytes()
 checkpoint.INTERVAL, checkpoint.OVERHEAD = 0.0, 1e9
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    pairs = eigsh(A, 3, tol=1e-8, block=1, maxiter=2000, checkpoint=path)
+    pairs = eigsh(op, 3, tol=1e-8, block=1, maxiter=2000, checkpoint=path)
 assert pairs.converged and path.read_bytes() == before
 assert caught and all("could not be written" in str(w.message) for w in caught), caught
 """

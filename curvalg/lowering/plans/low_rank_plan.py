@@ -87,7 +87,8 @@ class Ways:
             part = x[:, :MEASURED]
             runs = {name: Candidate(partial(way, part), work=part.shape[1]) for name, way in ways.items()}
             race.run(runs, differs=lambda name: _differs(ways, name, part), insist=insist, turns=2)
-            shown = f"{race.chosen}, as chosen before" if race.recalled else f"{race.shown()} a column"
+            measured = f"{race.shown()} a column" if race.seconds else f"{race.chosen}, the only one"
+            shown = f"{race.chosen}, as chosen before" if race.recalled else measured
             self.notes[wide] = f"{WIDTHS[wide]}: {shown}"
         return race.chosen
 
