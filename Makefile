@@ -7,7 +7,14 @@ TESTS ?= -n 2
 # What `make benchmark` is asked for; `make benchmark BENCHMARK=--quick` shows that it runs.
 BENCHMARK ?= --json benchmarks/results/local.json --plots benchmarks/results/local
 
-.PHONY: demo test benchmark docs lint types doctest contracts check clean
+# Tests that `make oldest` runs: between them they use every dependency that pyproject.toml bounds from below.
+# cli: typer, rich, tqdm, matplotlib, scikit-learn; solve, operands: SciPy and NumPy; per sample: backpack; tensors: optree and
+# psutil; resume: safetensors; chunked: kept products and large outputs.
+OLDEST_TESTS ?= tests/expr tests/registry tests/cli tests/solve tests/losses tests/tensors tests/problem/layers/test_per_sample.py \
+	tests/lowering/test_operands.py tests/lowering/sweeps/test_chunked.py tests/estimate/test_trace.py \
+	tests/estimate/test_resume.py tests/estimate/test_pictures.py
+
+.PHONY: demo test benchmark docs lint types doctest contracts check oldest clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/curvalg eigs "ggn + 1e-3 * identity" --problem digits --k 10 --plot demo.png
@@ -20,6 +27,7 @@ benchmark: $(VENV)/.benchmark
 
 # Warnings are errors. CURVALG_DOCS_INTERSPHINX=1 links to the documentation of torch, SciPy and NumPy, which takes a network.
 docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/checks/draw.py docs/images/architecture.svg
 	OMP_NUM_THREADS=1 $(RUN) sphinx -b html -n -W --keep-going -q docs docs/_build/html
 	$(VENV)/bin/python docs/checks/figures.py docs/_build/html
 	$(VENV)/bin/python docs/checks/links.py docs/_build/html
@@ -38,6 +46,11 @@ contracts: $(VENV)/.test
 	$(VENV)/bin/lint-imports
 
 check: lint types contracts doctest
+
+# The oldest versions that pyproject.toml promises to work with, but for torch. What they import may be newer than they are and
+# deprecate what they use, which is no fault of ours.
+oldest: $(VENV)-oldest/.done
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(TESTS) -W ignore::DeprecationWarning $(OLDEST_TESTS)
 
 # torch goes first and by its exact pin: resolved together with the rest, pip may pick a larger build of it.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -58,5 +71,12 @@ $(VENV)/.docs: $(VENV)/.demo
 	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
+$(VENV)-oldest/.done: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints.txt torch \
+		pytest pytest-xdist pytest-randomly hypothesis
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[demo]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info docs/_build docs/_generated docs/gallery
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info docs/_build docs/_generated docs/gallery

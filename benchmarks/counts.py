@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomllib
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components

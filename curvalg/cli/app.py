@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-class Which(str, Enum):
+class Which(StrEnum):
     """The end of the spectrum, by the names of :func:`curvalg.estimate.eigsh`."""
 
     LA = "LA"
@@ -167,7 +167,7 @@ def eigs(
     _finish(pairs)
 
 
-class DensityAxis(str, Enum):
+class DensityAxis(StrEnum):
     """The axis of a density."""
 
     linear = "linear"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 from weakref import ref
 
 import torch
@@ -20,9 +20,6 @@ from curvalg.problem.setting import Setting
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward, explain_failure
 from curvalg.tensors.graph import require_second_derivatives
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class InputNotes:

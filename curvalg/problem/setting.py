@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,9 +29,6 @@ from curvalg.problem.model.model import Model
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
 from curvalg.tensors.batch_sums import BatchSum
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 T = TypeVar("T")
 

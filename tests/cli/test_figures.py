@@ -42,7 +42,7 @@ def test_an_expression_that_cannot_be_typeset_is_shown_as_text(tiny_problem: Pro
     monkeypatch.setattr("curvalg.Expr._repr_latex_", lambda self: r"$\nosuchcommand{$")
     figure = figure_of("ggn", tiny_problem, k=3)
     figure.canvas.draw()
-    assert figure.get_suptitle().startswith("ggn on")
+    assert figure.texts[0].get_text().startswith("ggn on")
 
 
 @pytest.mark.parametrize("suffix", ["pdf", "svg", "PNG"])
