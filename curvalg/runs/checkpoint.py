@@ -153,7 +153,9 @@ class Checkpoint:
             )
         if metadata != {KEY: metadata[KEY], SUM: _checksum(metadata[KEY], tensors)}:
             raise self._foreign("its checksum is another")
-        wrong = [name for name in {**FIELDS, **header} if not FIELDS.get(name, _never)(header.get(name))]
+        wrong = [
+            name for name in {**FIELDS, **header} if name not in header or not FIELDS.get(name, _never)(header[name])
+        ]
         if wrong:
             raise self._foreign(f"unexpected entries: {', '.join(wrong)}")
         return header, tensors
