@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import LossError
 from curvalg.losses import Loss, LossPoint
+from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.outputs import OutputForm
 from curvalg.tensors.uniforms import uniforms
-
-if TYPE_CHECKING:  # a type from below, whose package imports evaluations
-    from curvalg.problem.layers.record import LayerRecord
 
 Samples = Literal["item", "position"]
 

@@ -9,8 +9,8 @@ from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import NamedExpr
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint
-from curvalg.problem.passes.model_numbers import numbers
 from curvalg.runs.checkpoint import digest
+from curvalg.runs.model_numbers import numbers
 from curvalg.runs.run_state import Options
 from curvalg.tensors import trees
 

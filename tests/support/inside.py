@@ -18,7 +18,7 @@ PLACES = {
     "workspace": "curvalg.lowering.low_rank.factor.WORKSPACE",
     "small_factor": "curvalg.lowering.low_rank.factor.SMALL",
     "most_columns": "curvalg.lowering.plans.low_rank_plan.MOST_COLUMNS",
-    "record_limit": "curvalg.problem.layers.record.LIMIT",
+    "record_limit": "curvalg.problem.model.layer_record.LIMIT",
     "cheap_exact": "curvalg.estimate.spectra.exact.CHEAP",
     "cheap_density": "curvalg.estimate.spectra.density.CHEAP",
     "cheap_function": "curvalg.estimate.functions.matrix_function.CHEAP",

@@ -26,9 +26,10 @@ from curvalg.expr import (
     SquareRoot,
     add,
 )
+from curvalg.lowering.affine_form import affine
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
-from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule, affine
+from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule
 from curvalg.lowering.inverses.priors import damped_by_name
 from curvalg.lowering.inverses.rounding import epsilon, noise
 from curvalg.lowering.low_rank.factored_sum import factored_sum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Protocol, TypeAlias
@@ -10,8 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from curvalg.errors import FactsError
-from curvalg.expr import Expr, Facts, IdentityExpr, Inverse, SquareRoot, Sum, ZeroExpr
+from curvalg.expr import Expr, Facts
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.blocks.submatrices import inside
 from curvalg.lowering.matrices import Structure
@@ -120,40 +118,3 @@ Found: TypeAlias = "dict[tuple[Hashable, ...], tuple[Form | None, list[str]]]"
 
 Offer = Form | str
 OfferRule = Callable[[BoundMatrix], Offer]
-
-
-def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
-    """The expression as Σ cᵢ Aᵢ + shift · I."""
-    if expr.domain is None:
-        return [], multiple(expr)
-    if isinstance(expr, ZeroExpr):
-        return [], 0.0
-    if isinstance(expr, Sum):
-        sized = [(float(c), part) for part, c in expr.coefficients.items() if part.domain is not None]
-        sizeless = [float(c) * multiple(part) for part, c in expr.coefficients.items() if part.domain is None]
-        return sized, sum(sizeless, float(expr.shift))
-    return [(1.0, expr)], 0.0
-
-
-def multiple(expr: Expr) -> float:
-    """The number c of an expression without a size of its own, all of which are c · I: sqrt(2 * Identity).
-
-    Raises:
-        FactsError: the inverse of zero, or the square root of a negative number.
-    """
-    if isinstance(expr, IdentityExpr):
-        return 1.0
-    if isinstance(expr, Inverse):
-        if not (inner := multiple(expr.expr)):
-            raise FactsError(f"{expr.expr} is zero, so it has no inverse; add damping, c * Identity")
-        return 1 / inner
-    parts = [multiple(child) for child in expr.children]
-    if isinstance(expr, Sum):
-        return sum(
-            (float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift)
-        )
-    if isinstance(expr, SquareRoot):
-        if parts[0] < 0:
-            raise FactsError(f"{expr.expr} is {parts[0]:.3g} * Identity, so it has no real square root")
-        return math.sqrt(parts[0])
-    return math.prod(parts) if not isinstance(expr, ZeroExpr) else 0.0

@@ -15,8 +15,8 @@ from curvalg.expr.term import Term
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Batch, Layout, Problem, Snapshot
 from curvalg.problem.kept.cache import WORKSPACE
-from curvalg.problem.layers.record import LayerRecord, bytes_of
 from curvalg.problem.layers.recorded import RecordedLayers, record_layers
+from curvalg.problem.model.layer_record import LayerRecord, bytes_of
 from curvalg.tensors import trees
 from curvalg.tensors.batch_sums import BatchSum
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from curvalg.expr import Expr
 from curvalg.expr.term import DatasetTerm, Term
-from curvalg.lowering.inverses.offer import affine
+from curvalg.lowering.affine_form import affine
 from curvalg.problem import Problem
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgWarning, FactsError
 from curvalg.expr import BlockDiagonal, Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom, Restriction
+from curvalg.lowering.affine_form import affine
 from curvalg.lowering.blocks.submatrices import block_problem, is_local
 from curvalg.lowering.inverses.forms import DENSE_LIMIT, find
-from curvalg.lowering.inverses.offer import BoundMatrix, affine
+from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.lowering.low_rank.factored_sum import factored_sum
 from curvalg.problem import Problem, Snapshot

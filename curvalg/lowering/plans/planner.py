@@ -13,10 +13,11 @@ from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
+from curvalg.lowering.affine_form import multiple
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
 from curvalg.lowering.inverses.forms import find
-from curvalg.lowering.inverses.offer import BoundMatrix, Found, multiple
+from curvalg.lowering.inverses.offer import BoundMatrix, Found
 from curvalg.lowering.inverses.preconditioners import Given, given_preconditioner
 from curvalg.lowering.inverses.solver import InverseRequest, Preconditioning
 from curvalg.lowering.inverses.solvers import choose

@@ -13,8 +13,8 @@ from curvalg.problem.layers.kinds.affine import AffineLayer
 from curvalg.problem.layers.kinds.embedding import Embedding
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import ElementwiseLayer, Shift
-from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.layers.uses import Declined, DenseUse, Use, joined
+from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 
 
 def role_of(name: str, use: Use) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.record import LayerRecord, ParameterGroup
+from curvalg.problem.model.layer_record import LayerRecord, ParameterGroup
 
 
 class Joint(LayerRecord):

@@ -18,10 +18,10 @@ from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import Explicit
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import refuse_batch_statistics, row_gradients
-from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined, DenseUse, Routing
 from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, settle
+from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
 from curvalg.problem.verification.tangent_checks import random_cotangent

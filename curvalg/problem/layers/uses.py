@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvalg.problem.layers.kinds.convolution import Convolution, ConvolutionMap
 from curvalg.problem.layers.kinds.maps import LinearMap, MatrixMap, WeightForm
-from curvalg.problem.layers.record import GuardedInput, Kind
+from curvalg.problem.model.layer_record import GuardedInput, Kind
 
 
 class Declined(Exception):

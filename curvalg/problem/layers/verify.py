@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.problem.layers.notes import LayerNotes
-from curvalg.problem.layers.record import LayerRecord
+from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.tensors.backward import backward
 from curvalg.tensors.uniforms import uniforms
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.pairs import explicit_gram, pair_flops, pair_gram, passes
 from curvalg.problem.layers.kinds.scaling import Shift
-from curvalg.problem.layers.record import LayerRecord, ParameterGroup, bytes_of, steps
+from curvalg.problem.model.layer_record import LayerRecord, ParameterGroup, bytes_of, steps
 
 FEW = 256
 """Pairs of directions and columns up to which deltas are mixed one after the other."""

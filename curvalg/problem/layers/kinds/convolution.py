@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvalg.problem.layers.kinds.maps import LinearMap, WeightForm
-from curvalg.problem.layers.record import GuardedInput, bytes_of
+from curvalg.problem.model.layer_record import GuardedInput, bytes_of
 
 
 @dataclass(frozen=True)

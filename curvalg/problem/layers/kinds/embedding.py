@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvalg.problem.layers.kinds.pairs import pair_gram
-from curvalg.problem.layers.record import GuardedInput, LayerRecord, ParameterGroup, bytes_of, steps
+from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup, bytes_of, steps
 
 
 class Embedding(LayerRecord):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.record import GuardedInput, bytes_of
+from curvalg.problem.model.layer_record import GuardedInput, bytes_of
 
 
 @dataclass(frozen=True)

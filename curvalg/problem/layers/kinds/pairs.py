@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.record import steps
+from curvalg.problem.model.layer_record import steps
 
 Similarity = Callable[[slice, slice], Tensor]
 """(rows, rows') -> ⟨hₙₜ, h'ₙ'ₜ'⟩ of shape (n, T, n', T')."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.record import GuardedInput, Kind, LayerRecord, ParameterGroup, bytes_of
+from curvalg.problem.model.layer_record import GuardedInput, Kind, LayerRecord, ParameterGroup, bytes_of
 
 
 class VectorRecord(LayerRecord):
