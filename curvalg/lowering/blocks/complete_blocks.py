@@ -73,10 +73,9 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
             )
         expr, _ = inside(expr, problem)
     named = Block(names, expr, joint=block.joint)
-    expr = resolve(expr, block_problem(problem, named))
     if block.joint and _lies_by_name(expr):
-        return Block(tuple(params_.match(names, problem.layout.names)), _by_name(expr, names))
-    return Block(names, expr, joint=block.joint)
+        named = Block(tuple(params_.match(names, problem.layout.names)), _by_name(expr, names))
+    return Block(named.params, resolve(named.expr, block_problem(problem, named)), joint=named.joint)
 
 
 def _lies_by_name(expr: Expr) -> bool:
@@ -89,7 +88,8 @@ def _by_name(expr: Expr, names: tuple[str, ...]) -> Expr:
 
     Reordering rows and columns alike goes through sums, products, inverses and all that an expression is made of.
     """
-    if expr.domain is None or isinstance(expr, (NamedExpr, Restriction, BlockDiagonal)):
+    given = isinstance(expr, BlockDiagonal) and isinstance(expr.what, tuple)  # blocks over names of their own
+    if expr.domain is None or given or isinstance(expr, (NamedExpr, Restriction)):
         return expr
     if not _lies_by_name(expr):
         return BlockDiagonal((Block(names, expr, joint=True),), None, True)

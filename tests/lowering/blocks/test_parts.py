@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from curvalg import (
+    Block,
+    Diagonal,
     ExpressionError,
     Identity,
+    Problem,
     ProblemError,
     block_diagonal,
     inverse,
@@ -101,3 +105,13 @@ def test_refresh_takes_up_replaced_parameters_in_parts(expr, problem_of):
     H = Dense(case).hessian
     expected = H[:25, :25] if expr == "restricted" else torch.block_diag(H[:25, :25], H[25:, 25:])
     assert torch.allclose(op.refresh().to_dense(), expected, atol=1e-12)
+
+
+def test_arrays_lie_as_the_rows_of_a_joint_block_also_inside_of_blocks():
+    """The rows of [W | b] are those of an output one after the other: its weights, then its bias."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    problem = Problem(net, nn.MSELoss(), (torch.randn(4, 3).double(), torch.randn(4, 3).double()))
+    inner = block_diagonal(Diagonal(torch.arange(1.0, 9).double()), by="parameter")
+    op = block_diagonal([Block(("0.weight", "0.bias"), inner, joint=True)]).lower(problem)
+    expected = torch.tensor([1, 2, 3, 5, 6, 7, 4, 8] + 9 * [0]).double()
+    assert torch.equal(op.to_dense(), expected.diag())
