@@ -202,7 +202,8 @@ class Expr:
 
         Args:
             problem: model, loss, data and parameters.
-            preconditioner: for iterative inverses: an expression, an operator or a callable ``v -> P⁻¹ v``.
+            preconditioner: for iterative inverses: an expression P, whose inverse is taken here; or what applies P⁻¹ itself, an
+                operator (as SciPy's ``M``) or a callable ``v -> P⁻¹ v``.
 
         Raises:
             ExpressionError: the expression has no size of its own, or a node that cannot be lowered.

@@ -87,11 +87,12 @@ def inverse(
 
     Args:
         expr: a square expression.
-        solver: "auto", or the name of one solver, as :data:`~curvalg.expr.SOLVERS` lists them.
+        solver: "auto", or the name of one solver: "diagonal", "kronecker", "eigenbasis", "blocks", "woodbury", "gram"
+            (or "dual"), "kernel", "function", "dense", "cg" or "minres".
         rtol: relative residual of an iterative solve; None: 1e-5 in float32, 1e-8 in float64.
         atol: absolute residual of an iterative solve.
         maxiter: the most iterations of an iterative solve; None: chosen from the size.
-        preconditioner: an approximation whose inverse is cheap.
+        preconditioner: an approximation P of the matrix, whose inverse is cheap and is taken here.
         on_fail: "raise" or "warn" when the tolerance is not reached.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import VectorError
+from curvalg.errors import StaleError, VectorError
 from curvalg.lowering.inverses.solver import Preconditioning
 from curvalg.problem import Snapshot
 from curvalg.tensors.trees import describe
@@ -27,6 +27,11 @@ def given_preconditioner(given: LinearOperator | Callable[..., Any]) -> Precondi
             own = hasattr(given, "problem")
             try:
                 result = given @ r if own else torch.from_numpy(given.matmat(r.cpu().numpy()))
+            except StaleError as error:
+                raise StaleError(
+                    f"the preconditioner {given!r} is of an earlier state of the model, loss or data; call its refresh() as "
+                    "well, or pass it as an expression, which is lowered with the operator"
+                ) from error
             except ValueError as error:
                 raise VectorError(f"the preconditioner {given!r} does not fit {tuple(r.shape)}: {error}") from error
         else:

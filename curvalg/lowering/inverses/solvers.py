@@ -111,7 +111,10 @@ def choose(request: InverseRequest) -> tuple[Solver[Any], list[str]]:
         if isinstance(outcome, Solver):
             return outcome, [*chain, f"{name}: chosen, {outcome.cost}", *indent(outcome.lines)]
         chain.append(f"{name}: declined, {outcome}")
-    raise FactsError(
-        f"no solver for inverse({request.node.expr}): {'; '.join(chain)}. A positive term and damping (+ c * Identity) make a "
-        "matrix positive definite; block_diagonal() or restrict() make it smaller"
+    cure = (
+        "a positive term and damping (+ c * Identity) make a matrix positive definite; block_diagonal() or restrict() make "
+        "it smaller"
     )
+    if asked != "auto":
+        cure = "leave out solver=, or name another"
+    raise FactsError(f"no solver for inverse({request.node.expr}): {'; '.join(chain)}. To go on: {cure}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Eigh:
     eigenvalues: Tensor
     rest: float
     multiplicity: int
-    make: Callable[[Tensor], Tensor]
+    make: Callable[[Tensor], Tensor] = field(repr=False)
 
     def vectors(self, positions: slice | Tensor) -> Tensor:
         """Orthonormal eigenvectors (n, k) of the chosen eigenvalues; k vectors of a large matrix are k · n numbers."""

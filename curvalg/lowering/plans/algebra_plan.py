@@ -101,7 +101,9 @@ class BlocksPlan(Plan):
         passes = self.passes
         cost = f"; about {passes} passes a product" if passes > 1 else ""
         parts = [(label, plan.lines(snapshot)) for _, plan, label in self.blocks]
-        return [f"{len(self.blocks)} diagonal blocks, one after the other{cost}", *indent(alike(parts))]
+        count = len(self.blocks)
+        head = "one diagonal block" if count == 1 else f"{count} diagonal blocks, one after the other{cost}"
+        return [head, *indent(alike(parts))]
 
 
 @dataclass(frozen=True)

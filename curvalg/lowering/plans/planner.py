@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import singledispatch
 
+from torch import Tensor
+
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.expr.node import Expr
@@ -41,7 +43,7 @@ from curvalg.lowering.plans.sweep_plan import SweepPlan
 from curvalg.lowering.sweeps.contract import require_defined
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.transposed import transposed
-from curvalg.problem import Problem
+from curvalg.problem import Problem, Snapshot
 from curvalg.problem.model import parameters as params_
 from curvalg.rewrite import simplify
 
@@ -141,7 +143,14 @@ def _preconditioning(expr: alg.Inverse, problem: Problem, given: Given) -> Preco
                 )
             node.checked = False
         todo.extend(node.inner)
-    return inverse.apply
+
+    def apply(snapshot: Snapshot, r: Tensor) -> Tensor:
+        try:
+            return inverse.apply(snapshot, r)
+        except FactsError as error:
+            raise FactsError(f"the preconditioner {expr.preconditioner} has no inverse: {error}") from error
+
+    return apply
 
 
 @_rule.register

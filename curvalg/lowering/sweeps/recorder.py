@@ -139,7 +139,7 @@ class Recorder:
         reasons = {ForwardAD.ROUTE: notes.no_forward_ad, TwoStage.ROUTE: notes.no_double_backward}
         without = "; ".join(f"not by {name}: {reason}" for name, reason in reasons.items() if reason is not None)
         measured = f"{race.shown()} on one batch" if race.seconds else without
-        why = ", as chosen before" if race.recalled else f" ({measured})"
+        why = ", as chosen before" if race.recalled else f" ({measured})" if measured else ""
         self.notes["tangents"] = f"tangents by {self.route}{why}"
         return possible[self.route]
 

@@ -12,6 +12,7 @@ from curvalg import (
     Identity,
     LowRank,
     Problem,
+    StaleError,
     block_diagonal,
     diagonal_part,
     inverse,
@@ -154,3 +155,31 @@ def test_what_is_zero_up_to_rounding_has_the_nystrom_approximation_zero(seed, dt
         assert float((op @ torch.eye(op.shape[0], dtype=dtype)).norm()) <= 1e3 * torch.finfo(dtype).eps * size
     with pytest.raises(FactsError, match="not positive semi-definite"):
         nystrom(registry.build("residual") / 1000, 20).lower(problem) @ torch.ones(problem.size, dtype=dtype)
+
+
+def test_a_stale_preconditioner_is_named(problem_of, vectors):
+    problem = problem_of("mlp")
+    damped = registry.build("ggn") + 0.1 * Identity
+    helper = (registry.build("kfac") + 0.1 * Identity).lower(problem)
+    op = inverse(damped, solver="cg").lower(problem, preconditioner=helper)
+    op @ vectors(problem.size)
+    with torch.no_grad():
+        next(iter(problem.model.chosen.values())).add_(0.1)
+    op.refresh()
+    with pytest.raises(StaleError, match=r"the preconditioner .* call its refresh\(\) as well"):
+        op @ vectors(problem.size)
+    helper.refresh()
+    op @ vectors(problem.size)
+
+
+def test_a_preconditioner_without_an_inverse_is_named(problem_of, vectors):
+    problem = problem_of("mlp")
+    hole = Diagonal(torch.zeros(problem.size).double())
+    op = inverse(registry.build("ggn") + 0.1 * Identity, solver="cg", preconditioner=hole).lower(problem)
+    with pytest.raises(FactsError, match=r"the preconditioner .* has no inverse"):
+        op @ vectors(problem.size)
+
+
+def test_a_solver_that_was_asked_for_and_declines_gives_way_by_a_word(problem_of):
+    with pytest.raises(FactsError, match="leave out solver=, or name another"):
+        inverse(registry.build("ggn") + 0.1 * Identity, solver="function").lower(problem_of("mlp"))
