@@ -62,7 +62,7 @@ class Problem(Setting):
             batched backward pass), or "auto" (whichever is faster, measured once).
         factored: whether products of matrices with few output directions are taken from layer inputs and deltas, or from
             columns multiplied out: "auto" (after some products, if that is faster, measured once), True (from the first on,
-            where they can), or False. Whatever is chosen by the clock, here, for columns or for tangents, changes the last bits.
+            where they can), or False. What the clock chooses, here, for columns or for tangents, changes the last bits.
         accumulate: dtype that sums over batches are kept in, as torch.float64; None: that of the products. Results are
             rounded to the dtype of the products in either case.
         autocast: dtype that the model runs in where torch's autocast chooses to, torch.bfloat16 or torch.float16; None: in
