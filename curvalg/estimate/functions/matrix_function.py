@@ -110,22 +110,18 @@ def matrix_function(
     kept = (rows != 0).any(1)
     result = torch.zeros_like(rows)
 
-    def packed(method: str, products: int, made: int, changes: Tensor, **how: Any) -> FunctionProduct:
+    def packed(changes: Tensor, **how: Any) -> FunctionProduct:
         everywhere = torch.zeros(len(rows), dtype=torch.float64)
         everywhere[kept.cpu()] = changes
-        if not bool(torch.isfinite(result).all()):
-            kind = str(result.dtype).removeprefix("torch.")
-            raise ProblemError(
-                f"{f.name}({given.name}) v is beyond the range of {kind}; divide v by a power of two, or use float64"
-            )
-        value = operand.restore(result.T)
-        return FunctionProduct(method=method, products=products, value=value, changes=everywhere, steps=made, **how)
+        value = operand.restore(_in_range(result, f"{f.name}({given.name}) v").T)
+        return FunctionProduct(value=value, changes=everywhere, **how)
 
     if not bool(kept.any()) or (exact := _exact(given, f, rows[kept].T)) is not None:
         if bool(kept.any()) and exact is not None:
             result[kept] = exact.T
         none, seconds = torch.zeros(int(kept.sum()), dtype=torch.float64), time.perf_counter() - begin
-        return packed("exact", before + len(none), 0, none, seconds=seconds, converged=True, partial=False)
+        how = {"seconds": seconds, "converged": True, "partial": False}
+        return packed(none, method="exact", products=before + len(none), steps=0, **how)
     algorithm = KrylovFunction(
         target=given,
         function=f,
@@ -141,7 +137,8 @@ def matrix_function(
     changes, seconds = algorithm.changes(outcome.state), max(outcome.seconds, time.perf_counter() - begin)
     converged = not outcome.partial and bool((changes <= tol).all())
     how = {"seconds": seconds, "converged": converged, "partial": outcome.partial}
-    made = packed("lanczos", outcome.state.products, len(outcome.state.tensors["alphas"]), changes, **how)
+    count = len(outcome.state.tensors["alphas"])
+    made = packed(changes, method="lanczos", products=outcome.state.products, steps=count, **how)
     if steps == "auto" and not converged and not outcome.partial:
         message = (
             f"{f.name}({given.name}) v still changes by {float(made.changes.max()):.2g} after {made.steps} steps, more than "
@@ -149,6 +146,18 @@ def matrix_function(
         )
         request.fail(message, made)
     return made
+
+
+def _in_range(result: Tensor, what: str) -> Tensor:
+    """The result, unless it is beyond what its dtype can hold.
+
+    Raises:
+        ProblemError: it is.
+    """
+    if not bool(torch.isfinite(result).all()):
+        kind = str(result.dtype).removeprefix("torch.")
+        raise ProblemError(f"{what} is beyond the range of {kind}; divide v by a power of two, or use float64")
+    return result
 
 
 def _most(size: int, columns: int) -> int:
