@@ -91,3 +91,21 @@ def take_way(inside):
         inside(choose_way=chosen)
 
     return take
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of this process alone."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    if distributed.is_initialized():
+        pytest.skip("a process group is open already")
+    try:
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    except RuntimeError as error:
+        pytest.skip(f"no process group: {error}")
+    try:
+        yield distributed
+    finally:
+        distributed.destroy_process_group()

@@ -141,26 +141,14 @@ def test_data_parallel_inside_a_model(build_net, agrees):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_distributed_data_parallel_wrappers_are_unwrapped(build_net, agrees, tmp_path):
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        pytest.skip("torch was built without gloo")
-    if distributed.is_initialized():
-        pytest.skip("a process group is open already")
-    try:
-        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    except RuntimeError as error:
-        pytest.skip(f"no process group: {error}")
-    try:
-        model = build_net(mlp)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        problem = Problem(wrapped, CE, batches())
-        assert problem.layout.names[0] == "0.weight"
-        agrees(problem, reference(build_net(mlp)))
-        CE(wrapped(X), Y).backward()  # its hooks still work
-        assert all(p.grad is not None for p in model.parameters())
-    finally:
-        distributed.destroy_process_group()
+def test_distributed_data_parallel_wrappers_are_unwrapped(build_net, agrees, process_group):
+    model = build_net(mlp)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    problem = Problem(wrapped, CE, batches())
+    assert problem.layout.names[0] == "0.weight"
+    agrees(problem, reference(build_net(mlp)))
+    CE(wrapped(X), Y).backward()  # its hooks still work
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_scripted_modules_are_right_or_explained(build_net):

@@ -20,23 +20,11 @@ def network() -> nn.Sequential:
 
 
 @pytest.fixture
-def mesh(tmp_path):
+def mesh(process_group):
     """A mesh of this process alone."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        pytest.skip("torch was built without gloo")
-    if distributed.is_initialized():
-        pytest.skip("a process group is open already")
-    try:
-        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    except RuntimeError as error:
-        pytest.skip(f"no process group: {error}")
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
 
-        yield init_device_mesh("cpu", (1,))
-    finally:
-        distributed.destroy_process_group()
+    return init_device_mesh("cpu", (1,))
 
 
 def sharded(tensor, mesh) -> nn.Parameter:
