@@ -340,10 +340,20 @@ def _install(cuda):
         setattr(torch, name, lambda *args, _make=make, **kwargs: (lift(True), _make(*args, **kwargs))[1])
     torch._C._set_cudnn_enabled(False)
     fixed = {
-        **{"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "_lazy_init": None},
-        **{"get_device_name": "simulated", "get_device_capability": (9, 0), "is_bf16_supported": True},
-        **{"set_device": None, "empty_cache": None, "memory_reserved": 0, "memory_allocated": 0},
-        **{"reset_peak_memory_stats": None, "max_memory_allocated": 0},
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "_lazy_init": None,
+        "get_device_name": "simulated",
+        "get_device_capability": (9, 0),
+        "is_bf16_supported": True,
+        "set_device": None,
+        "empty_cache": None,
+        "memory_reserved": 0,
+        "memory_allocated": 0,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 0,
     }
     for name, value in fixed.items():
         setattr(cuda, name, lambda *args, _value=value, **kwargs: _value)
