@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +24,7 @@ from curvalg.runs.checkpoint import Checkpoint, digest
 from curvalg.runs.run_file import FileName
 from curvalg.runs.run_identity import run_identity
 from curvalg.runs.run_state import Options
-from curvalg.runs.unit import Finite, PowerOfTwo
+from curvalg.runs.unit import Finite, PowerOfTwo, sized
 
 CHEAP = 512
 """Rows of a matrix that is built and factorised whatever is asked for."""
@@ -193,13 +194,13 @@ def require_operator(op: Any, function: str) -> None:
 
 
 def _of_torch(op: TorchOperator, name: str) -> Target:
-    space = op._domain
+    space, transposed = op._domain, functools.cache(lambda: op.T)
     return Target(
         name,
         op.shape,
         space,
-        Finite(lambda x: op @ x, name),
-        Finite(lambda x: op.T @ x, name),
+        Finite(op._sized, name),
+        Finite(lambda x: transposed()._sized(x), name),
         None,
         lambda: {"operator": name, "precision": str(space.dtype)},
     )
@@ -215,8 +216,8 @@ def _of_tensor(matrix: Tensor) -> Target:
         name,
         (matrix.shape[0], matrix.shape[1]),
         Space(matrix.shape[1], None, matrix.dtype, matrix.device),
-        Finite(lambda x: matrix @ x, name),
-        Finite(lambda x: matrix.T @ x, name),
+        Finite(sized(lambda x: matrix @ x), name),
+        Finite(sized(lambda x: matrix.T @ x), name),
         None,
         lambda: {"operator": name, "entries of the matrix": digest(matrix)},
     )
@@ -239,8 +240,8 @@ def _of_scipy(op: LinearOperator, given: Any) -> Target:
         name,
         (rows, columns),
         Space(columns, None, dtype, torch.device("cpu")),
-        Finite(product(op.matmat), name),
-        Finite(product(_transposed(op, name)), name),
+        Finite(sized(product(op.matmat)), name),
+        Finite(sized(product(_transposed(op, name))), name),
         None,
         lambda: {"operator": name, "precision": str(dtype), "entries": digest(*map(torch.from_numpy, arrays))},
     )

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import LossError
+
+
+_SETTLED: ContextVar[bool] = ContextVar("settled", default=False)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Look at no values inside: they were found allowed before, and a look would wait for their device."""
+    token = _SETTLED.set(True)
+    try:
+        yield
+    finally:
+        _SETTLED.reset(token)
+
+
+def some(wrong: Tensor) -> bool:
+    """Whether any entry is True; False without a look where values are settled."""
+    return not _SETTLED.get() and bool(wrong.any())
 
 
 def check_reduction(name: str, reduction: object, allowed: Sequence[str] = ("mean", "sum")) -> None:
@@ -59,7 +79,7 @@ def same_shape(name: str, output: Tensor, target: Tensor, what: str = "output") 
 
 def check_range(name: str, tensor: Tensor, allowed: Tensor, expected: str) -> None:
     """Raise LossError naming the first entry of ``tensor`` where ``allowed`` is False."""
-    if bool(allowed.all()):
+    if not some(~allowed):
         return
     place = tuple(torch.nonzero(~allowed)[0].tolist())
     raise LossError(f"{name}: expected {expected}, got {tensor[place].item()} at {place}")
@@ -75,7 +95,7 @@ def check_weight(name: str, option: str, weight: object) -> None:
 
 def check_nonnegative(name: str, tensor: Tensor, cure: str) -> None:
     """Raise LossError if a diagonal of B (or a mass in front of it) has a negative entry."""
-    if bool((tensor < 0).any()):
+    if some(tensor < 0):
         raise LossError(
             f"{name}: a square root needs a positive semi-definite Hessian, but a weight or second derivative is "
             f"{tensor.min().item()}; {cure}"

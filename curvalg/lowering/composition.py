@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, ProblemError
-from curvalg.lowering.vectors import Space, Vector, parse
+from curvalg.lowering.vectors import Space, Vector, largest, numpy_dtype, parse
 from curvalg.problem import Layout
 from curvalg.tensors.memory import free_memory
 
@@ -32,12 +32,16 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
 
     def __init__(self, codomain: Space, domain: Space) -> None:
         self._codomain, self._domain = codomain, domain
-        dtype = torch.empty(0, dtype=domain.dtype).numpy().dtype
-        super().__init__(dtype, (codomain.size, domain.size))
+        super().__init__(numpy_dtype(domain.dtype), (codomain.size, domain.size))
 
     @abstractmethod
     def _apply(self, columns: Tensor) -> Tensor:
-        """The product with real columns (n, K) of the operator's dtype and device."""
+        """The product with real columns (n, K) of the operator's dtype and device; entries on a device are looked at here."""
+
+    def _sized(self, columns: Tensor) -> tuple[Tensor, float]:
+        """The product as of ``_apply`` and its largest magnitude, NaN where an entry is."""
+        result = self._apply(columns)
+        return result, float(largest(result))
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +56,7 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
     # -- products -------------------------------------------------------------------------------------------------------
 
     def _product(self, x: Vector) -> Any:
-        operand = parse(x, self._domain, self._codomain)
+        operand = parse(x, self._domain, self._codomain, unread=True)
         if operand.columns.shape[1] == 0:
             return operand.restore(operand.columns.new_zeros(self.shape[0], 0))
         return operand.restore(self._apply(operand.columns))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
+import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.inverse_plan import InversePlan
 from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
-from curvalg.lowering.vectors import Space, Vector, parse, require_finite
+from curvalg.lowering.vectors import Measure, Space, Vector, largest, measured, parse, require_finite
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 from curvalg.runs.checkpoint import Checkpoint
@@ -88,6 +89,7 @@ class CurvatureOperator(TorchOperator):
 
     def _lower(self) -> None:
         self._steps: list[Step] = []
+        self._multiplied = False
         given = self.preconditioner
         expr = _preconditioned(self.expr, given) if isinstance(given, Expr) else self.expr
         self._given = None if isinstance(given, Expr) else given
@@ -177,14 +179,31 @@ class CurvatureOperator(TorchOperator):
     # -- products -------------------------------------------------------------------------------------------------------
 
     def _apply(self, columns: Tensor) -> Tensor:
-        self.problem.check(self.snapshot)
+        return self._measured(columns, torch.sum)[0]
+
+    def _sized(self, columns: Tensor) -> tuple[Tensor, float]:
+        return self._measured(columns, largest)
+
+    def _measured(self, columns: Tensor, measure: Measure) -> tuple[Tensor, float]:
+        # On a device the first product waits for the comparison with the live model; others compute meanwhile.
+        unread: list[Tensor] | None = [] if self._multiplied else None
+        self.problem.check(self.snapshot, unread)
         try:
             with self.problem.differentiating():
                 if not self._bound:
                     self._bind()
-                return require_finite(self._plan.apply(self.snapshot, columns), self.expr)
+                result = self._plan.apply(self.snapshot, columns)
+            number, moved = measured(result, columns, unread or (), self.expr, measure)
         except RecursionError as error:
             raise too_deep() from error
+        except Exception:
+            if unread:  # the model may have changed, and that is the reason
+                self.problem.check(self.snapshot)
+            raise
+        if moved:
+            self.problem.check(self.snapshot)
+        self._multiplied = True
+        return result, number
 
     def _adjoint(self) -> CurvatureOperator:
         return self._combine(self.expr.T)

@@ -49,20 +49,26 @@ class Space:
     device: torch.device
 
 
-def parse(x: Vector, domain: Space, codomain: Space) -> Operand:
+def parse(x: Vector, domain: Space, codomain: Space, *, unread: bool = False) -> Operand:
     """Read an operand of an operator between two spaces.
+
+    Args:
+        x: the operand.
+        domain: of the operator.
+        codomain: of the operator.
+        unread: leave entries on a device unread, as the product with them is looked at anyway (:func:`sized`).
 
     Raises:
         VectorError: wrong kind, shape, dtype or device, or entries that are not finite.
     """
     if isinstance(x, Tensor):
-        return _from_tensor(x, domain)
+        return _from_tensor(x, domain, unread)
     if isinstance(x, np.ma.MaskedArray):
         raise VectorTypeError("expected numbers, got a masked array; fill the masked entries with x.filled(0)")
     if isinstance(x, (np.ndarray, np.generic)):
         return _from_numpy(np.asarray(x), domain)
     if isinstance(x, (Mapping, list, tuple)):
-        return _from_tree(x, domain, codomain)
+        return _from_tree(x, domain, codomain, unread)
     sparse = "; write x.toarray()" if issparse(x) else ""
     raise VectorTypeError(
         f"expected a NumPy array, a tensor, or a dict or list of tensors in parameter layout, got {describe(x)}{sparse}"
@@ -80,7 +86,7 @@ def _finite(columns: Tensor) -> Tensor:
     return columns
 
 
-def _from_tensor(x: Tensor, domain: Space) -> Operand:
+def _from_tensor(x: Tensor, domain: Space, unread: bool) -> Operand:
     _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"a tensor of shape {tuple(x.shape)}")
     if x.device != domain.device:
         raise VectorError(
@@ -92,7 +98,10 @@ def _from_tensor(x: Tensor, domain: Space) -> Operand:
         raise VectorTypeError("complex tensors are not supported; multiply real and imaginary part one after the other")
     dtype = torch.promote_types(x.dtype, domain.dtype)
     columns = x.detach().to(domain.dtype).reshape(domain.size, -1)
-    return Operand(_finite(_plain(columns)), lambda y: (y[:, 0] if x.ndim == 1 else y).to(dtype))
+    columns = _plain(columns)
+    if not unread or columns.device.type == "cpu":
+        _finite(columns)
+    return Operand(columns, lambda y: (y[:, 0] if x.ndim == 1 else y).to(dtype))
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -104,11 +113,11 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
     _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"an array of shape {x.shape}")
     if x.dtype.kind not in "fiubc":
         raise VectorTypeError(f"expected a numeric array, got dtype {x.dtype}")
-    own = torch.empty(0, dtype=domain.dtype).numpy().dtype
+    own = numpy_dtype(domain.dtype)
     dtype = np.result_type(own, x.dtype)
     parts = [x.real, x.imag] if x.dtype.kind == "c" else [x]
     flat = np.concatenate([part.reshape(domain.size, -1) for part in parts], 1).astype(own)
-    columns = torch.from_numpy(flat).to(domain.device)
+    columns = _finite(torch.from_numpy(flat)).to(domain.device)
 
     def restore(y: Tensor) -> np.ndarray:
         result = y.cpu().numpy()
@@ -117,16 +126,23 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
             result = result[:, :half] + 1j * result[:, half:]
         return np.asarray((result[:, 0] if x.ndim == 1 else result).astype(dtype, copy=False))
 
-    return Operand(_finite(columns), restore)
+    return Operand(columns, restore)
 
 
-def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space) -> Operand:
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """NumPy's dtype of the same numbers."""
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+
+
+def _from_tree(
+    x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space, unread: bool
+) -> Operand:
     if domain.layout is None:
         raise VectorTypeError(
             f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor"
         )
     flat = domain.layout.flatten(x)
-    inner = _from_tensor(flat, domain)
+    inner = _from_tensor(flat, domain, unread)
 
     def restore(y: Tensor) -> Any:
         result = inner.restore(y)
@@ -138,6 +154,47 @@ def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codoma
         return tuple(tree.values()) if isinstance(x, tuple) else list(tree.values())
 
     return Operand(inner.columns, restore)
+
+
+Measure = Callable[[Tensor], Tensor]
+"""Columns -> one number, finite where all entries are (but for an overflow), found without a buffer."""
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude of an entry, NaN where one is."""
+    return torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(())
+
+
+def measured(
+    result: Tensor, operand: Tensor, unread: Sequence[Tensor], what: object, measure: Measure = torch.sum
+) -> tuple[float, bool]:
+    """Look at a product, at its operand and at flags by one wait for the device.
+
+    Args:
+        result: the product.
+        operand: what was multiplied, of which entries on a device have not been looked at.
+        unread: flags on the device.
+        what: the operator, for messages.
+        measure: the number to be read of a product.
+
+    Returns:
+        The number, and whether a flag was set.
+
+    Raises:
+        VectorError: the operand is not finite.
+        ProblemError: the product is not.
+    """
+    if result.device.type == "cpu":
+        number, flagged = measure(result).item(), False
+    else:
+        numbers = [measure(result), measure(operand).to(result.dtype), *(flag.to(result.dtype) for flag in unread)]
+        number, given, *flags = torch.stack(numbers).tolist()
+        flagged = any(flags)
+        if not math.isfinite(given):
+            _finite(operand)
+    if not math.isfinite(number):
+        require_finite(result, what)
+    return number, flagged
 
 
 def require_finite(result: Tensor, what: object) -> Tensor:

@@ -186,8 +186,13 @@ class Setting:
                 self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
             return self._snapshot
 
-    def check(self, snapshot: Snapshot) -> None:
+    def check(self, snapshot: Snapshot, unread: list[Tensor] | None = None) -> None:
         """Make sure that a state is that of the live model, loss and data.
+
+        Args:
+            snapshot: the state.
+            unread: takes flags of what lies on a device, so that nothing waits for them here; where one turns out to be set,
+                check again without it.
 
         Raises:
             StaleError: it is not.
@@ -198,7 +203,7 @@ class Setting:
                     "the problem was refreshed after the operator was lowered; call operator.refresh() to go on at the new "
                     "state, or lower the expression again"
                 )
-            if not snapshot.intact():
+            if not snapshot.intact(unread):
                 raise snapshot.stale(self.slots)
             if snapshot is not self._snapshot:  # something moved and came back, and a state was taken in between
                 if snapshot.structure is not self._structure:

@@ -31,24 +31,23 @@ class Finite:
     """A product that refuses to be anything else.
 
     Args:
-        raw: the product.
+        raw: x -> the product and its largest magnitude, NaN where an entry is.
         name: of the operator, for messages.
     """
 
-    raw: Matmul
+    raw: Callable[[Tensor], tuple[Tensor, float]]
     name: str
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.sized(x)[0]
 
     def sized(self, x: Tensor) -> tuple[Tensor, float]:
-        """The product and its largest magnitude, which shows all in one reduction.
+        """The product and its largest magnitude.
 
         Raises:
             ProblemError: it is not finite.
         """
-        result = self.raw(x)
-        largest = _largest(result)
+        result, largest = self.raw(x)
         if not math.isfinite(largest):
             raise ProblemError(
                 f"expected finite products, but {self.name} gave NaN or infinite entries for finite vectors; look at the "
@@ -78,7 +77,7 @@ class PowerOfTwo:
 
     def measuring(self, multiply: Matmul) -> Matmul:
         """A product whose result is in this unit."""
-        finite = multiply if isinstance(multiply, Finite) else Finite(multiply, self.name)
+        finite = multiply if isinstance(multiply, Finite) else Finite(sized(multiply), self.name)
 
         def product(x: Tensor) -> Tensor:
             y, largest = finite.sized(x)
@@ -122,6 +121,16 @@ class PowerOfTwo:
                 f"products with {self.name} grew from about 2^{before} to 2^{relative} times the vectors, too much for numbers "
                 "of one run; start from another vector (v0=, seed=)"
             )
+
+
+def sized(multiply: Matmul) -> Callable[[Tensor], tuple[Tensor, float]]:
+    """A product with its largest magnitude, which shows in one reduction whether it is finite."""
+
+    def product(x: Tensor) -> tuple[Tensor, float]:
+        result = multiply(x)
+        return result, _largest(result)
+
+    return product
 
 
 def _largest(x: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class Bits:
     def intact(self, live: Tensor) -> bool:
         """Whether the live tensor still has the bits; on small networks every call here costs a part of a product's time."""
         # The memory is looked at each time; as long as it is the same memory, through the same view.
-        place = (id(live), live.data_ptr(), live.shape, live.stride(), live.dtype)
+        place = where(live)
         if place != self._seen:
             if not self.equal(live):
                 return False
@@ -36,11 +38,83 @@ class Bits:
 
     def equal(self, live: Tensor) -> bool:
         """Whether device, dtype, shape and bits are the same; NaN equals itself."""
+        return self.alike(live) and torch.equal(as_integers(live.detach()), self._bits)
+
+    def alike(self, live: Tensor) -> bool:
+        """Whether device, dtype and shape are the same."""
         if live.device != self.copy.device or live.dtype != self.copy.dtype or live.shape != self.copy.shape:
             return False
-        if is_part(live):  # which does not compare with whole tensors
-            return False
-        return torch.equal(as_integers(live.detach()), self._bits)
+        return not is_part(live)  # which does not compare with whole tensors
+
+
+class ManyBits:
+    """Tensors compared with their copies, those on a device by a few kernels, whose answer need not be waited for.
+
+    Small ones are laid side by side first, as a kernel for each would take longer than the product of a network of many
+    layers; large ones are compared where they lie.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[object, ...]] = []
+        self._small: list[tuple[list[Tensor], Tensor]] = []
+        self._large: list[tuple[Tensor, Tensor]] = []
+
+    def intact(self, pairs: Iterable[tuple[Tensor, Bits]], unread: list[Tensor] | None) -> bool:
+        """Whether all tensors have the bits of their copies, as far as the host can know without waiting for a device.
+
+        Args:
+            pairs: (live tensor, its former bits).
+            unread: takes flags of what lies on a device, set where bits changed; None: wait for all.
+        """
+        if unread is None:
+            return all(bits.intact(live) for live, bits in pairs)
+        on_device = []
+        for live, bits in pairs:
+            if live.device.type != "cpu":
+                on_device.append((live, bits))
+            elif not bits.intact(live):
+                return False
+        flags = self._differ(on_device) if on_device else []
+        unread.extend(flags or ())
+        return flags is not None
+
+    def _differ(self, pairs: Sequence[tuple[Tensor, Bits]]) -> list[Tensor] | None:
+        """Flags on the device; None where a dtype, shape or device differs already."""
+        places = [where(live) for live, _ in pairs]
+        if places != self._seen:
+            if not all(bits.alike(live) for live, bits in pairs):
+                return None
+            self._arrange([_flat(as_integers(live.detach()), as_integers(bits.copy)) for live, bits in pairs])
+            self._seen = places
+        flags = [(torch.cat(lives) != kept).any() for lives, kept in self._small]
+        return [*flags, *((live != kept).any() for live, kept in self._large)]
+
+    def _arrange(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        small: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        self._large = []
+        for live, kept in pairs:
+            if live.ndim == 1 and kept.ndim == 1 and live.nbytes <= SMALL:
+                small.setdefault(live.dtype, []).append((live, kept))
+            else:
+                self._large.append((live, kept))
+        self._small = [([live for live, _ in s], torch.cat([kept for _, kept in s])) for s in small.values()]
+
+
+SMALL = 2**20
+"""Bytes up to which a tensor is copied beside others to be compared in one go."""
+
+
+def where(t: Tensor) -> tuple[object, ...]:
+    """The memory of a tensor and the view of it."""
+    return (id(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
+
+
+def _flat(live: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape in the order of memory, each a view; as they are where that is another, or has gaps."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(live.shape, live.stride(), strict=True))
+    if live.stride() != kept.stride() or span != live.numel():
+        return live, kept
+    return live.as_strided((span,), (1,)), kept.as_strided((span,), (1,))
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

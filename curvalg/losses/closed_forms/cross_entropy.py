@@ -12,7 +12,7 @@ from curvalg.errors import LossError
 from curvalg.expr.facts import LossFacts
 from curvalg.losses.closed_forms.softmax import SoftmaxLoss, SoftmaxPoint
 from curvalg.losses.loss import Reduction, Structure
-from curvalg.losses.validation import check_reduction, check_weight, real_target
+from curvalg.losses.validation import check_reduction, check_weight, real_target, some
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,7 +161,7 @@ class CrossEntropy(SoftmaxLoss):
         keep = target != self.ignore_index
         upper = torch.iinfo(torch.long).max if classes is None else classes
         wrong = keep & ((target < 0) | (target >= upper))
-        if bool(wrong.any()):
+        if some(wrong):
             place = tuple(torch.nonzero(wrong)[0].tolist())
             count = "at least 0" if classes is None else f"from 0 to {classes - 1}"
             raise LossError(

@@ -14,7 +14,7 @@ from curvalg.losses import Loss
 from curvalg.problem.data.totals import Totals
 from curvalg.problem.model.side_effects import SideEffects
 from curvalg.problem.model.watch import Watch
-from curvalg.tensors.bits import Bits
+from curvalg.tensors.bits import Bits, ManyBits
 
 Slot = tuple[str, Mapping[str, Any], str]
 """A place that holds a tensor: its name, the dict that owns it, the key in that dict."""
@@ -62,12 +62,12 @@ class Configuration:
         """The largest rounding error among the dtypes that the model computes in, once a graph has shown them."""
         self._read = False
 
-    def intact(self) -> bool:
-        """Whether everything is as it was."""
+    def intact(self, unread: list[Tensor] | None = None) -> bool:
+        """Whether everything is as it was; flags of what lies on a device go to ``unread``, if given, and are not waited for."""
         for module, training, children in self._flags:
             if module.training is not training or tuple(module._modules.values()) != children:
                 return False
-        return self.settings.intact() and self.functions.intact() and self.data.intact()
+        return all(watch.intact(unread) for watch in (self.settings, self.functions, self.data))
 
     def has_read(self) -> None:
         """Note that the data were read to the end: what that changed of them (a cache that a data set fills) does not count."""
@@ -104,18 +104,25 @@ class Snapshot:
         # Comparing happens in every product: everything that can be looked up beforehand is.
         places = {id(owner[key]): (owner, key, once[id(owner[key])]) for _, owner, key in reversed(slots)}
         self._watched = list(places.values())
+        self._together = ManyBits()
         self.sworn: dict[Any, tuple[str | None, frozenset[str]]] = {}
         """Routes, for which parameters -> why each must not be used at this state (None where it was found right), and the
         operations that it was verified on."""
+        self.settled: set[int] = set()
+        """Numbers of batches whose outputs and targets have been looked at and found allowed: the data are the same each time."""
         self.restrictions: dict[tuple[str, ...], Any] = {}
         """The problem over some of its parameters, at this state."""
 
-    def intact(self) -> bool:
-        """Whether nothing that is watched changed; a fast form of :meth:`changed` that does not say what."""
-        for owner, key, bits in self._watched:
-            if key not in owner or (live := owner[key]) is None or not bits.intact(live):
-                return False
-        return self.structure.intact()
+    def intact(self, unread: list[Tensor] | None = None) -> bool:
+        """Whether nothing that is watched changed; a fast form of :meth:`changed` that does not say what.
+
+        Args:
+            unread: takes flags of what lies on a device, set where it changed, so that nothing waits for them here.
+        """
+        if any(owner.get(key) is None for owner, key, _ in self._watched):
+            return False
+        live = ((owner[key], bits) for owner, key, bits in self._watched)
+        return self._together.intact(live, unread) and self.structure.intact(unread)
 
     def changed(self, slots: Sequence[Slot]) -> list[str]:
         """Names of what differs now, tensors bit for bit."""

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from curvalg.tensors.bits import Bits, SampledBits
+from curvalg.tensors.bits import Bits, ManyBits, SampledBits
 
 MOST = 200_000
 """Places that are looked at; what lies beyond is not watched."""
@@ -112,6 +112,7 @@ class Watch:
         self._seen.clear()
         self._list_entries()
         self._bits = [Bits(t) for _, _, _, t in self.tensors] if exactly else []
+        self._together = ManyBits()
         self._counted = [] if exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
         self._versions = [t._version for t in self._counted]
         self._samples = (
@@ -211,8 +212,12 @@ class Watch:
 
     # -- comparing ------------------------------------------------------------------------------------------------------
 
-    def intact(self) -> bool:
-        """Whether nothing that is watched has changed."""
+    def intact(self, unread: list[Tensor] | None = None) -> bool:
+        """Whether nothing that is watched has changed.
+
+        Args:
+            unread: takes flags of what lies on a device, set where it changed, so that nothing waits for them here.
+        """
         # All containers in one comparison, which runs in C; one by one only where something is unequal, or cannot be compared.
         if not _equal(self._lives, self._copies) and not all(entry.intact() for entry in self.entries):
             return False
@@ -222,7 +227,8 @@ class Watch:
             return False
         if self._samples and not all(sample.intact() for sample in self._samples):
             return False
-        if self._bits and not all(bits.intact(t) for bits, (_, _, _, t) in zip(self._bits, self.tensors)):
+        live = ((t, bits) for bits, (_, _, _, t) in zip(self._bits, self.tensors))
+        if self._bits and not self._together.intact(live, unread):
             return False
         return not self._arrays or all(
             np.array_equal(live, copy, equal_nan=live.dtype.kind in "fc") for _, live, copy in self._arrays
