@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from curvalg.errors import FactsError as FactsError
     from curvalg.errors import LossError as LossError
     from curvalg.errors import LossTypeError as LossTypeError
+    from curvalg.errors import NotFiniteError as NotFiniteError
     from curvalg.errors import OptionError as OptionError
     from curvalg.errors import ProblemError as ProblemError
     from curvalg.errors import ProblemTypeError as ProblemTypeError
@@ -75,6 +76,7 @@ _ERRORS = (
     "FactsError",
     "VectorError",
     "LossTypeError",
+    "NotFiniteError",
     "ProblemTypeError",
     "VectorTypeError",
     "ConvergenceError",

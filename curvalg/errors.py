@@ -33,6 +33,10 @@ class ProblemError(CurvalgError, ValueError):
     """A model, parameter selection or data set that curvature cannot be computed for."""
 
 
+class NotFiniteError(ProblemError):
+    """A product with NaN or infinite entries."""
+
+
 class ProblemTypeError(ProblemError, TypeError):
     """A model, data set or selection of a kind that no problem can be made of."""
 

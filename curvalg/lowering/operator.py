@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
@@ -11,7 +11,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, ExpressionError, OptionError, VectorError
+from curvalg.errors import ConvergenceError, ExpressionError, NotFiniteError, OptionError, VectorError
 from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr, require_hashable, too_deep
@@ -196,6 +196,10 @@ class CurvatureOperator(TorchOperator):
             number, moved = measured(result, columns, unread or (), self.expr, measure)
         except RecursionError as error:
             raise too_deep() from error
+        except NotFiniteError:
+            for inverse_ in self._inverses():
+                inverse_.blame()
+            raise
         except Exception:
             if unread:  # the model may have changed, and that is the reason
                 self.problem.check(self.snapshot)
@@ -215,13 +219,16 @@ class CurvatureOperator(TorchOperator):
     @property
     def last_solve(self) -> SolveResult | None:
         """The report of the last solve inside a product or :meth:`solve`; None before, and without an inverse."""
+        return next((last for node in self._inverses() if (last := node.last) is not None), None)
+
+    def _inverses(self) -> Iterator[InversePlan]:
+        """All solves inside the plan, outer ones first."""
         todo: list[Plan] = [self._plan]
         while todo:
             node = todo.pop(0)
-            if isinstance(node, InversePlan) and node.last is not None:
-                return node.last
+            if isinstance(node, InversePlan):
+                yield node
             todo.extend(node.inner)
-        return None
 
     def solve(
         self,

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-from curvalg.errors import ProblemError, VectorError, VectorTypeError
+from curvalg.errors import NotFiniteError, VectorError, VectorTypeError
 from curvalg.problem import Layout
 from curvalg.tensors.trees import describe
 
@@ -182,7 +182,7 @@ def measured(
 
     Raises:
         VectorError: the operand is not finite.
-        ProblemError: the product is not.
+        NotFiniteError: the product is not.
     """
     if result.device.type == "cpu":
         number, flagged = measure(result).item(), False
@@ -198,10 +198,10 @@ def measured(
 
 
 def require_finite(result: Tensor, what: object) -> Tensor:
-    """Raise ProblemError for a product with NaN or infinite entries."""
+    """Raise NotFiniteError for a product with NaN or infinite entries."""
     # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
     if not math.isfinite(result.sum().item()) and not bool(torch.isfinite(result).all()):
-        raise ProblemError(
+        raise NotFiniteError(
             f"the product with {what} has NaN or infinite entries; the loss or a second derivative is not finite there "
             "(half precision overflows in double backward: use float32 or bfloat16)"
         )

@@ -70,22 +70,26 @@ def _iterate(columns: OpenColumns, maxiter: int, trail: Trail | None) -> None:
         columns.count()
         q = columns.matmul(p)
         curvature = (p * q).sum(0)
-        bad = ~((curvature > 0) & (rz > 0))  # NaN is bad, too
-        if bool(bad.any()):
-            reason = NON_POSITIVE if bool((rz > 0)[bad].all()) else PRECONDITIONER
-            kept = columns.freeze(bad, reason)
-            x, r, p, q, rz, curvature = (t[..., kept] for t in (x, r, p, q, rz, curvature))
-            if not len(kept):
-                continue
         step = rz / curvature
         x = x + step * p
         r = r - step * q
         norms = r.norm(dim=0)
         claims = norms <= columns.tolerance[columns.active]
+        # All that is asked of a device in an iteration, by one wait; NaN is no positive curvature, either.
+        asked = torch.stack([(curvature > 0) & (rz > 0), rz > 0, claims, columns.better(norms)])
+        sound, definite, claimed, better = asked.tolist()
+        if not all(sound):
+            # The step of a column does not enter the others.
+            reason = NON_POSITIVE if all(d for d, s in zip(definite, sound, strict=True) if not s) else PRECONDITIONER
+            kept = columns.freeze(~asked[0], reason)
+            x, r, p, rz, norms, claims = (t[..., kept] for t in (x, r, p, rz, norms, claims))
+            claimed, better = claims.tolist(), [b for b, s in zip(better, sound, strict=True) if s]
+            if not len(kept):
+                continue
         columns.record(norms)
-        columns.observe(x, norms)
-        restart = torch.zeros_like(claims)
-        if bool(claims.any()):
+        columns.observe(x, norms, better)
+        restart = None
+        if any(claimed):
             converged, stagnated, true = columns.confirm(x, claims)
             r = r.clone()
             r[:, claims] = true
@@ -96,6 +100,8 @@ def _iterate(columns: OpenColumns, maxiter: int, trail: Trail | None) -> None:
                 continue
         z = columns.apply(r)
         new = (r * z).sum(0)
-        # After a refuted claim the recurrence has lost the residual: such columns start anew from the true one.
-        ratio = torch.where(restart, torch.zeros_like(new), new / rz)
+        ratio = new / rz
+        if restart is not None:
+            # After a refuted claim the recurrence has lost the residual: such columns start anew from the true one.
+            ratio = torch.where(restart, torch.zeros_like(new), ratio)
         p, rz = z + ratio * p, new

@@ -116,6 +116,8 @@ def _iterate(columns: OpenColumns, preconditioner: Matmul | None, maxiter: int, 
         first, (_, x, r) = 0, columns.start()
         state = _Recurrence(r, apply)
         target = state.eta * columns.tolerance[columns.active] / r.norm(dim=0)
+    sound = False
+    """Whether γ is known to be positive in every column."""
     for iteration in range(first, maxiter + 1):
         if trail is not None:
             x = x.contiguous()
@@ -124,7 +126,7 @@ def _iterate(columns: OpenColumns, preconditioner: Matmul | None, maxiter: int, 
         if not len(columns.active) or iteration == maxiter:
             break
         exhausted = ~(state.gamma > 0)
-        if bool(exhausted.any()):  # the Krylov space is complete: nothing more can be gained
+        if not sound and bool(exhausted.any()):  # the Krylov space is complete: nothing more can be gained
             reason = STAGNATED if preconditioner is None else NOT_DEFINITE
             kept = columns.freeze(exhausted, reason)
             x, target = x[:, kept], target[kept]
@@ -142,7 +144,8 @@ def _iterate(columns: OpenColumns, preconditioner: Matmul | None, maxiter: int, 
                 state.select(kept)
                 continue
         claims = (state.eta.abs() <= target) | ~(state.gamma > 0)
-        if not bool(claims.any()):
+        sound = not bool(claims.any())
+        if sound:
             continue
         converged, stagnated, true = columns.confirm(x, claims)
         r = torch.zeros_like(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,10 +34,18 @@ class ScaledMap:
 
     def __init__(self, matmul: Matmul, measured: bool = False) -> None:
         self._matmul, self._measured = matmul, measured
-        self.size = 0.0
-        """The largest ‖A x‖ / ‖x‖ so far, in this unit."""
+        self._size: Tensor | float = 0.0
         self.exponent: int | None = None
         """e, once it is known: calls give 2^−e A X."""
+
+    @property
+    def size(self) -> float:
+        """The largest ‖A x‖ / ‖x‖ so far, in this unit."""
+        return float(self._size)
+
+    @size.setter
+    def size(self, value: float) -> None:
+        self._size = value
 
     def __call__(self, x: Tensor) -> Tensor:
         product = self._matmul(x)
@@ -48,12 +56,12 @@ class ScaledMap:
             product = product * 2.0**-half * 2.0 ** (half - self.exponent)
         if self._measured:
             ratio = product.norm(dim=0) / x.norm(dim=0)
-            self.size = max(self.size, float(ratio.nan_to_num(0.0, 0.0).amax()))
+            self._size = ratio.nan_to_num(0.0, 0.0).amax().clamp_min(self._size)
         return product
 
 
-_WRITTEN = ("best", "residual", "iterations", "refuted", "active")
-"""What the book-keeping writes into in place."""
+_COUNTED = ("best", "residual", "iterations", "refuted", "active")
+"""The state of the book-keeping."""
 
 
 _UNKNOWN = -(2**20)
@@ -106,23 +114,30 @@ class OpenColumns:
         self.refuted = torch.zeros_like(self.iterations)
         self.active = torch.arange(b.shape[1], device=b.device)
         self._history = [self.residual.clone()]
+        self._best_is_own = True
+        """Whether nobody else holds the memory of ``best``, so that it may be written into."""
+        self._units: tuple[list[int], Tensor] = ([], self.unit)
 
     def mark(self, step: int, **tensors: Tensor) -> Mark:
         """The state before an iteration, with the tensors of the method."""
-        # Copies of what is written into in place.
-        own = {name: getattr(self, name).clone() for name in _WRITTEN}
+        # Copies of what is written into in place; ``best`` is copied by whoever writes into it next.
+        self._best_is_own = False
+        own = {name: getattr(self, name) if name == "best" else getattr(self, name).clone() for name in _COUNTED}
         of_maps = [_UNKNOWN if unit.exponent is None else unit.exponent for unit in (self.matmul, self.apply)]
-        own["units"] = torch.cat([self.unit, self.unit.new_tensor(of_maps)])
-        own["size"] = torch.tensor([self.matmul.size], dtype=torch.float64)
+        if of_maps != self._units[0]:
+            self._units = of_maps, torch.cat([self.unit, self.unit.new_tensor(of_maps)])
+        own["units"] = self._units[1]
+        own["size"] = torch.tensor([self.matmul.size], dtype=torch.float64, device="cpu")
         numbers = {"step": step, "reasons": list(self.reasons)}
         return Mark({**own, **tensors}, numbers, self._history, len(self._history))
 
     def resume(self, mark: Mark) -> int:
         """Go back to a state; the iteration that comes next."""
-        for name in _WRITTEN:
+        for name in _COUNTED:
             setattr(self, name, mark.tensors[name].to(self.b.device).clone())
         for unit, exponent in zip((self.matmul, self.apply), mark.tensors["units"][-2:].tolist(), strict=True):
             unit.exponent = None if exponent == _UNKNOWN else int(exponent)
+        self._best_is_own = True
         self.matmul.size = float(mark.tensors["size"])
         self._history = [norms.to(self.b.device) for norms in mark.history[: mark.length]]
         self.reasons = list(mark.numbers["reasons"])
@@ -163,13 +178,24 @@ class OpenColumns:
         """Remember the residual norms of the active columns, by the recurrence, after one more iteration."""
         self._history.append(self._history[-1].index_copy(0, self.active, norms))
 
-    def observe(self, x: Tensor, norms: Tensor) -> None:
-        """Remember the iterates of the active columns whose residual norm is the smallest so far."""
-        better = norms < self.residual[self.active]
-        if bool(better.any()):
-            columns = self.active[better]
-            self.best[:, columns] = x[:, better]
-            self.residual[columns] = norms[better]
+    def better(self, norms: Tensor) -> Tensor:
+        """The mask of active columns whose residual norms are the smallest so far."""
+        return norms < self.residual[self.active]
+
+    def observe(self, x: Tensor, norms: Tensor, better: Sequence[bool]) -> None:
+        """Remember the iterates x of the active columns that are better than those before; x is not written into any more."""
+        if all(better) and len(better) == len(self.reasons):
+            self.best, self.residual, self._best_is_own = x, norms, False
+        elif any(better):
+            at = torch.tensor([i for i, yes in enumerate(better) if yes], device="cpu")
+            at = at.to(x.device, non_blocking=True)  # from memory that is not pinned: it is read at once
+            self._remember(self.active[at], x[:, at], norms[at])
+
+    def _remember(self, columns: Tensor, x: Tensor, norms: Tensor) -> None:
+        if not self._best_is_own:
+            self.best, self.residual, self._best_is_own = self.best.clone(), self.residual.clone(), True
+        self.best[:, columns] = x
+        self.residual[columns] = norms
 
     def confirm(self, x: Tensor, claims: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Check claims of convergence with the true residual.
@@ -185,8 +211,7 @@ class OpenColumns:
         norms = true.norm(dim=0)
         columns = self.active[claims]
         better = norms < self.residual[columns]
-        self.best[:, columns[better]] = x[:, claims][:, better]
-        self.residual[columns[better]] = norms[better]
+        self._remember(columns[better], x[:, claims][:, better], norms[better])
         good = self.meets(x[:, claims], norms, columns)
         self.refuted[columns] += (~good).long()
         converged, stagnated = torch.zeros_like(claims), torch.zeros_like(claims)
@@ -201,7 +226,7 @@ class OpenColumns:
         """
         norms = (self.b[:, self.active] - self.matmul(x)).norm(dim=0)
         before = self.residual[self.active]
-        self.observe(x, norms)
+        self.observe(x, norms, self.better(norms).tolist())
         lost: Tensor = (norms > 100 * estimates) & (norms > 2 * before)
         return lost
 

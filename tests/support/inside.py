@@ -47,7 +47,7 @@ PLACES = {
     "names_of_terms": "curvalg.testing.pytest_plugin.split",
     "strategies": "curvalg.lowering.inverses.solvers.STRATEGIES",
     # Products and routes, which are counted, interrupted, planted with mistakes or taken away.
-    "product": "curvalg.lowering.operator.CurvatureOperator._apply",
+    "product": "curvalg.lowering.operator.CurvatureOperator._measured",
     "bind": "curvalg.lowering.operator.CurvatureOperator._bind",
     "choose_way": "curvalg.problem.kept.race.Race.run",
     "sum_product": "curvalg.lowering.plans.algebra_plan.SumPlan.apply",
@@ -113,12 +113,12 @@ class Products:
     def __init__(self, inside: Inside) -> None:
         self.columns, self._left, apply = 0, 0, inside["product"]
 
-        def counted(op: Any, x: Any) -> Any:
+        def counted(op: Any, x: Any, *more: Any) -> Any:
             self._left -= 1
             if self._left == 0:
                 raise KeyboardInterrupt
             self.columns += x.shape[1]
-            return apply(op, x)
+            return apply(op, x, *more)
 
         inside(product=counted)
 

@@ -29,6 +29,7 @@ class ByBlocks(Solver[list[Any]]):
 
     def __init__(self, request: InverseRequest, parts: Sequence[tuple[RowRanges, str, Solver[Any], list[str]]]) -> None:
         self.request, self.parts = request, parts
+        self._rows = [places for places, _, _, _ in parts]
         self.iterative = any(solver.iterative for _, _, solver, _ in parts)
         counts: dict[str, int] = {}
         for _, _, solver, _ in parts:
@@ -69,6 +70,11 @@ class ByBlocks(Solver[list[Any]]):
     def oaths(self, state: list[Any]) -> list[Oath]:
         return [oath for (_, _, solver, _), own in zip(self.parts, state) for oath in solver.oaths(own)]
 
+    def trusts(self, state: list[Any]) -> bool:
+        return all(solver.trusts(own) for (_, _, solver, _), own in zip(self.parts, state, strict=True))
+
+    def apply(self, state: list[Any], b: Tensor) -> Tensor:
+        return by_blocks(self._rows, b, lambda i, part: self.parts[i][2].apply(state[i], part))
+
     def approximate(self, state: list[Any], b: Tensor) -> Tensor:
-        rows = [places for places, _, _, _ in self.parts]
-        return by_blocks(rows, b, lambda i, part: self.parts[i][2].approximate(state[i], part))
+        return by_blocks(self._rows, b, lambda i, part: self.parts[i][2].approximate(state[i], part))

@@ -87,10 +87,10 @@ class Structured(Solver[Prepared]):
         self, state: Prepared, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
         """Solve A X = B; a starting point changes nothing."""
-        structure, oath, unit = state.structure, state.oath, exponents(b)
+        unit = exponents(b)
         b = scaled(b, -unit)
-        x, iterations = structure.solve(b), torch.zeros_like(unit, dtype=torch.int64)
-        if oath.solves and not report and not self.request.demanding:
+        x, iterations = state.structure.solve(b), torch.zeros_like(unit, dtype=torch.int64)
+        if not report and self.trusts(state):
             converged = torch.isfinite(x).all(0)
             residual, reason = torch.full_like(b[0], torch.nan), OVERFLOW
         else:
@@ -105,6 +105,13 @@ class Structured(Solver[Prepared]):
             for ok, high in zip(converged.tolist(), above.tolist(), strict=True)
         )
         return SolveResult(x, converged, iterations, scaled(residual, unit), reasons)
+
+    def trusts(self, state: Prepared) -> bool:
+        return state.oath.solves and not self.request.demanding
+
+    def apply(self, state: Prepared, b: Tensor) -> Tensor:
+        unit = exponents(b)
+        return scaled(state.structure.solve(scaled(b, -unit)), unit)
 
     def _refined(self, state: Prepared, b: Tensor, x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The x with the smallest residual that refinement reaches; the norms; which of them are small enough."""

@@ -25,6 +25,7 @@ class Congruent(Structure):
         super().__init__(len(output) * len(inputs))
         self.output, self.inputs, self.damping, self.what = output, inputs, damping, what
         self._eigen: tuple[Tensor, KroneckerBasis] | None = None
+        self._zeros = 0
 
     @property
     def _weights(self) -> Tensor:
@@ -37,7 +38,9 @@ class Congruent(Structure):
             root = self.damping.sqrt()
             b, left = torch.linalg.eigh(self.output)
             a, right = torch.linalg.eigh(self.inputs / torch.outer(root, root))
-            self._eigen = torch.outer(b, a).reshape(-1) + 1, KroneckerBasis([left, right])
+            values = torch.outer(b, a).reshape(-1) + 1
+            self._zeros = int((values.abs() <= torch.finfo(torch.float64).eps * values.abs().max()).sum())
+            self._eigen = values, KroneckerBasis([left, right])
         return self._eigen
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -46,9 +49,8 @@ class Congruent(Structure):
 
     def solve(self, b: Tensor) -> Tensor:
         values, basis = self._decomposed()
-        zeros = int((values.abs() <= torch.finfo(torch.float64).eps * values.abs().max()).sum())
-        if zeros:
-            raise singular(self.what, zeros)
+        if self._zeros:
+            raise singular(self.what, self._zeros)
         root = self._weights.sqrt()
         return (basis.synthesise(basis.analyse(b.double() / root) / values[:, None]) / root).to(b.dtype)
 

@@ -58,11 +58,16 @@ class Spectral(Structure):
         return basis.synthesise(self.values.to(x.dtype)[:, None] * coordinates).add_(beside, alpha=self.rest)
 
     def solve(self, b: Tensor) -> Tensor:
+        return self._inverse.multiply(b)
+
+    @cached_property
+    def _inverse(self) -> Spectral:
+        """The inverse, found to exist once for all solves."""
         zero = self.values.abs() <= torch.finfo(torch.float64).eps * self._spectrum().abs().max()
         zeros = int(zero.sum()) + (self._complement if not self.rest else 0)
         if zeros:
             raise singular(self.what, zeros)
-        return self._function(torch.reciprocal).multiply(b)
+        return self._function(torch.reciprocal)
 
     def mapped(self, function: Function, name: str) -> Structure:
         if name == "sqrt":

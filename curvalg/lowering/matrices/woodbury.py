@@ -36,6 +36,7 @@ class Woodbury(Structure):
         super().__init__(base.size)
         self.base, self.left, self.core, self.right = base, left, core, right
         self._inner: Tensor | None = None
+        self._small: Callable[[Tensor], Tensor] | None = None
         self._make_other = otherwise
         self._other: Structure | None = None
 
@@ -43,18 +44,22 @@ class Woodbury(Structure):
         left, core, right = (t.to(x.dtype) for t in (self.left, self.core, self.right))
         return self.base.multiply(x) + left @ (core @ (right.T @ x))
 
-    def _capacitance(self) -> tuple[Tensor, Tensor]:
-        """The matrices B⁻¹ L and I + C Rᵀ B⁻¹ L."""
+    def _spread(self) -> Tensor:
+        """The matrix B⁻¹ L."""
         if self._inner is None:
             self._inner = self.base.solve(self.left.double())
+        return self._inner
+
+    def _capacitance(self) -> Tensor:
+        """The matrix I + C Rᵀ B⁻¹ L."""
         eye = torch.eye(self.core.shape[0], dtype=torch.float64, device=self.core.device)
-        return self._inner, eye + self.core.double() @ (self.right.double().T @ self._inner)
+        return eye + self.core.double() @ (self.right.double().T @ self._spread())
 
     def _otherwise(self) -> Structure | None:
         """The other form, where B has no inverse; None where it has."""
         if self._inner is None and self._other is None:
             try:
-                self._capacitance()
+                self._spread()
             except FactsError:
                 if self._make_other is None:
                     raise
@@ -64,11 +69,11 @@ class Woodbury(Structure):
     def solve(self, b: Tensor) -> Tensor:
         if (other := self._otherwise()) is not None:
             return other.solve(b)
-        inner, capacitance = self._capacitance()
+        if self._small is None:
+            self._small = factorize(self._capacitance(), positive_definite=None)
         first = self.base.solve(b.double())
         projected = self.core.double() @ (self.right.double().T @ first)
-        solved = factorize(capacitance, positive_definite=None)(projected)
-        return (first - inner @ solved).to(b.dtype)
+        return (first - self._spread() @ self._small(projected)).to(b.dtype)
 
     def mapped(self, function: Function, name: str) -> None:
         return None
@@ -85,7 +90,7 @@ class Woodbury(Structure):
         if (other := self._otherwise()) is not None:
             return other.logdet()
         base = self.base.logdet()
-        return None if base is None else base + float(torch.linalg.slogdet(self._capacitance()[1]).logabsdet)
+        return None if base is None else base + float(torch.linalg.slogdet(self._capacitance()).logabsdet)
 
     def eigh(self) -> Eigh | None:
         return None

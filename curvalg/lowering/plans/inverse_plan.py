@@ -41,7 +41,7 @@ class InversePlan(Plan):
         self._states: WeakKeyDictionary[Snapshot, Any] = WeakKeyDictionary()
         self.checked = True
         """Whether a product is checked against its residual; a preconditioner's is not."""
-        self._last: tuple[Snapshot, Tensor, SolveResult] | None = None
+        self._last: tuple[Snapshot, Tensor, SolveResult | None] | None = None
 
     @property
     def last(self) -> SolveResult | None:
@@ -49,9 +49,11 @@ class InversePlan(Plan):
         if self._last is None:
             return None
         snapshot, b, result = self._last
+        if result is None:
+            result = self.solver.solve(self._state(snapshot), b, None, report=False)
         if bool(result.residual.isnan().any()):
             result = replace(result, residual=norms(b - self.matrix.apply(snapshot, result.x)))
-            self._last = snapshot, b, result
+        self._last = snapshot, b, result
         return result
 
     @property
@@ -59,10 +61,24 @@ class InversePlan(Plan):
         return (self.matrix,)
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        if self.checked:
-            return self.solve(snapshot, x, None, report=False).x
-        with snapshot.lock:
-            return self.solver.approximate(self._state(snapshot), x)
+        state = self._state(snapshot)
+        with nullcontext() if self.checked and self.solver.iterative else snapshot.lock:
+            if not self.checked:
+                return self.solver.approximate(state, x)
+            if self.solver.trusts(state):
+                self._last = snapshot, x, None
+                return self.solver.apply(state, x)
+        return self.solve(snapshot, x, None, report=False).x
+
+    def blame(self) -> None:
+        """Say why the last product was not finite, if it is this plan's fault; looked at only then.
+
+        Raises:
+            ConvergenceError: it is.
+        """
+        if self._last is not None and self._last[2] is None:
+            snapshot, b, _ = self._last
+            self.solve(snapshot, b, None, report=False)
 
     def _state(self, snapshot: Snapshot) -> Any:
         """The state that the solver prepared at a snapshot."""
