@@ -107,10 +107,12 @@ def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
     product = matmul(block.T.contiguous()).T
     scale = float(krylov.projected.abs().max()) if krylov.multiplied else 0.0
     a, p = krylov.multiplied, len(block)
-    known = torch.zeros(p, len(krylov.basis), dtype=torch.float64)
-    known[:, krylov.locked : krylov.locked + a] = krylov.coupling
-    known[:, krylov.locked + a :] = small(product @ block.T)
-    directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale, known)
+    # Of the coupling only what is not zero: the last block, and after a restart all.
+    coupled = krylov.coupling.any(0).nonzero()
+    first = int(coupled[0]) if len(coupled) else a
+    before = krylov.coupling[:, first:].to(product.dtype).to(product.device, non_blocking=True)
+    known = torch.cat([before, product @ block.T], 1)
+    directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale, known, krylov.locked + first)
     columns = coefficients[:, krylov.locked :]
     projected = torch.zeros(a + p, a + p, dtype=torch.float64)
     projected[:a, :a] = krylov.projected

@@ -7,32 +7,37 @@ from torch import Tensor
 
 
 def orthonormalise(
-    block: Tensor, basis: Tensor, scale: float, known: Tensor | None = None
+    block: Tensor, basis: Tensor, scale: float, known: Tensor | None = None, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a block into its part in the span of a basis and new orthonormal directions.
 
     block = coefficients · basis + couplingᵀ · directions, by classical block Gram-Schmidt, with a singular value decomposition
     that drops the directions that are nothing but rounding noise. A second pass follows where the first took away so much
-    that errors of the basis would grow (Daniel, Gragg, Kaufman and Stewart, 1976).
+    that errors of the basis would grow (Daniel, Gragg, Kaufman and Stewart, 1976). A device is waited for once in each pass.
 
     Args:
         block: rows (p, n).
         basis: orthonormal rows (j, n).
         scale: norm of the operator that the block comes from; noise is relative to it, and to the block itself.
-        known: coefficients (p, j) up to rounding, where most of them are known, and zero: what they account for is taken off
+        known: coefficients (p, j − first) of the rows from ``first`` on, up to rounding: what they account for is taken off
             first, so that one pass is enough.
+        first: row from which coefficients are not zero.
 
     Returns:
         directions (r, n) with r ≤ p; coefficients (p, j) and coupling (r, p), float64 on the CPU.
     """
-    noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(block.norm(dim=1).max()))
-    block, before = block.contiguous(), torch.zeros(len(block), len(basis), dtype=torch.float64)
-    if known is not None:
-        block, before = _less(block, known, basis), known
-    length = float(torch.linalg.vector_norm(block, dtype=torch.float64))
+    longest = block.norm(dim=1).max()
+    block = block.contiguous()
+    if known is None:
+        known = block.new_zeros(len(block), 0)
+    else:
+        block = torch.addmm(block, known, basis[first:], alpha=-1)
+    length = torch.linalg.vector_norm(block, dtype=torch.float64)
     coefficients, block = _project(block, basis)
-    coefficients = coefficients + before
     directions, triangle = _factorise(block)
+    longest, length, known, coefficients, triangle = _smalls(longest, length, known, coefficients, triangle)
+    noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(longest))
+    coefficients[:, len(basis) - known.shape[1] :] += known
     left, singular, right = torch.linalg.svd(triangle)
     rank = int((singular > noise).sum())
     if len(singular) == rank and (not len(basis) or float(singular.min()) > MUCH * length):
@@ -42,6 +47,7 @@ def orthonormalise(
     # Small directions were blown up when they were normalised, and with them what the first projection left behind.
     again, directions = _project(directions, basis)
     directions, triangle = _factorise(directions)
+    again, triangle = _smalls(again, triangle)
     return directions, coefficients + coupling.T @ again, triangle @ coupling
 
 
@@ -83,6 +89,16 @@ def small(t: Tensor) -> Tensor:
     return t.to("cpu", torch.float64)
 
 
+def _smalls(*tensors: Tensor) -> list[Tensor]:
+    """Tensors for the projected problem, by one wait for the device."""
+    away = [t for t in tensors if t.device.type != "cpu"]
+    if not away:
+        return [small(t) for t in tensors]
+    packed = small(torch.cat([t.reshape(-1).to(torch.float64) for t in away]))
+    parts = iter(packed.split([t.numel() for t in away]))
+    return [small(t) if t.device.type == "cpu" else next(parts).reshape(t.shape) for t in tensors]
+
+
 MUCH = 0.7
 """What must be left of a block's length for one pass of Gram-Schmidt to be enough."""
 
@@ -91,36 +107,32 @@ NARROW = 8
 
 
 def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The coefficients (p, j) of rows in a basis, on their device, and what is left of the rows."""
     if not len(basis):
-        return torch.zeros(len(block), 0, dtype=torch.float64), block
+        return block.new_zeros(len(block), 0), block
     coefficients = block @ basis.T
-    return small(coefficients), torch.addmm(block, coefficients, basis, alpha=-1)
-
-
-def _less(block: Tensor, coefficients: Tensor, basis: Tensor) -> Tensor:
-    """The difference block − coefficients · basis, reading only the rows that count."""
-    rows = coefficients.any(0).nonzero()
-    first = int(rows[0]) if len(rows) else len(basis)
-    return torch.addmm(block, coefficients[:, first:].to(block), basis[first:], alpha=-1)
+    return coefficients, torch.addmm(block, coefficients, basis, alpha=-1)
 
 
 def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of block = triangleᵀ · rows with orthonormal rows; one is zero where only rounding is left of it."""
+    """Factors of block = triangleᵀ · rows with orthonormal rows; one is zero where only rounding is left of it.
+
+    The triangle of few rows is on their device, which is not waited for.
+    """
     if len(block) > NARROW:
         if (found := _by_cholesky(block)) is not None:
             return found
         orthonormal, triangle = torch.linalg.qr(block.T)
         return orthonormal.T.contiguous(), small(triangle)
-    rows, triangle = torch.empty_like(block), torch.zeros(len(block), len(block), dtype=torch.float64)
+    rows, triangle = torch.empty_like(block), block.new_zeros(len(block), len(block), dtype=torch.float64)
     for i in range(len(block)):
         first, row = _project(block[i : i + 1], rows[:i])
         again, row = _project(row, rows[:i])
         # In float32, torch sums the squares of 5 million numbers with an error of 1e-4.
-        norm, whole = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (row, block[i]))
-        if norm <= 10 * torch.finfo(block.dtype).eps * whole:  # normalised noise is orthogonal to nothing
-            norm, row = 0.0, torch.zeros_like(row)
-        triangle[:i, i], triangle[i, i] = (first + again)[0], norm
-        torch.div(row[0], norm or 1.0, out=rows[i])
+        norm, whole = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (row, block[i]))
+        rest = norm > 10 * torch.finfo(block.dtype).eps * whole  # normalised noise is orthogonal to nothing
+        triangle[:i, i], triangle[i, i] = (first + again)[0], torch.where(rest, norm, 0.0)
+        torch.div(row[0], torch.where(rest, norm, torch.inf).to(row.dtype), out=rows[i])
     return rows, triangle
 
 
