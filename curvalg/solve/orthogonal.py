@@ -35,7 +35,7 @@ def orthonormalise(
     length = torch.linalg.vector_norm(block, dtype=torch.float64)
     coefficients, block = _project(block, basis)
     directions, triangle = _factorise(block)
-    longest, length, known, coefficients, triangle = _smalls(longest, length, known, coefficients, triangle)
+    longest, length, known, coefficients, triangle = smalls(longest, length, known, coefficients, triangle)
     noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(longest))
     coefficients[:, len(basis) - known.shape[1] :] += known
     left, singular, right = torch.linalg.svd(triangle)
@@ -47,7 +47,7 @@ def orthonormalise(
     # Small directions were blown up when they were normalised, and with them what the first projection left behind.
     again, directions = _project(directions, basis)
     directions, triangle = _factorise(directions)
-    again, triangle = _smalls(again, triangle)
+    again, triangle = smalls(again, triangle)
     return directions, coefficients + coupling.T @ again, triangle @ coupling
 
 
@@ -89,7 +89,7 @@ def small(t: Tensor) -> Tensor:
     return t.to("cpu", torch.float64)
 
 
-def _smalls(*tensors: Tensor) -> list[Tensor]:
+def smalls(*tensors: Tensor) -> list[Tensor]:
     """Tensors for the projected problem, by one wait for the device."""
     away = [t for t in tensors if t.device.type != "cpu"]
     if not away:

@@ -14,7 +14,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from curvalg.solve.orthogonal import grown, small
+from curvalg.solve.orthogonal import grown, small, smalls
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import Matmul
 
@@ -72,15 +72,18 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     """Make one step of all recurrences that have not ended, by one product with their columns."""
     p, going = old.width, old.going
     current, previous = old.basis[-p:], old.basis[-2 * p : -p]
-    product = _product(current, going.to(current.device), matmul)
+    product = _product(current, going, matmul)
     both = None if old.whole else torch.empty(2 * p, current.shape[1], dtype=current.dtype, device=current.device)
     out = torch.empty_like(current) if both is None else both[p:]
     rest, diagonal, beta = _three_term(product, current, previous, old, out)
+    if old.whole:
+        vectors = old.basis.view(-1, p, rest.shape[1]).transpose(0, 1)
+        rest, diagonal, beta = _purged(rest, vectors, diagonal, beta)
+    else:
+        diagonal, beta = smalls(diagonal, beta)
     # Diagonals of ended recurrences stay within the spectrum: nothing couples to them, but functions are evaluated there.
     alpha = torch.where(going, diagonal, old.alphas[0] if old.steps else 0.0)
     scale = torch.cat([old.alphas, old.betas, alpha[None]]).abs().amax(0)
-    if old.whole:
-        rest, beta = _purged(rest, old.basis.view(-1, p, rest.shape[1]).transpose(0, 1), beta)
     beta = torch.where(going & (beta > 10 * torch.finfo(rest.dtype).eps * scale), beta, 0.0)
     rest.mul_(_column(torch.where(beta > 0, 1 / beta, 0.0), rest))
     if both is None:
@@ -170,15 +173,18 @@ def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
     """The product of A with the rows that are multiplied, zeros for the others."""
     if bool(going.all()):
         return matmul(rows.T).T.contiguous()
-    full = torch.zeros_like(rows)
-    full[going] = matmul(rows[going].T).T
+    full, at = torch.zeros_like(rows), going.nonzero().reshape(-1).to(rows.device, non_blocking=True)
+    full[at] = matmul(rows[at].T).T
     return full
 
 
 def _three_term(
     product: Tensor, current: Tensor, previous: Tensor, old: Recurrences, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows A v − α v − β v₋₁, written to ``out``, since products may return something they keep; α; the norms."""
+    """The rows A v − α v − β v₋₁, written to ``out``, since products may return something they keep; α; the norms.
+
+    The numbers stay on their device.
+    """
     alphas, norms, group = [], [], max(1, CACHED // current.shape[1])
     for some in range(0, len(current), group):
         rows = slice(some, some + group)
@@ -188,19 +194,26 @@ def _three_term(
             rest.addcmul_(_column(old.betas[-1, rows], rest), previous[rows], value=-1)
         alphas.append(alpha)
         norms.append(_norm(rest))
-    return out, small(torch.cat(alphas)), small(torch.cat(norms))
+    return out, torch.cat(alphas), torch.cat(norms)
 
 
-def _purged(rest: Tensor, vectors: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows without their parts along the vectors (p, j, n), and the norms; twice where the first pass took much away."""
-    for _ in range(2):
-        coefficients = torch.bmm(vectors, rest[:, :, None])
-        rest = torch.baddbmm(rest[:, None, :], coefficients.transpose(1, 2), vectors, alpha=-1)[:, 0]
-        after = small(_norm(rest))
-        if bool((after >= 0.7 * before).all()):
-            break
-        before = after
-    return rest, after
+def _purged(rest: Tensor, vectors: Tensor, diagonal: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows without their parts along the vectors (p, j, n), twice where the first pass took much away; α; the norms.
+
+    What came on a device is read with what the decision needs, by one wait for it.
+    """
+    rest = _less(rest, vectors)
+    diagonal, before, after = smalls(diagonal, norms, _norm(rest))
+    if bool((after >= 0.7 * before).all()):
+        return rest, diagonal, after
+    rest = _less(rest, vectors)
+    return rest, diagonal, small(_norm(rest))
+
+
+def _less(rest: Tensor, vectors: Tensor) -> Tensor:
+    """The rows without their parts along the vectors (p, j, n)."""
+    coefficients = torch.bmm(vectors, rest[:, :, None])
+    return torch.baddbmm(rest[:, None, :], coefficients.transpose(1, 2), vectors, alpha=-1)[:, 0]
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
@@ -209,6 +222,8 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _norm(rows: Tensor) -> Tensor:
+    if rows.device.type != "cpu":  # where a sum in double precision is as fast, and a look at the squares is a wait
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
     if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
         squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
@@ -217,4 +232,4 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:
-    return numbers.to(like)[:, None]
+    return numbers.to(like.dtype).to(like.device, non_blocking=True)[:, None]
