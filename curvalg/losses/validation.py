@@ -11,7 +11,6 @@ from torch import Tensor
 
 from curvalg.errors import LossError
 
-
 _SETTLED: ContextVar[bool] = ContextVar("settled", default=False)
 
 

@@ -10,6 +10,7 @@ import torch
 from curvalg.expr import Expr, Facts
 from curvalg.lowering.lines import indent
 from curvalg.lowering.plans.plan import Plan
+from curvalg.lowering.replayed import Replayed
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
@@ -28,6 +29,7 @@ class Explained(Protocol):
     _steps: list[Step]
     _simplified: Expr
     _plan: Plan
+    _replayed: Replayed
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +60,7 @@ def explain(op: Explained) -> str:
         laws = [f"by {law}" + (f" ({n} times)" if n > 1 else "") for law, n in fired.items()]
         sections["simplified"] = [str(op._simplified), *laws]
     sections["plan"] = op._plan.lines(op.snapshot)
-    sections["execution"] = _execution(op)
+    sections["execution"] = [*op._replayed.lines(op.snapshot), *_execution(op)]
     return "\n".join(line for title, lines in sections.items() for line in [title, *indent(lines)])
 
 

@@ -134,9 +134,7 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
 
 
-def _from_tree(
-    x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space, unread: bool
-) -> Operand:
+def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codomain: Space, unread: bool) -> Operand:
     if domain.layout is None:
         raise VectorTypeError(
             f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor"

@@ -118,10 +118,10 @@ class Evaluation(ModelCall):
         problem, loss = self.problem, self.problem.need_loss()
         if not isinstance(loss, CallableLoss):
             with settled() if self._settled else nullcontext():
-                point = loss.at(output, sample.target)
+                known = loss.at(output, sample.target)
             if problem.data.fixed:
                 self.snapshot.settled.add(sample.index)
-            return point
+            return known
         with recording(problem.device, problem.model):
             point = problem.draws.run(lambda: loss.at(output, sample.target), sample.index)
         swear_loss(problem.model, point)

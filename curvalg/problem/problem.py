@@ -76,6 +76,10 @@ class Problem(Setting):
             none before it had: calls against the live model, tangents against gradients, second derivatives against a central
             difference and each other, structured inverses against products of their matrix. Costs a few gradients at the first
             product, and one product with three columns at the first structured solve; False leaves it out.
+        graphs: capture kept products on a CUDA device as CUDA graphs, which are replayed without Python and launches: "auto"
+            (after some products, where a graph gives the same numbers and is faster, measured once), True (wherever a graph
+            gives the same numbers), or False. ``explain()`` says what was captured, or why not. The model is called on a
+            stream of the problem's own. On other devices there is nothing to capture.
         progress: show a progress bar for passes over the data.
 
     A problem is at one state: parameters, buffers, flags, attributes, hooks and submodules of model and loss, the objects of
@@ -127,6 +131,7 @@ class Problem(Setting):
         compile: bool | str = False,
         output_memory: Literal["auto"] | float = "auto",
         verify: bool = True,
+        graphs: Literal["auto"] | bool = "auto",
         progress: bool = False,
     ) -> None:
         with LOCK:  # while another problem calls the same model, other tensors stand in it
@@ -148,6 +153,7 @@ class Problem(Setting):
         self.cache = cache
         self.output_memory = _output_memory(output_memory)
         self.verify = _one_of("verify", verify, (True, False))
+        self.graphs = _one_of("graphs", graphs, ("auto", True, False)) if device.type == "cuda" else False
         self.progress = _one_of("progress", progress, (True, False))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

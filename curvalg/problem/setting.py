@@ -6,7 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -29,6 +29,7 @@ from curvalg.problem.model.model import Model
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
 from curvalg.tensors.batch_sums import BatchSum
+from curvalg.tensors.cuda_graph import SideStream
 
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class Setting:
     compiler: str | None
     output_memory: float
     verify: bool
+    graphs: Literal["auto"] | bool
     progress: bool
 
     def __init__(self, model: Model, data: Data, loss: tuple[Any, Any], draws: DrawGuard, budget: Budget) -> None:
@@ -76,6 +78,7 @@ class Setting:
         self.device: torch.device = next(iter(model.chosen.values())).device
         self.dtype: torch.dtype = self.layout.dtype
         self._lock = threading.RLock()
+        self._side = SideStream(self.device)
         self._refreshes = 0
         self.whole: Self | None = None
         """The problem over all parameters, where this one is over some of them."""
@@ -236,8 +239,19 @@ class Setting:
     def differentiating(self) -> AbstractContextManager[Any]:
         """The context of a product, whatever the caller's: gradients on, inference mode and autocast off.
 
-        The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
+        The matrix is that of the model in its own dtype; a model that casts inside its forward still does. Where products may
+        be captured as CUDA graphs, all runs on a stream of the problem's own.
         """
+        if self.graphs:
+            return self._beside()
+        return self._derivatives()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        with self._side.entered(), self._derivatives():
+            yield
+
+    def _derivatives(self) -> AbstractContextManager[Any]:
         kind = self.device.type
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(kind):
             return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product

@@ -180,7 +180,8 @@ class OpenColumns:
 
     def better(self, norms: Tensor) -> Tensor:
         """The mask of active columns whose residual norms are the smallest so far."""
-        return norms < self.residual[self.active]
+        better: Tensor = norms < self.residual[self.active]
+        return better
 
     def observe(self, x: Tensor, norms: Tensor, better: Sequence[bool]) -> None:
         """Remember the iterates x of the active columns that are better than those before; x is not written into any more."""

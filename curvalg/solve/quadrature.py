@@ -223,7 +223,8 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu":  # where a sum in double precision is as fast, and a look at the squares is a wait
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return found
     squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
     if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
         squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()

@@ -77,6 +77,7 @@ def _register():
 
 _register()
 import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 from torch.utils._mode_utils import no_dispatch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten  # noqa: E402
@@ -218,7 +219,7 @@ def _run(func, args, kwargs):
         # A zero tensor without memory has none for a kernel that finds it inside a wrapper.
         result = torch.zeros(*plain, **named) if name == "_efficientzerotensor" else func(*plain, **named)
     result = 0 if name == "_fused_sdp_choice" else result  # attention by the mathematical kernel
-    if _capturing and target == "cuda":
+    if _capturing and target == "cuda" and not any(isinstance(x, FakeTensor) for x in held):  # which launch nothing
         _capturing[-1].append((func, plain, named, result))
     if copied == "download, async":
         _underway.append((result, result.clone()))

@@ -13,6 +13,7 @@ from curvalg.lowering.inverses.solver import InverseRequest, Solver
 from curvalg.lowering.inverses.verified import Oath
 from curvalg.lowering.lines import alike
 from curvalg.problem import Snapshot
+from curvalg.problem.kept.reads import Reads, together
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import INTERRUPTED, Trail
 
@@ -75,6 +76,9 @@ class ByBlocks(Solver[list[Any]]):
 
     def apply(self, state: list[Any], b: Tensor) -> Tensor:
         return by_blocks(self._rows, b, lambda i, part: self.parts[i][2].apply(state[i], part))
+
+    def reads(self, state: list[Any]) -> Reads | str:
+        return together(solver.reads(own) for (_, _, solver, _), own in zip(self.parts, state, strict=True))
 
     def approximate(self, state: list[Any], b: Tensor) -> Tensor:
         return by_blocks(self._rows, b, lambda i, part: self.parts[i][2].approximate(state[i], part))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvalg.lowering.inverses.solver import InverseRequest, Solver
+from curvalg.lowering.replayed import Replayed
 from curvalg.problem import Snapshot
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
@@ -42,9 +43,10 @@ class Iterative(Solver[Operators]):
         self.cost = f"at most {request.maxiter}{helped} products to a relative residual of {request.rtol:g}"
 
     def prepare(self, snapshot: Snapshot) -> Operators:
-        plan, preconditioner = self.request.matrix.plan, self.request.preconditioner
+        matrix, preconditioner = self.request.matrix, self.request.preconditioner
+        replayed = Replayed(matrix.problem, matrix.plan)
         return Operators(
-            lambda x: plan.apply(snapshot, x),
+            lambda x: replayed.apply(snapshot, x),
             None if preconditioner is None else lambda r: preconditioner(snapshot, r),
         )
 

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
-
-from torch import Tensor
 
 from curvalg.expr import Expr, Facts
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.blocks.submatrices import inside
 from curvalg.lowering.matrices import Structure
+from curvalg.lowering.replayed import Repeatable
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import simplify
-
-
-class Multiplies(Protocol):
-    """A matrix as it stands, which can only be multiplied with."""
-
-    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
-        """The product with x (n, K)."""
-        ...
 
 
 class BoundMatrix:
@@ -40,7 +31,7 @@ class BoundMatrix:
         self,
         expr: Expr,
         problem: Problem,
-        planner: Callable[[Expr, Problem], Multiplies],
+        planner: Callable[[Expr, Problem], Repeatable],
         spectral: bool = False,
         found: Found | None = None,
     ) -> None:
@@ -61,7 +52,7 @@ class BoundMatrix:
         return self.problem.size if params is None else self.problem.restricted(params).size
 
     @cached_property
-    def plan(self) -> Multiplies:
+    def plan(self) -> Repeatable:
         """The plan of products with this matrix."""
         return self._planner(self.expr, self.problem)
 

@@ -14,6 +14,7 @@ from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.inverses.rounding import default_rtol, noise
 from curvalg.lowering.inverses.verified import Oath
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.kept.reads import Reads
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
 
@@ -108,6 +109,10 @@ class Solver(ABC, Generic[State]):
     def apply(self, state: State, b: Tensor) -> Tensor:
         """A⁻¹ B for right-hand sides (n, K), without a report, where the solver trusts itself."""
         return self.solve(state, b, None, report=False).x
+
+    def reads(self, state: State) -> Reads | str:
+        """What :meth:`apply` reads from kept memory, or why its kernels are not the same each time."""
+        return "since solves are not of a fixed form"
 
     def approximate(self, state: State, b: Tensor) -> Tensor:
         """Apply A⁻¹ as a preconditioner takes it: one fixed linear map, not checked."""

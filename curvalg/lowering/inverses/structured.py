@@ -15,6 +15,7 @@ from curvalg.lowering.inverses.solver import InverseRequest, Solver
 from curvalg.lowering.inverses.verified import Oath, swear, trusted
 from curvalg.lowering.matrices import Structure
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.kept.reads import Reads
 from curvalg.solve import SolveResult
 from curvalg.solve.open_columns import OVERFLOW
 from curvalg.solve.powers import exponents, scaled
@@ -112,6 +113,9 @@ class Structured(Solver[Prepared]):
     def apply(self, state: Prepared, b: Tensor) -> Tensor:
         unit = exponents(b)
         return scaled(state.structure.solve(scaled(b, -unit)), unit)
+
+    def reads(self, state: Prepared) -> Reads | str:
+        return state.structure.reads()
 
     def _refined(self, state: Prepared, b: Tensor, x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The x with the smallest residual that refinement reaches; the norms; which of them are small enough."""

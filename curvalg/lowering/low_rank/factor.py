@@ -160,6 +160,11 @@ class Factor:
         self.complete = True
         source._sharing.add(self)
 
+    @property
+    def kept_matrix(self) -> Tensor | None:
+        """The matrix Vᵀ, where it was made and is kept."""
+        return self._matrix
+
     def drop_matrix(self) -> None:
         """Release the matrix V alone."""
         if self._matrix is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvalg.lowering.low_rank.weighted_factor import WeightedFactor
 from curvalg.lowering.matrices import Basis, Eigh, Spectral, Structure, singular
 from curvalg.lowering.matrices.structure import Function
+from curvalg.problem.kept.reads import Reads
 from curvalg.solve import factorize
 
 SINGLE = 1e4
@@ -22,6 +23,9 @@ class GramBasis(Basis):
 
     def __init__(self, columns: WeightedFactor, vectors: Tensor, values: Tensor) -> None:
         self._columns, self.vectors, self.roots = columns, vectors, values.sqrt()
+
+    def reads(self) -> Reads | str:
+        return self._columns.reads()
 
     def analyse(self, x: Tensor) -> Tensor:
         inner = self.vectors.T @ self._columns.analyse(x).to(self.vectors.dtype)
@@ -62,6 +66,9 @@ class Gram(Structure):
         self._solve: Callable[[Tensor], Tensor] | None = None
         self._spectrum: Tensor | None = None
         self._spectral: Spectral | None = None
+
+    def reads(self) -> Reads | str:
+        return self.columns.reads()
 
     def multiply(self, x: Tensor) -> Tensor:
         return self.columns.synthesise(self.columns.analyse(x)).add_(x, alpha=self.shift)

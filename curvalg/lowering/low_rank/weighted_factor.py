@@ -12,6 +12,7 @@ from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, factor_of
 from curvalg.lowering.low_rank.factored_sum import in_order
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.kept.reads import Reads
 
 
 class WeightedFactor:
@@ -47,6 +48,12 @@ class WeightedFactor:
                         centred.append((ones, (1 - root) / count))
             self._mixing = roots[owner], centred
         return self._mixing
+
+    def reads(self) -> Reads | str:
+        """What products read, where inputs and deltas are kept."""
+        if not self.factor.complete:
+            return "since layer inputs and deltas are not kept"
+        return Reads(tuple(self.factor.chunks), (self.factor,))
 
     def transform(self, y: Tensor) -> Tensor:
         """Products T Y for Y (M, P); T is symmetric."""

@@ -8,9 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvalg.problem.kept.reads import Reads
+
 
 class Basis(ABC):
     """An orthonormal basis: r vectors in n dimensions, Q (n, r)."""
+
+    def reads(self) -> Reads | str:
+        """What it reads that others may drop, or why its kernels are not the same each time."""
+        return Reads((self,))
 
     @abstractmethod
     def analyse(self, x: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ class Blocks(Structure):
         self.parts = list(parts)
         self._rows = [places for places, _ in self.parts]
 
+    @property
+    def inner(self) -> tuple[Structure, ...]:
+        return tuple(block for _, block in self.parts)
+
     def multiply(self, x: Tensor) -> Tensor:
         return by_blocks(self._rows, x, lambda i, part: self.parts[i][1].multiply(part))
 

@@ -10,15 +10,19 @@ from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 class Inverted(Structure):
     """The inverse A⁻¹, by the solves of A."""
 
-    def __init__(self, inner: Structure) -> None:
-        super().__init__(inner.size)
-        self.inner = inner
+    def __init__(self, inverted: Structure) -> None:
+        super().__init__(inverted.size)
+        self.inverted = inverted
+
+    @property
+    def inner(self) -> tuple[Structure, ...]:
+        return (self.inverted,)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return self.inner.solve(x)
+        return self.inverted.solve(x)
 
     def solve(self, b: Tensor) -> Tensor:
-        return self.inner.multiply(b)
+        return self.inverted.multiply(b)
 
     def mapped(self, function: Function, name: str) -> None:
         return None
@@ -30,7 +34,7 @@ class Inverted(Structure):
         return None
 
     def logdet(self) -> float | None:
-        inner = self.inner.logdet()
+        inner = self.inverted.logdet()
         return None if inner is None else -inner
 
     def eigh(self) -> Eigh | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.lowering.matrices.bases import Basis
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
+from curvalg.problem.kept.reads import Reads
 
 
 class Spectral(Structure):
@@ -42,6 +43,9 @@ class Spectral(Structure):
     def _rest_is_largest(self) -> bool:
         """Whether the complement outweighs the basis, as in the inverse of a low-rank matrix with a little damping."""
         return bool((self.values.abs() < abs(self.rest)).any())
+
+    def reads(self) -> Reads | str:
+        return self.basis.reads()
 
     def multiply(self, x: Tensor) -> Tensor:
         basis = self.basis

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
+from curvalg.problem.kept.reads import Reads, together
 
 Function = Callable[[Tensor], Tensor]
 """A real function, entry by entry."""
@@ -45,6 +46,16 @@ class Structure(ABC):
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+    @property
+    def inner(self) -> tuple[Structure, ...]:
+        """The structures that it is made of."""
+        return ()
+
+    def reads(self) -> Reads | str:
+        """What products and solves read that others may drop, or why they are not the same kernels each time."""
+        found = together(part.reads() for part in self.inner)
+        return found if isinstance(found, str) else Reads((self, *found.parts), found.keepers)
 
     @abstractmethod
     def solve(self, b: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ class Woodbury(Structure):
         self._make_other = otherwise
         self._other: Structure | None = None
 
+    @property
+    def inner(self) -> tuple[Structure, ...]:
+        return (self.base,) if self._other is None else (self._other,)
+
     def multiply(self, x: Tensor) -> Tensor:
         left, core, right = (t.to(x.dtype) for t in (self.left, self.core, self.right))
         return self.base.multiply(x) + left @ (core @ (right.T @ x))

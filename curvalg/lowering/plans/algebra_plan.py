@@ -17,6 +17,7 @@ from curvalg.lowering.lines import alike, indent
 from curvalg.lowering.matrices import array_leaves as leaves
 from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.kept.reads import Reads
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class LeafPlan(Plan):
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         return leaves.multiply(self.leaf, x, self.transpose)
+
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        return Reads((self.leaf,))
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"arrays: {self.leaf}{'.T' if self.transpose else ''}"]

@@ -17,15 +17,16 @@ from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.submatrices import block_problem, is_local, submatrix
-from curvalg.lowering.inverses.offer import BoundMatrix, Multiplies
+from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.plans.computed import Computed, compute
+from curvalg.lowering.replayed import Repeatable
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.recorded import record_layers
 from curvalg.rewrite import simplify
 
-Planner = Callable[[Expr, Problem], Multiplies]
+Planner = Callable[[Expr, Problem], Repeatable]
 
 
 def unbound(expr: Expr) -> list[Expr]:

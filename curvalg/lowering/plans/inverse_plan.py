@@ -21,6 +21,7 @@ from curvalg.lowering.lines import indent
 from curvalg.lowering.matrices import Structure
 from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Snapshot
+from curvalg.problem.kept.reads import Reads
 from curvalg.solve import SolveResult
 from curvalg.solve.powers import norms
 from curvalg.solve.trail import Trail
@@ -69,6 +70,12 @@ class InversePlan(Plan):
                 self._last = snapshot, x, None
                 return self.solver.apply(state, x)
         return self.solve(snapshot, x, None, report=False).x
+
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        state = self._states.get(snapshot)
+        if state is None or not self.checked or not self.solver.trusts(state):
+            return "since solves look at their residuals"
+        return self.solver.reads(state)
 
     def blame(self) -> None:
         """Say why the last product was not finite, if it is this plan's fault; looked at only then.

@@ -15,6 +15,7 @@ from curvalg.lowering.low_rank.weighted_factor import weighed
 from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.race import Candidate, Race
+from curvalg.problem.kept.reads import Reads
 
 MOST_COLUMNS = 64
 """The most columns of a factor, for each row of the data, that a factored product is taken with."""
@@ -182,6 +183,16 @@ class LowRankPlan(Plan):
             return candidates[way or ORDINARY](x)
         except Impossible:  # the budget has shrunk since
             return self.otherwise.apply(snapshot, x)
+
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        way, factor = self.ways(snapshot).races[columns > 1].chosen, self.factor(snapshot)
+        if way == FACTORED and factor.complete:
+            return Reads(tuple(factor.chunks), (factor,))
+        if way == MULTIPLIED and (matrix := factor.kept_matrix) is not None:
+            return Reads((matrix,), (factor,))
+        if way == ORDINARY:
+            return self.otherwise.reads(snapshot, columns)
+        return "since no way was chosen yet"
 
     def _release(self, snapshot: Snapshot, chosen: set[str]) -> None:
         """Drop what no chosen way needs."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.problem import Snapshot
+from curvalg.problem.kept.reads import Reads, together
 
 
 class Plan(ABC):
@@ -41,6 +42,12 @@ class Plan(ABC):
         """Drop what sweeps keep; they record anew if they are needed."""
         for part in self.inner:
             part.release(snapshot)
+
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        """What products with so many columns read from kept memory, or why they are not the same kernels each time."""
+        if not self.inner:
+            return "which the plan does not allow"
+        return together(part.reads(snapshot, columns) for part in self.inner)
 
     @property
     def passes(self) -> int:

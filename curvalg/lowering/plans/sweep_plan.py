@@ -12,6 +12,7 @@ from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.sweeps.linearization import Linearization, linearization
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.kept.reads import Reads
 from curvalg.problem.verification.tangent_checks import TangentNotes
 
 
@@ -33,6 +34,12 @@ class SweepPlan(Plan):
 
     def release(self, snapshot: Snapshot) -> None:
         linearization(self.problem, snapshot, self.sweep).drop()
+
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        kept = linearization(self.problem, snapshot, self.sweep)
+        if not kept.complete:
+            return "since not all batches are kept"
+        return Reads(tuple(kept.batches.values()), (kept,))
 
     @property
     def passes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Protocol, TypeVar, cast
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import optree
 from torch import Tensor
@@ -40,13 +40,24 @@ class Budget:
         self.limit = limit
         self.free = free
         self._order: list[ref[Keeper]] = []
+        self._dependent: WeakKeyDictionary[Keeper, WeakSet[Keeper]] = WeakKeyDictionary()
+
+    def depends(self, keeper: Keeper, others: Iterable[Keeper]) -> None:
+        """Note that something holds memory of others, so that it has to go with them."""
+        for other in others:
+            self._dependent.setdefault(other, WeakSet()).add(keeper)
+
+    def _drop(self, keeper: Keeper) -> None:
+        for dependent in self._dependent.pop(keeper, ()):
+            dependent.drop()
+        keeper.drop()
 
     def resize(self, limit: int, free: Callable[[], int] | None = None) -> None:
         """Set another limit; what no longer fits is dropped."""
         self.limit, self.free = limit, free
         for r in list(self._order):
             if self.used > limit and (keeper := r()) is not None:
-                keeper.drop()
+                self._drop(keeper)
 
     def touch(self, keeper: Keeper) -> None:
         """Mark something as used just now."""
@@ -71,7 +82,7 @@ class Budget:
                 break
             other = r()
             if other is not None and other is not keeper:
-                other.drop()
+                self._drop(other)
         self.touch(keeper)
         keeper.nbytes += nbytes
         return True

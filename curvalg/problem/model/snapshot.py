@@ -63,7 +63,7 @@ class Configuration:
         self._read = False
 
     def intact(self, unread: list[Tensor] | None = None) -> bool:
-        """Whether everything is as it was; flags of what lies on a device go to ``unread``, if given, and are not waited for."""
+        """Whether everything is as it was; ``unread`` takes flags of what lies on a device, as in :meth:`Snapshot.intact`."""
         for module, training, children in self._flags:
             if module.training is not training or tuple(module._modules.values()) != children:
                 return False
@@ -109,7 +109,7 @@ class Snapshot:
         """Routes, for which parameters -> why each must not be used at this state (None where it was found right), and the
         operations that it was verified on."""
         self.settled: set[int] = set()
-        """Numbers of batches whose outputs and targets have been looked at and found allowed: the data are the same each time."""
+        """Numbers of batches, of data that stay the same, whose outputs and targets were looked at and found allowed."""
         self.restrictions: dict[tuple[str, ...], Any] = {}
         """The problem over some of its parameters, at this state."""
 
