@@ -9,8 +9,7 @@ import torch
 
 from curvalg.expr import Expr, Facts
 from curvalg.lowering.lines import indent
-from curvalg.lowering.plans.plan import Plan
-from curvalg.lowering.replayed import Replayed
+from curvalg.lowering.replayed import Repeatable
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
@@ -28,8 +27,7 @@ class Explained(Protocol):
     dtype: Any
     _steps: list[Step]
     _simplified: Expr
-    _plan: Plan
-    _replayed: Replayed
+    _repeated: Repeatable
 
     @property
     def device(self) -> torch.device:
@@ -59,8 +57,8 @@ def explain(op: Explained) -> str:
         fired = Counter(step.law for step in op._steps)
         laws = [f"by {law}" + (f" ({n} times)" if n > 1 else "") for law, n in fired.items()]
         sections["simplified"] = [str(op._simplified), *laws]
-    sections["plan"] = op._plan.lines(op.snapshot)
-    sections["execution"] = [*op._replayed.lines(op.snapshot), *_execution(op)]
+    sections["plan"] = op._repeated.lines(op.snapshot)
+    sections["execution"] = _execution(op)
     return "\n".join(line for title, lines in sections.items() for line in [title, *indent(lines)])
 
 

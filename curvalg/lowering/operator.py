@@ -28,7 +28,7 @@ from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.inverse_plan import InversePlan
 from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
-from curvalg.lowering.replayed import Replayed
+from curvalg.lowering.replayed import Repeatable, replayed
 from curvalg.lowering.vectors import Measure, Space, Vector, largest, measured, parse, require_finite
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
@@ -97,7 +97,7 @@ class CurvatureOperator(TorchOperator):
         self._simplified = self._simplify(expr)
         self._resolved = self._resolve(self._simplified)
         self._plan: Plan = plan(self._resolved, self.problem, self._given)
-        self._replayed = Replayed(self.problem, self._plan)
+        self._repeated: Repeatable = replayed(self.problem, self._plan)
         self._bound = not unbound(self._resolved)
         self._domain = self._space(self.expr.domain, self.expr.domain_params)
         self._codomain = self._space(self.expr.codomain, self.expr.codomain_params)
@@ -155,7 +155,7 @@ class CurvatureOperator(TorchOperator):
             self._simplified = self._simplify(bound)
             self._resolved = self._resolve(self._simplified)
             self._plan = plan(self._resolved, self.problem, self._given)
-            self._replayed = Replayed(self.problem, self._plan)
+            self._repeated = replayed(self.problem, self._plan)
             self._bound = True
 
     def refresh(self) -> CurvatureOperator:
@@ -195,7 +195,7 @@ class CurvatureOperator(TorchOperator):
             with self.problem.differentiating():
                 if not self._bound:
                     self._bind()
-                result = self._replayed.apply(self.snapshot, columns)
+                result = self._repeated.apply(self.snapshot, columns)
             number, moved = measured(result, columns, unread or (), self.expr, measure)
         except RecursionError as error:
             raise too_deep() from error

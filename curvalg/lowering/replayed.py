@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import CurvalgError
+from curvalg.lowering.lines import indent
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.race import Candidate, Race
 from curvalg.problem.kept.reads import Reads
@@ -90,7 +91,7 @@ class Replayed:
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         """The product with x (n, K), shape (m, K)."""
-        if not self.problem.graphs or capturing(x.device):
+        if capturing(x.device):
             return self.plan.apply(snapshot, x)
         with snapshot.lock:
             product = self._product(snapshot, x.shape[1])
@@ -104,12 +105,15 @@ class Replayed:
                 self._consider(product, snapshot, x, result)
             return result
 
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        """What products read, as those of the plan do."""
+        return self.plan.reads(snapshot, columns)
+
     def lines(self, snapshot: Snapshot) -> list[str]:
-        """What became of the products of each width, for people."""
-        if not self.problem.graphs:
-            return []
+        """The lines of the plan, and what became of products of each width."""
         known = sorted(self._products(snapshot).items())
-        return [line for width, product in known if (line := product.line(width)) is not None]
+        lines = [line for width, product in known if (line := product.line(width)) is not None]
+        return [*self.plan.lines(snapshot), *indent(lines)]
 
     def _products(self, snapshot: Snapshot) -> dict[int, CapturedProduct]:
         every = self.problem.cached(snapshot).get(
@@ -175,6 +179,11 @@ class Replayed:
         problem.budget.depends(product, reads.keepers)
         product.graph, product.reads = graph, reads
         return None
+
+
+def replayed(problem: Problem, plan: Repeatable) -> Repeatable:
+    """The products of a plan, replayed where the problem has graphs."""
+    return Replayed(problem, plan) if problem.graphs else plan
 
 
 def differs(got: Tensor, expected: Tensor) -> bool:

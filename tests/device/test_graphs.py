@@ -125,9 +125,9 @@ def test_a_new_state_is_not_replayed_from_the_old_one():
         assert close(op @ v, expected @ v)
 
 
-def test_what_a_graph_reads_may_be_dropped_and_made_again(inside):
+def test_what_a_graph_reads_may_be_dropped_and_made_again():
     op, eager = replaying()
-    inside["linearization"](op.problem, op.snapshot, op._plan.sweep).drop()
+    op._plan.release(op.snapshot)
     for _ in range(6):
         v = draw(op.problem)
         assert close(op @ v, eager @ v)
@@ -157,7 +157,7 @@ def test_graphs_count_in_the_budget():
 
 def test_a_closed_problem_holds_no_graph():
     op, eager = replaying()
-    graph = weakref.ref(next(iter(op._replayed._products(op.snapshot).values())))
+    graph = weakref.ref(next(iter(op._repeated._products(op.snapshot).values())))
     op.close()
     gc.collect()
     assert graph() is None

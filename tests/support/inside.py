@@ -47,7 +47,6 @@ PLACES = {
     "names_of_terms": "curvalg.testing.pytest_plugin.split",
     "strategies": "curvalg.lowering.inverses.solvers.STRATEGIES",
     # Products and routes, which are counted, interrupted, planted with mistakes or taken away.
-    "linearization": "curvalg.lowering.sweeps.linearization.linearization",
     "replay": "curvalg.tensors.cuda_graph.CudaGraph.__call__",
     "product": "curvalg.lowering.operator.CurvatureOperator._measured",
     "bind": "curvalg.lowering.operator.CurvatureOperator._bind",

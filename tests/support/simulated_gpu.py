@@ -219,7 +219,11 @@ def _run(func, args, kwargs):
         # A zero tensor without memory has none for a kernel that finds it inside a wrapper.
         result = torch.zeros(*plain, **named) if name == "_efficientzerotensor" else func(*plain, **named)
     result = 0 if name == "_fused_sdp_choice" else result  # attention by the mathematical kernel
-    if _capturing and target == "cuda" and not any(isinstance(x, FakeTensor) for x in held):  # which launch nothing
+    if (
+        _capturing
+        and target == "cuda"
+        and not any(isinstance(x, FakeTensor) for x in [*held, *tree_flatten(result)[0]])
+    ):
         _capturing[-1].append((func, plain, named, result))
     if copied == "download, async":
         _underway.append((result, result.clone()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvalg.lowering.inverses.solver import InverseRequest, Solver
-from curvalg.lowering.replayed import Replayed
+from curvalg.lowering.replayed import replayed
 from curvalg.problem import Snapshot
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
@@ -44,9 +44,9 @@ class Iterative(Solver[Operators]):
 
     def prepare(self, snapshot: Snapshot) -> Operators:
         matrix, preconditioner = self.request.matrix, self.request.preconditioner
-        replayed = Replayed(matrix.problem, matrix.plan)
+        plan = replayed(matrix.problem, matrix.plan)
         return Operators(
-            lambda x: replayed.apply(snapshot, x),
+            lambda x: plan.apply(snapshot, x),
             None if preconditioner is None else lambda r: preconditioner(snapshot, r),
         )
 
