@@ -26,7 +26,7 @@ from curvalg.expr import (
     SquareRoot,
     add,
 )
-from curvalg.lowering.affine_form import affine
+from curvalg.expr.affine_form import affine
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from curvalg.expr import BlockDiagonal, Kronecker
-from curvalg.lowering.affine_form import affine
+from curvalg.expr.affine_form import affine
 from curvalg.lowering.blocks.submatrices import block_places
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer
 from curvalg.lowering.matrices import Blocks, Congruent

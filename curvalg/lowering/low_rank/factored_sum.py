@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from curvalg.expr import Expr
+from curvalg.expr.affine_form import affine
 from curvalg.expr.term import DatasetTerm, Term
-from curvalg.lowering.affine_form import affine
 from curvalg.problem import Problem
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgWarning, FactsError
 from curvalg.expr import BlockDiagonal, Diagonal, DiagonalEstimate, DiagonalPart, Expr, LowRank, Nystrom, Restriction
-from curvalg.lowering.affine_form import affine
+from curvalg.expr.affine_form import affine
 from curvalg.lowering.blocks.submatrices import block_problem, is_local
 from curvalg.lowering.inverses.forms import DENSE_LIMIT, find
 from curvalg.lowering.inverses.offer import BoundMatrix

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError, FactsError, VectorError
+from curvalg.expr.affine_form import multiple
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
-from curvalg.lowering.affine_form import multiple
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
 from curvalg.lowering.inverses.forms import find
