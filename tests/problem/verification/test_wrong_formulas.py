@@ -284,3 +284,20 @@ def test_a_model_that_differentiates_by_its_own_weights():
         [torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1) for g, p in zip(gradient, params)]
     )
     assert torch.allclose(problem.gradient(), flat, rtol=1e-10)
+
+
+def test_a_network_of_many_kinks_is_not_taken_for_wrong():
+    """Of so many activations by ReLU one changes its side in nearly every step of a size that suits smooth networks."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(6)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    data = (torch.randn(24, 3, 30, 30), torch.randint(0, 5, (24,)))
+    problem = Problem(model.double(), nn.CrossEntropyLoss(), (data[0].double(), data[1]))
+    v = torch.randn(problem.size).double()
+    product = registry.build("hessian").lower(problem) @ v
+    gradient = torch.autograd.grad(
+        nn.functional.cross_entropy(model(data[0].double()), data[1]), [*model.parameters()], create_graph=True
+    )
+    parts = [v[place].reshape(p.shape) for place, p in zip(problem.layout.slices.values(), model.parameters())]
+    expected = torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient, [*model.parameters()], parts)])
+    assert (product - expected).norm() <= 1e-9 * expected.norm()
