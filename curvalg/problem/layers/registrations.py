@@ -14,6 +14,7 @@ from curvalg.problem.layers.kinds.convolution import Convolution
 from curvalg.problem.layers.kinds.maps import WeightForm
 from curvalg.problem.layers.kinds.patches import grouped, padded, spread_out, windows
 from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, EmbeddingUse, Use
+from curvalg.problem.model.corrections import fixed_batch_norm
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def group_norm(call: Call) -> Use:
     return _affine(call, F.group_norm, _channels(call))
 
 
-@register("input running_mean running_var weight bias training momentum eps", F.batch_norm)
+@register("input running_mean running_var weight bias training momentum eps", F.batch_norm, fixed_batch_norm)
 def batch_norm(call: Call) -> Use:
     """Batch normalisation with running statistics: those of the batch would make its rows depend on each other."""
     if call.values.get("training"):

@@ -30,8 +30,8 @@ from curvalg.tensors.graph import coarsest_dtype, operations
 STEPS = (1e-6, 1e-8, 1e-10)
 """Steps of the central difference, in units of the parameters' own size, each along a direction of its own.
 
-A difference across a kink is wrong by itself, however small the step: of a million activations by ReLU one changes its side in
-nearly every step of 1e-6, and in hardly any of 1e-10. Rounding grows meanwhile, to what is still far below an error of a formula.
+A difference across a kink is wrong by itself, however small the step: of a million activations by ReLU one changes its side
+in nearly every step of 1e-6, and in hardly any of 1e-10. Rounding grows meanwhile, but stays far below errors of formulas.
 """
 ALLOWED = 1e-4
 """Relative error of a central difference in float64."""
