@@ -48,6 +48,21 @@ class Curvalg(Peer):
         term, fisher = question.split()
         return lambda: registry.build(term, fisher=fisher).lower(self.problem(workload)) @ workload.vectors
 
+    def damped_kfac(self, workload: Workload) -> Expr:
+        """Inverted."""
+        return inverse(registry.build("kfac", fisher="exact") + workload.sizes.damping * Identity)
+
+    @answers("kfac inverse")
+    def kfac_inverse(self, workload: Workload, question: str) -> Run:
+        """From a fresh problem."""
+        return lambda: self.damped_kfac(workload).lower(self.problem(workload)) @ workload.vectors
+
+    @answers("kfac inverse again")
+    def kfac_inverse_again(self, workload: Workload, question: str) -> Run:
+        """Of one operator."""
+        op = self.damped_kfac(workload).lower(self.problem(workload))
+        return lambda: op @ workload.vectors
+
     @answers("ggn diagonal")
     def diagonal(self, workload: Workload, question: str) -> Run:
         """Times the vector of ones."""

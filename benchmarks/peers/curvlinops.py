@@ -38,7 +38,7 @@ class Curvlinops(Peer):
         Difference(
             "covariance",
             "counts every token of a sequence as a sample of its own, and scales by their number",
-            ("GPT", "GPT 64", "GPT-2"),
+            ("GPT", "GPT 64", "GPT-2", "GPT 5M", "GPT-2 124M", "tiny LM"),
         ),
     )
 
@@ -61,6 +61,22 @@ class Curvlinops(Peer):
         options = {"fisher_type": FISHERS[fisher], "separate_weight_and_bias": False}
         return lambda: self.operator(KRONECKER[term], workload, **options) @ workload.vectors
 
+    def damped_kfac(self, workload: Workload) -> Any:
+        """Inverted."""
+        kfac = self.operator(KFACLinearOperator, workload, fisher_type="type-2", separate_weight_and_bias=False)
+        return KFACInverseLinearOperator(kfac, damping=workload.sizes.damping, use_exact_damping=True)
+
+    @answers("kfac inverse")
+    def kfac_inverse(self, workload: Workload, question: str) -> Run:
+        """Built in the time."""
+        return lambda: self.damped_kfac(workload) @ workload.vectors
+
+    @answers("kfac inverse again")
+    def kfac_inverse_again(self, workload: Workload, question: str) -> Run:
+        """Of one operator."""
+        op = self.damped_kfac(workload)
+        return lambda: op @ workload.vectors
+
     @answers("solve cg", "solve cg kfac")
     def conjugate_gradients(self, workload: Workload, question: str) -> Run:
         """By the routine of linear_operator, which it wraps."""
@@ -72,9 +88,7 @@ class Curvlinops(Peer):
             damped = self.operator(GGNLinearOperator, workload) + sizes.damping * identity
             options: dict[str, Any] = {"tolerance": sizes.rtol, "max_iter": 1000}
             if question == "solve cg kfac":
-                kfac = self.operator(KFACLinearOperator, workload, fisher_type="type-2", separate_weight_and_bias=False)
-                inverse = KFACInverseLinearOperator(kfac, damping=sizes.damping, use_exact_damping=True)
-                options["preconditioner"] = inverse.__matmul__
+                options["preconditioner"] = self.damped_kfac(workload).__matmul__
             solution: Tensor = CGInverseLinearOperator(damped, **options) @ workload.vectors
             return solution
 
