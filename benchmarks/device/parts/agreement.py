@@ -85,7 +85,7 @@ def estimators() -> dict[str, Estimator]:
         "influence": lambda p: influence(inverse(damped).lower(p), p.gradient()),
         "tic": lambda p: tic(p, damping=0.1).value,
         "gradient_norms": gradient_norms,
-        "gradient_noise": lambda p: gradient_noise(p).scale,
+        "gradient_noise": lambda p: gradient_noise(p).simple,
         "bilinear": lambda p: bilinear(ggn.lower(p), _vector(p), _vector(p)),
     }
 
