@@ -71,7 +71,7 @@ def test_two_parts_run_on_a_cpu_and_are_kept(call, tmp_path, monkeypatch):
     assert "PASS agreement" in said
     assert "a CPU waits for nobody" in said
     assert all(part.complete for part in known(tmp_path).values())
-    monkeypatch.setattr(agreement, "_products", None)  # is not asked again
+    monkeypatch.setattr(agreement, "compared", pytest.fail)  # is not asked again
     assert call("--part", "agreement", "--part", "waits")[0] == 0
     printed = CliRunner().invoke(app, ["table", str(tmp_path / "run.json")]).stdout
     assert "## agreement: The numbers of the device" in printed
@@ -131,8 +131,7 @@ def test_an_error_costs_one_step(call, planted, monkeypatch):
 
 
 def test_a_wrong_number_of_the_device_is_seen(monkeypatch):
-    monkeypatch.setattr(agreement, "estimators", lambda: {})
-    asked = iter([torch.ones(3), torch.ones(3) + 1e-6])
+    asked = iter([torch.ones(3).double(), torch.ones(3).double() + 1e-6])
     outcome = agreement.compared(Place("cpu"), "planted", "tiny", {"ask": lambda problem: next(asked)}, {})
     assert outcome.failures == ["ask is off by 1.0e-06; 1e-09 is allowed"]
 
@@ -187,11 +186,16 @@ def test_unknown_parts_and_devices_are_refused(call):
             place.find("cuda")
 
 
-def test_the_documentation_shows_files_of_devices(call, planted, tmp_path):
+def test_the_documentation_shows_files_of_devices(call, tmp_path, monkeypatch):
     call("--part", "waits")
+    asked = []
+    monkeypatch.setattr(benchmarks, "_suite", lambda *asking, **options: asked.append((asking, options)) or "## waits")
     (tmp_path / "results").mkdir()
     (tmp_path / "run.json").rename(tmp_path / "results" / "a-gpu.json")
-    assert benchmarks.of_device(tmp_path / "results" / "a-gpu.json")
+    assert benchmarks.tables(tmp_path, tmp_path / "pictures") == "## a-gpu\n\n### waits"
+    (((_, command, path), options),) = asked
+    assert (command, path.stem, options) == ("table", "a-gpu", {"module": "benchmarks.device"})
+    assert benchmarks.of_device(path)
     assert not benchmarks.of_device(ROOT / "benchmarks" / "results" / "cpu.json")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+WIDTH = 170
+"""Of tables that are not printed to a terminal."""
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -58,7 +61,7 @@ def measure(
     results.environment = {**environment, "device": place.name}
     for name in names if again else ():
         results.parts.pop(name, None)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(f"{place.name}, torch {environment['torch']}, Python {environment['python']}", highlight=False)
     run(
         names,

@@ -35,7 +35,8 @@ def run(
         names: of parts.
         place: the device.
         results: what is known; it is added to.
-        minutes: no step is begun that would not be over by then, if it took as long as the longest of its part so far.
+        minutes: no step is begun that would not be over by then, if it took as long as is expected of it, or as the longest of
+            its part so far.
         path: the file that is written after each step.
         report: called after each part.
     """
@@ -53,7 +54,7 @@ def run(
             if known is not None and not known.failures:
                 continue
             longest = max((outcome.seconds for outcome in part.steps.values()), default=0.0)
-            if time.monotonic() + longest > end:
+            if time.monotonic() + max(longest, step.expected) > end:
                 part.complete = False
                 break
             part.steps[step.name] = _made(step, place)

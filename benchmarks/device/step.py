@@ -42,10 +42,12 @@ class Step:
     Args:
         name: unique in the part; what is in the file under it is not measured again.
         run: what gives it.
+        expected: seconds that are to be left for it.
     """
 
     name: str
     run: Callable[[], Outcome]
+    expected: float = 0.0
 
 
 class Part(Protocol):

@@ -48,20 +48,22 @@ class Curvalg(Peer):
         term, fisher = question.split()
         return lambda: registry.build(term, fisher=fisher).lower(self.problem(workload)) @ workload.vectors
 
-    def damped_kfac(self, workload: Workload) -> Expr:
-        """Inverted."""
-        return inverse(registry.build("kfac", fisher="exact") + workload.sizes.damping * Identity)
+    def kfac_inverse_operator(self, workload: Workload) -> Any:
+        """Of a fresh problem about linear layers and convolutions."""
+        problem = Problem(workload.model, workload.loss, workload.data, params=list(workload.affine), **self.options)
+        damped = registry.build("kfac", fisher="empirical") + workload.sizes.damping * Identity
+        return inverse(damped).lower(problem)
 
     @answers("kfac inverse")
     def kfac_inverse(self, workload: Workload, question: str) -> Run:
-        """From a fresh problem."""
-        return lambda: self.damped_kfac(workload).lower(self.problem(workload)) @ workload.vectors
+        """Built in the time."""
+        return lambda: self.kfac_inverse_operator(workload) @ workload.affine_vectors
 
     @answers("kfac inverse again")
     def kfac_inverse_again(self, workload: Workload, question: str) -> Run:
         """Of one operator."""
-        op = self.damped_kfac(workload).lower(self.problem(workload))
-        return lambda: op @ workload.vectors
+        op = self.kfac_inverse_operator(workload)
+        return lambda: op @ workload.affine_vectors
 
     @answers("ggn diagonal")
     def diagonal(self, workload: Workload, question: str) -> Run:

@@ -26,6 +26,9 @@ SMALL = ("small MLP", "tiny CNN", "tiny LM")
 TINY = ("tiny", "tiny CNN")
 """On the simulated device."""
 SIZES = Sizes(eigenvalues=5, tol=1e-2, probes=2, steps=20)
+SPECTRA = ("eigenvalues", "density")
+LONG = ("GPT-2 124M", "ResNet-50")
+"""Models whose eigenvalues take the peers minutes."""
 COMPILED = "compiled"
 """The case of curvlinops around a compiled model, which takes long to compile: its rows come last."""
 
@@ -47,9 +50,10 @@ def tasks(place: Place) -> Iterator[Task]:
     for question in ("hessian", "ggn"):
         for model in chosen:
             yield Task("columns", question, model, 16)
-    for question in ("eigenvalues", "density"):
+    for question in SPECTRA:
         for model in chosen:
-            yield Task("spectra", question, model)
+            if model not in LONG:
+                yield Task("spectra", question, model)
     for question in ("covariance", "sum"):
         for model in chosen:
             yield Task("columns", question, model, 16)
@@ -57,12 +61,17 @@ def tasks(place: Place) -> Iterator[Task]:
         for question in ("ggn", "hessian"):
             for model in chosen[:2]:
                 yield Task(COMPILED, question, model)
+    for question in SPECTRA:
+        for model in chosen:
+            if model in LONG:
+                yield Task("spectra", question, model)
 
 
 def steps(place: Place) -> Iterator[Step]:
     effort = _effort(place)
     for task in tasks(place):
-        yield Step(str(task), partial(_measured, place, task, effort))
+        long = task.case == "spectra" and task.model in LONG
+        yield Step(str(task), partial(_measured, place, task, effort), 120.0 if long else 0.0)
 
 
 def _effort(place: Place) -> Effort:
@@ -102,10 +111,7 @@ def outcome_of(task: Task, record: Record, peers: list[Peer], missing: dict[str,
     ratios = {label: record.ratio(label) for label in record.values if label != "gradient"}
     results = Results({"contestants": {peer.name: peer.distribution for peer in peers}}, {}, missing, [record])
     notes = [check.note for _, label, check in results.notes() if label != "curvalg"]
-    notes += [f"{label} is left out: {why.splitlines()[0][:200]}" for label, why in record.skipped.items()]
-    notes += list(missing.values())
-    return Outcome(cells | ratios, _without_repeats(results.failures()), notes)
-
-
-def _without_repeats(failures: list[str]) -> list[str]:
-    return [line.partition(": ")[2] if line.startswith(("products", "columns")) else line for line in failures]
+    skipped = {label: why for label, why in record.skipped.items() if label != "curvalg"}
+    notes += [f"{label} is left out: {why.splitlines()[0][:200]}" for label, why in skipped.items()]
+    failures = [line.removeprefix(f"{record.task}: ") for line in results.failures()]
+    return Outcome(cells | ratios, failures, [*notes, *missing.values()])
