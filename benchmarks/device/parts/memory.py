@@ -25,8 +25,8 @@ SLACK = 2 * MIB
 """Bytes of problems apart from what the budget is for: state, counts, and rounding of the allocator."""
 ROOM = 2 * 2**30
 """Bytes that a filler leaves free."""
-KEEPERS = 4
-"""Problems with ``cache="auto"``; each takes a quarter of what is free at most."""
+KEEPERS = 2
+"""Problems with ``cache="auto"``; each takes a quarter of what is free at most, so that half is left to the user."""
 BOUND = 1e-5
 NO_ALLOCATOR = "only a GPU's allocator tells what is kept, and can be filled"
 
@@ -168,7 +168,7 @@ def _room_for_others(place: Place) -> Outcome:
         return Outcome(skipped=NO_ALLOCATOR)
     outcome = Outcome({"what": f"a quarter of {ROOM // MIB} MiB beside {KEEPERS} problems"})
     filler = torch.empty(max(0, torch.cuda.mem_get_info()[0] - ROOM), dtype=torch.uint8, device=place.device)
-    width, rows = 512, 2**15
+    width, rows = 512, 2**14
     net = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Tanh()) for _ in range(2)))
     data = (torch.randn(rows, width, device=place.device), torch.randint(0, width, (rows,), device=place.device))
     keepers = [Problem(net.to(place.device), torch.nn.CrossEntropyLoss(), data) for _ in range(KEEPERS)]

@@ -17,7 +17,7 @@ from benchmarks.device.workloads import draw, given, scaled_error
 from curvalg import Expr, Identity, Problem, inverse, registry
 from curvalg.estimate import eigsh
 
-MODELS = {True: ("MLP", "tiny CNN", "tiny LM"), False: ("tiny", "tiny CNN")}
+MODELS = {True: ("MLP", "CNN"), False: ("tiny", "tiny CNN")}
 """On a GPU, and elsewhere."""
 AUTOCAST = {"autocast bfloat16": torch.bfloat16, "autocast float16": torch.float16}
 

@@ -30,7 +30,11 @@ SPECTRA = ("eigenvalues", "density")
 LONG = ("GPT-2 124M", "ResNet-50")
 """Models whose eigenvalues take the peers minutes."""
 COMPILED = "compiled"
-"""The case of curvlinops around a compiled model, which takes long to compile: its rows come last."""
+"""The case of curvlinops with compiled products, which takes long to compile: its rows come late."""
+COMPILED_MODELS = {True: ("GPT 5M", "MLP"), False: ("small MLP",)}
+"""On a GPU, and on a CPU."""
+EXPECTED = {COMPILED: 60.0, "spectra": 120.0}
+"""Seconds that are left for rows of compiled products, and for spectra of large models."""
 
 
 def models(place: Place) -> tuple[str, ...]:
@@ -58,8 +62,8 @@ def tasks(place: Place) -> Iterator[Task]:
         for model in chosen:
             yield Task("columns", question, model, 16)
     if not place.simulated:
-        for question in ("ggn", "hessian"):
-            for model in chosen[:2]:
+        for question in ("ggn", "covariance", "hessian") if place.real else ("ggn",):
+            for model in COMPILED_MODELS[place.real]:
                 yield Task(COMPILED, question, model)
     for question in SPECTRA:
         for model in chosen:
@@ -70,8 +74,8 @@ def tasks(place: Place) -> Iterator[Task]:
 def steps(place: Place) -> Iterator[Step]:
     effort = _effort(place)
     for task in tasks(place):
-        long = task.case == "spectra" and task.model in LONG
-        yield Step(str(task), partial(_measured, place, task, effort), 120.0 if long else 0.0)
+        long = task.case == COMPILED or task.model in LONG
+        yield Step(str(task), partial(_measured, place, task, effort), EXPECTED.get(task.case, 0.0) if long else 0.0)
 
 
 def _effort(place: Place) -> Effort:
