@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_a_wrong_number_of_the_device_is_seen(monkeypatch):
     assert outcome.failures == ["ask is off by 1.0e-06; 1e-09 is allowed"]
 
 
-def test_a_product_that_has_other_bits_when_captured_is_seen(monkeypatch):
+def test_graphs_are_skipped_where_problems_take_none(monkeypatch):
     monkeypatch.setattr(graphs, "capturing", lambda: False)
     assert "graphs=" in graphs._raced(Place("cpu"), "tiny", "ggn").skipped
 
@@ -217,3 +218,13 @@ def test_waits_are_counted_for_everything_that_is_allowed():
     from benchmarks.device.workloads import given
 
     assert set(waits.questions(given("tiny"))) == set(WAITS)
+
+
+def test_more_waits_than_allowed_are_a_failure(monkeypatch):
+    monkeypatch.setattr(waits, "questions", lambda there: {"inverse(kfac)": lambda: None})
+    monkeypatch.setattr(waits, "_by_watching", lambda run: (7, 2, ["7 somewhere"]))
+    monkeypatch.setattr(waits, "given", lambda *_, **__: SimpleNamespace(to=lambda *_: None))
+    monkeypatch.setattr(Place, "wait", lambda self: None)
+    outcome = waits._counted(Place("cuda", simulated=True), "inverse(kfac)")
+    assert outcome.failures == ["3.50 waits each, 1 allowed"]
+    assert outcome.notes == ["7 somewhere"]
