@@ -68,8 +68,9 @@ def markdown(results: DeviceResults) -> str:
     """All parts, one under the other."""
     e = results.environment
     commit = e["curvalg"].get("commit", "")[:10]
+    machine = ", ".join(dict.fromkeys((e["device"], e["processor"])))
     parts = [
-        f"{e['device']}, {e['processor']}, Python {e['python']}, torch {e['torch']}, curvalg {e['curvalg']['version']}"
+        f"{machine}, Python {e['python']}, torch {e['torch']}, curvalg {e['curvalg']['version']}"
         + (f" ({commit})." if commit else ".")
     ]
     for name, part in results.parts.items():

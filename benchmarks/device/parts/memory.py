@@ -95,15 +95,28 @@ def _interrupted(place: Place, share: float) -> Outcome:
     op, v = matrix("hessian").lower(problem), draw(problem.size).to(place.device, torch.float32)
     outcome = Outcome({"what": f"out of memory at {share:.0%} of a first product"})
     interruption = Interruption(max(1, int(share * counted.number)), torch.OutOfMemoryError)
-    try:
-        with interruption:
-            found = op @ v
-        outcome.need(interruption.raised, "nothing was interrupted")
-        outcome.notes.append("the product took another way, and was given all the same")
+    with interruption:
+        found = _attempted(op, v, outcome)
+    outcome.need(interruption.raised, "nothing was interrupted")
+    if found is not None:
         outcome.need(scaled_error(found, expected) <= BOUND, "the product that ran out of memory is wrong")
-    except torch.OutOfMemoryError:
-        pass
     return _right_afterwards(outcome, op @ v, expected)
+
+
+def _attempted(op: Any, v: Tensor, outcome: Outcome) -> Tensor | None:
+    """A product that may run out of memory, which the user is told in one way or another; None where it did."""
+    try:
+        product: Tensor = op @ v
+    except Exception as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, torch.OutOfMemoryError):
+            reason = reason.__cause__ or reason.__context__
+        if reason is None:
+            raise
+        outcome.notes.append(f"told by {type(error).__name__}")
+        return None
+    outcome.notes.append("the product was given all the same, in another way or in what was left")
+    return product
 
 
 def _right_afterwards(outcome: Outcome, found: Tensor, expected: Tensor) -> Outcome:
@@ -126,10 +139,7 @@ def _limited(place: Place) -> Outcome:
     outcome = Outcome({"what": "a limit that a product does not fit into"})
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + MIB) / total)
     try:
-        op @ v
-        outcome.notes.append("it fitted into what was reserved")
-    except torch.OutOfMemoryError:
-        pass
+        _attempted(op, v, outcome)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return _right_afterwards(outcome, op @ v, expected)
@@ -152,11 +162,7 @@ def _filled(place: Place) -> Outcome:
             rest.append(torch.empty(MIB, dtype=torch.uint8, device=place.device))
     except torch.OutOfMemoryError:
         del rest[:1]
-    try:
-        op @ v
-        outcome.notes.append("it fitted")
-    except torch.OutOfMemoryError:
-        pass
+    _attempted(op, v, outcome)
     del filler
     rest.clear()
     return _right_afterwards(outcome, op @ v, expected)
