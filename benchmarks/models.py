@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, tuple[Tensor, Tensor]]
-Group = Literal["default", "memory", "large", "test"]
+Group = Literal["default", "memory", "large", "device", "test"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Model:
     Args:
         says: what a table calls it.
         make: a model and its data, drawn from torch's global generator; the loss is the mean cross-entropy.
-        group: "default" ones are in every run, "large" ones are for GPUs or patient people and run when named.
+        group: "default" ones are in every run; "large" and "device" ones are for GPUs or patient people and run when named,
+            those of "device" in ``benchmarks.device`` too.
     """
 
     says: str
@@ -86,6 +87,25 @@ class Residual(nn.Module):
         return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
 
 
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution with batch-norm around a shortcut, four times as wide outside as inside."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.convolved = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
+        )
+        same = stride == 1 and inputs == outputs
+        project = [nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Sequential(*([] if same else project))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convolved(x) + self.shortcut(x))
+
+
 def small_mlp() -> Built:
     """20-32-32-3 on 64 rows: what Python costs."""
     net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
@@ -127,6 +147,33 @@ def gpt2() -> Built:
     return net, (torch.randint(0, vocabulary, shape), torch.randint(0, vocabulary, shape))
 
 
+def gpt2_tied() -> Built:
+    """GPT-2 itself: 124M parameters, input and output tables shared, 4 sequences of 512."""
+    vocabulary, shape = 50257, (4, 512)
+    net = Transformer(vocabulary, width=768, layers=12, length=1024, heads=12)
+    net.head.weight = net.embed.weight
+    return net, (torch.randint(0, vocabulary, shape), torch.randint(0, vocabulary, shape))
+
+
+def small_gpt() -> Built:
+    """Six layers of width 256, vocabulary 512: 5M parameters on 8 sequences of 128 tokens."""
+    net = Transformer(512, width=256, layers=6, length=128)
+    return net, (torch.randint(0, 512, (8, 128)), torch.randint(0, 512, (8, 128)))
+
+
+def resnet50() -> Built:
+    """ResNet-50's size: 25.6M parameters on 32 images of 224 x 224; batch-norm by its running statistics."""
+    stem = [nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    body, inputs = [], 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for number in range(blocks):
+            body.append(Bottleneck(inputs, width, stride if number == 0 else 1))
+            inputs = 4 * width
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000)]
+    net = nn.Sequential(*stem, nn.MaxPool2d(3, stride=2, padding=1), *body, *head).eval()
+    return net, (torch.randn(32, 3, 224, 224), torch.randint(0, 1000, (32,)))
+
+
 def resnet() -> Built:
     """ResNet-18's size: 11.7M parameters on 32 images of 224 x 224; batch-norm by its running statistics."""
     widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
@@ -149,6 +196,30 @@ def tiny_language() -> Built:
     return Transformer(50, 16, 1, 8), (torch.randint(0, 50, (2, 8)), torch.randint(0, 50, (2, 8)))
 
 
+def tiny_attention() -> Built:
+    """One layer of width 4, vocabulary 5, 4 sequences of 3 tokens."""
+    return Transformer(5, 4, 1, 3, heads=2), (torch.randint(0, 5, (4, 3)), torch.randint(0, 5, (4, 3)))
+
+
+def tiny_cnn() -> Built:
+    """Two convolutions, 1-2-3, on 12 images of 8 x 8."""
+    stages = [nn.Conv2d(1, 2, 3), nn.Softplus(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 2), nn.Tanh()]
+    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(12, 3)), (
+        torch.randn(12, 1, 8, 8),
+        torch.randint(0, 3, (12,)),
+    )
+
+
+def tiny_norm() -> Built:
+    """4-6-3 on 15 rows, with batch-norm by its running statistics."""
+    norm = nn.BatchNorm1d(6)
+    norm.running_mean, norm.running_var = torch.randn(6), torch.rand(6) + 0.5
+    return nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3)).eval(), (
+        torch.randn(15, 4),
+        torch.randint(0, 3, (15,)),
+    )
+
+
 MODELS = {
     "small MLP": Model("MLP 20-32-32-3, 64 rows", small_mlp),
     "MLP": Model("MLP 784-512-512-10, 512 rows", mlp),
@@ -158,7 +229,13 @@ MODELS = {
     "vocabulary": Model("language model, vocabulary 50k, 4 × 256 tokens", vocabulary, "memory"),
     "GPT-2": Model("GPT-2-sized, 8 × 256 tokens", gpt2, "large"),
     "ResNet": Model("ResNet-18-sized, 32 images", resnet, "large"),
+    "ResNet-50": Model("ResNet-50-sized, 32 images", resnet50, "device"),
+    "GPT 5M": Model("GPT, 6 layers, 8 × 128 tokens", small_gpt, "device"),
+    "GPT-2 124M": Model("GPT-2, tables shared, 4 × 512 tokens", gpt2_tied, "device"),
     "tiny": Model("MLP 4-5-3, 16 rows", tiny, "test"),
     "tiny LM": Model("language model, vocabulary 50, 2 × 8 tokens", tiny_language, "test"),
+    "tiny attention": Model("language model, vocabulary 5, 4 × 3 tokens", tiny_attention, "test"),
+    "tiny CNN": Model("CNN 1-2-3, 12 images", tiny_cnn, "test"),
+    "tiny norm": Model("MLP 4-6-3 with batch-norm, 15 rows", tiny_norm, "test"),
 }
 DEFAULT = tuple(name for name, model in MODELS.items() if model.group == "default")

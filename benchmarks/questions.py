@@ -39,6 +39,8 @@ QUESTIONS = {
     "kfac empirical": Question("KFAC of the covariance, built and multiplied once"),
     "ekfac exact": Question("EKFAC of the GGN, built and multiplied once"),
     "ekfac empirical": Question("EKFAC of the covariance, built and multiplied once"),
+    "kfac inverse": Question("(KFAC of the covariance + damping)⁻¹ v of linear layers and convolutions, all inside"),
+    "kfac inverse again": Question("the same for a further vector, with everything kept"),
     "ggn diagonal": Question("the exact diagonal of the GGN"),
     "solve gram": Question("(GGN + damping)⁻¹ v, set-up included, exact through the Gram matrix", 1e-2),
     "solve gram again": Question("the same for a further right-hand side", 1e-2),

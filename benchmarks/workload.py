@@ -16,6 +16,9 @@ from benchmarks.models import MODELS
 
 Batches = list[tuple[Tensor, Tensor]]
 
+WIDEST = 8192
+"""Inputs or outputs of a layer whose Kronecker factors are still taken."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -58,6 +61,24 @@ class Workload:
     def vector(self) -> Tensor:
         """(D,), the first column."""
         return self.vectors if self.vectors.ndim == 1 else self.vectors[:, 0]
+
+    @property
+    def affine(self) -> dict[str, nn.Parameter]:
+        """Parameters of linear and convolution layers, by name: those that every library has Kronecker factors for.
+
+        Without layers so wide that their factors are larger than the model, as that of a vocabulary.
+        """
+        found = {}
+        for name, module in self.model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and max(weight.shape[0], weight[0].numel()) <= WIDEST:
+                found |= {f"{name}.{key}": p for key, p in module.named_parameters(recurse=False)}
+        return {name: p for name, p in self.model.named_parameters() if name in found}
+
+    @property
+    def affine_vectors(self) -> Tensor:
+        """The first rows of the vectors, as many as :attr:`affine` has elements."""
+        return self.vectors[: sum(p.numel() for p in self.affine.values())]
 
     def twin(self) -> nn.Module:
         """A copy of the model for a library that leaves something on it; its gradients go when the task is over."""

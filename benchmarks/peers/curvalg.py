@@ -48,6 +48,23 @@ class Curvalg(Peer):
         term, fisher = question.split()
         return lambda: registry.build(term, fisher=fisher).lower(self.problem(workload)) @ workload.vectors
 
+    def kfac_inverse_operator(self, workload: Workload) -> Any:
+        """Of a fresh problem about linear layers and convolutions."""
+        problem = Problem(workload.model, workload.loss, workload.data, params=list(workload.affine), **self.options)
+        damped = registry.build("kfac", fisher="empirical") + workload.sizes.damping * Identity
+        return inverse(damped).lower(problem)
+
+    @answers("kfac inverse")
+    def kfac_inverse(self, workload: Workload, question: str) -> Run:
+        """Built in the time."""
+        return lambda: self.kfac_inverse_operator(workload) @ workload.affine_vectors
+
+    @answers("kfac inverse again")
+    def kfac_inverse_again(self, workload: Workload, question: str) -> Run:
+        """Of one operator."""
+        op = self.kfac_inverse_operator(workload)
+        return lambda: op @ workload.affine_vectors
+
     @answers("ggn diagonal")
     def diagonal(self, workload: Workload, question: str) -> Run:
         """Times the vector of ones."""

@@ -29,17 +29,18 @@ KRONECKER = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}
 FISHERS = {"exact": "type-2", "empirical": "empirical"}
 
 
+LANGUAGE = ("GPT", "GPT 64", "GPT-2", "GPT 5M", "GPT-2 124M", "tiny LM", "tiny attention")
+"""Models of sequences."""
+TOKENS = "counts every token of a sequence as a sample of its own, and scales by their number"
+
+
 class Curvlinops(Peer):
     """By its linear operators, with the test for determinism off."""
 
     name = "curvlinops"
     distribution = "curvlinops-for-pytorch"
-    differs = (
-        Difference(
-            "covariance",
-            "counts every token of a sequence as a sample of its own, and scales by their number",
-            ("GPT", "GPT 64", "GPT-2"),
-        ),
+    differs = tuple(
+        Difference(question, TOKENS, LANGUAGE) for question in ("covariance", "kfac inverse", "kfac inverse again")
     )
 
     def operator(self, kind: Any, workload: Workload, **options: Any) -> Any:
@@ -61,6 +62,28 @@ class Curvlinops(Peer):
         options = {"fisher_type": FISHERS[fisher], "separate_weight_and_bias": False}
         return lambda: self.operator(KRONECKER[term], workload, **options) @ workload.vectors
 
+    def inverted(self, kfac: Any, workload: Workload) -> Any:
+        """With the damping of the workload."""
+        return KFACInverseLinearOperator(kfac, damping=workload.sizes.damping, use_exact_damping=True)
+
+    def kfac_inverse_operator(self, workload: Workload) -> Any:
+        """Of linear layers and convolutions."""
+        options = {"check_deterministic": False, "fisher_type": "empirical", "separate_weight_and_bias": False}
+        parameters = list(workload.affine.values())
+        kfac = KFACLinearOperator(workload.model, workload.loss, parameters, workload.data, **options)
+        return self.inverted(kfac, workload)
+
+    @answers("kfac inverse")
+    def kfac_inverse(self, workload: Workload, question: str) -> Run:
+        """Built in the time."""
+        return lambda: self.kfac_inverse_operator(workload) @ workload.affine_vectors
+
+    @answers("kfac inverse again")
+    def kfac_inverse_again(self, workload: Workload, question: str) -> Run:
+        """Of one operator."""
+        op = self.kfac_inverse_operator(workload)
+        return lambda: op @ workload.affine_vectors
+
     @answers("solve cg", "solve cg kfac")
     def conjugate_gradients(self, workload: Workload, question: str) -> Run:
         """By the routine of linear_operator, which it wraps."""
@@ -73,8 +96,7 @@ class Curvlinops(Peer):
             options: dict[str, Any] = {"tolerance": sizes.rtol, "max_iter": 1000}
             if question == "solve cg kfac":
                 kfac = self.operator(KFACLinearOperator, workload, fisher_type="type-2", separate_weight_and_bias=False)
-                inverse = KFACInverseLinearOperator(kfac, damping=sizes.damping, use_exact_damping=True)
-                options["preconditioner"] = inverse.__matmul__
+                options["preconditioner"] = self.inverted(kfac, workload).__matmul__
             solution: Tensor = CGInverseLinearOperator(damped, **options) @ workload.vectors
             return solution
 

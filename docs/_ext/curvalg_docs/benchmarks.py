@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,15 @@ MISSING = (
 def results(folder: Path) -> list[Path]:
     """The files of results."""
     return sorted((folder / "results").glob("*.json"))
+
+
+def of_device(path: Path) -> bool:
+    """Whether a file of results is one of ``python -m benchmarks.device``, which tells its own kind."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # said by the suite that is asked to read it
+        return False
+    return isinstance(read, dict) and read.get("kind") == "device"
 
 
 CAPTIONS = {
@@ -37,23 +47,27 @@ def tables(folder: Path, pictures: Path) -> str:
     found = results(folder)
     if not found:
         return MISSING
-    parts = [
-        f"## {path.stem}\n\n{_pictures(path, folder, pictures / path.stem)}\n\n{_table(path, folder)}" for path in found
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join(f"## {path.stem}\n\n{_shown(path, folder, pictures / path.stem)}" for path in found)
 
 
-def _suite(folder: Path, command: str, path: Path, *options: str) -> str:
+def _shown(path: Path, folder: Path, pictures: Path) -> str:
+    """Pictures and tables of one file; those of a device have tables alone."""
+    if of_device(path):
+        return _below(_suite(folder, "table", path, module="benchmarks.device"))
+    return f"{_pictures(path, folder, pictures)}\n\n{_below(_suite(folder, 'table', path, '--all'))}"
+
+
+def _suite(folder: Path, command: str, path: Path, *options: str, module: str = "benchmarks") -> str:
     """What the suite prints when it is asked about a file of results."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", command, str(path), *options],
+        [sys.executable, "-m", module, command, str(path), *options],
         cwd=folder.parent,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"python -m benchmarks {command} {path.name} failed:\n{done.stderr}")
+        raise RuntimeError(f"python -m {module} {command} {path.name} failed:\n{done.stderr}")
     return done.stdout
 
 
@@ -64,7 +78,6 @@ def _pictures(path: Path, folder: Path, to: Path) -> str:
     return "\n\n".join(f"![{caption}]({place}/{name}.png)\n\n*{caption}.*" for name, caption in drawn)
 
 
-def _table(path: Path, folder: Path) -> str:
-    printed = _suite(folder, "table", path, "--all")
-    # The suite's own headings become those below this file's.
+def _below(printed: str) -> str:
+    """The suite's own headings become those below a file's."""
     return "\n".join(f"#{line}" if line.startswith("##") else line for line in printed.splitlines())
