@@ -81,7 +81,7 @@ class Setting:
         """The problem over all parameters, where this one is over some of them."""
         self.shared: set[Any] = set()
         """Sweeps and factors that several blocks have in common: recorded once for all of them."""
-        self.measured = Measured(self.layout.names)
+        self.measured = Measured(self.layout.names, self.device)
         self._snapshot: Snapshot | None = None
         self._cached: WeakKeyDictionary[Snapshot, Cache] = WeakKeyDictionary()
         self._structure = self._make_structure()
@@ -296,7 +296,7 @@ class Setting:
         twin.layout = Layout(twin.model.chosen)
         twin.dtype = twin.layout.dtype
         twin.whole, twin.shared = self, set()
-        twin.measured = Measured(names, like=self.measured)
+        twin.measured = Measured(names, self.device, like=self.measured)
         twin._snapshot, twin._cached = snapshot, WeakKeyDictionary()
         twin._forget()
         return twin

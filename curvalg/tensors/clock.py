@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+from curvalg.tensors.devices import synchronize
 
 T = TypeVar("T")
 
 
-def timed(run: Callable[[], T]) -> tuple[float, T]:
-    """The seconds of one run, and its result."""
+def timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """The seconds of one run, and its result.
+
+    Args:
+        run: what is timed.
+        device: where it computes. A device runs behind the host: what it was given before does not count, and all of the run
+            does.
+    """
+    synchronize(device)
     start = time.perf_counter()
     result = run()
-    for device in _devices(result):
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start, result
-
-
-def _devices(result: Any) -> set[torch.device]:
-    parts = result if isinstance(result, Iterable) and not isinstance(result, Tensor) else [result]
-    return {t.device for t in parts if isinstance(t, Tensor) and t.is_cuda}
