@@ -104,7 +104,7 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
     _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"an array of shape {x.shape}")
     if x.dtype.kind not in "fiubc":
         raise VectorTypeError(f"expected a numeric array, got dtype {x.dtype}")
-    own = torch.empty(0, dtype=domain.dtype).numpy().dtype
+    own = torch.empty(0, dtype=domain.dtype, device="cpu").numpy().dtype
     dtype = np.result_type(own, x.dtype)
     parts = [x.real, x.imag] if x.dtype.kind == "c" else [x]
     flat = np.concatenate([part.reshape(domain.size, -1) for part in parts], 1).astype(own)

@@ -113,7 +113,7 @@ class OpenColumns:
         own = {name: getattr(self, name).clone() for name in _WRITTEN}
         of_maps = [_UNKNOWN if unit.exponent is None else unit.exponent for unit in (self.matmul, self.apply)]
         own["units"] = torch.cat([self.unit, self.unit.new_tensor(of_maps)])
-        own["size"] = torch.tensor([self.matmul.size], dtype=torch.float64)
+        own["size"] = torch.tensor([self.matmul.size], dtype=torch.float64, device="cpu")
         numbers = {"step": step, "reasons": list(self.reasons)}
         return Mark({**own, **tensors}, numbers, self._history, len(self._history))
 

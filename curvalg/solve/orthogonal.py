@@ -26,7 +26,7 @@ def orthonormalise(
         directions (r, n) with r ≤ p; coefficients (p, j) and coupling (r, p), float64 on the CPU.
     """
     noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(block.norm(dim=1).max()))
-    block, before = block.contiguous(), torch.zeros(len(block), len(basis), dtype=torch.float64)
+    block, before = block.contiguous(), torch.zeros(len(block), len(basis), dtype=torch.float64, device="cpu")
     if known is not None:
         block, before = _less(block, known, basis), known
     length = float(torch.linalg.vector_norm(block, dtype=torch.float64))
@@ -50,7 +50,7 @@ def complete(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
     The numbers are drawn on the CPU, so that they do not depend on the device.
     """
-    rows = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64).to(basis)
+    rows = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
     # In the last few dimensions almost nothing of a random vector is left, and twice is not enough.
     for _ in range(3):
         rows, _ = _factorise(_project(rows, basis)[1])
@@ -92,7 +92,7 @@ NARROW = 8
 
 def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     if not len(basis):
-        return torch.zeros(len(block), 0, dtype=torch.float64), block
+        return torch.zeros(len(block), 0, dtype=torch.float64, device="cpu"), block
     coefficients = block @ basis.T
     return small(coefficients), torch.addmm(block, coefficients, basis, alpha=-1)
 
@@ -111,7 +111,7 @@ def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
             return found
         orthonormal, triangle = torch.linalg.qr(block.T)
         return orthonormal.T.contiguous(), small(triangle)
-    rows, triangle = torch.empty_like(block), torch.zeros(len(block), len(block), dtype=torch.float64)
+    rows, triangle = torch.empty_like(block), torch.zeros(len(block), len(block), dtype=torch.float64, device="cpu")
     for i in range(len(block)):
         first, row = _project(block[i : i + 1], rows[:i])
         again, row = _project(row, rows[:i])
@@ -131,7 +131,7 @@ def _by_cholesky(block: Tensor) -> tuple[Tensor, Tensor] | None:
     the condition number is below eps^-1/2.
     """
     enough = 10 * torch.finfo(block.dtype).eps ** 0.5
-    rows, triangle = block, torch.eye(len(block), dtype=torch.float64)
+    rows, triangle = block, torch.eye(len(block), dtype=torch.float64, device="cpu")
     for _ in range(2):
         factor, failed = torch.linalg.cholesky_ex(small(rows @ rows.T))
         pivots = factor.diagonal()

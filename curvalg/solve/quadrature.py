@@ -55,7 +55,7 @@ class Recurrences:
     @property
     def going(self) -> Tensor:
         """The mask (p,) of recurrences that have not ended."""
-        return self.betas[-1] > 0 if self.steps else torch.ones(self.width, dtype=torch.bool)
+        return self.betas[-1] > 0 if self.steps else torch.ones(self.width, dtype=torch.bool, device="cpu")
 
     def vectors(self) -> Tensor:
         """The vectors V of each recurrence that is kept whole, (p, j, n), a view."""
@@ -64,7 +64,7 @@ class Recurrences:
 
 def begin(start: Tensor, *, whole: bool, capacity: int) -> Recurrences:
     """The recurrences that begin at unit rows (p, n)."""
-    none = torch.zeros(0, len(start), dtype=torch.float64)
+    none = torch.zeros(0, len(start), dtype=torch.float64, device="cpu")
     return Recurrences(start.contiguous(), none, none, whole, capacity)
 
 

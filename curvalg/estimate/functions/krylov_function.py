@@ -92,7 +92,7 @@ class KrylovFunction:
         now, then = scaled(now, -size), scaled(then, -size)
         change = (now - then).norm(dim=1) / now.norm(dim=1).clamp_min(torch.finfo(now.dtype).tiny)
         # A single step has nothing to be compared with.
-        change = torch.where(torch.tensor(given.steps == fewer), torch.inf, change)
+        change = torch.where(torch.tensor(given.steps == fewer, device="cpu"), torch.inf, change)
         return torch.where(given.going, change, 0.0)
 
     def columns(self, state: State) -> Tensor:

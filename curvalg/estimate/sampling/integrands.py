@@ -29,7 +29,7 @@ class Integrand:
     def samples(self, rows: Tensor, images: Tensor) -> Tensor:
         """One number for each row, (m,)."""
         found = [self.at(x, y) for x, y in zip(rows, images, strict=True)]
-        return small(torch.stack(found)) if found else torch.zeros(0, dtype=torch.float64)
+        return small(torch.stack(found)) if found else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def total(self, rows: Tensor, images: Tensor) -> Tensor:
         """The sum over rows; that over a whole orthonormal basis is exact."""

@@ -50,11 +50,11 @@ class Probes:
         return [torch.zeros(0, self.space.size, dtype=self.space.dtype, device=self.space.device)]
 
     def _drawn(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.space.size)
+        rows = torch.empty(stop - start, self.space.size, device="cpu")
         for i, row in enumerate(rows, start):  # in place: new memory costs more than the numbers
             # Neighbouring seeds of the generator would do, were it not for users who take neighbouring seeds themselves.
             key = hashlib.blake2b(f"{self.seed} {i}".encode(), digest_size=4).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+            generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little"))
             if self.kind == "signs":
                 row.random_(0, 2, generator=generator).mul_(2).sub_(1)
             else:

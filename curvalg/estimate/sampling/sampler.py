@@ -55,7 +55,7 @@ class Sampler:
 
     def start(self) -> State:
         """The state with nothing multiplied yet."""
-        nothing = torch.zeros(0, dtype=torch.float64)
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
         last = int(self._columns(self.products) == 0)
         return State(
             {"value": nothing, "error": nothing, "total": nothing, **self._empty()},
@@ -68,7 +68,7 @@ class Sampler:
             name: torch.zeros(
                 *(0 if isinstance(size, str) else size for size in shape),
                 dtype=dtype,
-                device=self.target.space.device if name in self.estimator.large else None,
+                device=self.target.space.device if name in self.estimator.large else "cpu",
             )
             for name, (dtype, shape) in self.estimator.form(0).items()
         }
@@ -184,7 +184,7 @@ def complement(rows: Tensor, start: int, stop: int) -> Tensor:
     """Some of the n − k rows that complete orthonormal rows (k, n) to a basis: unit vectors where there are none."""
     k, n = rows.shape
     units = torch.zeros(n, stop - start, dtype=rows.dtype, device=rows.device)
-    units[torch.arange(k + start, k + stop), torch.arange(stop - start)] = 1
+    units[torch.arange(k + start, k + stop, device=rows.device), torch.arange(stop - start, device=rows.device)] = 1
     if k and stop > start:
         units = torch.ormqr(*torch.geqrf(rows.T), units)
     return units.T.contiguous()

@@ -54,6 +54,7 @@ from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.problem.kept.cache import WORKSPACE
 from curvalg.rewrite import simplify
+from curvalg.tensors.normals import normals
 
 DENSE_LIMIT = 4096
 """The most rows of a matrix that is built and factorised."""
@@ -289,8 +290,7 @@ def _compared(gram: Gram, matrix: BoundMatrix, snapshot: Snapshot) -> Gram:
     others = [term for _, term in gram.columns.entries if not is_ours(term)]
     if not problem.verify or not others:
         return gram
-    x = torch.randn(matrix.size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = x.to(problem.device, problem.dtype)
+    x = normals((matrix.size, 1), 0).to(problem.device, problem.dtype)
     plan = getattr(matrix.plan, "otherwise", matrix.plan)  # which may take products from the factor itself
     right = plan.apply(snapshot, x)
     error, size = float((gram.multiply(x) - right).norm()), float(right.norm())

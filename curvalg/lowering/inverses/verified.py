@@ -11,6 +11,7 @@ from torch import Tensor
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.matrices import Blocks, Structure
 from curvalg.solve.powers import norms
+from curvalg.tensors.normals import normals
 
 ROUNDING = 64
 """k of the bound ‖b − A x‖ ≤ k ε (‖A‖ ‖x‖ + ‖b‖): what a solve that is right to the last digits may leave, however A is
@@ -136,8 +137,7 @@ def report(oaths: Sequence[Oath]) -> list[str]:
 
 
 def _probe(structure: Structure, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(structure.size)
-    return torch.randn(structure.size, 2, generator=generator, dtype=torch.float64).to(like)
+    return normals((structure.size, 2), structure.size).to(like)
 
 
 def _pieces(structure: Structure, probe: Tensor) -> tuple[Piece, ...]:

@@ -37,7 +37,7 @@ class GramBasis(Basis):
             positions = torch.arange(at, min(at + 64, len(self.roots)), device=self.roots.device)
             part = self.columns(positions).square() @ weights[positions].to(self._columns.problem.dtype)
             total = part if total is None else total.add_(part)
-        return torch.zeros(self._columns.problem.size) if total is None else total
+        return torch.zeros(self._columns.problem.size, device=self.roots.device) if total is None else total
 
     def columns(self, positions: Tensor) -> Tensor:
         inner = self.vectors[:, positions] / self.roots[positions]

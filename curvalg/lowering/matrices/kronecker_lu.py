@@ -56,7 +56,7 @@ class KroneckerLU(Structure):
         return result
 
     def logdet(self) -> float:
-        total = self.size * float(torch.tensor(abs(self.scale)).double().log())
+        total = self.size * float(torch.tensor(abs(self.scale), device="cpu").double().log())
         for factor in self.factors:
             total += self.size / factor.shape[0] * float(torch.linalg.slogdet(factor).logabsdet)
         return total

@@ -62,7 +62,7 @@ def _hash(t: Tensor) -> Tensor:
     if t.layout != torch.strided:
         t = t.to_dense()
     if not t.numel():
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
     rows = t.detach().reshape(len(t) if t.ndim else 1, -1).to(torch.float64)
@@ -72,8 +72,8 @@ def _hash(t: Tensor) -> Tensor:
 
 
 def _waves(length: int) -> Tensor:
-    return torch.cos(torch.arange(1, length + 1, dtype=torch.float64))
+    return torch.cos(torch.arange(1, length + 1, dtype=torch.float64, device="cpu"))
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")
