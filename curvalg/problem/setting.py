@@ -73,7 +73,7 @@ class Setting:
     def __init__(self, model: Model, data: Data, loss: tuple[Any, Any], draws: DrawGuard, budget: Budget) -> None:
         self.model, self.data, self.draws, self._budget, self._given = model, data, draws, budget, loss
         self.layout = Layout(model.chosen)
-        self.device: torch.device = next(iter(model.chosen.values())).device
+        self.device: torch.device = params_.home(model.chosen)
         self.dtype: torch.dtype = self.layout.dtype
         self._lock = threading.RLock()
         self._refreshes = 0
@@ -180,11 +180,23 @@ class Setting:
         """The state now, the same object as long as nothing that is watched changes."""
         with self._lock, LOCK:
             if self._snapshot is None or not self._snapshot.intact():
-                if not self._structure.intact():
+                if self._update() or not self._structure.intact():
                     self._new_structure()
-                self.model.update()
                 self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
             return self._snapshot
+
+    def _update(self) -> bool:
+        """Take the parameters that stand in the model now; whether they are on another device than before."""
+        self.model.update()
+        if (device := params_.home(self.model.chosen)) == self.device:
+            return False
+        self._move(device)
+        return True
+
+    def _move(self, device: torch.device) -> None:
+        """Compute on another device from now on: what was measured on the one before holds no longer."""
+        self.device = device
+        self.measured = Measured(self.layout.names, device)
 
     def check(self, snapshot: Snapshot) -> None:
         """Make sure that a state is that of the live model, loss and data.
@@ -203,7 +215,7 @@ class Setting:
             if snapshot is not self._snapshot:  # something moved and came back, and a state was taken in between
                 if snapshot.structure is not self._structure:
                     self._new_structure(snapshot.structure)
-                self.model.update()
+                self._update()
                 self._snapshot = snapshot
 
     @property

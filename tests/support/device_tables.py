@@ -37,7 +37,7 @@ def _kronecker() -> Expr:
 
 def _eigenbasis() -> Expr:
     basis = torch.linalg.qr(torch.arange(64.0, device="cpu").double().reshape(8, 8).sin())[0]
-    return Eigenbasis(torch.linspace(0, 1, 8, dtype=torch.float64, device="cpu"), basis)
+    return Eigenbasis(basis, torch.linspace(0, 1, 8, dtype=torch.float64, device="cpu"))
 
 
 def _low_rank(size: int) -> Expr:

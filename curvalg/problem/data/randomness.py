@@ -14,19 +14,11 @@ import torch
 from torch import Generator
 
 from curvalg.errors import ProblemError
+from curvalg.problem.data.accelerator import AcceleratorState
 from curvalg.problem.data.process import LOCK
 
 T = TypeVar("T")
 Randomness = Literal["refuse", "frozen"]
-
-
-def _device_generators(device: torch.device) -> list[Generator]:
-    """The generators that layers on this device draw from."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    return generators
 
 
 class _NumPyState:
@@ -89,18 +81,16 @@ _TWISTER_BYTES = 624 * 4 + 4
 class DrawGuard:
     """Runs calls of the user's code so that they either draw no random numbers, or the same ones each time.
 
-    Watched are the generators of torch on the device, Python's ``random`` and NumPy's global state.
+    Watched are the generators of torch on the CPU and on every device in use, Python's ``random`` and NumPy's global state.
 
     Args:
         mode: "refuse" raises when a call draws; "frozen" seeds each call by its key and restores the state.
-        device: where the model computes.
     """
 
-    def __init__(self, mode: Randomness, device: torch.device) -> None:
+    def __init__(self, mode: Randomness) -> None:
         if mode not in ("refuse", "frozen"):
             raise ProblemError(f"randomness is 'refuse' or 'frozen', got {mode!r}")
         self.mode = mode
-        self.device = device
         self._numpy = _NumPyState()
 
     def run(self, call: Callable[[], T], key: int) -> T:
@@ -114,23 +104,23 @@ class DrawGuard:
 
     def _run(self, call: Callable[[], T], key: int) -> T:
         frozen = self.mode == "frozen"
-        generators = _device_generators(self.device)
-        states = [generator.get_state() for generator in generators]
+        host, devices = torch.get_rng_state(), AcceleratorState()
         python = random.getstate()
         numpy = self._numpy.save(exactly=frozen)
         try:
             if frozen:
-                for generator in generators:
-                    generator.manual_seed(key)
+                torch.default_generator.manual_seed(key)
+                devices.seed(key)
                 random.seed(key)
                 _seed_numpy(key)
             result = call()
         finally:
             drawn = []
-            for generator, state in zip(generators, states, strict=True):
-                if not torch.equal(generator.get_state(), state):
-                    generator.set_state(state)
-                    drawn.append("torch")
+            if not torch.equal(torch.get_rng_state(), host):
+                torch.set_rng_state(host)
+                drawn.append("torch")
+            if devices.restore():
+                drawn.append("torch on a device")
             if random.getstate() != python:
                 random.setstate(python)
                 drawn.append("Python's random")
@@ -146,13 +136,14 @@ class DrawGuard:
 
 
 def _global_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), _numpy_full()
+    return torch.get_rng_state(), random.getstate(), _numpy_full(), AcceleratorState()
 
 
 def _set_global_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     np.random.set_state(state[2])
+    state[3].restore()
 
 
 class LoaderStream:

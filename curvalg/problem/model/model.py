@@ -135,7 +135,7 @@ class ModuleModel:
         """Take the parameters that stand under the chosen names now.
 
         Raises:
-            ProblemError: a parameter is gone, or has another shape, dtype or device.
+            ProblemError: a parameter is gone, or has another shape or dtype.
         """
         self.chosen = self.forms.checked(dict(self.module.named_parameters(remove_duplicate=False)))
 
@@ -198,7 +198,7 @@ class CallableModel:
         """Take the tensors that stand in the user's dict now.
 
         Raises:
-            ProblemError: a parameter is gone, or has another shape, dtype or device.
+            ProblemError: a parameter is gone, or has another shape or dtype.
         """
         self.chosen = self.forms.checked(self.own)
 
