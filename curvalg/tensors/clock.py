@@ -8,9 +8,15 @@ from typing import TypeVar
 
 import torch
 
-from curvalg.tensors.devices import synchronize
-
 T = TypeVar("T")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given; a CPU always has."""
+    if device.type == "mps":  # there is one, and it cannot be named
+        torch.mps.synchronize()
+    elif device.type not in ("cpu", "meta"):
+        torch.get_device_module(device).synchronize(device)
 
 
 def timed(run: Callable[[], T], device: torch.device) -> tuple[float, T]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from curvalg.solve import Matmul
-from curvalg.tensors.devices import synchronize
+from curvalg.tensors.clock import synchronize
 
 GROWTH = 0.4
 """Blocks of width b need about b^GROWTH times as many products as single vectors (ten eigenvalues of a Hessian: 1.26 times
