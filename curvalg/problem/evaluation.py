@@ -111,7 +111,7 @@ class Evaluation(ModelCall):
         problem, loss = self.problem, self.problem.need_loss()
         if not isinstance(loss, CallableLoss):
             return loss.at(output, sample.target)
-        with recording(problem.device, problem.model):
+        with recording(problem.model):
             point = problem.draws.run(lambda: loss.at(output, sample.target), sample.index)
         swear_loss(problem.model, point)
         return point

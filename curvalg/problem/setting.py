@@ -75,6 +75,7 @@ class Setting:
         self.layout = Layout(model.chosen)
         self.device: torch.device = params_.home(model.chosen)
         self.dtype: torch.dtype = self.layout.dtype
+        self._kinds = self._find_kinds()
         self._lock = threading.RLock()
         self._refreshes = 0
         self.whole: Self | None = None
@@ -188,10 +189,16 @@ class Setting:
     def _update(self) -> bool:
         """Take the parameters that stand in the model now; whether they are on another device than before."""
         self.model.update()
+        self._kinds = self._find_kinds()
         if (device := params_.home(self.model.chosen)) == self.device:
             return False
         self._move(device)
         return True
+
+    def _find_kinds(self) -> tuple[str, ...]:
+        """The kinds of devices that the model lies on."""
+        kinds = {owner[key].device.type: None for _, owner, key in self.slots()}
+        return tuple(kind for kind in kinds if kind != "meta")
 
     def _move(self, device: torch.device) -> None:
         """Compute on another device from now on: what was measured on the one before holds no longer."""
@@ -245,25 +252,29 @@ class Setting:
 
         The matrix is that of the model in its own dtype; a model that casts inside its forward still does.
         """
-        kind = self.device.type
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(kind):
+        autocast = any(torch.is_autocast_enabled(kind) for kind in self._kinds)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast:
             return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in self._kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
 
     def casting(self) -> AbstractContextManager[Any]:
         """The context of a model call: under autocast if that was asked for."""
         if self.autocast is None:
             return nullcontext()
-        # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
-        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+        stack = ExitStack()
+        for kind in self._kinds:
+            # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
+            stack.enter_context(torch.autocast(kind, self.autocast, cache_enabled=False))
+        return stack
 
     def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
         """Read the data once, batch by batch, on the problem's device."""
-        yield from self.data.read(self.device, order_matters=order_matters)
+        yield from self.data.read(self.device, self.model.entrance, order_matters=order_matters)
         self._structure.has_read()
 
     def number_samples(self) -> None:

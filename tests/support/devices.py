@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +16,13 @@ from curvalg.tensors import trees
 from tests.support.zoo import make
 
 SIMULATED = "tests.support.simulated_gpu" in sys.modules
+
+
+def in_turn(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """All pairs on a real GPU; on the simulated one, which is slow, the second ones take turns."""
+    if not SIMULATED:
+        return [(a, b) for a in first for b in second]
+    return [(a, second[i % len(second)]) for i, a in enumerate(first)]
 
 
 def moved(tree: Any, device: str = "cuda") -> Any:
