@@ -6,6 +6,7 @@ import torch
 
 from curvalg.errors import FactsError
 from curvalg.estimate.target import Target
+from curvalg.tensors.memory import wide
 from curvalg.tensors.normals import normals
 
 
@@ -30,7 +31,7 @@ def require_symmetric(target: Target, seed: int) -> int:
     x = normals((n, 2), seed).to(target.space.device, target.space.dtype)
     target = target.in_units()  # products of tiny numbers vanish
     y = target.multiply(x)
-    x, y = x.double(), y.double()
+    x, y = wide(x), wide(y)
     inner = x.T @ y
     allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
     if abs(float(inner[0, 1] - inner[1, 0])) > allowed:

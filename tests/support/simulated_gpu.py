@@ -360,6 +360,7 @@ def _install(cuda):
     cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = CUDAGraph, _graph, object
     cuda.Stream, cuda.stream, cuda.current_stream = Stream, _stream, lambda device=None: _streams[-1]
     cuda.is_current_stream_capturing = lambda: bool(_capturing)
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(has_fp64=options.float64)
     cuda.mem_get_info = lambda device=None: (options.free, options.total)
     cuda.synchronize = lambda device=None: _note("synchronize", "torch.cuda.synchronize")
     cuda.default_generators, cuda.manual_seed = (_generator,), _generator.manual_seed

@@ -16,6 +16,7 @@ from curvalg.estimate.sampling.integrands import Integrand
 from curvalg.estimate.sampling.sampler import Sampler
 from curvalg.estimate.target import Target
 from curvalg.runs.run import run
+from curvalg.tensors.memory import wide
 
 
 def sampled(
@@ -85,8 +86,8 @@ def sampled(
 
 
 def _tensor(x: float | Tensor) -> Tensor:
-    """A number as a tensor in double precision; a vector stays on its device."""
-    return x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
+    """A number as a tensor in double precision; a vector stays on its device, in its widest float."""
+    return wide(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def _plain(x: Tensor) -> float | Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.estimate.sampling.estimator import Estimator, Tensors
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Options, State, is_count, sizes
+from curvalg.tensors.memory import wide
 
 AT_ONCE, WIDEST = 2**24, 256
 """Numbers, and vectors, in one block of products."""
@@ -164,7 +165,7 @@ class Sampler:
 
     def _estimate(self, tensors: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         value, error = self.estimator.estimate(tensors, columns)
-        return value.double(), self.estimator.safety * error.double()
+        return wide(value), self.estimator.safety * wide(error)
 
     def _columns(self, budget: int) -> int:
         return self.estimator.columns(budget // self.price, self.target.size)

@@ -14,6 +14,7 @@ from curvalg.runs.run import Outcome
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import GaussRules, Recurrences
+from curvalg.tensors.memory import widest
 
 KEPT = 2**27
 """Numbers that the bases of all probes together may take (0.5 GiB in float32). Where they would take more, only the last two
@@ -156,7 +157,7 @@ class StochasticLanczos:
             row = torch.randn(1, self.target.size, generator=generator, dtype=torch.float64, device="cpu").to(rows)
             for _ in range(2 if len(self.locked) else 0):
                 row = row - (row @ self.locked.T) @ self.locked
-            rows[i] = row[0] / torch.linalg.vector_norm(row, dtype=torch.float64)
+            rows[i] = row[0] / torch.linalg.vector_norm(row, dtype=widest(row.device))
         return quadrature.begin(rows, whole=self.whole, capacity=self.steps + 1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.matrices import Blocks, Structure
 from curvalg.solve.powers import norms
+from curvalg.tensors.memory import wide
 from curvalg.tensors.normals import normals
 
 ROUNDING = 64
@@ -46,7 +47,7 @@ class Piece:
         return float(torch.where(r == 0, 0.0, r / whole).nan_to_num(torch.inf, torch.inf).amax())
 
     def _compared(self, x: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        x, b, r = (norms(self.take(t)).double() for t in (x, b, r))
+        x, b, r = (wide(norms(self.take(t))) for t in (x, b, r))
         return r, self.size * x + b
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.lowering.matrices.bases import Basis
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
+from curvalg.tensors.memory import wide
 
 
 class Spectral(Structure):
@@ -26,7 +27,7 @@ class Spectral(Structure):
 
     def __init__(self, size: int, values: Tensor, basis: Basis, rest: float = 0.0, what: str = "the matrix") -> None:
         super().__init__(size)
-        self.values, self.basis, self.rest, self.what = values.double(), basis, rest, what
+        self.values, self.basis, self.rest, self.what = wide(values), basis, rest, what
 
     @property
     def _complement(self) -> int:
@@ -58,7 +59,7 @@ class Spectral(Structure):
         return basis.synthesise(self.values.to(x.dtype)[:, None] * coordinates).add_(beside, alpha=self.rest)
 
     def solve(self, b: Tensor) -> Tensor:
-        zero = self.values.abs() <= torch.finfo(torch.float64).eps * self._spectrum().abs().max()
+        zero = self.values.abs() <= torch.finfo(self.values.dtype).eps * self._spectrum().abs().max()
         zeros = int(zero.sum()) + (self._complement if not self.rest else 0)
         if zeros:
             raise singular(self.what, zeros)
@@ -67,7 +68,7 @@ class Spectral(Structure):
     def mapped(self, function: Function, name: str) -> Structure:
         if name == "sqrt":
             spectrum = self._spectrum()
-            noise = self.size * torch.finfo(torch.float64).eps * float(spectrum.abs().max())
+            noise = self.size * torch.finfo(spectrum.dtype).eps * float(spectrum.abs().max())
             if bool((spectrum < -max(noise, 1e-12 * float(spectrum.abs().max()))).any()):
                 raise FactsError(
                     f"{self.what} has the eigenvalue {float(spectrum.min()):.3g}, so it has no real square root; add "

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 from curvalg.solve import factorize
+from curvalg.tensors.memory import wide, widest
 
 
 class Woodbury(Structure):
@@ -46,9 +47,9 @@ class Woodbury(Structure):
     def _capacitance(self) -> tuple[Tensor, Tensor]:
         """The matrices B⁻¹ L and I + C Rᵀ B⁻¹ L."""
         if self._inner is None:
-            self._inner = self.base.solve(self.left.double())
-        eye = torch.eye(self.core.shape[0], dtype=torch.float64, device=self.core.device)
-        return self._inner, eye + self.core.double() @ (self.right.double().T @ self._inner)
+            self._inner = self.base.solve(wide(self.left))
+        eye = torch.eye(self.core.shape[0], dtype=widest(self.core.device), device=self.core.device)
+        return self._inner, eye + wide(self.core) @ (wide(self.right).T @ self._inner)
 
     def _otherwise(self) -> Structure | None:
         """The other form, where B has no inverse; None where it has."""
@@ -65,8 +66,8 @@ class Woodbury(Structure):
         if (other := self._otherwise()) is not None:
             return other.solve(b)
         inner, capacitance = self._capacitance()
-        first = self.base.solve(b.double())
-        projected = self.core.double() @ (self.right.double().T @ first)
+        first = self.base.solve(wide(b))
+        projected = wide(self.core) @ (wide(self.right).T @ first)
         solved = factorize(capacitance, positive_definite=None)(projected)
         return (first - inner @ solved).to(b.dtype)
 
@@ -75,7 +76,7 @@ class Woodbury(Structure):
 
     def trace(self) -> float | None:
         base = self.base.trace()
-        return None if base is None else base + float(((self.left @ self.core) * self.right).double().sum())
+        return None if base is None else base + float(wide((self.left @ self.core) * self.right).sum())
 
     def diagonal(self) -> Tensor | None:
         base = self.base.diagonal()

@@ -18,6 +18,7 @@ from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.lowering.low_rank.factored_sum import factored_sum
 from curvalg.problem import Problem, Snapshot
+from curvalg.tensors.memory import wide, widest
 from curvalg.tensors.normals import normals
 
 CHUNK = 256
@@ -53,7 +54,10 @@ def _(expr: DiagonalEstimate, matrix: BoundMatrix, snapshot: Snapshot, whole: Pr
     matrix = matrix.localised()
     if (values := _by_structure(matrix, snapshot)) is not None:
         return Diagonal(values)
-    problem, total = matrix.problem, torch.zeros(matrix.size, dtype=torch.float64, device=matrix.problem.device)
+    problem, total = (
+        matrix.problem,
+        torch.zeros(matrix.size, dtype=widest(matrix.problem.device), device=matrix.problem.device),
+    )
     # Drawn on the CPU, so that a seed means the same on every device.
     generator = torch.Generator(device="cpu").manual_seed(expr.seed)
     for at in range(0, expr.probes, PROBES):
@@ -106,8 +110,8 @@ def _(expr: Nystrom, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) ->
     given, matrix = matrix, matrix.localised()
     n, problem = matrix.size, matrix.problem
     rank = min(expr.rank, n)
-    omega = torch.linalg.qr(normals((n, rank), expr.seed))[0].to(problem.device)
-    product = matrix.plan.apply(snapshot, omega.to(problem.dtype)).double()
+    omega = torch.linalg.qr(normals((n, rank), expr.seed))[0].to(problem.device, widest(problem.device))
+    product = wide(matrix.plan.apply(snapshot, omega.to(problem.dtype)))
     shift = torch.finfo(problem.dtype).eps * float(product.norm())
     triangle = _cholesky(omega, product, shift)
     if triangle is None:
@@ -153,6 +157,6 @@ def _size_of_parts(matrix: BoundMatrix, whole: Problem, snapshot: Snapshot) -> f
         directions = torch.linalg.qr(normals((one.size, min(4, one.size)), 0))[0].to(
             one.problem.device, one.problem.dtype
         )
-        size = float(one.plan.apply(snapshot, directions).double().norm())
+        size = float(wide(one.plan.apply(snapshot, directions)).norm())
         total += abs(c) * size * (one.size / directions.shape[1]) ** 0.5
     return total
