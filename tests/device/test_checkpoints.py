@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvalg import Identity, inverse, registry
-from curvalg.estimate import spectral_density, trace
+from curvalg.estimate import diagonal, trace
 from curvalg.runs.checkpoint import Checkpoint
 from tests.support.devices import agree, both
 
@@ -22,7 +22,7 @@ def solved(problem, **options):
 
 RUNS = {
     "trace": lambda p, **options: trace(HESSIAN.lower(p), products=12, method="hutchinson", **options).value,
-    "density": lambda p, **options: spectral_density(HESSIAN.lower(p), probes=2, steps=6, **options).density,
+    "diagonal": lambda p, **options: diagonal(HESSIAN.lower(p), products=12, method="xdiag", **options).value,
     "a solve": solved,
 }
 
