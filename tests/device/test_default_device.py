@@ -1,4 +1,4 @@
-"""``torch.set_default_device("cuda")`` changes nothing: every tensor names its own device, on the CPU and on the device."""
+"""``torch.set_default_device("cuda")`` changes nothing: every tensor names its own device, for problems on either."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from curvalg import registry
-from curvalg.testing import check_term
+from curvalg.testing import check_term, default_problems
 from tests.support.device_tables import ESTIMATES, SOLVES, solve
-from tests.support.devices import agree, both
+from tests.support.devices import agree, both, in_turn
 
 
 @pytest.fixture
@@ -24,40 +24,34 @@ def results(compute, problem):
     return found if isinstance(found, list) else [found]
 
 
-@pytest.mark.parametrize("name", ESTIMATES)
-def test_of_estimators(name, default_device):
-    wanted = results(ESTIMATES[name], both("mlp")[0])
-    problems = both("mlp")
+@pytest.mark.parametrize(("name", "at"), in_turn(list(ESTIMATES), [0, 1]))
+def test_of_estimators(name, at, default_device):
+    wanted, problem = results(ESTIMATES[name], both("mlp")[0]), both("mlp")[at]
     default_device("cuda")
-    for problem in problems:
-        for want, got in zip(wanted, results(ESTIMATES[name], problem), strict=True):
-            agree(want, got, 1e-7)
+    for want, got in zip(wanted, results(ESTIMATES[name], problem), strict=True):
+        agree(want, got, 1e-7)
 
 
-@pytest.mark.parametrize("name", SOLVES)
-def test_of_solvers(name, default_device):
-    want = solve(name, both(SOLVES[name][0])[0])
-    problems = both(SOLVES[name][0])
+@pytest.mark.parametrize(("name", "at"), in_turn(list(SOLVES), [1, 0]))
+def test_of_solvers(name, at, default_device):
+    want, problem = solve(name, both(SOLVES[name][0])[0]), both(SOLVES[name][0])[at]
     default_device("cuda")
-    for problem in problems:
-        agree(want, solve(name, problem))
+    agree(want, solve(name, problem))
 
 
-@pytest.mark.parametrize("name", registry.names())
-def test_of_terms(name, default_device):
+@pytest.mark.parametrize(
+    ("name", "at"), in_turn([name for name in registry.names() if name != "empirical_fisher"], [0, 1])
+)
+def test_of_terms(name, at, default_device):
     def product(problem):
         op = registry.build(name).lower(problem)
         return op @ torch.ones(op.shape[1], dtype=problem.dtype, device=problem.device)
 
-    if name == "empirical_fisher":
-        pytest.skip("refused on purpose: the name says what to use")
-    want = product(both("mlp")[0])
-    problems = both("mlp")
+    want, problem = product(both("mlp")[0]), both("mlp")[at]
     default_device("cuda")
-    for problem in problems:
-        agree(want, product(problem))
+    agree(want, product(problem))
 
 
 def test_of_the_conformance_kit(default_device):
     default_device("cuda")
-    check_term("ggn_diagonal")
+    check_term("ggn_diagonal", problems=default_problems("regression"))

@@ -9,7 +9,7 @@ import torch
 
 from curvalg import CurvalgError, Identity, Problem, StaleError, inverse, registry, restrict
 from curvalg.estimate import trace
-from tests.support.devices import agree, both
+from tests.support.devices import agree, both, in_turn
 from tests.support.zoo import make
 
 BUILD = registry.build
@@ -29,9 +29,9 @@ def ones(op, device=None):
     return torch.ones(op.shape[1], dtype=torch.float64, device=device or op.device)
 
 
-@pytest.mark.parametrize("name", EXPRESSIONS)
-@pytest.mark.parametrize(("first", "second"), DEVICES)
-def test_an_operator_goes_on_where_the_model_is(name, first, second):
+@pytest.mark.parametrize(("name", "devices"), in_turn(list(EXPRESSIONS), DEVICES))
+def test_an_operator_goes_on_where_the_model_is(name, devices):
+    first, second = devices
     case = make("mlp")
     want = EXPRESSIONS[name].lower(both("mlp")[0])
     problem = Problem(case.model.to(first), case.loss, case.batches)
