@@ -21,6 +21,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS)
+	$(if $(findstring tests/,$(TESTS)),,OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS) -p tests.support.simulated_gpu tests/device)
 
 benchmark: $(VENV)/.benchmark
 	$(RUN) benchmarks $(BENCHMARK)

@@ -51,7 +51,7 @@ def _trained(build: Callable[[], nn.Module], *, image: tuple[int, ...], epochs: 
     images, labels = _load_digits()
     images = images.reshape(len(images), *image)
     # Not torch.manual_seed: it would seed the generators of every accelerator too, which the fork leaves alone here.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         model = build()
         _train(model, images, labels, epochs)
@@ -62,7 +62,7 @@ def _trained(build: Callable[[], nn.Module], *, image: tuple[int, ...], epochs: 
 def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch: int = 64) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
-        for rows in torch.randperm(len(images)).split(batch):
+        for rows in torch.randperm(len(images), device="cpu").split(batch):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
             optimizer.step()
@@ -77,4 +77,6 @@ def _load_digits() -> tuple[Tensor, Tensor]:
             f'the digits problems need scikit-learn ({error}); install it: pip install "curvalg[demo]"'
         ) from error
     images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels, dtype=torch.long)
+    return torch.tensor(images / 16, dtype=torch.float32, device="cpu"), torch.tensor(
+        labels, dtype=torch.long, device="cpu"
+    )

@@ -43,7 +43,7 @@ def heat_map(op: CurvatureOperator, ax: Any = None) -> Any:
             "restrict() it to a layer"
         )
     ax = axes(ax)
-    size = op.to_dense().double().abs().cpu()
+    size = op.to_dense().cpu().double().abs()
     top = float(size.max()) or 1.0
     shown = size.clamp_min(top * 10.0**-DECADES).log10()
     image = ax.imshow(

@@ -6,6 +6,8 @@ import torch
 
 from curvalg.errors import FactsError
 from curvalg.estimate.target import Target
+from curvalg.tensors.memory import wide
+from curvalg.tensors.normals import normals
 
 
 def require_symmetric(target: Target, seed: int) -> int:
@@ -26,11 +28,10 @@ def require_symmetric(target: Target, seed: int) -> int:
     cure = "write a symmetric expression, such as A.T @ A, or use svds for singular values"
     if target.symmetric is False:
         raise FactsError(f"expected a symmetric operator, but {target.name} is not known to be symmetric; {cure}")
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 2, generator=generator, dtype=torch.float64).to(target.space.device, target.space.dtype)
+    x = normals((n, 2), seed).to(target.space.device, target.space.dtype)
     target = target.in_units()  # products of tiny numbers vanish
     y = target.multiply(x)
-    x, y = x.double(), y.double()
+    x, y = wide(x), wide(y)
     inner = x.T @ y
     allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
     if abs(float(inner[0, 1] - inner[1, 0])) > allowed:

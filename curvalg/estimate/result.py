@@ -103,7 +103,7 @@ class Eigenpairs(Result):
         ax = axes(ax)
         order = self.eigenvalues.abs().argsort(descending=True)
         values, bars = self.eigenvalues[order].cpu(), self.residuals[order].cpu()
-        ranks = torch.arange(1, len(values) + 1)
+        ranks = torch.arange(1, len(values) + 1, device="cpu")
         for chosen, face, label in ((values >= 0, None, "λ ≥ 0"), (values < 0, "none", "λ < 0")):
             if bool(chosen.any()):
                 style = {"fmt": "o", "capsize": 3, "label": label, "color": "C0", "markerfacecolor": face or "C0"}

@@ -27,7 +27,7 @@ def square_roots(name: str, blocks: Tensor) -> Tensor:
 
 
 def _eigenpairs(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs in the dtype of the blocks, or by float64 where that does not converge (close eigenvalues in float32)."""
+    """Eigenpairs in the dtype of the blocks, or by float64 on the CPU where that does not converge (close in float32)."""
     if not bool(torch.isfinite(blocks).all()):
         raise LossError(
             f"{name}: the Hessian in the output has NaN or infinite entries; smooth the loss there (as sqrt(x + eps))"
@@ -36,7 +36,7 @@ def _eigenpairs(name: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(blocks)
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values, vectors
-        values, vectors = torch.linalg.eigh(blocks.double())
+        values, vectors = torch.linalg.eigh(blocks.cpu().double())
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        values, vectors = torch.linalg.eigh(blocks.double())
-    return values.to(blocks.dtype), vectors.to(blocks.dtype)
+        values, vectors = torch.linalg.eigh(blocks.cpu().double())
+    return values.to(blocks), vectors.to(blocks)

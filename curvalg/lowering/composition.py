@@ -81,7 +81,7 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
         for start in range(0, columns, 64):
             width = min(64, columns - start)
             unit = torch.zeros(columns, width, dtype=result.dtype, device=self.device)
-            unit[torch.arange(start, start + width), torch.arange(width)] = 1
+            unit[torch.arange(start, start + width, device=self.device), torch.arange(width, device=self.device)] = 1
             result[:, start : start + width] = self._apply(unit)
         return result
 

@@ -15,6 +15,7 @@ from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
 from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.rewrite import Step
+from curvalg.tensors.memory import widest
 
 
 class Explained(Protocol):
@@ -53,6 +54,10 @@ def explain(op: Explained) -> str:
         ],
         "operator": [f"{op.shape[0]} x {op.shape[1]}, {op.dtype} on {op.device}", facts],
     }
+    if widest(op.device) != torch.float64:
+        sections["operator"].append(
+            f"{op.device} has no float64: long sums, factorisations and checks are in float32 there"
+        )
     if op._steps:
         fired = Counter(step.law for step in op._steps)
         laws = [f"by {law}" + (f" ({n} times)" if n > 1 else "") for law, n in fired.items()]

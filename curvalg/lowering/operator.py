@@ -181,6 +181,14 @@ class CurvatureOperator(TorchOperator):
 
     # -- products -------------------------------------------------------------------------------------------------------
 
+    def _product(self, x: Vector) -> Any:
+        try:
+            return super()._product(x)
+        except VectorError:
+            # An operand for the device that the model has moved to is right; the operator is of an earlier state.
+            self.problem.check(self.snapshot)
+            raise
+
     def _apply(self, columns: Tensor) -> Tensor:
         return self._measured(columns, torch.sum)[0]
 
@@ -263,13 +271,13 @@ class CurvatureOperator(TorchOperator):
         """
         if checkpoint is not None:
             require_place(checkpoint)  # before anything is computed
+        self.problem.check(self.snapshot)
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
             raise VectorError(
                 f"x0 must have the shape of b, got {tuple(start.shape)} for {tuple(operand.columns.shape)}"
             )
-        self.problem.check(self.snapshot)
         with self.problem.differentiating():
             self._bind()
             scale, node = self._inverse_plan()

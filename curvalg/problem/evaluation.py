@@ -122,7 +122,7 @@ class Evaluation(ModelCall):
             if problem.data.fixed:
                 self.snapshot.settled.add(sample.index)
             return known
-        with recording(problem.device, problem.model):
+        with recording(problem.model):
             point = problem.draws.run(lambda: loss.at(output, sample.target), sample.index)
         swear_loss(problem.model, point)
         return point

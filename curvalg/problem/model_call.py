@@ -86,7 +86,7 @@ class ModelCall:
         """
         with self.guarding_inputs((sample or self.sample).batch) as batch:
             raw = self.call(tensors, batch, once=once)
-        form = OutputForm(raw)
+        form = OutputForm(raw, self.problem.device)
         return form.join(raw), form
 
     def live_output(self) -> Tensor:
@@ -97,7 +97,7 @@ class ModelCall:
             self.guarding_inputs(self.sample.batch) as batch,
         ):
             raw = self._called(lambda: problem.model.call_live(state, batch))
-        return OutputForm(raw).join(raw).detach()
+        return OutputForm(raw, problem.device).join(raw).detach()
 
     def call(self, tensors: Sequence[Tensor], batch: Any, *, once: bool = False) -> Any:
         """Call the model with the given tensors, on the batch as it may be given to the model.
@@ -118,7 +118,7 @@ class ModelCall:
         problem, effects = self.problem, self.snapshot.structure.effects
 
         def call() -> Any:
-            switches = recording(problem.device, problem.model, once=once)
+            switches = recording(problem.model, once=once)
             with switches, problem.casting(), effects.undone(problem.draws.mode):
                 return model()
 
@@ -169,7 +169,7 @@ class ModelCall:
         def call(tensors: Sequence[Tensor]) -> Tensor:
             with self.guarding_inputs(data) as batch:
                 raw = self._called(lambda: problem.model(tensors, state, batch))
-            return OutputForm(raw).join(raw)
+            return OutputForm(raw, problem.device).join(raw)
 
         return call
 

@@ -86,9 +86,9 @@ class Problem(Setting):
     your own classes that these hold (and attributes and methods of the classes), variables that their functions close over or
     default to, and the tensors of data in memory. All of these are watched: where one changes, operators raise
     :class:`~curvalg.StaleError` until they are refreshed, and the next ``value()``, ``gradient()`` or lowering takes everything
-    anew. What a forward writes itself does not count. Not watched are files behind a loader, global variables, hooks for all
-    modules, and writes into single elements of data past autograd (``t.data``, NumPy views: a sample of 4096 elements of each
-    tensor on the CPU is compared); after such a change call :meth:`refresh`.
+    anew, on the device that the parameters are on by then. What a forward writes itself does not count. Not watched are files
+    behind a loader, global variables, hooks for all modules, and writes into single elements of data past autograd (``t.data``,
+    NumPy views: a sample of 4096 elements of each tensor on the CPU is compared); after such a change call :meth:`refresh`.
 
     Several threads may lower and multiply on one problem: what is shared between them is made and multiplied by one at a time.
 
@@ -137,8 +137,7 @@ class Problem(Setting):
         with LOCK:  # while another problem calls the same model, other tensors stand in it
             made = make_model(model, params, forward)
         batches = Data(data, target, needs_target=loss is not None)
-        device = next(iter(made.chosen.values())).device
-        super().__init__(made, batches, (loss, reduction), DrawGuard(randomness, device), Budget(0))
+        super().__init__(made, batches, (loss, reduction), DrawGuard(randomness), Budget(0))
         self.samples: Samples = _one_of("samples", samples, ("item", "position"))
         if samples == "position" and self.loss is not None and not self.loss.positions:
             raise LossError(
@@ -153,7 +152,7 @@ class Problem(Setting):
         self.cache = cache
         self.output_memory = _output_memory(output_memory)
         self.verify = _one_of("verify", verify, (True, False))
-        self.graphs = _one_of("graphs", graphs, ("auto", True, False)) if device.type == "cuda" else False
+        self.capture = _one_of("graphs", graphs, ("auto", True, False))
         self.progress = _one_of("progress", progress, (True, False))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -193,8 +192,14 @@ class Problem(Setting):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        self.cache = self._cache  # of the memory that is free there
+        self.accumulate = accumulating(self.accumulate, self.dtype, device)
+        self.autocast = casting(self.autocast, device)
+
     def refresh(self) -> Problem:
-        """Take everything as it is now: parameters, buffers, flags, attributes, hooks, submodules, the loss, the data.
+        """Take everything as it is now: parameters and their device, buffers, flags, attributes, hooks, the loss, the data.
 
         Operators that were lowered before raise :class:`~curvalg.StaleError` until they are refreshed. Whatever is watched
         (see :class:`Problem`) is taken anew without this call as well; it is for what cannot be watched.

@@ -69,14 +69,15 @@ class Setting:
     compiler: str | None
     output_memory: float
     verify: bool
-    graphs: Literal["auto"] | bool
+    capture: Literal["auto"] | bool
     progress: bool
 
     def __init__(self, model: Model, data: Data, loss: tuple[Any, Any], draws: DrawGuard, budget: Budget) -> None:
         self.model, self.data, self.draws, self._budget, self._given = model, data, draws, budget, loss
         self.layout = Layout(model.chosen)
-        self.device: torch.device = next(iter(model.chosen.values())).device
+        self.device: torch.device = params_.home(model.chosen)
         self.dtype: torch.dtype = self.layout.dtype
+        self._kinds = self._find_kinds()
         self._lock = threading.RLock()
         self._side = SideStream(self.device)
         self._refreshes = 0
@@ -84,7 +85,7 @@ class Setting:
         """The problem over all parameters, where this one is over some of them."""
         self.shared: set[Any] = set()
         """Sweeps and factors that several blocks have in common: recorded once for all of them."""
-        self.measured = Measured(self.layout.names)
+        self.measured = Measured(self.layout.names, self.device)
         self._snapshot: Snapshot | None = None
         self._cached: WeakKeyDictionary[Snapshot, Cache] = WeakKeyDictionary()
         self._structure = self._make_structure()
@@ -106,6 +107,11 @@ class Setting:
     def size(self) -> int:
         """The number of chosen parameters, D."""
         return self.layout.size
+
+    @property
+    def graphs(self) -> Literal["auto"] | bool:
+        """Whether products may be captured as CUDA graphs: as asked for, where there are any."""
+        return self.capture if self.device.type == "cuda" else False
 
     @functools.cached_property
     def most_classes(self) -> int:
@@ -183,11 +189,30 @@ class Setting:
         """The state now, the same object as long as nothing that is watched changes."""
         with self._lock, LOCK:
             if self._snapshot is None or not self._snapshot.intact():
-                if not self._structure.intact():
+                if self._update() or not self._structure.intact():
                     self._new_structure()
-                self.model.update()
                 self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
             return self._snapshot
+
+    def _update(self) -> bool:
+        """Take the parameters that stand in the model now; whether they are on another device than before."""
+        self.model.update()
+        self._kinds = self._find_kinds()
+        if (device := params_.home(self.model.chosen)) == self.device:
+            return False
+        self._move(device)
+        return True
+
+    def _find_kinds(self) -> tuple[str, ...]:
+        """The kinds of devices that the model lies on."""
+        kinds = {owner[key].device.type: None for _, owner, key in self.slots()}
+        return tuple(kind for kind in kinds if kind != "meta")
+
+    def _move(self, device: torch.device) -> None:
+        """Compute on another device from now on: what was measured on the one before holds no longer."""
+        self.device = device
+        self._side = SideStream(device)
+        self.measured = Measured(self.layout.names, device)
 
     def check(self, snapshot: Snapshot, unread: list[Tensor] | None = None) -> None:
         """Make sure that a state is that of the live model, loss and data.
@@ -211,7 +236,7 @@ class Setting:
             if snapshot is not self._snapshot:  # something moved and came back, and a state was taken in between
                 if snapshot.structure is not self._structure:
                     self._new_structure(snapshot.structure)
-                self.model.update()
+                self._update()
                 self._snapshot = snapshot
 
     @property
@@ -252,25 +277,29 @@ class Setting:
             yield
 
     def _derivatives(self) -> AbstractContextManager[Any]:
-        kind = self.device.type
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(kind):
+        autocast = any(torch.is_autocast_enabled(kind) for kind in self._kinds)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast:
             return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in self._kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
 
     def casting(self) -> AbstractContextManager[Any]:
         """The context of a model call: under autocast if that was asked for."""
         if self.autocast is None:
             return nullcontext()
-        # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
-        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+        stack = ExitStack()
+        for kind in self._kinds:
+            # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
+            stack.enter_context(torch.autocast(kind, self.autocast, cache_enabled=False))
+        return stack
 
     def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
         """Read the data once, batch by batch, on the problem's device."""
-        yield from self.data.read(self.device, order_matters=order_matters)
+        yield from self.data.read(self.device, self.model.entrance, order_matters=order_matters)
         self._structure.has_read()
 
     def number_samples(self) -> None:
@@ -315,7 +344,7 @@ class Setting:
         twin.layout = Layout(twin.model.chosen)
         twin.dtype = twin.layout.dtype
         twin.whole, twin.shared = self, set()
-        twin.measured = Measured(names, like=self.measured)
+        twin.measured = Measured(names, self.device, like=self.measured)
         twin._snapshot, twin._cached = snapshot, WeakKeyDictionary()
         twin._forget()
         return twin

@@ -58,7 +58,8 @@ class Checkpoint:
         choices: Measured | None = None,
         unit: PowerOfTwo | None = None,
     ) -> None:
-        self.place, self.subject, self._choices, self._unit = RunFile(path), subject, choices or Measured(()), unit
+        self.place, self.subject, self._unit = RunFile(path), subject, unit
+        self._choices = choices or Measured((), torch.device("cpu"))
         self.path = self.place.path
         self._marked: tuple[dict[str, Any], int | None] = {}, None
         self._next = time.monotonic() + INTERVAL

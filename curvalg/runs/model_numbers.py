@@ -22,6 +22,7 @@ from curvalg.problem.data.row_hashes import Fingerprint
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.passes.first_order import pulled
 from curvalg.problem.problem import Problem
+from curvalg.tensors.memory import wide, widest
 
 Numbers: TypeAlias = dict[str, Fingerprint]
 """What it is of, in words -> sums, each with that of the magnitudes of its terms."""
@@ -86,7 +87,7 @@ class _Sums:
         """Add terms over some axes, and their squares."""
         hashes, most = (terms.sum(axes), terms.abs().sum(axes)) if axes else (terms, terms.abs())
         self._add((name, 2 * number), hashes, most)
-        self._add((name, 2 * number + 1), hashes.double().square(), most.double().square())
+        self._add((name, 2 * number + 1), wide(hashes).square(), wide(most).square())
 
     def add_total(self, name: str, number: int, total: Tensor) -> None:
         """Add a term of which only the sum does not depend on batches."""
@@ -95,8 +96,8 @@ class _Sums:
     def _add(self, key: tuple[str, int], terms: Tensor, most: Tensor) -> None:
         old = self._sums.get(key, [0.0, 0.0])
         self._sums[key] = [
-            old[0] + float(terms.sum(dtype=torch.float64)),
-            old[1] + float(most.sum(dtype=torch.float64)),
+            old[0] + float(terms.sum(dtype=widest(terms.device))),
+            old[1] + float(most.sum(dtype=widest(most.device))),
         ]
 
     def made(self) -> Numbers:

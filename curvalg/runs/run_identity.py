@@ -43,7 +43,11 @@ def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: flo
 
 def _arrays(expr: Expr) -> list[str]:
     # Contents rather than tokens: those are new in every process.
-    return [digest(*(torch.as_tensor(a) for a in leaf.arrays)) for leaf in expr.walk() if isinstance(leaf, ArrayLeaf)]
+    return [
+        digest(*(torch.as_tensor(a, device="cpu") for a in leaf.arrays))
+        for leaf in expr.walk()
+        if isinstance(leaf, ArrayLeaf)
+    ]
 
 
 def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:

@@ -93,7 +93,7 @@ def begin(locked: Tensor, start: Tensor, width: int, *, seed: int, capacity: int
         seed: of random directions.
         capacity: of the basis, locked vectors included.
     """
-    none = torch.zeros(0, 0, dtype=torch.float64)
+    none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     krylov = Krylov(locked, len(locked), none, none, seed, 0)
     return _pend(krylov, start, width, capacity)
 
@@ -114,11 +114,11 @@ def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
     known = torch.cat([before, product @ block.T], 1)
     directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale, known, krylov.locked + first)
     columns = coefficients[:, krylov.locked :]
-    projected = torch.zeros(a + p, a + p, dtype=torch.float64)
+    projected = torch.zeros(a + p, a + p, dtype=torch.float64, device="cpu")
     projected[:a, :a] = krylov.projected
     projected[a:, :a], projected[:a, a:] = columns[:, :a], columns[:, :a].T
     projected[a:, a:] = (columns[:, a:] + columns[:, a:].T) / 2
-    wider = torch.cat([torch.zeros(len(coupling), a, dtype=torch.float64), coupling], 1)
+    wider = torch.cat([torch.zeros(len(coupling), a, dtype=torch.float64, device="cpu"), coupling], 1)
     basis = grown(krylov.basis, directions, capacity)
     grown_ = replace(krylov, basis=basis, projected=projected, coupling=wider)
     return _drawn(grown_, width - len(directions), capacity)
@@ -161,7 +161,7 @@ def rebuild(krylov: Krylov, kept: Tensor, products: Tensor, start: Tensor, width
     """
     projected = small(products @ kept.T)
     basis = grown(krylov.basis[: krylov.locked].clone(), kept, capacity)
-    none = torch.zeros(0, len(kept), dtype=torch.float64)
+    none = torch.zeros(0, len(kept), dtype=torch.float64, device="cpu")
     new = replace(krylov, basis=basis, projected=(projected + projected.T) / 2, coupling=none)
     new = _pend(new, start, width, capacity)
     return replace(new, coupling=small(new.pending @ products.T))
@@ -175,7 +175,7 @@ def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
         lengths = start.norm(dim=1, keepdim=True)
         directions, _, _ = orthonormalise(start / lengths.clamp_min(torch.finfo(start.dtype).tiny), krylov.basis, 0.0)
         krylov = replace(krylov, basis=grown(krylov.basis, directions[:room], capacity))
-    coupling = torch.zeros(len(krylov.pending), krylov.multiplied, dtype=torch.float64)
+    coupling = torch.zeros(len(krylov.pending), krylov.multiplied, dtype=torch.float64, device="cpu")
     return _drawn(replace(krylov, coupling=coupling), width - len(krylov.pending), capacity)
 
 
@@ -187,8 +187,8 @@ def _drawn(krylov: Krylov, count: int, capacity: int) -> Krylov:
     # Other numbers than in the search that found the locked vectors: in a multiple eigenspace those are what the numbers of
     # that search left there, so that the same ones again would have no part in the rest of it.
     key = (krylov.seed * 1_000_003 + krylov.draws) * 1_000_003 + krylov.locked
-    generator = torch.Generator().manual_seed(key % 2**63)
+    generator = torch.Generator(device="cpu").manual_seed(key % 2**63)
     rows = complete(krylov.basis, count, generator)
-    coupling = torch.cat([krylov.coupling, torch.zeros(count, krylov.multiplied, dtype=torch.float64)])
+    coupling = torch.cat([krylov.coupling, torch.zeros(count, krylov.multiplied, dtype=torch.float64, device="cpu")])
     basis = grown(krylov.basis, rows, capacity)
     return replace(krylov, basis=basis, coupling=coupling, draws=krylov.draws + 1)

@@ -32,7 +32,7 @@ class _Recurrence:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> _Recurrence:
         """Make the recurrences from the tensors of a mark."""
-        state = cls(torch.zeros(0, 0), same)
+        state = cls(torch.zeros(0, 0, device="cpu"), same)
         for name in vars(state):
             setattr(state, name, tensors[name].to(device))
         return state
@@ -70,7 +70,7 @@ class _Recurrence:
         return update
 
 
-MARKED = ("x", "target", *vars(_Recurrence(torch.zeros(0, 0), same)))
+MARKED = ("x", "target", *vars(_Recurrence(torch.zeros(0, 0, device="cpu"), same)))
 """Tensors of a mark, besides those of the book-keeping."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvalg.tensors.memory import wide, widest
+
 
 def orthonormalise(
     block: Tensor, basis: Tensor, scale: float, known: Tensor | None = None, first: int = 0
@@ -32,7 +34,7 @@ def orthonormalise(
         known = block.new_zeros(len(block), 0)
     else:
         block = torch.addmm(block, known, basis[first:], alpha=-1)
-    length = torch.linalg.vector_norm(block, dtype=torch.float64)
+    length = torch.linalg.vector_norm(block, dtype=widest(block.device))
     coefficients, block = _project(block, basis)
     directions, triangle = _factorise(block)
     longest, length, known, coefficients, triangle = smalls(longest, length, known, coefficients, triangle)
@@ -56,7 +58,7 @@ def complete(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
     The numbers are drawn on the CPU, so that they do not depend on the device.
     """
-    rows = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64).to(basis)
+    rows = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
     # In the last few dimensions almost nothing of a random vector is left, and twice is not enough.
     for _ in range(3):
         rows, _ = _factorise(_project(rows, basis)[1])
@@ -86,7 +88,7 @@ def grown(basis: Tensor, new: Tensor, capacity: int) -> Tensor:
 
 def small(t: Tensor) -> Tensor:
     """A tensor for the projected problem: float64 on the CPU."""
-    return t.to("cpu", torch.float64)
+    return t.cpu().to(torch.float64)  # in two steps: some devices have no float64
 
 
 def smalls(*tensors: Tensor) -> list[Tensor]:
@@ -94,7 +96,7 @@ def smalls(*tensors: Tensor) -> list[Tensor]:
     away = [t for t in tensors if t.device.type != "cpu"]
     if not away:
         return [small(t) for t in tensors]
-    packed = small(torch.cat([t.reshape(-1).to(torch.float64) for t in away]))
+    packed = small(torch.cat([wide(t.reshape(-1)) for t in away]))
     parts = iter(packed.split([t.numel() for t in away]))
     return [small(t) if t.device.type == "cpu" else next(parts).reshape(t.shape) for t in tensors]
 
@@ -124,12 +126,12 @@ def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
             return found
         orthonormal, triangle = torch.linalg.qr(block.T)
         return orthonormal.T.contiguous(), small(triangle)
-    rows, triangle = torch.empty_like(block), block.new_zeros(len(block), len(block), dtype=torch.float64)
+    rows, triangle = torch.empty_like(block), block.new_zeros(len(block), len(block), dtype=widest(block.device))
     for i in range(len(block)):
         first, row = _project(block[i : i + 1], rows[:i])
         again, row = _project(row, rows[:i])
         # In float32, torch sums the squares of 5 million numbers with an error of 1e-4.
-        norm, whole = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (row, block[i]))
+        norm, whole = (torch.linalg.vector_norm(x, dtype=widest(x.device)) for x in (row, block[i]))
         rest = norm > 10 * torch.finfo(block.dtype).eps * whole  # normalised noise is orthogonal to nothing
         triangle[:i, i], triangle[i, i] = (first + again)[0], torch.where(rest, norm, 0.0)
         torch.div(row[0], torch.where(rest, norm, torch.inf).to(row.dtype), out=rows[i])
@@ -143,7 +145,7 @@ def _by_cholesky(block: Tensor) -> tuple[Tensor, Tensor] | None:
     the condition number is below eps^-1/2.
     """
     enough = 10 * torch.finfo(block.dtype).eps ** 0.5
-    rows, triangle = block, torch.eye(len(block), dtype=torch.float64)
+    rows, triangle = block, torch.eye(len(block), dtype=torch.float64, device="cpu")
     for _ in range(2):
         factor, failed = torch.linalg.cholesky_ex(small(rows @ rows.T))
         pivots = factor.diagonal()

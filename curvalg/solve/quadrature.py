@@ -17,6 +17,7 @@ from torch import Tensor
 from curvalg.solve.orthogonal import grown, small, smalls
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import Matmul
+from curvalg.tensors.memory import widest
 
 COARSE = 0.5
 """Share of the steps whose rule a rule is compared with, for an estimate of its error."""
@@ -55,7 +56,7 @@ class Recurrences:
     @property
     def going(self) -> Tensor:
         """The mask (p,) of recurrences that have not ended."""
-        return self.betas[-1] > 0 if self.steps else torch.ones(self.width, dtype=torch.bool)
+        return self.betas[-1] > 0 if self.steps else torch.ones(self.width, dtype=torch.bool, device="cpu")
 
     def vectors(self) -> Tensor:
         """The vectors V of each recurrence that is kept whole, (p, j, n), a view."""
@@ -64,7 +65,7 @@ class Recurrences:
 
 def begin(start: Tensor, *, whole: bool, capacity: int) -> Recurrences:
     """The recurrences that begin at unit rows (p, n)."""
-    none = torch.zeros(0, len(start), dtype=torch.float64)
+    none = torch.zeros(0, len(start), dtype=torch.float64, device="cpu")
     return Recurrences(start.contiguous(), none, none, whole, capacity)
 
 
@@ -223,7 +224,7 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu":  # where a sum in double precision is as fast, and a look at the squares is a wait
-        found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=widest(rows.device))
         return found
     squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
     if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow

@@ -85,7 +85,7 @@ def start(aim: Aim, locked: Tensor, rows: Tensor) -> Search:
         rows: to begin with (s, n), random where none are given.
     """
     krylov = begin(locked, rows, aim.width, seed=aim.seed, capacity=len(locked) + aim.subspace)
-    none = torch.zeros(0, dtype=torch.float64)
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
     return Search(krylov, SEARCH, none, none, 0, 0)
 
 
@@ -198,5 +198,5 @@ def _restarted(krylov: Krylov, aim: Aim, pairs: Ritz, fixed: int) -> Krylov:
     room, few = aim.subspace - 2 * aim.width - fixed, 1 if fixed else aim.k
     count = max(1, min(room, few + (room - few) // 2))
     kept = wanted(pairs.values, aim.which, min(count, len(pairs.values)))
-    weights = torch.block_diag(torch.eye(fixed, dtype=pairs.weights.dtype), pairs.weights[:, kept])
+    weights = torch.block_diag(torch.eye(fixed, dtype=pairs.weights.dtype, device="cpu"), pairs.weights[:, kept])
     return compress(krylov, weights, krylov.locked + aim.subspace)

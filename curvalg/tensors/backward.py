@@ -104,7 +104,7 @@ def backward_columns(
     first: list[list[Tensor | None]] = []
     single = 0.0
     if batched is None and len(cotangents) > 1:
-        single, found = timed(lambda: one(cotangents[0]))
+        single, found = timed(lambda: one(cotangents[0]), z.device)
         first = [found]
         # Batching saves calls, no arithmetic: where a column is real work there is nothing to gain (and vmap copies).
         batched = None if single < OVERHEAD else False
@@ -112,7 +112,9 @@ def backward_columns(
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                seconds, found = timed(lambda: backward([z], inputs, [cotangents], retain_graph=True, batched=True))
+                seconds, found = timed(
+                    lambda: backward([z], inputs, [cotangents], retain_graph=True, batched=True), z.device
+                )
             return found, batched is True or seconds < len(cotangents) * single
         except (RuntimeError, NotImplementedError, ProblemError):
             pass  # whatever is wrong beyond batching is raised below

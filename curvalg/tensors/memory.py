@@ -1,15 +1,32 @@
-"""Free memory on the device of a problem."""
+"""What a device has: free memory, and floats."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _CONTAINERS = (
     ("memory.max", "memory.current"),  # control groups, version 2
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
 )
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float of a device: float64, or float32 where there is no other (Apple's GPUs, some of Intel's)."""
+    if device.type == "cpu":
+        return torch.float64
+    if device.type == "mps":
+        return torch.float32
+    properties = getattr(torch.get_device_module(device), "get_device_properties", None)
+    double = properties is None or getattr(properties(device), "has_fp64", True)
+    return torch.float64 if double else torch.float32
+
+
+def wide(t: Tensor) -> Tensor:
+    """A tensor in the widest float of its device."""
+    return t.to(widest(t.device))
 
 
 def free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -98,10 +98,15 @@ def rows(tree: Any) -> int | None:
 
 
 def place(tree: Any, device: torch.device) -> Any:
-    """The tree on a device; inference tensors are cloned, since autograd refuses them."""
+    """The tree on a device; inference tensors are cloned, since autograd refuses them.
+
+    Only what lies in pinned memory goes without waiting: then the device's own order makes it arrive in time. Whatever comes
+    from a device would be read on the host before it is there.
+    """
 
     def move(t: Tensor) -> Tensor:
-        t = t.to(device, non_blocking=True)
+        if t.device != device:
+            t = t.to(device, non_blocking=t.device.type == "cpu" and t.is_pinned())
         return t.clone() if t.is_inference() else t
 
     return tensor_map(move, tree)

@@ -56,7 +56,7 @@ def require_close(
     if norm <= allowed * size + torch.finfo(torch.float64).tiny:
         return
     at = int(difference.flatten().nan_to_num(nan=float("inf")).argmax())
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), got.shape))
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(at, device="cpu"), got.shape))
     relative = f"{norm / size:.1e}" if size else "infinite"
     shown = f"entry {place} is" if got.ndim else "it is"
     raise Failure(

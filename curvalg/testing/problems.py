@@ -47,11 +47,11 @@ def _batches(X: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _labels(*shape: int, classes: int = 3) -> Tensor:
-    return torch.randint(classes, (sum(ROWS), *shape))
+    return torch.randint(classes, (sum(ROWS), *shape), device="cpu")
 
 
 def _inputs(*shape: int) -> Tensor:
-    return torch.randn(sum(ROWS), *shape, dtype=torch.float64)
+    return torch.randn(sum(ROWS), *shape, dtype=torch.float64, device="cpu")
 
 
 def _classifier() -> Problem:
@@ -81,7 +81,7 @@ def _positions() -> Problem:
 def _classes_last() -> Problem:
     labels = _labels(2)
     labels[1] = labels[4, 0] = -100  # a whole row, which is no sample then, and one position of another
-    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device="cpu")
     data = _batches(_labels(2, classes=4), labels)
     return Problem(_Sequence().double(), CrossEntropy(class_axis=-1, weight=weight), data)
 
@@ -115,7 +115,7 @@ def _plain_function() -> Problem:
 
 
 def _not_convex() -> Problem:
-    data = _batches(_inputs(3), torch.rand(sum(ROWS), 3, dtype=torch.float64))
+    data = _batches(_inputs(3), torch.rand(sum(ROWS), 3, dtype=torch.float64, device="cpu"))
     return Problem(_mlp().double(), nn.PoissonNLLLoss(log_input=False), data)
 
 
@@ -131,7 +131,7 @@ UNSUITABLE: Mapping[str, Callable[[], Problem]] = {
 def make(maker: Callable[[], Problem], seed: int = 0) -> Problem:
     """A problem with fixed weights and data; the caller's random state is left alone."""
     # Not torch.manual_seed: it would seed the generators of every accelerator too, which the fork leaves alone here.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return maker()
 

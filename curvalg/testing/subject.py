@@ -19,6 +19,7 @@ from curvalg.expr import Expr, NamedExpr
 from curvalg.problem import Problem
 from curvalg.registry.parse import parse
 from curvalg.rewrite import simplify
+from curvalg.tensors.normals import normals
 from curvalg.testing.outcome import Failure, NotApplicable
 from curvalg.testing.problems import PROBLEMS, make
 from curvalg.testing.variants import variant
@@ -79,9 +80,7 @@ class Case:
     def vectors(self, columns: int, seed: int = 0, rows: int | None = None) -> Tensor:
         """Fixed random vectors (n, columns) that the term acts on; ``rows`` replaces their length."""
         n = self.matrix.shape[1] if rows is None else rows
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(n, columns, generator=generator, dtype=torch.float64)
-        return drawn.to(self.problem.device, self.problem.dtype)
+        return normals((n, columns), seed).to(self.problem.device, self.problem.dtype)
 
     @property
     def square(self) -> bool:

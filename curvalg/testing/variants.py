@@ -119,7 +119,7 @@ def jacobian(problem: Problem) -> Tensor:
             units = torch.eye(z.numel(), dtype=z.dtype, device=z.device).reshape(-1, *z.shape)
             found = backward([z], leaves, [units], batched=True)
             parts = [
-                torch.zeros(len(units), leaf.numel()).to(leaf) if g is None else g.reshape(len(units), -1)
+                leaf.new_zeros(len(units), leaf.numel()) if g is None else g.reshape(len(units), -1)
                 for g, leaf in zip(found, leaves, strict=True)
             ]
             rows.append(torch.cat(parts, 1).to(problem.dtype))

@@ -130,15 +130,15 @@ def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tenso
 
 
 def eigenvectors(matrix: Tensor) -> Tensor:
-    """The eigenvectors of a symmetric matrix; by float64 where its own precision does not converge."""
+    """The eigenvectors of a symmetric matrix; by float64 on the CPU where its own precision does not converge."""
     try:
         vectors: Tensor = torch.linalg.eigh(matrix)[1]
         if bool(torch.isfinite(vectors).all()):
             return vectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
-    double: Tensor = torch.linalg.eigh(matrix.double())[1]
-    return double.to(matrix.dtype)
+    double: Tensor = torch.linalg.eigh(matrix.cpu().double())[1]
+    return double.to(matrix)
 
 
 CHUNK = 2**22

@@ -170,7 +170,7 @@ def test_runs_are_raced_in_turns_that_begin_untimed(seconds, order, monkeypatch,
         now[0] += number * seconds + (0.0 if again else 10 * seconds)  # the first of a turn makes something again
 
     runs = {number: inside["candidate"](lambda number=number: run(number)) for number in (1, 2)}
-    measured = inside["measure"](runs, 2, lambda seconds: False)
+    measured = inside["measure"](runs, 2, lambda seconds: False, torch.device("cpu"))
     assert measured == pytest.approx({1: seconds, 2: 2 * seconds})
     assert calls == order
 
@@ -181,7 +181,7 @@ class Clock:
     def __init__(self, inside, seconds):
         self.widths = []
 
-        def timed(run):
+        def timed(run, device):
             before = len(self.widths)
             result = run()
             return seconds[self.widths[before]], result

@@ -24,6 +24,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,23 +55,34 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 """
 
 
+def _unavailable(reason, code=1):
+    """End the run with a message: a traceback through the plugins of pytest would hide it."""
+    print(f"there is no simulated GPU: {reason}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 def _register():
     """Compile what tells torch's core of a CUDA device (seconds, once), and load it before torch asks."""
     home = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
-    if "torch" in sys.modules or (home / "lib" / "libtorch_cuda.so").exists():
+    if (home / "lib" / "libtorch_cuda.so").exists():
+        # Where the suite runs on a real GPU, it has run these tests already.
+        _unavailable("this build of torch is for real ones, on which the tests run without the plugin", 0)
+    if "torch" in sys.modules:
         raise ImportError(
-            "torch was imported before the simulated device, or is built for real ones: run "
-            "python -m pytest -p tests.support.simulated_gpu tests/device with a build of torch for the CPU"
+            "torch was imported before the simulated device: run python -m pytest -p tests.support.simulated_gpu tests/device"
         )
     key = zlib.crc32(f"{_SOURCE} {importlib.metadata.version('torch')} {home}".encode())
     library = Path(tempfile.gettempdir()) / f"simulated_gpu_{os.getuid()}_{key}.so"
     if not library.exists():
         fresh, lib = library.with_suffix(f".{os.getpid()}"), home / "lib"
         linked = [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+        if shutil.which(compiler := os.environ.get("CXX", "c++")) is None:
+            _unavailable(f"there is no C++ compiler {compiler!r}: install one (g++, clang++), or name it in CXX")
         source = ["-std=c++20", "-shared", "-fPIC", f"-I{home / 'include'}", "-x", "c++", "-"]
-        subprocess.run(
-            [os.environ.get("CXX", "c++"), *source, "-o", fresh, *linked], input=_SOURCE.encode(), check=True
-        )
+        made = subprocess.run([compiler, *source, "-o", fresh, *linked], input=_SOURCE.encode(), capture_output=True)
+        if made.returncode:
+            shown = made.stderr.decode(errors="replace").strip().splitlines()[:3]
+            _unavailable(f"{compiler} does not compile against this build of torch: {' '.join(shown)}")
         fresh.replace(library)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
@@ -365,6 +377,7 @@ def _install(cuda):
     cuda.CUDAGraph, cuda.graph, cuda.graph_pool_handle = CUDAGraph, _graph, object
     cuda.Stream, cuda.stream, cuda.current_stream = Stream, _stream, lambda device=None: _streams[-1]
     cuda.is_current_stream_capturing = lambda: bool(_capturing)
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(has_fp64=options.float64)
     cuda.mem_get_info = lambda device=None: (options.free, options.total)
     cuda.synchronize = lambda device=None: _note("synchronize", "torch.cuda.synchronize")
     cuda.default_generators, cuda.manual_seed = (_generator,), _generator.manual_seed

@@ -15,6 +15,7 @@ from curvalg.solve import quadrature
 from curvalg.solve.orthogonal import small
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.quadrature import Recurrences
+from curvalg.tensors.memory import widest
 
 LAG = 0.8
 """Share of the steps whose approximation the last one is compared with."""
@@ -92,7 +93,7 @@ class KrylovFunction:
         now, then = scaled(now, -size), scaled(then, -size)
         change = (now - then).norm(dim=1) / now.norm(dim=1).clamp_min(torch.finfo(now.dtype).tiny)
         # A single step has nothing to be compared with.
-        change = torch.where(torch.tensor(given.steps == fewer), torch.inf, change)
+        change = torch.where(torch.tensor(given.steps == fewer, device="cpu"), torch.inf, change)
         return torch.where(given.going, change, 0.0)
 
     def columns(self, state: State) -> Tensor:
@@ -109,7 +110,7 @@ class KrylovFunction:
         """The columns as rows near one, their norms, and the exponents that were taken away."""
         exponent = exponents(self.rows.T)
         rows = scaled(self.rows, -exponent[:, None])
-        return rows, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64), exponent
+        return rows, torch.linalg.vector_norm(rows, dim=1, dtype=widest(rows.device)), exponent
 
     @property
     def _capacity(self) -> int:

@@ -111,7 +111,7 @@ def matrix_function(
     result = torch.zeros_like(rows)
 
     def packed(changes: Tensor, **how: Any) -> FunctionProduct:
-        everywhere = torch.zeros(len(rows), dtype=torch.float64)
+        everywhere = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         everywhere[kept.cpu()] = changes
         value = operand.restore(_in_range(result, f"{f.name}({given.name}) v").T)
         return FunctionProduct(value=value, changes=everywhere, **how)
@@ -119,7 +119,7 @@ def matrix_function(
     if not bool(kept.any()) or (exact := _exact(given, f, rows[kept].T)) is not None:
         if bool(kept.any()) and exact is not None:
             result[kept] = exact.T
-        none, seconds = torch.zeros(int(kept.sum()), dtype=torch.float64), time.perf_counter() - begin
+        none, seconds = torch.zeros(int(kept.sum()), dtype=torch.float64, device="cpu"), time.perf_counter() - begin
         how = {"seconds": seconds, "converged": True, "partial": False}
         return packed(none, method="exact", products=before + len(none), steps=0, **how)
     algorithm = KrylovFunction(

@@ -12,6 +12,7 @@ from curvalg.errors import ProblemError
 from curvalg.estimate.result import Result
 from curvalg.estimate.target import require_problem
 from curvalg.problem import Problem
+from curvalg.tensors.memory import wide
 
 WIDTH = 32
 """Columns that are taken through the network at a time."""
@@ -95,8 +96,8 @@ def gradient_noise(problem: Problem) -> GradientNoise:
     if count < 2:
         raise ProblemError(f"a gradient noise scale needs at least two samples, but the problem has {count}")
     # Shares are gradients of single samples over N (mean loss) or as they are (sum loss): s cₙ is the sample's own loss.
-    mean = float(gradient_norms(problem).double().square().sum()) * totals.scale**2 / count
-    whole = float(problem.gradient().double().square().sum()) * (totals.scale / count) ** 2
+    mean = float(wide(gradient_norms(problem)).square().sum()) * totals.scale**2 / count
+    whole = float(wide(problem.gradient()).square().sum()) * (totals.scale / count) ** 2
     trace, square = count * (mean - whole) / (count - 1), (count * whole - mean) / (count - 1)
     return GradientNoise(
         method="exact",

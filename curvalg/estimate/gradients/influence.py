@@ -9,6 +9,7 @@ from curvalg.errors import ExpressionError
 from curvalg.estimate.target import require_operator
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.vectors import Vector, parse
+from curvalg.tensors.memory import wide
 
 
 def bilinear(op: CurvatureOperator, left: Vector, right: Vector) -> Tensor:
@@ -36,7 +37,7 @@ def bilinear(op: CurvatureOperator, left: Vector, right: Vector) -> Tensor:
     g = parse(left, op._codomain, op._codomain).columns
     h = parse(right, op._domain, op._domain).columns
     product: Tensor = op @ h
-    return g.double().T @ product.double()
+    return wide(g).T @ wide(product)
 
 
 def influence(op: CurvatureOperator, gradients: Vector) -> Tensor:

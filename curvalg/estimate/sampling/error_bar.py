@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvalg.estimate.sampling.probes import SLICE
 from curvalg.solve.orthogonal import small
+from curvalg.tensors.memory import wide, widest
 
 
 def standard_error(samples: Tensor) -> Tensor:
@@ -88,12 +89,12 @@ class Rest:
     def _sums(self) -> tuple[Tensor, Tensor]:
         """The sums wᵢᵀwⱼ and uᵢᵀBuⱼ, (m, m) each, in float64 over some entries at a time."""
         m, device = len(self.vectors), self.vectors.device
-        gram, products = torch.zeros(2, m, m, dtype=torch.float64, device=device)
+        gram, products = torch.zeros(2, m, m, dtype=widest(device), device=device)
         X, E, scale = (t.to(device) for t in (self.inside.T, self.projected.T, self.scale.sqrt()[:, None]))
         ratio = (self.samples / self.dimension).to(device)[:, None]
         for at in range(0, self.vectors.shape[1], SLICE):
             part = slice(at, at + SLICE)
-            Q, Z, omega, Y = (t[:, part].double() for t in (self.basis, self.images, self.vectors, self.products))
+            Q, Z, omega, Y = (wide(t[:, part]) for t in (self.basis, self.images, self.vectors, self.products))
             u, Bu = scale * (omega - X @ Q), scale * (Y - X @ Z - E @ Q)
             w = Bu - ratio * u
             gram += w @ w.T

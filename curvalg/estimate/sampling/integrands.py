@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvalg.solve.orthogonal import small
+from curvalg.tensors.memory import wide, widest
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,20 @@ class Integrand:
     def samples(self, rows: Tensor, images: Tensor) -> Tensor:
         """One number for each row, (m,)."""
         found = [self.at(x, y) for x, y in zip(rows, images, strict=True)]
-        return small(torch.stack(found)) if found else torch.zeros(0, dtype=torch.float64)
+        return small(torch.stack(found)) if found else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def total(self, rows: Tensor, images: Tensor) -> Tensor:
         """The sum over rows; that over a whole orthonormal basis is exact."""
         if not self.entrywise:
             return self.samples(rows, images).sum()
-        total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        total = torch.zeros(rows.shape[1], dtype=widest(rows.device), device=rows.device)
         for x, y in zip(rows, images, strict=True):
             total += self.at(x, y)
         return total
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    return torch.dot(x.double(), y.double())
+    return torch.dot(wide(x), wide(y))
 
 
 TRACE = Integrand(_inner)
@@ -50,5 +51,5 @@ TRACE = Integrand(_inner)
 basis."""
 SQUARED_NORM = Integrand(lambda x, y: _inner(y, y))
 """‖Aω‖², of mean tr AᵀA = ‖A‖²_F, without products with Aᵀ; operators may be rectangular."""
-DIAGONAL = Integrand(lambda x, y: x.double() * y.double(), "signs", True)
+DIAGONAL = Integrand(lambda x, y: wide(x) * wide(y), "signs", True)
 """ω ⊙ Aω, of mean diag A."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvalg.lowering.vectors import Space
 from curvalg.solve.orthogonal import grown, small
+from curvalg.tensors.memory import wide, widest
 
 SLICE = 2**16
 """Entries of each vector that are converted to float64 at a time."""
@@ -50,11 +51,11 @@ class Probes:
         return [torch.zeros(0, self.space.size, dtype=self.space.dtype, device=self.space.device)]
 
     def _drawn(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.space.size)
+        rows = torch.empty(stop - start, self.space.size, device="cpu")
         for i, row in enumerate(rows, start):  # in place: new memory costs more than the numbers
             # Neighbouring seeds of the generator would do, were it not for users who take neighbouring seeds themselves.
             key = hashlib.blake2b(f"{self.seed} {i}".encode(), digest_size=4).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+            generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little"))
             if self.kind == "signs":
                 row.random_(0, 2, generator=generator).mul_(2).sub_(1)
             else:
@@ -71,7 +72,7 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of rows (p, n) and (q, n), summed in float64: (p, q) on the CPU."""
     if left.dtype == torch.float64:
         return small(left @ right.T)
-    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    total = torch.zeros(len(left), len(right), dtype=widest(left.device), device=left.device)
     for at in range(0, left.shape[1], SLICE):
-        total += left[:, at : at + SLICE].double() @ right[:, at : at + SLICE].double().T
+        total += wide(left[:, at : at + SLICE]) @ wide(right[:, at : at + SLICE]).T
     return small(total)

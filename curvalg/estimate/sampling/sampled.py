@@ -16,6 +16,7 @@ from curvalg.estimate.sampling.integrands import Integrand
 from curvalg.estimate.sampling.sampler import Sampler
 from curvalg.estimate.target import Target
 from curvalg.runs.run import run
+from curvalg.tensors.memory import wide
 
 
 def sampled(
@@ -71,10 +72,10 @@ def sampled(
         error=_plain(error),
     )
     finished = finish(found)
-    value, error = (made.target.back(torch.as_tensor(x, dtype=torch.float64)) for x in (finished.value, finished.error))
+    value, error = (made.target.back(_tensor(x)) for x in (finished.value, finished.error))
     result = replace(finished, value=_plain(value), error=_plain(error))
     if not result.converged and not result.partial:
-        of, off = (torch.as_tensor(x).double().norm() for x in (found.value, found.error))
+        of, off = (_tensor(x).norm() for x in (found.value, found.error))
         relative = float(off / of) if of else math.inf
         message = (
             f"the {quantity} of {target.name} has a standard error of {relative:.2g} of its value after {result.products} "
@@ -82,6 +83,11 @@ def sampled(
         )
         request.fail(message, result, depth=4)
     return result
+
+
+def _tensor(x: float | Tensor) -> Tensor:
+    """A number as a tensor in double precision; a vector stays on its device, in its widest float."""
+    return wide(x) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def _plain(x: Tensor) -> float | Tensor:

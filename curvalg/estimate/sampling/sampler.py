@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.estimate.sampling.estimator import Estimator, Tensors
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Options, State, is_count, sizes
+from curvalg.tensors.memory import wide
 
 AT_ONCE, WIDEST = 2**24, 256
 """Numbers, and vectors, in one block of products."""
@@ -55,7 +56,7 @@ class Sampler:
 
     def start(self) -> State:
         """The state with nothing multiplied yet."""
-        nothing = torch.zeros(0, dtype=torch.float64)
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
         last = int(self._columns(self.products) == 0)
         return State(
             {"value": nothing, "error": nothing, "total": nothing, **self._empty()},
@@ -68,7 +69,7 @@ class Sampler:
             name: torch.zeros(
                 *(0 if isinstance(size, str) else size for size in shape),
                 dtype=dtype,
-                device=self.target.space.device if name in self.estimator.large else None,
+                device=self.target.space.device if name in self.estimator.large else "cpu",
             )
             for name, (dtype, shape) in self.estimator.form(0).items()
         }
@@ -164,7 +165,7 @@ class Sampler:
 
     def _estimate(self, tensors: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         value, error = self.estimator.estimate(tensors, columns)
-        return value.double(), self.estimator.safety * error.double()
+        return wide(value), self.estimator.safety * wide(error)
 
     def _columns(self, budget: int) -> int:
         return self.estimator.columns(budget // self.price, self.target.size)
@@ -184,7 +185,7 @@ def complement(rows: Tensor, start: int, stop: int) -> Tensor:
     """Some of the n − k rows that complete orthonormal rows (k, n) to a basis: unit vectors where there are none."""
     k, n = rows.shape
     units = torch.zeros(n, stop - start, dtype=rows.dtype, device=rows.device)
-    units[torch.arange(k + start, k + stop), torch.arange(stop - start)] = 1
+    units[torch.arange(k + start, k + stop, device=rows.device), torch.arange(stop - start, device=rows.device)] = 1
     if k and stop > start:
         units = torch.ormqr(*torch.geqrf(rows.T), units)
     return units.T.contiguous()

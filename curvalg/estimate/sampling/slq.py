@@ -14,6 +14,7 @@ from curvalg.runs.run import Outcome
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import GaussRules, Recurrences
+from curvalg.tensors.memory import widest
 
 KEPT = 2**27
 """Numbers that the bases of all probes together may take (0.5 GiB in float32). Where they would take more, only the last two
@@ -74,7 +75,7 @@ class StochasticLanczos:
 
     def start(self) -> State:
         """The state with nothing done yet."""
-        none = torch.zeros(self.steps, 0, dtype=torch.float64)
+        none = torch.zeros(self.steps, 0, dtype=torch.float64, device="cpu")
         finished = {"finished alphas": none, "finished betas": none}
         return State(finished, {"products": self.before, "round": 0, "wanted": self.probes})
 
@@ -149,14 +150,14 @@ class StochasticLanczos:
         """The recurrences of new probes."""
         count = min(WIDEST, state.count("wanted") - self._finished(state))
         number = SALT + self.seed * 1_000_003 + state.count("round")
-        generator, space = torch.Generator().manual_seed(number % 2**63), self.target.space
+        generator, space = torch.Generator(device="cpu").manual_seed(number % 2**63), self.target.space
         rows = torch.empty(count, self.target.size, dtype=space.dtype, device=space.device)
         for i in range(count):
             # Uniform on the sphere: the same in every basis, so that no matrix is a special case.
-            row = torch.randn(1, self.target.size, generator=generator, dtype=torch.float64).to(rows)
+            row = torch.randn(1, self.target.size, generator=generator, dtype=torch.float64, device="cpu").to(rows)
             for _ in range(2 if len(self.locked) else 0):
                 row = row - (row @ self.locked.T) @ self.locked
-            rows[i] = row[0] / torch.linalg.vector_norm(row, dtype=torch.float64)
+            rows[i] = row[0] / torch.linalg.vector_norm(row, dtype=widest(row.device))
         return quadrature.begin(rows, whole=self.whole, capacity=self.steps + 1)
 
 
@@ -165,5 +166,5 @@ def _padded(given: Recurrences, steps: int) -> tuple[Tensor, Tensor]:
     missing = steps - given.steps
     if not missing:
         return given.alphas, given.betas
-    zeros = torch.zeros(missing + 1, given.width, dtype=torch.float64)
+    zeros = torch.zeros(missing + 1, given.width, dtype=torch.float64, device="cpu")
     return torch.cat([given.alphas, given.alphas[:1].expand(missing, -1)]), torch.cat([given.betas[:-1], zeros])

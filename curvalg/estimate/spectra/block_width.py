@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from curvalg.solve import Matmul
+from curvalg.tensors.clock import synchronize
 
 GROWTH = 0.4
 """Blocks of width b need about b^GROWTH times as many products as single vectors (ten eigenvalues of a Hessian: 1.26 times
@@ -34,12 +34,12 @@ def choose_width(matmul: Matmul, start: Tensor, most: int, clock: Callable[[], f
         columns = start.expand(-1, width).contiguous()
         if width == 2:
             matmul(columns)  # operators measure once how to take several columns
+        synchronize(columns.device)
         begin = clock()
-        result = matmul(columns)
-        if result.is_cuda:
-            torch.cuda.synchronize(result.device)
+        matmul(columns)
+        synchronize(columns.device)
         seconds = clock() - begin
-        if width == 1 and seconds > WORK and not result.is_cuda:
+        if width == 1 and seconds > WORK and columns.device.type == "cpu":
             return 1
         cost = seconds * width ** (GROWTH - 1)
         if cost >= least:

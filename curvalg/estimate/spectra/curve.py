@@ -106,7 +106,7 @@ class Density(Result):
 
     def cdf(self, x: float | Tensor) -> float | Tensor:
         """The share of eigenvalues ≤ x, without the smoothing of the curve: of a number or of each of a tensor."""
-        points = torch.as_tensor(x, dtype=torch.float64)
+        points = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         below = (self.nodes[..., None] <= points.flatten()) * self.weights[..., None]
         found = (self.outliers[:, None] <= points.flatten()).double().sum(0) / self.size
         shares = (below.sum(1).mean(0) + found).reshape(points.shape)

@@ -105,7 +105,7 @@ def spectral_density(
     look = Look(scale, grid, width, steps)
     if (known := _exact(given, outliers, probes * steps)) is not None:
         return Density.of(*known, look, given.size, _made("exact", 0, time.perf_counter() - begin))
-    peaks, locked = torch.zeros(0, dtype=torch.float64), given.rows(None, "outliers")
+    peaks, locked = torch.zeros(0, dtype=torch.float64, device="cpu"), given.rows(None, "outliers")
     if outliers:
         path = None if checkpoint is None else Path(checkpoint).with_name(f"{Path(checkpoint).name}.outliers")
         pairs = eigsh(op, outliers, which="LM", seed=seed, checkpoint=path, progress=progress)

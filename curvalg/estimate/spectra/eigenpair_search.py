@@ -131,8 +131,8 @@ class Lanczos:
         """The rows to begin with; of more than fit into a block, as many random mixtures, which reach the same directions."""
         if len(self.start_rows) <= width:
             return self.start_rows
-        generator = torch.Generator().manual_seed(self.seed)
-        mixing = torch.randn(width, len(self.start_rows), generator=generator, dtype=torch.float64)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        mixing = torch.randn(width, len(self.start_rows), generator=generator, dtype=torch.float64, device="cpu")
         return combine(mixing, self.start_rows)
 
     def _width(self, counter: _Counter) -> int:

@@ -10,6 +10,7 @@ from curvalg.estimate.target import CHEAP, Target
 from curvalg.lowering.matrices import Eigh
 from curvalg.solve.ends import Which, wanted
 from curvalg.solve.orthogonal import small
+from curvalg.tensors.normals import normals
 
 SHARE = 8
 """Rows for each pair asked for, above which Lanczos is cheaper: it takes about so many products for a pair."""
@@ -58,7 +59,7 @@ def chosen(spectrum: Eigh, k: int, which: Which, size: int, dtype: torch.dtype) 
 
 def _orthogonal(spectrum: Eigh, like: Tensor) -> Tensor:
     """Orthonormal columns (n, count) orthogonal to all listed eigenvectors, of which only some are held at a time."""
-    columns = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    columns = normals(like.shape, 0).to(like)
     for _ in range(3):
         for start in range(0, len(spectrum.eigenvalues), 64):
             some = spectrum.vectors(slice(start, start + 64)).to(like)

@@ -138,7 +138,7 @@ def _triplets(given: Target, pairs: Eigenpairs) -> SingularTriplets:
     rows = orthonormalise(images[:, clear].T, images.T[:0], 0.0)[0] if bool(clear.any()) else images.T[:0]
     # Orthonormal, and as near to the images as can be: the polar factor undoes the rotation.
     u, _, vh = torch.linalg.svd(small(rows @ (images[:, clear] / values[clear].to(images))))
-    others = complete(rows, len(values) - len(rows), torch.Generator().manual_seed(0))
+    others = complete(rows, len(values) - len(rows), torch.Generator(device="cpu").manual_seed(0))
     other = images.new_empty(len(images), len(values))
     other[:, clear] = rows.T @ (u @ vh).to(rows)
     other[:, ~clear] = others.T

@@ -74,8 +74,8 @@ def even_grid(centre: float, half: float, width: float, points: int, peaks: Tens
     """A grid even over the range and the tails of bumps at its ends, finer where the width asks for it and around peaks."""
     reach = half + REACH * width
     points = min(max(points, math.ceil(2 * reach / width * FINE)), max(points, LONGEST))
-    even = torch.linspace(centre - reach, centre + reach, points, dtype=torch.float64)
-    around = torch.linspace(-REACH, REACH, int(2 * REACH * FINE) + 1, dtype=torch.float64) * width
+    even = torch.linspace(centre - reach, centre + reach, points, dtype=torch.float64, device="cpu")
+    around = torch.linspace(-REACH, REACH, int(2 * REACH * FINE) + 1, dtype=torch.float64, device="cpu") * width
     points_of_all: Tensor = torch.cat([even, (peaks[:, None] + around).flatten()]).unique()
     return points_of_all
 
@@ -91,7 +91,7 @@ def bumps(grid: Tensor, positions: Tensor, weights: Tensor, width: float) -> Ten
     Returns:
         (p, g).
     """
-    result = torch.zeros(len(positions), len(grid), dtype=torch.float64)
+    result = torch.zeros(len(positions), len(grid), dtype=torch.float64, device="cpu")
     for i, (centres, heights) in enumerate(zip(positions, weights, strict=True)):
         kept = heights > 0
         for some, w in zip(centres[kept].split(1024), heights[kept].split(1024), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.estimate.sampling.error_bar import standard_error
 from curvalg.estimate.sampling.estimator import Estimator, Tensors
 from curvalg.runs.run_state import Form
+from curvalg.tensors.memory import widest
 
 
 class SampleMean(Estimator):
@@ -50,7 +51,7 @@ class RunningMean(SampleMean):
 
     def form(self, columns: int) -> Form:
         """The mean and the squared deviations."""
-        entries = torch.float64, (self.target.size,)
+        entries = widest(self.target.space.device), (self.target.size,)
         return {"mean": entries, "squares": entries}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:

@@ -26,6 +26,7 @@ from curvalg.estimate.traces.xnystrace import XNysTrace
 from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run_file import FileName
 from curvalg.solve.powers import norms
+from curvalg.tensors.memory import wide
 
 PRODUCTS = 60
 METHODS: Mapping[str, type[Estimator]] = {kind.method: kind for kind in (UnitVectors, SampleMean, XNysTrace)}
@@ -116,7 +117,7 @@ def _by_eigenvalues(given: Target, products: int) -> Estimate | None:
     if not given.symmetric or (known := given.structured("eigh", products)) is None:
         return None
     spectrum: Eigh = known[0]
-    listed = spectrum.eigenvalues.double()
+    listed = wide(spectrum.eigenvalues)
     rest = listed.new_tensor([math.sqrt(spectrum.multiplicity) * spectrum.rest])
     return exactly(float(norms(torch.cat([listed, rest])[:, None])), known[1], begin)
 

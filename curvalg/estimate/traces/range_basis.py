@@ -44,7 +44,7 @@ class Range(Estimator):
             room = self.room
             images = grown(images, self.images(directions), room)
             basis = grown(basis, directions, room)
-        below = torch.cat([torch.zeros(new, triangle.shape[1], dtype=torch.float64), coupling], 1)
+        below = torch.cat([torch.zeros(new, triangle.shape[1], dtype=torch.float64, device="cpu"), coupling], 1)
         above = torch.cat([triangle, coefficients.T], 1)
         return {"basis": basis, "images": images, "triangle": torch.cat([above, below])}
 

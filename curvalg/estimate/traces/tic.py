@@ -25,6 +25,7 @@ from curvalg.lowering.vectors import Space
 from curvalg.problem import Problem
 from curvalg.runs.run_file import FileName
 from curvalg.runs.run_state import Options
+from curvalg.tensors.memory import wide
 
 DENSE = 256
 """Parameters up to which both matrices are made."""
@@ -98,7 +99,7 @@ def tic(
     require_positive(damping, "a damping ≥ 0", zero=True)
     damped = H + damping * Identity
     if problem.size <= {"auto": DENSE, "exact": MOST}.get(method, 0):
-        A, B = damped.lower(problem).to_dense().double(), C.lower(problem).to_dense().double()
+        A, B = (wide(expr.lower(problem).to_dense()) for expr in (damped, C))
         sizes = torch.linalg.svdvals(A)
         # Below this the smallest are rounding errors of the products, whose inverse means nothing.
         if not bool(sizes[-1] > len(A) * epsilon(problem) * sizes[0]):

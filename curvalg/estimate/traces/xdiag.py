@@ -12,6 +12,7 @@ from curvalg.estimate.sampling.error_bar import standard_error
 from curvalg.estimate.sampling.estimator import Tensors
 from curvalg.estimate.sampling.probes import SLICE, inner
 from curvalg.estimate.traces.range_basis import Range, left_out
+from curvalg.tensors.memory import wide
 
 
 class XDiag(Range):
@@ -52,8 +53,8 @@ class XDiag(Range):
         error = torch.empty_like(value)
         for at in range(0, n, SLICE):
             part = slice(at, at + SLICE)
-            left, right = (S.T.to(value) @ rows[:, part].double() for rows in (Q, Z))
-            samples = left * (outside * omega[:, part].double() - right)
+            left, right = (S.T.to(value) @ wide(rows[:, part]) for rows in (Q, Z))
+            samples = left * (outside * wide(omega[:, part]) - right)
             value[part] += samples.mean(0)
             missed = left * right  # as of error_bar.shared_error, entry by entry
             shared = (missed * (alike @ missed)).sum(0).clamp_min(0).sqrt() / columns

@@ -40,13 +40,15 @@ class XNysTrace(Estimator):
         Y, omega, n = sketch["sketch"], self.probes.rows(0, columns), self.target.size
         size = float(small(Y.norm()))
         if not size:
-            return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu"), torch.zeros(
+                (), dtype=torch.float64, device="cpu"
+            )
         gram = inner(omega, omega)
         core, shift = self._shifted(inner(omega, Y), gram, size / n**0.5)
         C = torch.linalg.cholesky(core, upper=True)
         R = small(torch.linalg.qr((Y + shift * omega).T, mode="r").R)
         B = torch.linalg.solve_triangular(C, R, upper=True, left=False)
-        inverse = torch.linalg.solve_triangular(C, torch.eye(columns, dtype=torch.float64), upper=True)
+        inverse = torch.linalg.solve_triangular(C, torch.eye(columns, dtype=torch.float64, device="cpu"), upper=True)
         pivots = 1 / inverse.square().sum(1)  # ωᵢᵀ(A − A⟨Ω₍ᵢ₎⟩)ωᵢ, with A shifted
         S = B @ inverse.T * pivots.sqrt()  # its squared columns are what tr A⟨Ω⟩ loses without ωᵢ
         free = (n - columns + 1) * torch.linalg.inv(gram).diagonal()  # normalises what is left of ωᵢ outside of Ω₍ᵢ₎

@@ -54,6 +54,8 @@ from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.problem.kept.cache import WORKSPACE
 from curvalg.rewrite import simplify
+from curvalg.tensors.memory import wide, widest
+from curvalg.tensors.normals import normals
 
 DENSE_LIMIT = 4096
 """The most rows of a matrix that is built and factorised."""
@@ -70,6 +72,12 @@ def _form(name: str) -> Callable[[OfferRule], OfferRule]:
     return register
 
 
+def _like(matrix: BoundMatrix) -> Tensor:
+    """An empty tensor on the device of the problem, in its widest float."""
+    device = matrix.problem.device
+    return torch.empty(0, dtype=widest(device), device=device)
+
+
 @_form("diagonal")
 def _diagonal(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
@@ -78,7 +86,7 @@ def _diagonal(matrix: BoundMatrix) -> Offer:
         return "the matrix is not made of diagonals and the identity"
 
     def make(_: Snapshot) -> Structure:
-        like = torch.empty(0, dtype=torch.float64, device=matrix.problem.device)
+        like = _like(matrix)
         values = like.new_full((matrix.size,), shift)
         for c, part in diagonals:
             values = values + c * tensor(part.values, like)
@@ -97,7 +105,7 @@ def _kronecker(matrix: BoundMatrix) -> Offer:
     scale, sizes = parts[0][0], [int(f.shape[0]) for f in leaf.factors]
     shown = " and ".join(f"{n} x {n}" for n in sizes)
     flops = sum(9 * n**3 for n in sizes)
-    like = torch.empty(0, dtype=torch.float64, device=matrix.problem.device)
+    like = _like(matrix)
     if leaf.facts().symmetric:
         cost = f"eigendecompositions of {shown} once ({_flops(flops)}), kept for every damping"
         return Form("kronecker", cost, lambda snapshot: _kronecker_spectral(matrix, snapshot, leaf, scale, shift))
@@ -114,7 +122,7 @@ def _kronecker(matrix: BoundMatrix) -> Offer:
 def _kronecker_spectral(
     matrix: BoundMatrix, snapshot: Snapshot, leaf: Kronecker, scale: float, shift: float
 ) -> Structure:
-    like = torch.empty(0, dtype=torch.float64, device=matrix.problem.device)
+    like = _like(matrix)
 
     def decompose() -> list[tuple[Tensor, Tensor]]:
         factors = [tensor(f, like) for f in leaf.factors]
@@ -142,7 +150,7 @@ def _eigenbasis(matrix: BoundMatrix) -> Offer:
             basis = KroneckerBasis([tensor(f, like) for f in leaf.basis.factors])
         else:
             basis = MatrixBasis(tensor(leaf.basis, like))
-        values = scale * tensor(leaf.values, like.double()) + shift
+        values = scale * tensor(leaf.values, wide(like)) + shift
         return Spectral(matrix.size, values, basis, what=str(matrix.expr))
 
     return Form("eigenbasis", "two changes of basis and a division", make)
@@ -211,7 +219,7 @@ def _woodbury(matrix: BoundMatrix) -> Offer:
     cost = f"an update of rank {rank} to a matrix solved by {form.name} ({form.cost})"
 
     def make(snapshot: Snapshot) -> Structure:
-        left, core, right = _stacked(updates, torch.empty(0, dtype=torch.float64, device=matrix.problem.device))
+        left, core, right = _stacked(updates, _like(matrix))
         build = None if matrix.size > DENSE_LIMIT else lambda: dense(matrix, snapshot)
         return Woodbury(form.at(snapshot), left, core, right, otherwise=build)
 
@@ -234,7 +242,7 @@ def _stacked(updates: Sequence[tuple[float, LowRank]], like: Tensor) -> tuple[Te
 
 
 def _low_rank_spectral(matrix: BoundMatrix, updates: Sequence[tuple[float, LowRank]], shift: float) -> Structure:
-    left, core, _ = _stacked(updates, torch.empty(0, dtype=torch.float64, device=matrix.problem.device))
+    left, core, _ = _stacked(updates, _like(matrix))
     orthonormal, triangle = torch.linalg.qr(left)
     inner = triangle @ core @ triangle.T
     values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
@@ -289,8 +297,7 @@ def _compared(gram: Gram, matrix: BoundMatrix, snapshot: Snapshot) -> Gram:
     others = [term for _, term in gram.columns.entries if not is_ours(term)]
     if not problem.verify or not others:
         return gram
-    x = torch.randn(matrix.size, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = x.to(problem.device, problem.dtype)
+    x = normals((matrix.size, 1), 0).to(problem.device, problem.dtype)
     plan = getattr(matrix.plan, "otherwise", matrix.plan)  # which may take products from the factor itself
     right = plan.apply(snapshot, x)
     error, size = float((gram.multiply(x) - right).norm()), float(right.norm())
@@ -378,7 +385,7 @@ def _build(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor:
     problem, n = matrix.problem, matrix.size
     eye = torch.eye(n, dtype=problem.dtype, device=problem.device)
     columns = [matrix.plan.apply(snapshot, eye[:, at : at + 256]) for at in range(0, n, 256)]
-    built = torch.cat(columns, 1).double()
+    built = wide(torch.cat(columns, 1))
     return (built + built.T) / 2 if matrix.facts.symmetric else built
 
 

@@ -10,6 +10,7 @@ from curvalg.lowering.blocks.submatrices import block_places
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer
 from curvalg.lowering.matrices import Blocks, Congruent
 from curvalg.lowering.matrices.array_leaves import tensor
+from curvalg.tensors.memory import widest
 
 _OTHER = "the matrix is not one Kronecker product and the identity"
 
@@ -39,7 +40,7 @@ def damped_by_name(matrix: BoundMatrix) -> Offer:
         return "the damping of its weight and that of its bias are not both positive"
     sizes = [int(f.shape[0]) for f in leaf.factors]
     weight, bias = (damping[name] for name in block.params)
-    like = torch.empty(0, dtype=torch.float64, device=matrix.problem.device)
+    like = torch.empty(0, dtype=widest(matrix.problem.device), device=matrix.problem.device)
     places = block_places(matrix.problem, block)
 
     def make(_: object) -> Blocks:

@@ -11,6 +11,8 @@ from torch import Tensor
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.matrices import Blocks, Structure
 from curvalg.solve.powers import norms
+from curvalg.tensors.memory import wide
+from curvalg.tensors.normals import normals
 
 ROUNDING = 64
 """k of the bound ‖b − A x‖ ≤ k ε (‖A‖ ‖x‖ + ‖b‖): what a solve that is right to the last digits may leave, however A is
@@ -45,7 +47,7 @@ class Piece:
         return float(torch.where(r == 0, 0.0, r / whole).nan_to_num(torch.inf, torch.inf).amax())
 
     def _compared(self, x: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        x, b, r = (norms(self.take(t)).double() for t in (x, b, r))
+        x, b, r = (wide(norms(self.take(t))) for t in (x, b, r))
         return r, self.size * x + b
 
 
@@ -136,8 +138,7 @@ def report(oaths: Sequence[Oath]) -> list[str]:
 
 
 def _probe(structure: Structure, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(structure.size)
-    return torch.randn(structure.size, 2, generator=generator, dtype=torch.float64).to(like)
+    return normals((structure.size, 2), structure.size).to(like)
 
 
 def _pieces(structure: Structure, probe: Tensor) -> tuple[Piece, ...]:

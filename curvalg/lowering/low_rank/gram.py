@@ -13,6 +13,7 @@ from curvalg.lowering.matrices import Basis, Eigh, Spectral, Structure, singular
 from curvalg.lowering.matrices.structure import Function
 from curvalg.problem.kept.reads import Reads
 from curvalg.solve import factorize
+from curvalg.tensors.memory import wide, widest
 
 SINGLE = 1e4
 """The largest ‖K‖ / c for which a float32 factorisation with refinement is enough; above, float64."""
@@ -41,7 +42,7 @@ class GramBasis(Basis):
             positions = torch.arange(at, min(at + 64, len(self.roots)), device=self.roots.device)
             part = self.columns(positions).square() @ weights[positions].to(self._columns.problem.dtype)
             total = part if total is None else total.add_(part)
-        return torch.zeros(self._columns.problem.size) if total is None else total
+        return torch.zeros(self._columns.problem.size, device=self.roots.device) if total is None else total
 
     def columns(self, positions: Tensor) -> Tensor:
         inner = self.vectors[:, positions] / self.roots[positions]
@@ -79,7 +80,7 @@ class Gram(Structure):
                 raise singular(self.what, self.size - self.columns.factor.size)
             gram = self.columns.gram()
             condition = float(gram.norm()) / self.shift
-            damped = gram.to(torch.float64 if condition > SINGLE else gram.dtype, copy=True)
+            damped = gram.to(widest(gram.device) if condition > SINGLE else gram.dtype, copy=True)
             damped.diagonal().add_(self.shift)
             self._solve = factorize(damped, positive_definite=True)
             self.precision = damped.dtype
@@ -94,7 +95,7 @@ class Gram(Structure):
         """Eigenvalues of the Gram matrix above its rounding noise, ascending."""
         if self._spectrum is None:
             gram = self.columns.gram()
-            values = torch.linalg.eigvalsh(gram.double())
+            values = torch.linalg.eigvalsh(wide(gram))
             self._spectrum = values[values > _noise(gram, float(values[-1]))]
         return self._spectrum
 
@@ -102,7 +103,7 @@ class Gram(Structure):
         """All eigenpairs; a full eigendecomposition of the Gram matrix."""
         if self._spectral is None:
             gram = self.columns.gram()
-            values, vectors = torch.linalg.eigh(gram.double())
+            values, vectors = torch.linalg.eigh(wide(gram))
             keep = values > _noise(gram, float(values[-1]))
             values, vectors = values[keep], vectors[:, keep]
             basis = GramBasis(self.columns, vectors, values)
@@ -114,8 +115,8 @@ class Gram(Structure):
 
     def trace(self) -> float:
         if not any(term.centred for _, term in self.columns.entries):
-            return float(self.diagonal().double().sum())  # needs no Gram matrix
-        return float(self.columns.gram().diagonal().double().sum()) + self.size * self.shift
+            return float(wide(self.diagonal()).sum())  # needs no Gram matrix
+        return float(wide(self.columns.gram().diagonal()).sum()) + self.size * self.shift
 
     def logdet(self) -> float:
         values = self._values()

@@ -14,6 +14,7 @@ from curvalg.expr.term import Term
 from curvalg.expr.terms import Jacobian
 from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.problem import Batch, Problem, Snapshot
+from curvalg.tensors.memory import wide
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,4 @@ def _make(problem: Problem, snapshot: Snapshot) -> Tensor:
         order.append(block.reshape(columns, rows).T.reshape(-1))
         start += columns * rows
     places = torch.cat(order)
-    return gram[places][:, places].double()
+    return wide(gram[places][:, places])

@@ -13,6 +13,7 @@ from curvalg.lowering.low_rank.factor import Factor, factor_of
 from curvalg.lowering.low_rank.factored_sum import in_order
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.reads import Reads
+from curvalg.tensors.memory import wide, widest
 
 
 class WeightedFactor:
@@ -37,11 +38,13 @@ class WeightedFactor:
         if self._mixing is None:
             self.factor.prepare(self.problem, self.snapshot)
             owner, active = self.factor.owner, self.factor.active
-            roots = torch.tensor([math.sqrt(c) for c, _ in self.entries], dtype=torch.float64, device=owner.device)
+            roots = torch.tensor(
+                [math.sqrt(c) for c, _ in self.entries], dtype=widest(owner.device), device=owner.device
+            )
             centred = []
             for number, (_, term) in enumerate(self.entries):
                 if term.centred:
-                    ones = ((owner == number) & active).double()
+                    ones = wide((owner == number) & active)
                     count = float(ones.sum())
                     if count:
                         root = math.sqrt(max(0.0, 1 - count / self.problem.totals.count))
@@ -79,7 +82,7 @@ class WeightedFactor:
         scale, centred = self._mix()
         if not centred and bool((scale == 1).all()):
             return gram
-        return self.transform(self.transform(gram.double()).T).to(gram.dtype)
+        return self.transform(self.transform(wide(gram)).T).to(gram.dtype)
 
 
 def weighed(factor: Factor, entries: Sequence[tuple[float, Term]], count: int, y: Tensor) -> Tensor:

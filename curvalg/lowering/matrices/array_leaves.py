@@ -14,7 +14,8 @@ from curvalg.lowering.matrices.bases import kronecker
 
 def tensor(array: Any, like: Tensor) -> Tensor:
     """An array of a leaf as a tensor of the operand's dtype and device."""
-    return torch.as_tensor(array).detach().to(dtype=like.dtype, device=like.device)
+    given = array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")
+    return given.detach().to(dtype=like.dtype, device=like.device)
 
 
 @singledispatch

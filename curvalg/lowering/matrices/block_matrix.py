@@ -81,7 +81,7 @@ class Blocks(Structure):
                 if result is None:
                     result = part.new_zeros(self.size, len(chosen))
                 result[places.indices(part.device)[:, None], mine[None]] = part
-            return torch.zeros(self.size, 0) if result is None else result
+            return torch.zeros(self.size, 0, device=order.device) if result is None else result
 
         return Eigh(values, rests.pop() if rests else 0.0, sum(p.multiplicity for _, p in known), vectors)
 

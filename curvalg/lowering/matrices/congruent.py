@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvalg.lowering.matrices.bases import KroneckerBasis, kronecker
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
+from curvalg.tensors.memory import wide
 
 
 class Congruent(Structure):
@@ -39,20 +40,20 @@ class Congruent(Structure):
             b, left = torch.linalg.eigh(self.output)
             a, right = torch.linalg.eigh(self.inputs / torch.outer(root, root))
             values = torch.outer(b, a).reshape(-1) + 1
-            self._zeros = int((values.abs() <= torch.finfo(torch.float64).eps * values.abs().max()).sum())
+            self._zeros = int((values.abs() <= torch.finfo(values.dtype).eps * values.abs().max()).sum())
             self._eigen = values, KroneckerBasis([left, right])
         return self._eigen
 
     def multiply(self, x: Tensor) -> Tensor:
-        product = kronecker([self.output, self.inputs], x.double())
-        return (product + self._weights * x.double()).to(x.dtype)
+        product = kronecker([self.output, self.inputs], wide(x))
+        return (product + self._weights * wide(x)).to(x.dtype)
 
     def solve(self, b: Tensor) -> Tensor:
         values, basis = self._decomposed()
         if self._zeros:
             raise singular(self.what, self._zeros)
         root = self._weights.sqrt()
-        return (basis.synthesise(basis.analyse(b.double() / root) / values[:, None]) / root).to(b.dtype)
+        return (basis.synthesise(basis.analyse(wide(b) / root) / values[:, None]) / root).to(b.dtype)
 
     def mapped(self, function: Function, name: str) -> None:
         return None

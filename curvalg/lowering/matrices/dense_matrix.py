@@ -13,6 +13,7 @@ from curvalg.lowering.matrices.bases import MatrixBasis
 from curvalg.lowering.matrices.spectral import Spectral
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 from curvalg.solve import factorize
+from curvalg.tensors.memory import wide
 
 
 class DenseMatrix(Structure):
@@ -37,7 +38,7 @@ class DenseMatrix(Structure):
     def solve(self, b: Tensor) -> Tensor:
         if self._solve is None:
             self._solve = factorize(self.matrix, positive_definite=self.facts.positive_definite)
-        return self._solve(b.double()).to(b.dtype)
+        return self._solve(wide(b)).to(b.dtype)
 
     def spectral(self) -> Spectral | None:
         """The matrix by its eigenvalues, if it is symmetric."""
@@ -59,7 +60,7 @@ class DenseMatrix(Structure):
     def logdet(self) -> float:
         if not self.facts.positive_definite and self.facts.symmetric and self.size:
             values = torch.linalg.eigvalsh(self.matrix).abs()
-            noise = max(self.epsilon, self.size * torch.finfo(torch.float64).eps) * float(values.max())
+            noise = max(self.epsilon, self.size * torch.finfo(values.dtype).eps) * float(values.max())
             if zeros := int((values <= noise).sum()):
                 raise FactsError(
                     f"logdet needs a matrix without zero eigenvalues, but {self.what} has {zeros} that are zero to working "

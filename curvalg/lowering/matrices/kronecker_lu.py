@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.lowering.matrices.bases import kronecker
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 from curvalg.solve import factorize
+from curvalg.tensors.memory import wide
 
 
 class KroneckerLU(Structure):
@@ -34,7 +35,7 @@ class KroneckerLU(Structure):
     def solve(self, b: Tensor) -> Tensor:
         if self._solves is None:
             self._solves = [factorize(f, positive_definite=None) for f in self.factors]
-        result = b.double().reshape(*[f.shape[0] for f in self.factors], b.shape[1])
+        result = wide(b).reshape(*[f.shape[0] for f in self.factors], b.shape[1])
         for axis, solve in enumerate(self._solves):
             moved = result.movedim(axis, 0)
             result = solve(moved.flatten(1)).reshape(moved.shape).movedim(0, axis)
@@ -56,7 +57,7 @@ class KroneckerLU(Structure):
         return result
 
     def logdet(self) -> float:
-        total = self.size * float(torch.tensor(abs(self.scale)).double().log())
+        total = self.size * float(torch.tensor(abs(self.scale), device="cpu").double().log())
         for factor in self.factors:
             total += self.size / factor.shape[0] * float(torch.linalg.slogdet(factor).logabsdet)
         return total

@@ -12,6 +12,7 @@ from curvalg.errors import FactsError
 from curvalg.lowering.matrices.bases import Basis
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
 from curvalg.problem.kept.reads import Reads
+from curvalg.tensors.memory import wide
 
 
 class Spectral(Structure):
@@ -27,7 +28,7 @@ class Spectral(Structure):
 
     def __init__(self, size: int, values: Tensor, basis: Basis, rest: float = 0.0, what: str = "the matrix") -> None:
         super().__init__(size)
-        self.values, self.basis, self.rest, self.what = values.double(), basis, rest, what
+        self.values, self.basis, self.rest, self.what = wide(values), basis, rest, what
 
     @property
     def _complement(self) -> int:
@@ -67,7 +68,7 @@ class Spectral(Structure):
     @cached_property
     def _inverse(self) -> Spectral:
         """The inverse, found to exist once for all solves."""
-        zero = self.values.abs() <= torch.finfo(torch.float64).eps * self._spectrum().abs().max()
+        zero = self.values.abs() <= torch.finfo(self.values.dtype).eps * self._spectrum().abs().max()
         zeros = int(zero.sum()) + (self._complement if not self.rest else 0)
         if zeros:
             raise singular(self.what, zeros)
@@ -76,7 +77,7 @@ class Spectral(Structure):
     def mapped(self, function: Function, name: str) -> Structure:
         if name == "sqrt":
             spectrum = self._spectrum()
-            noise = self.size * torch.finfo(torch.float64).eps * float(spectrum.abs().max())
+            noise = self.size * torch.finfo(spectrum.dtype).eps * float(spectrum.abs().max())
             if bool((spectrum < -max(noise, 1e-12 * float(spectrum.abs().max()))).any()):
                 raise FactsError(
                     f"{self.what} has the eigenvalue {float(spectrum.min()):.3g}, so it has no real square root; add "

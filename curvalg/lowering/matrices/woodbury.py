@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 from curvalg.solve import factorize
+from curvalg.tensors.memory import wide, widest
 
 
 class Woodbury(Structure):
@@ -51,13 +52,13 @@ class Woodbury(Structure):
     def _spread(self) -> Tensor:
         """The matrix B⁻¹ L."""
         if self._inner is None:
-            self._inner = self.base.solve(self.left.double())
+            self._inner = self.base.solve(wide(self.left))
         return self._inner
 
     def _capacitance(self) -> Tensor:
         """The matrix I + C Rᵀ B⁻¹ L."""
-        eye = torch.eye(self.core.shape[0], dtype=torch.float64, device=self.core.device)
-        return eye + self.core.double() @ (self.right.double().T @ self._spread())
+        eye = torch.eye(self.core.shape[0], dtype=widest(self.core.device), device=self.core.device)
+        return eye + wide(self.core) @ (wide(self.right).T @ self._spread())
 
     def _otherwise(self) -> Structure | None:
         """The other form, where B has no inverse; None where it has."""
@@ -75,8 +76,8 @@ class Woodbury(Structure):
             return other.solve(b)
         if self._small is None:
             self._small = factorize(self._capacitance(), positive_definite=None)
-        first = self.base.solve(b.double())
-        projected = self.core.double() @ (self.right.double().T @ first)
+        first = self.base.solve(wide(b))
+        projected = wide(self.core) @ (wide(self.right).T @ first)
         return (first - self._spread() @ self._small(projected)).to(b.dtype)
 
     def mapped(self, function: Function, name: str) -> None:
@@ -84,7 +85,7 @@ class Woodbury(Structure):
 
     def trace(self) -> float | None:
         base = self.base.trace()
-        return None if base is None else base + float(((self.left @ self.core) * self.right).double().sum())
+        return None if base is None else base + float(wide((self.left @ self.core) * self.right).sum())
 
     def diagonal(self) -> Tensor | None:
         base = self.base.diagonal()

@@ -18,6 +18,8 @@ from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.lowering.low_rank.factored_sum import factored_sum
 from curvalg.problem import Problem, Snapshot
+from curvalg.tensors.memory import wide, widest
+from curvalg.tensors.normals import normals
 
 CHUNK = 256
 """Columns of a product with unit vectors."""
@@ -52,11 +54,14 @@ def _(expr: DiagonalEstimate, matrix: BoundMatrix, snapshot: Snapshot, whole: Pr
     matrix = matrix.localised()
     if (values := _by_structure(matrix, snapshot)) is not None:
         return Diagonal(values)
-    problem, total = matrix.problem, torch.zeros(matrix.size, dtype=torch.float64, device=matrix.problem.device)
+    problem, total = (
+        matrix.problem,
+        torch.zeros(matrix.size, dtype=widest(matrix.problem.device), device=matrix.problem.device),
+    )
     # Drawn on the CPU, so that a seed means the same on every device.
-    generator = torch.Generator().manual_seed(expr.seed)
+    generator = torch.Generator(device="cpu").manual_seed(expr.seed)
     for at in range(0, expr.probes, PROBES):
-        bits = torch.randint(0, 2, (matrix.size, min(PROBES, expr.probes - at)), generator=generator)
+        bits = torch.randint(0, 2, (matrix.size, min(PROBES, expr.probes - at)), generator=generator, device="cpu")
         signs = (2 * bits - 1).to(problem.dtype).to(problem.device)
         total += (signs * matrix.plan.apply(snapshot, signs)).sum(1)
     return Diagonal((total / expr.probes).to(problem.dtype))
@@ -105,10 +110,8 @@ def _(expr: Nystrom, matrix: BoundMatrix, snapshot: Snapshot, whole: Problem) ->
     given, matrix = matrix, matrix.localised()
     n, problem = matrix.size, matrix.problem
     rank = min(expr.rank, n)
-    # Drawn on the CPU, so that a seed means the same on every device.
-    noise = torch.randn(n, rank, generator=torch.Generator().manual_seed(expr.seed), dtype=torch.float64)
-    omega = torch.linalg.qr(noise)[0].to(problem.device)
-    product = matrix.plan.apply(snapshot, omega.to(problem.dtype)).double()
+    omega = torch.linalg.qr(normals((n, rank), expr.seed))[0].to(problem.device, widest(problem.device))
+    product = wide(matrix.plan.apply(snapshot, omega.to(problem.dtype)))
     shift = torch.finfo(problem.dtype).eps * float(product.norm())
     triangle = _cholesky(omega, product, shift)
     if triangle is None:
@@ -151,8 +154,9 @@ def _size_of_parts(matrix: BoundMatrix, whole: Problem, snapshot: Snapshot) -> f
             continue
         inner = part.expr if isinstance(part, Restriction) else part
         one = matrix.of(inner, whole if is_local(inner) else matrix.problem)
-        noise = torch.randn(one.size, min(4, one.size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        directions = torch.linalg.qr(noise)[0].to(one.problem.device, one.problem.dtype)
-        size = float(one.plan.apply(snapshot, directions).double().norm())
+        directions = torch.linalg.qr(normals((one.size, min(4, one.size)), 0))[0].to(
+            one.problem.device, one.problem.dtype
+        )
+        size = float(wide(one.plan.apply(snapshot, directions)).norm())
         total += abs(c) * size * (one.size / directions.shape[1]) ** 0.5
     return total

@@ -28,8 +28,8 @@ class ReadBatch:
     """One batch as read: what the model gets, what the loss gets, and where it stands in the data set.
 
     Args:
-        batch: the whole batch on the problem's device.
-        target: the target, or None.
+        batch: the whole batch, where the model expects its inputs.
+        target: the target on the problem's device, or None.
         rows: number of samples.
         start: running number of its first sample.
         index: running number of the batch.
@@ -107,11 +107,14 @@ class Data:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stream": LoaderStream()}
 
-    def read(self, device: torch.device, *, order_matters: bool = False) -> Iterator[ReadBatch]:
+    def read(
+        self, device: torch.device, entrance: torch.device | None = None, *, order_matters: bool = False
+    ) -> Iterator[ReadBatch]:
         """Read the data once, batch by batch.
 
         Args:
             device: where the tensors are moved to.
+            entrance: where the model takes its inputs, if that is another device; targets stay on the first.
             order_matters: whether another order than in the first pass is an error.
 
         Raises:
@@ -119,8 +122,8 @@ class Data:
         """
         start, prints = 0, []
         for index, raw in enumerate(self._raw()):
-            batch = trees.place(_without_nested(raw), device)
-            target = self._target(batch)
+            batch = trees.place(_without_nested(raw), entrance or device)
+            target = trees.place(self._target(batch), device)
             count = trees.rows(target) if target is not None else trees.rows(batch)
             if count is None:
                 raise ProblemError(f"cannot find the number of samples in a batch that is a {_countless(batch)}")

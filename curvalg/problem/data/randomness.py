@@ -11,22 +11,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.problem.data.process import LOCK
 
 T = TypeVar("T")
 Randomness = Literal["refuse", "frozen"]
-
-
-def _device_generators(device: torch.device) -> list[Generator]:
-    """The generators that layers on this device draw from."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    return generators
 
 
 class _NumPyState:
@@ -86,21 +77,66 @@ def _numpy_memory() -> bytes | None:
 _TWISTER_BYTES = 624 * 4 + 4
 
 
+Place = tuple[()] | tuple[int]
+"""Which of the devices, as arguments: none where there is only one."""
+
+
+class AcceleratorState:
+    """The random state of all devices of the accelerator, as it is when this is made; empty where none was used yet.
+
+    Asking a device that was not used yet would make it start, which takes long and much memory.
+    """
+
+    def __init__(self) -> None:
+        self._module = _started()
+        self._states: list[tuple[Place, Tensor]] = []
+        if self._module is not None:
+            count = self._module.device_count()
+            places: list[Place] = [(i,) for i in range(count)] if count > 1 else [()]
+            self._states = [(place, self._module.get_rng_state(*place)) for place in places]
+
+    def seed(self, key: int) -> None:
+        """Start all its generators from a seed."""
+        if self._module is not None:
+            seed = getattr(self._module, "manual_seed_all", None) or self._module.manual_seed
+            seed(key)
+
+    def restore(self) -> bool:
+        """Go back to the state; whether anything had been drawn since."""
+        moved = [
+            (state, *place)
+            for place, state in self._states
+            if not torch.equal(self._module.get_rng_state(*place), state)
+        ]
+        for state in moved:
+            self._module.set_rng_state(*state)
+        return bool(moved)
+
+
+def _started() -> Any:
+    """Torch's module for the accelerator of this process, if there is one and it was used."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module = torch.get_device_module(device)
+    # MPS does not say whether it was used, and costs nothing to ask.
+    started = getattr(module, "is_initialized", None) or module.is_available
+    return module if started() else None
+
+
 class DrawGuard:
     """Runs calls of the user's code so that they either draw no random numbers, or the same ones each time.
 
-    Watched are the generators of torch on the device, Python's ``random`` and NumPy's global state.
+    Watched are the generators of torch on the CPU and on every device in use, Python's ``random`` and NumPy's global state.
 
     Args:
         mode: "refuse" raises when a call draws; "frozen" seeds each call by its key and restores the state.
-        device: where the model computes.
     """
 
-    def __init__(self, mode: Randomness, device: torch.device) -> None:
+    def __init__(self, mode: Randomness) -> None:
         if mode not in ("refuse", "frozen"):
             raise ProblemError(f"randomness is 'refuse' or 'frozen', got {mode!r}")
         self.mode = mode
-        self.device = device
         self._numpy = _NumPyState()
 
     def run(self, call: Callable[[], T], key: int) -> T:
@@ -114,23 +150,23 @@ class DrawGuard:
 
     def _run(self, call: Callable[[], T], key: int) -> T:
         frozen = self.mode == "frozen"
-        generators = _device_generators(self.device)
-        states = [generator.get_state() for generator in generators]
+        host, devices = torch.get_rng_state(), AcceleratorState()
         python = random.getstate()
         numpy = self._numpy.save(exactly=frozen)
         try:
             if frozen:
-                for generator in generators:
-                    generator.manual_seed(key)
+                torch.default_generator.manual_seed(key)
+                devices.seed(key)
                 random.seed(key)
                 _seed_numpy(key)
             result = call()
         finally:
             drawn = []
-            for generator, state in zip(generators, states, strict=True):
-                if not torch.equal(generator.get_state(), state):
-                    generator.set_state(state)
-                    drawn.append("torch")
+            if not torch.equal(torch.get_rng_state(), host):
+                torch.set_rng_state(host)
+                drawn.append("torch")
+            if devices.restore():
+                drawn.append("torch on a device")
             if random.getstate() != python:
                 random.setstate(python)
                 drawn.append("Python's random")
@@ -146,13 +182,14 @@ class DrawGuard:
 
 
 def _global_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), _numpy_full()
+    return torch.get_rng_state(), random.getstate(), _numpy_full(), AcceleratorState()
 
 
 def _set_global_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     np.random.set_state(state[2])
+    state[3].restore()
 
 
 class LoaderStream:

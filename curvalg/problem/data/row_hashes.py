@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from curvalg.tensors import trees
+from curvalg.tensors.memory import wide
 
 Fingerprint: TypeAlias = tuple[tuple[float, float], ...]
 """Sums, each with that of the magnitudes of its terms; the last depends on the order of the rows."""
@@ -62,18 +63,18 @@ def _hash(t: Tensor) -> Tensor:
     if t.layout != torch.strided:
         t = t.to_dense()
     if not t.numel():
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj())
-    rows = t.detach().reshape(len(t) if t.ndim else 1, -1).to(torch.float64)
+    rows = wide(t.detach().reshape(len(t) if t.ndim else 1, -1))
     # Any numbers do for entries that are not finite, as in masks, but sums must not overflow.
     rows = rows.nan_to_num(nan=0.5, posinf=1e3, neginf=-1e3)
-    return (rows @ _waves(rows.shape[1]).to(rows.device)).cpu()
+    return (rows @ _waves(rows.shape[1]).to(rows)).cpu().double()
 
 
 def _waves(length: int) -> Tensor:
-    return torch.cos(torch.arange(1, length + 1, dtype=torch.float64))
+    return torch.cos(torch.arange(1, length + 1, dtype=torch.float64, device="cpu"))
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device="cpu")

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 
 class Measured:
     """Choices by name: those of this run, and those of an earlier one, which are not measured again.
@@ -14,11 +16,12 @@ class Measured:
 
     Args:
         names: of the parameters that the choices are about.
+        device: where they were measured, for clocks to wait for.
         like: choices to share, about other parameters of the same problem.
     """
 
-    def __init__(self, names: Iterable[str], like: Measured | None = None) -> None:
-        self._names = list(names)
+    def __init__(self, names: Iterable[str], device: torch.device, like: Measured | None = None) -> None:
+        self._names, self.device = list(names), device
         self.choices: dict[str, Any] = {} if like is None else like.choices
         self.recalled: dict[str, Any] = {} if like is None else like.recalled
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from curvalg.problem.kept.measured import Measured
 from curvalg.tensors.clock import timed
 
@@ -115,7 +117,9 @@ class Race(Generic[K]):
         self.recalled = False
         others = [way for way in candidates if way != first and possible(way)]
         left = others if insist and others else [first, *others]
-        self.seconds = {} if len(left) == 1 else measure({way: candidates[way] for way in left}, turns, enough)
+        self.seconds = {}
+        if len(left) > 1:
+            self.seconds = measure({way: candidates[way] for way in left}, turns, enough, self._measured.device)
         return self.decide(
             min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
         )
@@ -126,7 +130,7 @@ class Race(Generic[K]):
 
 
 def measure(
-    candidates: Mapping[K, Candidate], turns: int, enough: Callable[[Mapping[K, float]], bool]
+    candidates: Mapping[K, Candidate], turns: int, enough: Callable[[Mapping[K, float]], bool], device: torch.device
 ) -> dict[K, float]:
     """Seconds by way and column, the least of all rounds.
 
@@ -139,14 +143,14 @@ def measure(
         for way, candidate in candidates.items():
             rounds = candidate.rounds
             if not candidate.warm:
-                first = timed(candidate.run)[0]
+                first = timed(candidate.run, device)[0]
                 if first > LONG:
                     rounds = 1
                     if turns == 1:
                         best[way] = first / candidate.work
                         rounds = 0
             for _ in range(rounds):
-                best[way] = min(best.get(way, math.inf), timed(candidate.run)[0] / candidate.work)
+                best[way] = min(best.get(way, math.inf), timed(candidate.run, device)[0] / candidate.work)
             if turn == 0 and enough(best):
                 return best
         if time.perf_counter() - begin > ENOUGH:

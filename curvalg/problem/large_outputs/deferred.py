@@ -208,7 +208,7 @@ def _cast(deferred: Deferred, func: Any, args: tuple[Any, ...], kwargs: dict[str
     given = [*args, *kwargs.values()]
     if not all(isinstance(value, torch.dtype) for value in given) or kwargs.keys() - {"dtype"}:
         return None
-    dtype = func(torch.empty(0, dtype=deferred.dtype), *args, **kwargs).dtype
+    dtype = func(torch.empty(0, dtype=deferred.dtype, device="cpu"), *args, **kwargs).dtype
     if not dtype.is_floating_point:
         return None
     move = (func, args, kwargs)

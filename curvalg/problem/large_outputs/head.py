@@ -93,7 +93,7 @@ class Head:
         loss, target, totals = self.loss, self._target(part), self.totals
         return PositionBatch(
             z,
-            OutputForm(z),
+            OutputForm(z, z.device),
             target,
             loss,
             lambda: loss.at(z, target),
@@ -247,6 +247,8 @@ def why_not_a_head(deferred: Deferred, evaluation: Evaluation) -> str | None:
     """Why the loss cannot read these outputs in chunks, or None. What does not fit is for the loss itself to refuse."""
     loss, target = evaluation.problem.loss, evaluation.sample.target
     assert isinstance(loss, SoftmaxLoss)
+    if deferred.device != evaluation.problem.device:
+        return f"the layer is on {deferred.device}, the chosen parameters on {evaluation.problem.device}"
     if deferred.ndim < 2 or loss.class_axis % deferred.ndim != deferred.axis:
         return f"{loss.name} reads classes on axis {loss.class_axis}, where the layer has none"
     expected = deferred.shape if target.is_floating_point() else deferred.grid.squeeze(deferred.axis).shape

@@ -156,12 +156,12 @@ def _by_backpack(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gra
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of BackPACK's hooks about modules that it does not extend
         extend(twin)
-        with recording(problem.device, model):
+        with recording(model):
             z = (model.rule or call_model)(twin, evaluation.sample.batch)
         if not isinstance(z, Tensor):
             raise _Declined("the model has several outputs")
         with backpack(BatchGrad()):
-            (z * cotangent.to(z.dtype)).sum().backward()
+            (z * cotangent.to(z)).sum().backward()
     if any(calls[module] != 1 for module in calls):
         raise _Declined("a layer with parameters is used more than once, or never")
     own = dict(twin.named_parameters())

@@ -16,6 +16,7 @@ from curvalg.errors import ProblemError
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.tensors.backward import backward
+from curvalg.tensors.memory import wide
 from curvalg.tensors.uniforms import uniforms
 
 COLUMNS = 1
@@ -187,7 +188,7 @@ def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
         numbered: δ for the cotangent with row n times n + 1.
         rows: n.
     """
-    a, b = (t.reshape(-1, t.shape[-1]).double() for t in (deltas, numbered))
+    a, b = (wide(t.reshape(-1, t.shape[-1])) for t in (deltas, numbered))
     size = a.square().sum(1)
     known = size > 0
     ratio = (a * b).sum(1) / size.where(known, torch.ones_like(size))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from curvalg.tensors.backward import REENTRANT
 
 
 @contextmanager
-def recording(device: torch.device, model: Model, *, once: bool = False) -> Iterator[None]:
+def recording(model: Model, *, once: bool = False) -> Iterator[None]:
     """The context in which the model (and a loss that is the user's code) is called: kernels that differentiate twice.
 
     Fused attention has neither a double backward nor forward AD, the encoder fast path and cuDNN's recurrent layers
@@ -34,7 +34,6 @@ def recording(device: torch.device, model: Model, *, once: bool = False) -> Iter
     inputs need no gradient only warns and then drops its parameters: that warning becomes an error.
 
     Args:
-        device: where the model computes.
         model: the model.
         once: whether one backward is all that follows; fused attention, which holds no positions × positions, may be used then.
     """
@@ -50,7 +49,7 @@ def recording(device: torch.device, model: Model, *, once: bool = False) -> Iter
         torch.backends.mha.set_fastpath_enabled(False)
         if model.corrected is not False or model.composite:
             stack.enter_context(Corrected(model))
-        if model.recurrent and device.type == "cuda":
+        if model.recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # something may be compiled; importing dynamo only to ask is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -109,6 +108,11 @@ class ModuleModel:
         """Whether normalisations are to be written in elementary operations (``corrections``)."""
 
     @property
+    def entrance(self) -> torch.device | None:
+        """The device of the first parameter, where the model expects its inputs; None where that says nothing."""
+        return _entrance(self.module.parameters())
+
+    @property
     def batch_statistics(self) -> list[str]:
         """Modules through which the samples of a batch influence each other."""
         return [
@@ -135,7 +139,7 @@ class ModuleModel:
         """Take the parameters that stand under the chosen names now.
 
         Raises:
-            ProblemError: a parameter is gone, or has another shape, dtype or device.
+            ProblemError: a parameter is gone, or has another shape or dtype.
         """
         self.chosen = self.forms.checked(dict(self.module.named_parameters(remove_duplicate=False)))
 
@@ -185,6 +189,11 @@ class CallableModel:
         self.corrected: bool | None = None
         self.composite = False
 
+    @property
+    def entrance(self) -> torch.device | None:
+        """The device of the first parameter; see :class:`ModuleModel`."""
+        return _entrance(self.own.values())
+
     def named_modules(self) -> list[tuple[str, nn.Module]]:
         return []
 
@@ -198,7 +207,7 @@ class CallableModel:
         """Take the tensors that stand in the user's dict now.
 
         Raises:
-            ProblemError: a parameter is gone, or has another shape, dtype or device.
+            ProblemError: a parameter is gone, or has another shape or dtype.
         """
         self.chosen = self.forms.checked(self.own)
 
@@ -216,6 +225,12 @@ class CallableModel:
 
 
 Model = ModuleModel | CallableModel
+
+
+def _entrance(parameters: Iterable[Any]) -> torch.device | None:
+    first = next((p for p in parameters if isinstance(p, Tensor)), None)
+    # Parameters on the meta device are loaded when they are needed, to wherever that is.
+    return None if first is None or first.is_meta else first.device
 
 
 def make_model(model: Any, params: params_.Selection, forward: Adapter | None) -> Model:

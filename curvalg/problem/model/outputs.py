@@ -16,16 +16,18 @@ class OutputForm:
     """The structure of a model's output.
 
     A single tensor is z itself; several are flattened to (n, -1) and concatenated. Half precision is raised to float32,
-    in which the loss and all sums are computed.
+    in which the loss and all sums are computed. Where a model lies on several devices, z is brought to that of the vectors.
 
     Args:
         raw: what the model returned.
+        device: of the vectors.
 
     Raises:
         ProblemError: not made of floating-point tensors, or tensors without a common leading axis.
     """
 
-    def __init__(self, raw: Any) -> None:
+    def __init__(self, raw: Any, device: torch.device) -> None:
+        self._device = device
         self.single = isinstance(raw, Tensor)
         leaves, self._form = trees.flatten(raw)
         if not leaves or not all(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
@@ -45,8 +47,8 @@ class OutputForm:
     def join(self, structure: Any) -> Tensor:
         """The structure as one tensor of at least float32; gradients flow through."""
         if self.single:
-            return _widen(structure)
-        return torch.cat([_widen(t).reshape(t.shape[0], -1) for t in trees.leaves(structure)], 1)
+            return _widen(structure, self._device)
+        return torch.cat([_widen(t, self._device).reshape(t.shape[0], -1) for t in trees.leaves(structure)], 1)
 
     def split(self, z: Tensor) -> Any:
         """The structure from the one tensor, up to the dtype: containers of the classes that the model returned."""
@@ -57,8 +59,8 @@ class OutputForm:
         return trees.unflatten(self._form, parts)
 
 
-def _widen(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+def _widen(t: Tensor, device: torch.device) -> Tensor:
+    return t.to(device, torch.promote_types(t.dtype, torch.float32))
 
 
 def require_finite_output(z: Tensor, index: int) -> None:

@@ -227,20 +227,38 @@ def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not p.is_floating_point():
             raise ProblemError(f"parameter {name!r} has dtype {p.dtype}; only floating-point parameters have curvature")
         unique.setdefault(id(p), (name, p))
-    devices = {p.device for _, p in unique.values()}
-    if len(devices) > 1:
-        raise ProblemError(
-            f"the chosen parameters lie on several devices {sorted(map(str, devices))}; choose those on one"
-        )
     if not unique or not math.fsum(p.numel() for _, p in unique.values()):
         raise ProblemError("there are no parameters to compute curvature for")
-    return dict(unique.values())
+    chosen = dict(unique.values())
+    home(chosen)
+    return chosen
+
+
+def home(parameters: Mapping[str, Tensor]) -> torch.device:
+    """The device that all parameters are on.
+
+    Raises:
+        ProblemError: they are on several.
+    """
+    names: dict[torch.device, list[str]] = {}
+    for name, p in parameters.items():
+        names.setdefault(p.device, []).append(name)
+    if len(names) > 1:
+        shown = "; ".join(
+            f"{device} has {', '.join(some[:3])}" + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+            for device, some in names.items()
+        )
+        raise ProblemError(
+            f"the chosen parameters lie on several devices: {shown}. Vectors are on one device: choose the parameters of one "
+            f"with params={names[next(iter(names))][:1]} or a pattern, one problem for each device, or move the model to one"
+        )
+    return next(iter(names))
 
 
 class Forms:
-    """Shape, dtype and device that the chosen parameters had when the problem was made.
+    """Shape and dtype that the chosen parameters had when the problem was made.
 
-    ``module.double()`` and ``module.cuda()`` change the tensors themselves, so that they cannot be asked later.
+    ``module.double()`` changes the tensors themselves, so that they cannot be asked later.
 
     Args:
         chosen: the parameters by name.
@@ -267,10 +285,10 @@ class Forms:
         return {name: live[name] for name in self._forms}
 
 
-def _form(p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return p.shape, p.dtype, p.device
+def _form(p: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return p.shape, p.dtype
 
 
-def _shown(form: tuple[torch.Size, torch.dtype, torch.device]) -> str:
-    shape, dtype, device = form
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)} on {device}"
+def _shown(form: tuple[torch.Size, torch.dtype]) -> str:
+    shape, dtype = form
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"

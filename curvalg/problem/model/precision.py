@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from curvalg.errors import ProblemError
+from curvalg.tensors.memory import widest
 
 
 def accumulating(dtype: torch.dtype | None, own: torch.dtype, device: torch.device) -> torch.dtype | None:
@@ -24,7 +25,7 @@ def accumulating(dtype: torch.dtype | None, own: torch.dtype, device: torch.devi
         raise ProblemError(
             f"accumulate is a dtype at least as wide as that of the products, {own}, or None; got {dtype!r}"
         )
-    if dtype == torch.float64 and device.type == "mps":
+    if dtype == torch.float64 != widest(device):
         raise ProblemError("this device has no float64; leave accumulate out, or move the model to the CPU")
     return dtype
 

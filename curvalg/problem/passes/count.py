@@ -54,7 +54,7 @@ def _judge(problem: Setting, loss: CallableLoss, sample: ReadBatch, before: list
     evaluation = Evaluation(problem, problem.snapshot(), sample)
     with problem.differentiating():
         z, form = evaluation.output()
-    with torch.no_grad(), recording(problem.device, problem.model):
+    with torch.no_grad(), recording(problem.model):
         now = [form.split(z), sample.target]
 
         def judge() -> Reduction:

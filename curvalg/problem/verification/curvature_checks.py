@@ -26,6 +26,7 @@ from curvalg.problem.verification.tangent_checks import (
 from curvalg.problem.verification.verdicts import FAILURES, few_rows
 from curvalg.tensors.backward import backward
 from curvalg.tensors.graph import coarsest_dtype, operations
+from curvalg.tensors.memory import widest
 
 STEPS = (1e-6, 1e-8, 1e-10)
 """Steps of the central difference, in units of the parameters' own size, each along a direction of its own.
@@ -82,6 +83,8 @@ def swear_curvature(evaluation: ModelCall) -> None:
 
 def _curvature_error(evaluation: ModelCall) -> float | None:
     """The relative difference, the smallest over some directions; None where the model does not run in float64."""
+    if widest(evaluation.problem.device) != torch.float64:
+        return None
     smallest = math.inf
     # What is detached is a constant, unlike what a Function computes: where both move, both are tried.
     for (seed, step), hold in itertools.product(enumerate(STEPS), (False, True)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvalg.problem.model_call import ModelCall
 from curvalg.problem.verification.verdicts import rounding
+from curvalg.tensors.memory import widest
 
 
 class TangentNotes:
@@ -89,12 +90,12 @@ def size_of(tensors: Sequence[Tensor]) -> float:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=widest(t.device)) for t in tensors]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def dot_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
     """The inner product, and the size that the sum of its random parts has."""
-    products = [a.detach().to(torch.float64, copy=True).mul_(b.detach()) for a, b in pairs]
+    products = [a.detach().to(widest(a.device), copy=True).mul_(b.detach()) for a, b in pairs]
     total = float(torch.stack([product.sum() for product in products]).sum()) if products else 0.0
     return total, norm_of(products)

@@ -150,7 +150,7 @@ def errors(subject: Subject) -> None:
         problem = make(maker)
         try:
             op = subject.term.lower(problem)
-            _ = op @ torch.ones(op.shape[1], dtype=problem.dtype)
+            _ = op @ torch.ones(op.shape[1], dtype=problem.dtype, device=problem.device)
         except CurvalgError:
             continue
         except Exception as error:  # any other kind is the failure
@@ -165,7 +165,7 @@ def errors(subject: Subject) -> None:
 
 def _wrong_lengths(lower: Callable[[], Any]) -> None:
     op = lower()
-    for wrong in (torch.ones(op.shape[1] + 1), np.ones((op.shape[1] + 1, 2))):
+    for wrong in (torch.ones(op.shape[1] + 1, device=op.device), np.ones((op.shape[1] + 1, 2))):
         try:
             op @ wrong
         except VectorError:

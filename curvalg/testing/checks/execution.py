@@ -15,6 +15,7 @@ from curvalg.problem import Batch
 from curvalg.problem.large_outputs.find_head import HeadNotes
 from curvalg.tensors import trees
 from curvalg.tensors.columns import mapped
+from curvalg.tensors.normals import normals
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
 from curvalg.testing.subject import COLUMNS, Case, on_problems
 from curvalg.testing.variants import batches, counted, variant
@@ -87,9 +88,7 @@ def columns(case: Case) -> None:
 
 
 def _tangents(batch: Batch, number: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(number, *batch.output.shape, generator=generator, dtype=torch.float64)
-    return drawn.to(batch.output)
+    return normals((number, *batch.output.shape), 0).to(batch.output)
 
 
 def _batched_dataset_term(case: Case, term: DatasetTerm, rows: Tensor) -> None:

@@ -20,7 +20,7 @@ _LOCAL = (
 
 
 def _positions(case: Case, names: list[str]) -> Tensor:
-    flat = torch.arange(case.problem.size)
+    flat = torch.arange(case.problem.size, device=case.problem.device)
     return torch.cat([flat[case.problem.layout.slices[name]] for name in names])
 
 

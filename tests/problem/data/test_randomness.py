@@ -14,7 +14,6 @@ import torch
 from curvalg.errors import ProblemError
 from curvalg.problem.data import DrawGuard
 
-CPU = torch.device("cpu")
 DRAWS = {
     "torch": lambda: torch.rand(()).item(),
     "Python's random": random.random,
@@ -37,7 +36,7 @@ def user(request):
 
 @pytest.mark.parametrize("kind", DRAWS)
 def test_draws_are_refused_and_taken_back(kind, user):
-    guard, before = DrawGuard("refuse", CPU), states()
+    guard, before = DrawGuard("refuse"), states()
     for _ in range(3):
         with pytest.raises(ProblemError, match=rf"{kind.split()[-1]}.*model\.eval\(\).*randomness='frozen'"):
             guard.run(DRAWS[kind], 0)
@@ -47,7 +46,7 @@ def test_draws_are_refused_and_taken_back(kind, user):
 
 @pytest.mark.parametrize("kind", DRAWS)
 def test_frozen_draws_repeat_by_key_whatever_the_state(kind, user):
-    guard, first = DrawGuard("frozen", CPU), {}
+    guard, first = DrawGuard("frozen"), {}
     for k in range(3):
         torch.manual_seed(k), random.seed(k), np.random.seed(k)
         DRAWS[kind]()
@@ -67,13 +66,13 @@ def test_draws_are_taken_back_when_the_call_fails(kind, mode, user):
 
     before = states()
     with pytest.raises(KeyError, match="own"):
-        DrawGuard(mode, CPU).run(call, 0)
+        DrawGuard(mode).run(call, 0)
     assert states() == before
 
 
 def test_what_was_read_is_not_kept_for_another_state():
     """The user draws between calls: the state to go back to is the one at the call."""
-    guard = DrawGuard("refuse", CPU)
+    guard = DrawGuard("refuse")
     for draw in (lambda: None, np.random.rand, np.random.randn, np.random.randn, lambda: np.random.seed(3)):
         draw()
         before = states()
@@ -89,8 +88,8 @@ def test_other_bit_generators_of_numpy():
         np.random.set_bit_generator(np.random.PCG64(3))
         before = states()
         with pytest.raises(ProblemError, match="NumPy"):
-            DrawGuard("refuse", CPU).run(np.random.rand, 0)
-        frozen = DrawGuard("frozen", CPU)
+            DrawGuard("refuse").run(np.random.rand, 0)
+        frozen = DrawGuard("frozen")
         assert frozen.run(np.random.randn, 0) == frozen.run(np.random.randn, 0) != frozen.run(np.random.randn, 1)
         assert states() == before
     finally:
@@ -98,7 +97,7 @@ def test_other_bit_generators_of_numpy():
 
 
 def test_guards_are_copied():
-    guard = DrawGuard("refuse", CPU)
+    guard = DrawGuard("refuse")
     guard.run(lambda: None, 0)
     for twin in (copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))):
         with pytest.raises(ProblemError):
@@ -108,7 +107,7 @@ def test_guards_are_copied():
 def test_a_call_without_draws_costs_little(inside):
     """Around every call of the model: a few function calls, none of which copies NumPy's state, which takes longest."""
     np.random.seed(0)  # no normal number pending
-    guard, calls = DrawGuard("refuse", CPU), []
+    guard, calls = DrawGuard("refuse"), []
     guard.run(lambda: None, 0)
     inside(all_of_numpy=lambda: pytest.fail("all of NumPy's state was copied"))
     sys.setprofile(lambda frame, event, _: calls.append(event) if event in ("call", "c_call") else None)

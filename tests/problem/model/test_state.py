@@ -399,7 +399,7 @@ def test_parameters_of_another_form_are_another_problem(change, functional):
     own["weight"].data = change(kept)
     with pytest.raises(StaleError):
         op @ torch.ones(15).double()
-    with pytest.raises(CurvalgError, match=r"'weight' was float64 .* on cpu when the Problem was made"):
+    with pytest.raises(CurvalgError, match=r"'weight' was float64 .* when the Problem was made"):
         op.refresh()
     own["weight"].data = kept
     assert torch.equal(op @ torch.ones(15).double(), before)
