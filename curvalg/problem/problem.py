@@ -35,8 +35,6 @@ from curvalg.tensors import trees
 from curvalg.tensors.memory import free_memory
 
 T = TypeVar("T")
-DEFAULT_OUTPUT_MEMORY = 64 * 2**20
-"""Bytes that outputs may take with ``output_memory="auto"``."""
 
 
 class Problem(Setting):
@@ -69,9 +67,10 @@ class Problem(Setting):
             its own. Outputs, loss and products are in float32 then.
         compile: compile the linear programs that tangents J v may be taken by (True, or the name of a backend of
             ``torch.compile``). Compiling takes long; a program is used where it agrees with the recorded graph and is faster.
-        output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB).
-            Larger outputs of a softmax loss (tokens × vocabulary) are made and dropped chunk by chunk, where the model ends in
-            a linear layer; 0 takes one position at a time, ``float("inf")`` always all.
+        output_memory: bytes that outputs may take at a time, with all that a product makes of them, or "auto" (64 MiB;
+            on a GPU a thirty-second of its memory, if that is more). Larger outputs of a softmax loss (tokens × vocabulary) are
+            made and dropped chunk by chunk, where the model ends in a linear layer; 0 takes one position at a time,
+            ``float("inf")`` always all.
         verify: check each route once before it is believed, on the first batch and on every later one with an operation that
             none before it had: calls against the live model, tangents against gradients, second derivatives against a central
             difference and each other, structured inverses against products of their matrix. Costs a few gradients at the first
@@ -341,9 +340,9 @@ def _one_of(name: str, value: object, allowed: Sequence[T]) -> T:
     raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
 
 
-def _output_memory(value: Literal["auto"] | float) -> float:
+def _output_memory(value: Literal["auto"] | float) -> Literal["auto"] | float:
     if value == "auto":
-        return DEFAULT_OUTPUT_MEMORY
+        return "auto"
     if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
         raise ProblemError(f"output_memory is 'auto' or a number of bytes ≥ 0, got {value!r}")
     return float(value)

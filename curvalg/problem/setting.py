@@ -22,7 +22,7 @@ from curvalg.problem.data.batches import Data, ReadBatch
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard
 from curvalg.problem.data.totals import Totals
-from curvalg.problem.kept.cache import Budget, Cache
+from curvalg.problem.kept.cache import WORKSPACE, WORKSPACE_SHARE, Budget, Cache
 from curvalg.problem.kept.measured import Measured
 from curvalg.problem.model import parameters as params_
 from curvalg.problem.model.model import Model
@@ -30,8 +30,12 @@ from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
 from curvalg.tensors.batch_sums import BatchSum
 from curvalg.tensors.cuda_graph import SideStream
+from curvalg.tensors.memory import workspace
 
 T = TypeVar("T")
+
+OUTPUT_MEMORY, OUTPUT_SHARE = 64 * 2**20, 1 / 32
+"""Bytes that outputs may take at a time by default: what suits a host's caches; on a GPU a share of its memory, if more."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Setting:
     accumulate: torch.dtype | None
     autocast: torch.dtype | None
     compiler: str | None
-    output_memory: float
+    output_memory: Literal["auto"] | float
     verify: bool
     capture: Literal["auto"] | bool
     progress: bool
@@ -243,6 +247,17 @@ class Setting:
     def budget(self) -> Budget:
         """The memory that recordings share."""
         return self._budget
+
+    @property
+    def workspace(self) -> int:
+        """The bytes that a matrix of few directions may take: the budget's or, where nothing is kept, a part of the memory."""
+        return self._budget.limit or workspace(self.device, WORKSPACE_SHARE, WORKSPACE)
+
+    @property
+    def output_bytes(self) -> float:
+        """The bytes that outputs may take at a time."""
+        given = self.output_memory
+        return workspace(self.device, OUTPUT_SHARE, OUTPUT_MEMORY) if given == "auto" else given
 
     def cached(self, snapshot: Snapshot) -> Cache:
         """Values kept between products at a snapshot; they live as long as it or until :meth:`Problem.close`."""

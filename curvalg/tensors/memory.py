@@ -29,6 +29,22 @@ def wide(t: Tensor) -> Tensor:
     return t.to(widest(t.device))
 
 
+def workspace(device: torch.device, share: float, least: int) -> int:
+    """Bytes that one computation may take: what suits a host's caches or, if more, a share of all memory of a GPU.
+
+    A share of all and not of what is free, so that a run goes on with the same numbers; less only where little is free.
+
+    Args:
+        device: of the problem.
+        share: of its memory.
+        least: as on a host.
+    """
+    if device.type != "cuda":
+        return least
+    whole = int(torch.cuda.mem_get_info(device)[1])
+    return max(least, min(int(share * whole), free_memory(device) // 4))
+
+
 def free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> int:
     """The bytes that can be allocated on a device now.
 

@@ -15,7 +15,7 @@ PLACES = {
     "patience": "curvalg.lowering.plans.planner.PATIENCE",
     "amortised": "curvalg.lowering.sweeps.programs.AMORTISED",
     "overhead": "curvalg.tensors.backward.OVERHEAD",
-    "workspace": "curvalg.lowering.low_rank.factor.WORKSPACE",
+    "workspace": "curvalg.problem.setting.WORKSPACE",
     "small_factor": "curvalg.lowering.low_rank.factor.SMALL",
     "most_columns": "curvalg.lowering.plans.low_rank_plan.MOST_COLUMNS",
     "record_limit": "curvalg.problem.model.layer_record.LIMIT",

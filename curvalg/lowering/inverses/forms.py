@@ -52,7 +52,6 @@ from curvalg.lowering.matrices import (
 from curvalg.lowering.matrices.array_leaves import tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
-from curvalg.problem.kept.cache import WORKSPACE
 from curvalg.rewrite import simplify
 from curvalg.tensors.memory import wide, widest
 from curvalg.tensors.normals import normals
@@ -267,7 +266,7 @@ def _gram(matrix: BoundMatrix) -> Offer:
     columns = sum(problem.factor_columns(term) for _, term in entries) * problem.totals.rows
     if columns >= matrix.size:
         return f"M = {columns} columns are not fewer than D = {matrix.size}"
-    need, limit = 8 * columns**2, problem.budget.limit or WORKSPACE
+    need, limit = 8 * columns**2, problem.workspace
     if need > limit:
         return f"the Gram matrix of M = {columns} columns needs {_bytes(need)} of a budget of {_bytes(limit)}"
     cost = (
@@ -317,7 +316,7 @@ def _kernel(matrix: BoundMatrix) -> Offer:
         return "the matrix is not J J.T and the identity"
     if problem.model.batch_statistics:
         return "samples influence each other through batch statistics"
-    n, limit = matrix.size, problem.budget.limit or WORKSPACE
+    n, limit = matrix.size, problem.workspace
     if (need := 8 * n**2) > limit:
         return f"J J.T of M = {n} outputs needs {_bytes(need)} of a budget of {_bytes(limit)}"
 

@@ -14,7 +14,6 @@ from curvalg.errors import ExpressionError
 from curvalg.expr.term import Term
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Batch, Layout, Problem, Snapshot
-from curvalg.problem.kept.cache import WORKSPACE
 from curvalg.problem.layers.recorded import RecordedLayers, record_layers
 from curvalg.problem.model.layer_record import LayerRecord, bytes_of
 from curvalg.tensors import trees
@@ -346,7 +345,7 @@ class Factor:
 
 def _half(problem: Problem) -> int:
     """The bytes of inputs and deltas that may be held while a Gram matrix is made, for each of its two sides."""
-    return (problem.budget.limit or WORKSPACE) // 2
+    return problem.workspace // 2
 
 
 def _slices(recorded: RecordedLayers, columns: Tensor, limit: int) -> Iterator[tuple[int, list[LayerRecord]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from curvalg.lowering.plans.plan import Plan
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.race import Candidate, Race
 from curvalg.problem.kept.reads import Reads
+from curvalg.tensors.clock import timed
 
 MOST_COLUMNS = 64
 """The most columns of a factor, for each row of the data, that a factored product is taken with."""
@@ -85,25 +86,53 @@ class Ways:
         wide = x.shape[1] > 1
         race = self.races[wide]
         if race.chosen is None and (self.columns > self._patience or race.of_an_earlier_run):
-            part = x[:, :MEASURED]
-            runs = {name: Candidate(partial(way, part), work=part.shape[1]) for name, way in ways.items()}
-            race.run(runs, differs=lambda name: _differs(ways, name, part), insist=insist, turns=2)
+            comparison = _Comparison(ways, x[:, :MEASURED], self._measured.device)
+            race.run(comparison.candidates(), differs=comparison.differs, insist=insist)
             measured = f"{race.shown()} a column" if race.seconds else f"{race.chosen}, the only one"
             shown = f"{race.chosen}, as chosen before" if race.recalled else measured
             self.notes[wide] = f"{WIDTHS[wide]}: {shown}"
         return race.chosen
 
 
-def _differs(ways: Mapping[str, Way], name: str, x: Tensor) -> str | None:
-    """The reason why a way cannot be taken beside the first, or None."""
-    try:
-        got = ways[name](x)
-    except (Impossible, ProblemError) as error:
-        return str(error)
-    expected = next(iter(ways.values()))(x)
-    if bool((got - expected).norm() <= torch.finfo(x.dtype).eps ** 0.5 * expected.norm()):
-        return None
-    return "its product differs from the ordinary one"
+class _Comparison:
+    """Products of one operand by several ways, which show whether they agree, and how long they take.
+
+    Args:
+        ways: by name; the first is the reference.
+        x: the operand.
+        device: where it is.
+    """
+
+    def __init__(self, ways: Mapping[str, Way], x: Tensor, device: torch.device) -> None:
+        self._ways, self._x, self._device = ways, x, device
+
+    @cached_property
+    def _reference(self) -> tuple[float, Tensor]:
+        return timed(lambda: next(iter(self._ways.values()))(self._x), self._device)
+
+    def candidates(self) -> dict[str, Candidate]:
+        """The ways for a race; the reference has been taken all the time, and is not warmed up again."""
+        columns, first = self._x.shape[1], next(iter(self._ways))
+        return {
+            name: Candidate(
+                partial(way, self._x),
+                work=columns,
+                warm=True,
+                seconds=self._reference[0] if name == first else None,
+            )
+            for name, way in self._ways.items()
+        }
+
+    def differs(self, name: str) -> str | None:
+        """The reason why a way cannot be taken beside the first, or None."""
+        try:
+            got = self._ways[name](self._x)
+        except (Impossible, ProblemError) as error:
+            return str(error)
+        expected = self._reference[1]
+        if bool((got - expected).norm() <= torch.finfo(got.dtype).eps ** 0.5 * expected.norm()):
+            return None
+        return "its product differs from the ordinary one"
 
 
 class LowRankPlan(Plan):

@@ -14,6 +14,7 @@ from curvalg.lowering.sweeps.recordings import SinglePass, graph_bytes
 from curvalg.lowering.sweeps.tangents import Transient
 from curvalg.problem import Problem
 from curvalg.problem.kept.race import LONG, Candidate, Race
+from curvalg.tensors.memory import workspace
 
 MOST_COLUMNS = 64
 """The most columns in one batched backward pass."""
@@ -22,7 +23,8 @@ WIDTHS = (2, 4, 16, MOST_COLUMNS)
 WORSE = 1.2
 """How many times the cost of a column alone says that batching does not pay."""
 COLUMN_MEMORY = 2**30
-"""Bytes that the intermediates of a batched backward pass may take, by estimate."""
+"""Bytes that the intermediates of a batched backward pass may take, by estimate; on a GPU a share of its memory, if more."""
+SHARE = 1 / 8
 
 
 class Widths:
@@ -72,7 +74,7 @@ class Widths:
             return recorded.finish(part, tangent, chunk)
 
         race: Race[int] = Race(problem.measured, f"{self.name}, from {width}")
-        most = COLUMN_MEMORY // max(1, graph_bytes(recorded))
+        most = workspace(problem.device, SHARE, COLUMN_MEMORY) // max(1, graph_bytes(recorded))
         sizes = [1, *(w for w in (width // 4, width) if 1 < w <= most)]
         known = race.known
         if known is not None and known not in sizes:

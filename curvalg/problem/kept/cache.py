@@ -23,8 +23,8 @@ class Keeper(Protocol):
 
 FRACTION = 1 / 4
 """The part of the memory that is free when a problem is made, that it may keep things in by itself."""
-WORKSPACE = 2 * 2**30
-"""Bytes that a matrix of few directions may take where nothing is to be kept between products."""
+WORKSPACE, WORKSPACE_SHARE = 2 * 2**30, 1 / 8
+"""Bytes that a matrix of few directions may take where nothing is to be kept between products; on a GPU a share, if more."""
 
 
 class Budget:

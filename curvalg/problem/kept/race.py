@@ -31,6 +31,7 @@ class Candidate:
         handicap: how many times as long it is counted, so that it has to be clearly faster.
         rounds: timed runs in each turn; one where a run is long.
         warm: whether it has run before, so that nothing is made at its first run.
+        seconds: of a run that was made and timed already, if any.
     """
 
     run: Callable[[], Any]
@@ -38,6 +39,7 @@ class Candidate:
     handicap: float = 1.0
     rounds: int = 2
     warm: bool = False
+    seconds: float | None = None
 
 
 class Race(Generic[K]):
@@ -142,7 +144,9 @@ def measure(
     for turn in range(turns):
         for way, candidate in candidates.items():
             rounds = candidate.rounds
-            if not candidate.warm:
+            if turn == 0 and candidate.seconds is not None:
+                best[way], rounds = candidate.seconds / candidate.work, rounds - 1
+            elif not candidate.warm:
                 first = timed(candidate.run, device)[0]
                 if first > LONG:
                     rounds = 1
@@ -150,7 +154,10 @@ def measure(
                         best[way] = first / candidate.work
                         rounds = 0
             for _ in range(rounds):
-                best[way] = min(best.get(way, math.inf), timed(candidate.run, device)[0] / candidate.work)
+                seconds = timed(candidate.run, device)[0]
+                best[way] = min(best.get(way, math.inf), seconds / candidate.work)
+                if seconds > LONG:
+                    break
             if turn == 0 and enough(best):
                 return best
         if time.perf_counter() - begin > ENOUGH:
