@@ -9,7 +9,6 @@ import torch
 
 from curvalg import Identity, inverse, registry
 from curvalg.estimate import diagonal, trace
-from curvalg.runs.checkpoint import Checkpoint
 from tests.support.devices import agree, both
 
 HESSIAN = registry.build("hessian")
@@ -29,20 +28,20 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
-def test_a_run_is_resumed_elsewhere(name, first, tmp_path, monkeypatch):
+def test_a_run_is_resumed_elsewhere(name, first, tmp_path, inside):
     problems = dict(zip(("cpu", "cuda"), both("mlp"), strict=True))
     want = RUNS[name](problems["cpu"])
-    path, saved, save = tmp_path / "run", [], Checkpoint.save
+    path, saved, save = tmp_path / "run", [], inside["save_file"]
 
-    def interrupted(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        saved.append(path.exists())
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
+        saved.append(True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoint, "save", interrupted)
+    inside(save_file=interrupted)
     with contextlib.suppress(KeyboardInterrupt):
         RUNS[name](problems[first], checkpoint=path)
     assert saved
-    monkeypatch.setattr(Checkpoint, "save", save)
+    inside(save_file=save)
     second = "cpu" if first == "cuda" else "cuda"
     agree(want, RUNS[name](problems[second], checkpoint=path), 1e-7)

@@ -8,9 +8,6 @@ import pytest
 import torch
 
 from curvalg import Problem, registry
-from curvalg.estimate.spectra.block_width import choose_width
-from curvalg.problem.kept.race import Candidate, Race
-from curvalg.tensors.clock import timed
 from tests.support.devices import moved
 from tests.support.zoo import make
 
@@ -22,36 +19,36 @@ def events(monkeypatch):
     return found
 
 
-def test_of_one_run(events):
-    assert timed(lambda: events.append("run"), torch.device("cuda", 0))[0] >= 0
+def test_of_one_run(events, inside):
+    assert inside["clock"](lambda: events.append("run"), torch.device("cuda", 0))[0] >= 0
     assert events == ["wait", "run", "wait"]
 
 
-def test_on_the_cpu_nothing_waits(events):
-    timed(lambda: events.append("run"), torch.device("cpu"))
+def test_on_the_cpu_nothing_waits(events, inside):
+    inside["clock"](lambda: events.append("run"), torch.device("cpu"))
     assert events == ["run"]
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mtia", "mps"])
-def test_of_other_kinds_of_devices(kind, monkeypatch):
+def test_of_other_kinds_of_devices(kind, monkeypatch, inside):
     found = []
     module = SimpleNamespace(synchronize=lambda *device: found.append("wait"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(torch.mps, "synchronize", module.synchronize)
-    timed(lambda: found.append("run"), torch.device(kind, 0))
+    inside["clock"](lambda: found.append("run"), torch.device(kind, 0))
     assert found == ["wait", "run", "wait"]
 
 
-def test_of_a_race(events):
+def test_of_a_race(events, inside):
     """The results of candidates say nothing of where they were computed: the problem does."""
     case = make("mlp")
     problem = Problem(case.model.cuda(), case.loss, moved(case.batches))
-    way = lambda: Candidate(lambda: events.append("run"), rounds=1, warm=True)
-    Race(problem.measured, "a choice").run({"one": way(), "other": way()})
+    way = lambda: inside["candidate"](lambda: events.append("run"), rounds=1, warm=True)
+    inside["measure"]({"one": way(), "other": way()}, 1, lambda seconds: False, problem.measured.device)
     assert events == ["wait", "run", "wait"] * 2
 
 
-def test_of_the_width_of_a_block(events):
+def test_of_the_width_of_a_block(events, inside):
     case = make("mlp")
     op = registry.build("ggn").lower(Problem(case.model.cuda(), case.loss, moved(case.batches)))
     start = torch.ones(op.shape[1], 1, dtype=torch.float64, device="cuda")
@@ -62,5 +59,5 @@ def test_of_the_width_of_a_block(events):
         events.append("run")
         return x
 
-    choose_width(product, start, 1)
+    inside["choose_width"](product, start, 1)
     assert events == ["run", "wait", "run", "wait"]
