@@ -71,7 +71,6 @@ class Setting:
     accumulate: torch.dtype | None
     autocast: torch.dtype | None
     compiler: str | None
-    output_memory: Literal["auto"] | float
     verify: bool
     capture: Literal["auto"] | bool
     progress: bool
@@ -254,10 +253,14 @@ class Setting:
         return self._budget.limit or workspace(self.device, WORKSPACE_SHARE, WORKSPACE)
 
     @property
-    def output_bytes(self) -> float:
-        """The bytes that outputs may take at a time."""
-        given = self.output_memory
+    def output_memory(self) -> float:
+        """The bytes that outputs may take at a time; setting it holds for what is recorded from then on."""
+        given = self._output_memory
         return workspace(self.device, OUTPUT_SHARE, OUTPUT_MEMORY) if given == "auto" else given
+
+    @output_memory.setter
+    def output_memory(self, given: Literal["auto"] | float) -> None:
+        self._output_memory: Literal["auto"] | float = given
 
     def cached(self, snapshot: Snapshot) -> Cache:
         """Values kept between products at a snapshot; they live as long as it or until :meth:`Problem.close`."""

@@ -41,7 +41,7 @@ def has_large_outputs(evaluation: Evaluation) -> bool:
     if not isinstance(problem.loss, SoftmaxLoss) or not isinstance(target, Tensor):
         return False
     classes = 1 if target.is_floating_point() else problem.most_classes
-    return target.numel() * classes * max(4, problem.dtype.itemsize) > problem.output_bytes
+    return target.numel() * classes * max(4, problem.dtype.itemsize) > problem.output_memory
 
 
 def is_made_in_chunks(evaluation: Evaluation, term: Term) -> bool:
@@ -126,7 +126,7 @@ def _call(evaluation: Evaluation, tensors: Sequence[Tensor], *, once: bool = Fal
     notes = problem.noted(HeadNotes)
     weights = {id(t): name for name, t in state.items()}
     weights |= {id(t): name for t, name in zip(tensors, problem.layout.names, strict=True)}
-    deferring = Deferring(weights, problem.output_bytes, notes.inner)
+    deferring = Deferring(weights, problem.output_memory, notes.inner)
     with deferring, evaluation.guarding_inputs(evaluation.sample.batch) as batch:
         raw = evaluation.call(tensors, batch, once=once)
     notes.inner |= deferring.used.keys()

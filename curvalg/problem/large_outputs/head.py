@@ -60,7 +60,7 @@ class Head:
         self.shape = tuple(deferred.grid.squeeze(deferred.axis).shape)
         self.places = deferred.grid.reshape(-1)
         position = BUFFERS * self.classes * self.dtype.itemsize
-        self.chunk = int(min(max(1, problem.output_bytes // position), len(self.places)))
+        self.chunk = int(min(max(1, problem.output_memory // position), len(self.places)))
         self.target = _classes_last(evaluation.sample.target, deferred.axis)
         self.loss = dataclasses.replace(problem.loss, class_axis=1)  # type: ignore[type-var]
         self.start, again = evaluation.sample.start, evaluation.again()
