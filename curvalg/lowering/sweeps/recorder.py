@@ -61,6 +61,9 @@ class Recorder:
             columns: of the product it is for.
             keep: whether it is kept after the product.
         """
+        if self.sweep.curved and not evaluation.snapshot.structure.curved:
+            # Before there is a recording, whose memory would add to that of the comparison; of the few rows' operations.
+            swear_curvature(evaluation, beforehand=True)
         recorded = self._recorded(evaluation, columns, keep)
         if self.sweep.curved and not isinstance(recorded, ChunkedRecording):
             swear_curvature(evaluation)

@@ -38,7 +38,7 @@ ALLOWED = 1e-4
 """Relative error of a central difference in float64."""
 
 
-def swear_curvature(evaluation: ModelCall) -> None:
+def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
     """Check once a structure that second derivatives are those of the gradient, by a central difference in float64.
 
     Once more on a batch whose graph has operations that no verified one had, and on all rows where the few lack some.
@@ -46,17 +46,25 @@ def swear_curvature(evaluation: ModelCall) -> None:
     Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h for a random cotangent u and a random w, on a
     few rows. Where they differ, normalisations are written in elementary operations and compared again.
 
+    Args:
+        evaluation: of the batch.
+        beforehand: before the batch was recorded: where few rows can be had alone, for the operations that they have.
+
     Raises:
         ProblemError: they are not.
     """
     problem, structure = evaluation.problem, evaluation.snapshot.structure
     found = evaluation.operations
-    if not problem.verify or problem.autocast is not None or found <= structure.curved:
+    if not problem.verify or problem.autocast is not None or (found <= structure.curved and not beforehand):
         return
     few = few_rows(evaluation)
+    if beforehand and few is evaluation:
+        return
     try:
         error = _curvature_error(few)
     except FAILURES:
+        if beforehand:
+            return
         if few is evaluation:
             raise
         few = evaluation  # a model that takes batches of one size
@@ -78,7 +86,7 @@ def swear_curvature(evaluation: ModelCall) -> None:
             "matrices (ggn, covariance) need none; Problem(verify=False) leaves this check out"
         )
     structure.sworn.add("curvature")
-    structure.curved |= found
+    structure.curved |= few.operations if beforehand else found
 
 
 def _curvature_error(evaluation: ModelCall) -> float | None:
