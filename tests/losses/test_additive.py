@@ -26,7 +26,7 @@ def test_callables_read_attributes_and_give_derivatives_of_the_same_structure():
     assert type(gradient) is ModelOutput and gradient.loss is None
     expected = torch.func.grad(lambda z: F.cross_entropy(z, Y, reduction="sum"))(Z)
     assert torch.allclose(gradient.logits, expected)
-    form = OutputForm(raw)
+    form = OutputForm(raw, torch.device("cpu"))
     image = form.join(point.hvp(form.split(torch.ones(6, 6).double())))
     assert torch.allclose(image[:, :3].sum(), 2 * torch.ones(()).double() * 6)
     assert infer_reduction(lambda out, y: F.cross_entropy(out.logits, y), raw, Y) == "mean"

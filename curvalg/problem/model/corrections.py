@@ -134,9 +134,10 @@ def fixed_batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
-    shift = -running_mean * scale if bias is None else torch.addcmul(bias, running_mean, scale, value=-1)
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
     channels = (-1, *[1] * (input.ndim - 2))
-    return torch.addcmul(shift.reshape(channels), input, scale.reshape(channels))
+    # No addcmul: torch.func.linearize of it ends the process where a factor has no tangent (torch 2.13).
+    return input * scale.reshape(channels) + shift.reshape(channels)
 
 
 CORRECTIONS: dict[Any, Callable[..., Tensor]] = {
