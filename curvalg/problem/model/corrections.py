@@ -136,11 +136,18 @@ def fixed_batch_norm(
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     channels = (-1, *[1] * (input.ndim - 2))
-    # No addcmul: torch.func.linearize of it ends the process where a factor has no tangent (torch 2.13).
     return input * scale.reshape(channels) + shift.reshape(channels)
 
 
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """input + value · tensor1 · tensor2: ``torch.func.linearize`` ends the process where only the input has a tangent
+    (torch 2.13)."""
+    return input + value * (tensor1 * tensor2)
+
+
 CORRECTIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.addcmul: _addcmul,
+    Tensor.addcmul: _addcmul,
     F.batch_norm: fixed_batch_norm,
     torch._weight_norm: _weight_norm,
     F.embedding: _embedding,

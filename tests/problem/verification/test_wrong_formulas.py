@@ -301,3 +301,29 @@ def test_a_network_of_many_kinks_is_not_taken_for_wrong():
     parts = [v[place].reshape(p.shape) for place, p in zip(problem.layout.slices.values(), model.parameters())]
     expected = torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient, [*model.parameters()], parts)])
     assert (product - expected).norm() <= 1e-9 * expected.norm()
+
+
+class AddedConstants(nn.Module):
+    """Adds a product of constants to a parameter in one operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bias = nn.Linear(3, 2), nn.Parameter(torch.randn(2))
+        self.register_buffer("left", torch.randn(2))
+        self.register_buffer("right", torch.randn(2))
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) * torch.addcmul(self.bias, self.left, self.right, value=-1)
+
+
+def test_linearising_a_product_of_constants_does_not_end_the_process():
+    """``torch.func.linearize`` of addcmul crashes where only its first argument has a tangent."""
+    torch.manual_seed(0)
+    model = AddedConstants().double()
+    X, y = torch.randn(6, 3).double(), torch.randn(6, 2).double()
+    problem = Problem(model, nn.MSELoss(), (X, y), factored=False)
+    op, v = registry.build("ggn").lower(problem), torch.randn(problem.size).double()
+    first = op @ v
+    for _ in range(40):
+        assert (op @ v - first).norm() <= 1e-12 * first.norm()
+    assert "linearised program" in op.explain()
