@@ -84,7 +84,11 @@ def test_a_product_with_a_factored_inverse_waits_once(term, solver):
 def test_an_iteration_waits_once(solver):
     problem, found = problem_of("MLP"), {}
     matrix, v = BUILD("ggn") + 1e-3 * Identity, columns(problem)
-    for steps in (30, 30, 40):  # at first all is chosen and kept; no step from 30 to 40 is one at which MINRES is audited
+    for steps in (
+        30,
+        30,
+        40,
+    ):  # at first all is chosen and kept; no step from 30 to 40 is one at which MINRES is audited
         op = inverse(matrix, solver=solver, maxiter=steps, rtol=1e-14, on_fail="warn").lower(problem)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that so few iterations are not enough
