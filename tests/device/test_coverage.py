@@ -62,7 +62,7 @@ def test_the_caller_is_under_autocast():
 @pytest.mark.skipif(not SIMULATED, reason="only the simulated GPU counts uploads")
 @pytest.mark.parametrize("term", TERMS)
 def test_a_kept_product_uploads_nothing(term):
-    _, device = both("mlp")
+    _, device = both("mlp", verify=False)  # the first product is not looked at
     op = registry.build(term).lower(device)
     x = ones(op)
     for _ in range(4):  # until all is chosen and kept
