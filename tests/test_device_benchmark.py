@@ -221,8 +221,8 @@ def test_waits_are_counted_for_everything_that_is_allowed():
 
 
 def test_more_waits_than_allowed_are_a_failure(monkeypatch):
-    monkeypatch.setattr(waits, "questions", lambda there: {"inverse(kfac)": lambda: None})
-    monkeypatch.setattr(waits, "_by_watching", lambda run: (7, 2, ["7 somewhere"]))
+    monkeypatch.setattr(waits, "questions", lambda there: {"inverse(kfac)": lambda: lambda length: length // 5})
+    monkeypatch.setattr(waits, "_by_watching", lambda run: (7 * run() // 2 + 3, run(), ["7 somewhere"]))
     monkeypatch.setattr(waits, "given", lambda *_, **__: SimpleNamespace(to=lambda *_: None))
     monkeypatch.setattr(Place, "wait", lambda self: None)
     outcome = waits._counted(Place("cuda", simulated=True), "inverse(kfac)")

@@ -7,7 +7,7 @@ import torch
 
 from curvalg import registry
 from curvalg.testing import check_term, default_problems
-from tests.support.device_tables import ESTIMATES, SOLVES, solve
+from tests.support.device_tables import ESTIMATES, SOLVES, estimated, estimated_on_the_cpu, solve, solved_on_the_cpu
 from tests.support.devices import agree, both, in_turn
 
 
@@ -19,22 +19,17 @@ def default_device():
     torch.set_default_device(before)
 
 
-def results(compute, problem):
-    found = compute(problem)
-    return found if isinstance(found, list) else [found]
-
-
 @pytest.mark.parametrize(("name", "at"), in_turn(list(ESTIMATES), [0, 1]))
 def test_of_estimators(name, at, default_device):
-    wanted, problem = results(ESTIMATES[name], both("mlp")[0]), both("mlp")[at]
+    wanted, problem = estimated_on_the_cpu(name), both("mlp")[at]
     default_device("cuda")
-    for want, got in zip(wanted, results(ESTIMATES[name], problem), strict=True):
+    for want, got in zip(wanted, estimated(name, problem), strict=True):
         agree(want, got, 1e-7)
 
 
 @pytest.mark.parametrize(("name", "at"), in_turn(list(SOLVES), [1, 0]))
 def test_of_solvers(name, at, default_device):
-    want, problem = solve(name, both(SOLVES[name][0])[0]), both(SOLVES[name][0])[at]
+    want, problem = solved_on_the_cpu(name), both(SOLVES[name][0])[at]
     default_device("cuda")
     agree(want, solve(name, problem))
 

@@ -70,10 +70,11 @@ def replaying(p=None):
 def test_replayed_products_are_the_eager_ones(name):
     p = problem()
     op, eager = (EXPRESSIONS[name].lower(q) for q in (p, problem(graphs=False)))
-    for width in [(), (3,), (), (5,)] * 6:
+    iterative = name == "conjugate gradients"  # whose products are replayed, and whose iterations look at residuals
+    for width in [(), (3,), (), (5,)] * (1 if iterative else 5):
         v = draw(p, *width)
         assert close(op @ v, eager @ v)
-    if name != "conjugate gradients":  # whose products are replayed, and whose iterations look at residuals
+    if not iterative:
         assert len(captured(op)) == 3
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from curvalg import CurvalgError, Problem, registry
+from curvalg import CurvalgError, Identity, Problem, estimate, registry
 from curvalg.tensors.memory import widest
 from tests.support.device_tables import ESTIMATES, SOLVES, solve
 from tests.support.devices import SIMULATED, agree, moved
@@ -72,19 +72,55 @@ def test_solvers(solver):
     compare(SOLVES[solver][0], lambda problem: solve(solver, problem))
 
 
-ORTHONORMAL = ("trace", "trace, xtrace", "trace, hutch++", "diagonal", "diagonal, xdiag", "svds")
-"""Estimators that make rows orthonormal, whose norms ``curvalg.solve.orthogonal`` takes in float64 on the device."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=TypeError) if name in ORTHONORMAL else ())
-        for name in ESTIMATES
-    ],
+LARGE = (
+    *("eigsh, both ends", "spectral_density, outliers", "logdet", "matrix_function", "trace", "trace, hutch++"),
+    *("trace, xnystrace", "diagonal"),
 )
+"""Estimators that are compared on a larger problem, where they come by random vectors and Krylov spaces."""
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATES if name not in LARGE])
 def test_estimators(name):
     compare("mlp", ESTIMATES[name])
+
+
+def wider(device):
+    """A problem of 683 parameters and 540 columns of factors, so that neither a matrix nor its Gram matrix is cheap, on a device."""
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(270, 6, generator=generator), torch.randint(0, 3, (270,), generator=generator)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 68), torch.nn.Tanh(), torch.nn.Linear(68, 3)).to(device)
+    return Problem(net, torch.nn.CrossEntropyLoss(), moved([(X[:150], y[:150]), (X[150:], y[150:])], device))
+
+
+def krylov(problem):
+    """Estimates by Krylov spaces and random vectors, each of which makes products with rows of hundreds of numbers."""
+    hessian, damped = registry.build("hessian").lower(problem), (registry.build("ggn") + 0.1 * Identity).lower(problem)
+    return {
+        "eigsh, both ends": estimate.eigsh(hessian, 4, which="BE", block=2, tol=1e-3),
+        "spectral_density, outliers": estimate.spectral_density(hessian, probes=2, steps=8, outliers=2),
+        "logdet": estimate.logdet(damped, products=20),
+        "matrix_function": estimate.matrix_function(damped, "sqrt", torch.ones(problem.size, 2, device=problem.device)),
+        "trace": estimate.trace(hessian, products=24),
+        "trace, hutch++": estimate.trace(hessian, products=24, method="hutch++"),
+        "trace, xnystrace": estimate.trace(damped, products=24, method="xnystrace"),
+        "diagonal": estimate.diagonal(hessian, products=24),
+    }
+
+
+def test_krylov_spaces_and_random_vectors(inside):
+    inside(small_eigenproblem=lambda *_: None)
+    wanted = krylov(wider("cpu"))
+    with simulated_gpu.watch("curvalg") as seen:
+        found = krylov(wider("cuda"))
+    assert not [place for kind, _, place in seen if kind == "float64"]
+    assert tuple(wanted) == LARGE
+    for name, want in wanted.items():
+        got = found[name]
+        assert got.products > 0 and got.method == want.method != "exact", name
+        for part in ("eigenvalues", "density", "value", "values"):
+            if hasattr(want, part):
+                agree(*(torch.as_tensor(getattr(x, part)).cpu().double() for x in (want, got)), 1e-3)
 
 
 def test_what_is_less_exact_is_said():

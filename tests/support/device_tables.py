@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from curvalg import (
     registry,
     sqrt,
 )
+from tests.support.devices import both
 
 mpl.use("Agg")
 
@@ -66,6 +68,12 @@ def solve(name: str, problem: Problem) -> Tensor:
     """A solve by the solver of this name."""
     op = inverse(SOLVES[name][1](problem), solver=name).lower(problem)  # type: ignore[arg-type]
     return op @ torch.ones(op.shape[1], dtype=problem.dtype, device=problem.device)
+
+
+@functools.cache
+def solved_on_the_cpu(name: str) -> Tensor:
+    """The same on the CPU, with torch's own default device."""
+    return solve(name, both(SOLVES[name][0])[0])
 
 
 def _square_root(problem: Problem, **options: Any) -> Tensor:
@@ -122,3 +130,15 @@ ESTIMATES: dict[str, Callable[[Problem], Any]] = {
     "heat_map": lambda p: torch.as_tensor(estimate.heat_map(_hessian(p)).images[0].get_array(), device="cpu"),
 }
 """Every estimator, by every algorithm that computes something else on the device."""
+
+
+def estimated(name: str, problem: Problem) -> list[Any]:
+    """What an estimator gives, as a list of numbers and tensors."""
+    found = ESTIMATES[name](problem)
+    return found if isinstance(found, list) else [found]
+
+
+@functools.cache
+def estimated_on_the_cpu(name: str) -> list[Any]:
+    """The same on the CPU, with torch's own default device."""
+    return estimated(name, both("mlp")[0])

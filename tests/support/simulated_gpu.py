@@ -214,6 +214,8 @@ def _run(func, args, kwargs):
     leaves, spec = tree_flatten((args, kwargs))
     ours, name = [x for x in leaves if isinstance(x, DeviceTensor)], func._opname
     target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else "cuda" if ours else "cpu"
+    if name == "_efficientzerotensor":  # has no memory, which kernels below a mode look for
+        func = torch.ops.aten.zeros.default
     if not ours and target != "cuda":
         return args[0] if name == "_pin_memory" else False if name == "is_pinned" else func(*args, **kwargs)
     if ours:
@@ -228,8 +230,7 @@ def _run(func, args, kwargs):
     held = [x.held if isinstance(x, DeviceTensor) else CPU if isinstance(x, torch.device) else x for x in leaves]
     plain, named = tree_unflatten(held, spec)
     with _random_numbers(func, named.get("generator")):
-        # A zero tensor without memory has none for a kernel that finds it inside a wrapper.
-        result = torch.zeros(*plain, **named) if name == "_efficientzerotensor" else func(*plain, **named)
+        result = func(*plain, **named)
     result = 0 if name == "_fused_sdp_choice" else result  # attention by the mathematical kernel
     if (
         _capturing
@@ -352,6 +353,7 @@ _streams = [Stream()]
 
 def _install(cuda):
     lift = torch._C._set_only_lift_cpu_tensors  # a switch of each thread
+    lift(True)  # for Tensor.new_tensor
     for name in ("tensor", "as_tensor", "asarray"):
         make = getattr(torch, name)
         setattr(torch, name, lambda *args, _make=make, **kwargs: (lift(True), _make(*args, **kwargs))[1])

@@ -90,8 +90,8 @@ class Rest:
         """The sums wᵢᵀwⱼ and uᵢᵀBuⱼ, (m, m) each, in float64 over some entries at a time."""
         m, device = len(self.vectors), self.vectors.device
         gram, products = torch.zeros(2, m, m, dtype=widest(device), device=device)
-        X, E, scale = (t.to(device) for t in (self.inside.T, self.projected.T, self.scale.sqrt()[:, None]))
-        ratio = (self.samples / self.dimension).to(device)[:, None]
+        X, E, scale = (t.to(gram) for t in (self.inside.T, self.projected.T, self.scale.sqrt()[:, None]))
+        ratio = (self.samples / self.dimension).to(gram)[:, None]
         for at in range(0, self.vectors.shape[1], SLICE):
             part = slice(at, at + SLICE)
             Q, Z, omega, Y = (wide(t[:, part]) for t in (self.basis, self.images, self.vectors, self.products))

@@ -116,7 +116,7 @@ class Watch:
         self._counted = [] if exactly else [t for _, _, _, t in self.tensors if not t.is_inference()]
         self._versions = [t._version for t in self._counted]
         self._samples = (
-            [] if exactly else [SampledBits(t) for _, _, _, t in self.tensors if not t.is_cuda or t.is_inference()]
+            [] if exactly else [SampledBits(t) for _, _, _, t in self.tensors if t.is_cpu or t.is_inference()]
         )
 
     def _visit(self, name: str, holder: Any, key: Any, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
