@@ -7,7 +7,7 @@ import torch
 from curvalg.errors import FactsError
 from curvalg.estimate.target import Target
 from curvalg.tensors.memory import wide
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 
 
 def require_symmetric(target: Target, seed: int) -> int:

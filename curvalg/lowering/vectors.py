@@ -160,7 +160,10 @@ Measure = Callable[[Tensor], Tensor]
 
 def largest(x: Tensor) -> Tensor:
     """The largest magnitude of an entry, NaN where one is."""
-    return torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(())
+    if not x.numel():
+        return x.new_zeros(())
+    # On a CPU torch's own maximum norm takes ten times as long as both ends do.
+    return torch.maximum(x.amax(), -x.amin()) if x.device.type == "cpu" else torch.linalg.vector_norm(x, torch.inf)
 
 
 def measured(

@@ -14,7 +14,7 @@ from curvalg.errors import LossError
 from curvalg.losses import Loss, LossPoint
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.outputs import OutputForm
-from curvalg.tensors.uniforms import uniforms
+from curvalg.tensors.random_numbers import uniforms
 
 Samples = Literal["item", "position"]
 

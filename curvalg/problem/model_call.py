@@ -19,7 +19,7 @@ from curvalg.problem.model.snapshot import Snapshot
 from curvalg.problem.setting import Setting
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward, explain_failure
-from curvalg.tensors.graph import require_second_derivatives
+from curvalg.tensors.graph import operations, require_second_derivatives
 
 
 class InputNotes:
@@ -43,6 +43,8 @@ class ModelCall:
         self.sample = sample
         self.operations: frozenset[str] = frozenset()
         """The operations of the last recorded call; conversions of dtypes are none."""
+        self.second_operations: frozenset[str] = frozenset()
+        """Those of the last gradients with a graph."""
 
     def of(self, sample: ReadBatch) -> Self:
         """The same problem and snapshot with another batch."""
@@ -202,7 +204,8 @@ class ModelCall:
         gradients = backward([z], leaves, [u], create_graph=True)
         if all(g is None for g in gradients):
             self.warn_constant()
-        require_second_derivatives(gradients)  # of every batch: each may take another branch of the model
+        self.second_operations = operations(gradients)
+        require_second_derivatives(self.second_operations)  # of every batch: each may take another branch of the model
         return gradients
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:

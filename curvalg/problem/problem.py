@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from curvalg.errors import LossError, ProblemError
 from curvalg.expr.term import Term
 from curvalg.problem.batch import Batch, Samples
-from curvalg.problem.data.batches import Data, OrderError
+from curvalg.problem.data.batches import Data, OrderError, ReadBatch
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard, Randomness
 from curvalg.problem.evaluation import Evaluation
@@ -235,7 +235,9 @@ class Problem(Setting):
         order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
         # Which samples share a batch decides the matrix while they influence each other.
         order_matters = order_matters or bool(self.model.batch_statistics)
-        samples = tqdm(self.read(order_matters), "batches", leave=False, disable=not self.progress)
+        samples: Iterable[ReadBatch] = self.read(order_matters)
+        if self.progress:
+            samples = tqdm(samples, "batches", leave=False)
         try:
             for sample in samples:
                 yield Evaluation(self, snapshot, sample)

@@ -70,8 +70,9 @@ def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) ->
                     state, whole = _started(algorithm, state.products), True
                 if checkpoint is not None:
                     checkpoint.mark()
-                bar.total = max(algorithm.expected(state), state.products)
-                bar.update(state.products - bar.n)
+                if progress:
+                    bar.total = max(algorithm.expected(state), state.products)
+                    bar.update(state.products - bar.n)
                 if checkpoint is not None and checkpoint.due():
                     checkpoint.save(algorithm, state, seconds())
         except KeyboardInterrupt:

@@ -135,7 +135,7 @@ def sized(multiply: Matmul) -> Callable[[Tensor], tuple[Tensor, float]]:
 
 def _largest(x: Tensor) -> float:
     """The largest magnitude of an entry, NaN where one is."""
-    return float(x.abs().amax()) if x.numel() else 0.0
+    return float(torch.maximum(x.amax(), -x.amin())) if x.numel() else 0.0
 
 
 def _exponent(number: float) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from curvalg.solve.orthogonal import complete, grown, orthonormalise, small
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import Matmul
+from curvalg.tensors.long_vectors import vacant
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def compress(krylov: Krylov, weights: Tensor, capacity: int) -> Krylov:
     # One new storage, written once: at this size every copy counts.
     locked, n = krylov.locked, krylov.basis.shape[1]
     rows = locked + weights.shape[1] + len(krylov.pending)
-    basis = torch.empty(max(capacity, rows), n, dtype=krylov.basis.dtype, device=krylov.basis.device)[:rows]
+    basis = vacant(max(capacity, rows), n, krylov.basis)[:rows]
     basis[:locked] = krylov.basis[:locked]
     torch.mm(weights.T.to(basis), krylov.vectors, out=basis[locked : locked + weights.shape[1]])
     basis[locked + weights.shape[1] :] = krylov.pending

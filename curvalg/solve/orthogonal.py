@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvalg.tensors.long_vectors import lengths, parts, vacant
 from curvalg.tensors.memory import wide, widest
 
 
@@ -29,14 +30,14 @@ def orthonormalise(
         directions (r, n) with r ≤ p; coefficients (p, j) and coupling (r, p), float64 on the CPU.
     """
     longest = block.norm(dim=1).max()
-    block = block.contiguous()
+    block, own = block.contiguous(), known is not None
     if known is None:
         known = block.new_zeros(len(block), 0)
     else:
         block = torch.addmm(block, known, basis[first:], alpha=-1)
-    length = torch.linalg.vector_norm(block, dtype=widest(block.device))
-    coefficients, block = _project(block, basis)
-    directions, triangle = _factorise(block)
+    length = torch.linalg.vector_norm(lengths(block))
+    coefficients, block = _project(block, basis, own)
+    directions, triangle = _factorise(block, own or len(basis) > 0)
     longest, length, known, coefficients, triangle = smalls(longest, length, known, coefficients, triangle)
     noise = 10 * torch.finfo(block.dtype).eps * max(scale, float(longest))
     coefficients[:, len(basis) - known.shape[1] :] += known
@@ -47,8 +48,8 @@ def orthonormalise(
     directions = combine(left[:, :rank].T, directions)
     coupling = singular[:rank, None] * right[:rank]
     # Small directions were blown up when they were normalised, and with them what the first projection left behind.
-    again, directions = _project(directions, basis)
-    directions, triangle = _factorise(directions)
+    again, directions = _project(directions, basis, True)
+    directions, triangle = _factorise(directions, True)
     again, triangle = smalls(again, triangle)
     return directions, coefficients + coupling.T @ again, triangle @ coupling
 
@@ -61,7 +62,7 @@ def complete(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
     rows = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(basis)
     # In the last few dimensions almost nothing of a random vector is left, and twice is not enough.
     for _ in range(3):
-        rows, _ = _factorise(_project(rows, basis)[1])
+        rows, _ = _factorise(_project(rows, basis, True)[1], True)
     return rows
 
 
@@ -79,7 +80,7 @@ def grown(basis: Tensor, new: Tensor, capacity: int) -> Tensor:
     room = basis.is_contiguous() and basis.storage_offset() == 0
     if not room or basis.untyped_storage().nbytes() < rows * n * basis.itemsize:
         # Memory that is not written yet costs nothing on most systems.
-        wider = torch.empty(max(capacity, rows), n, dtype=basis.dtype, device=basis.device)[: basis.shape[0]]
+        wider = vacant(max(capacity, rows), n, basis)[: basis.shape[0]]
         basis = wider.copy_(basis)
     whole = basis.as_strided((rows, n), (n, 1))
     whole[basis.shape[0] :] = new
@@ -108,49 +109,71 @@ NARROW = 8
 """Rows of a block up to which Gram-Schmidt is faster than a Householder factorisation of long vectors."""
 
 
-def _project(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The coefficients (p, j) of rows in a basis, on their device, and what is left of the rows."""
+def _project(block: Tensor, basis: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """The coefficients (p, j) of rows in a basis, on their device, and what is left of the rows; in their place if ``own``."""
     if not len(basis):
         return block.new_zeros(len(block), 0), block
     coefficients = block @ basis.T
-    return coefficients, torch.addmm(block, coefficients, basis, alpha=-1)
+    rest = block if own else torch.empty_like(block)
+    return coefficients, torch.addmm(block, coefficients, basis, alpha=-1, out=rest)
 
 
-def _factorise(block: Tensor) -> tuple[Tensor, Tensor]:
+def _factorise(block: Tensor, own: bool) -> tuple[Tensor, Tensor]:
     """Factors of block = triangleᵀ · rows with orthonormal rows; one is zero where only rounding is left of it.
 
-    The triangle of few rows is on their device, which is not waited for.
+    The triangle of few rows is on their device, which is not waited for. The rows are put in the place of the block if it is
+    the caller's ``own``: new memory costs more than what is computed in it.
     """
     if len(block) > NARROW:
-        if (found := _by_cholesky(block)) is not None:
-            return found
-        orthonormal, triangle = torch.linalg.qr(block.T)
-        return orthonormal.T.contiguous(), small(triangle)
-    rows, triangle = torch.empty_like(block), block.new_zeros(len(block), len(block), dtype=widest(block.device))
+        return _by_gram_matrices(block, own)
+    rows = block if own else torch.empty_like(block)
+    triangle = block.new_zeros(len(block), len(block), dtype=widest(block.device))
     for i in range(len(block)):
-        first, row = _project(block[i : i + 1], rows[:i])
-        again, row = _project(row, rows[:i])
+        row = block[i : i + 1]
         # In float32, torch sums the squares of 5 million numbers with an error of 1e-4.
-        norm, whole = (torch.linalg.vector_norm(x, dtype=widest(x.device)) for x in (row, block[i]))
+        whole = norm = lengths(row)[0]
+        if i:
+            first, row = _project(row, rows[:i], own)
+            again, row = _project(row, rows[:i], True)
+            triangle[:i, i], norm = (first + again)[0], lengths(row)[0]
         rest = norm > 10 * torch.finfo(block.dtype).eps * whole  # normalised noise is orthogonal to nothing
-        triangle[:i, i], triangle[i, i] = (first + again)[0], torch.where(rest, norm, 0.0)
+        triangle[i, i] = torch.where(rest, norm, 0.0)
         torch.div(row[0], torch.where(rest, norm, torch.inf).to(row.dtype), out=rows[i])
     return rows, triangle
 
 
-def _by_cholesky(block: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Factors as of ``_factorise`` by Gram matrices, two products in each of two passes; None for nearly dependent rows.
+def _by_gram_matrices(block: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """Factors as of ``_factorise`` by Gram matrices, and of nearly dependent rows by reflections.
 
     Cholesky QR twice (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya, ETNA 2015), which is orthonormal to rounding as long as
     the condition number is below eps^-1/2.
     """
     enough = 10 * torch.finfo(block.dtype).eps ** 0.5
-    rows, triangle = block, torch.eye(len(block), dtype=torch.float64, device="cpu")
-    for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(small(rows @ rows.T))
+    rows, triangle, gram = block, torch.eye(len(block), dtype=torch.float64, device="cpu"), block @ block.T
+    for again in (True, False):
+        factor, failed = torch.linalg.cholesky_ex(small(gram))
         pivots = factor.diagonal()
         if int(failed) or float(pivots.min()) <= enough * float(pivots.max()):
-            return None
-        rows = combine(torch.linalg.inv(factor), rows)
-        triangle = factor.T @ triangle
+            orthonormal, last = torch.linalg.qr(rows.T)
+            return orthonormal.T.contiguous(), small(last) @ triangle
+        rows, gram = _divided(rows, factor, own, again)
+        own, triangle = True, factor.T @ triangle
     return rows, triangle
+
+
+def _divided(rows: Tensor, factor: Tensor, own: bool, gram: bool) -> tuple[Tensor, Tensor]:
+    """The product factor⁻¹ · rows, in place of the rows if ``own``, and its Gram matrix if that is needed; one look at rows."""
+    inverse = torch.linalg.inv(factor).to(rows)
+    if rows.device.type != "cpu":
+        divided = inverse @ rows
+        return divided, divided @ divided.T if gram else inverse
+    place, total = (
+        rows if own else vacant(len(rows), rows.shape[1], rows),
+        torch.zeros_like(inverse, dtype=torch.float64),
+    )
+    for part in parts(rows.shape[1], len(rows), rows.device):
+        divided = inverse @ rows[:, part]
+        place[:, part] = divided
+        if gram:
+            total += divided @ divided.T
+    return place, total

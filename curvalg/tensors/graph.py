@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,14 +15,18 @@ from curvalg.errors import ProblemError
 def nodes(roots: Iterable[Tensor | GradientEdge | None]) -> Iterator[Any]:
     """Every node of the graphs that lead to some tensors or edges, each once."""
     todo = [root.node if isinstance(root, GradientEdge) else root.grad_fn for root in roots if root is not None]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
+    seen: set[Any] = {None}
+    for start in todo:  # a fresh product walks its graph: every call counts
+        if start in seen:
             continue
-        seen.add(node)
-        yield node
-        todo.extend(parent for parent, _ in node.next_functions)
+        seen.add(start)
+        found: list[Any] = [start]
+        for node in found:
+            yield node
+            for parent, _ in node.next_functions:
+                if parent not in seen:
+                    seen.add(parent)
+                    found.append(parent)
 
 
 def operations(roots: Iterable[Tensor | GradientEdge | None]) -> frozenset[str]:
@@ -41,17 +45,19 @@ def coarsest_dtype(z: Tensor) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def require_second_derivatives(gradients: Sequence[Tensor | None]) -> None:
-    """Raise for gradients whose graph hides an operation that has no second derivative.
+def require_second_derivatives(found: frozenset[str]) -> None:
+    """Raise where the graph of gradients hides an operation that has no second derivative.
+
+    Args:
+        found: the operations in it.
 
     Raises:
-        ProblemError: it does.
+        ProblemError: there is one.
     """
     # torch.autograd.grad never runs the node that would raise, when it does not lead to the inputs: the branch is cut
     # without a word.
-    for node in nodes(gradients):
-        if node.name() in ("torch::autograd::Error", "Error"):
-            raise ProblemError(
-                "an operation of the model can be differentiated only once (once_differentiable?), but curvature needs its "
-                "second derivative; write its backward with differentiable operations"
-            )
+    if not found.isdisjoint(("torch::autograd::Error", "Error")):
+        raise ProblemError(
+            "an operation of the model can be differentiated only once (once_differentiable?), but curvature needs its "
+            "second derivative; write its backward with differentiable operations"
+        )

@@ -26,6 +26,8 @@ def leaf_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """The tree with every leaf replaced, None included; containers keep their classes, mappings go by sorted keys."""
     if isinstance(tree, Tensor):
         return function(tree)
+    if type(tree) in (tuple, list) and all(isinstance(part, Tensor) for part in tree):  # as most batches are
+        return type(tree)([function(part) for part in tree])
 
     def visit(node: Any) -> Any:
         if isinstance(node, Mapping):

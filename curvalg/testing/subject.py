@@ -19,7 +19,7 @@ from curvalg.expr import Expr, NamedExpr
 from curvalg.problem import Problem
 from curvalg.registry.parse import parse
 from curvalg.rewrite import simplify
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 from curvalg.testing.outcome import Failure, NotApplicable
 from curvalg.testing.problems import PROBLEMS, make
 from curvalg.testing.variants import variant

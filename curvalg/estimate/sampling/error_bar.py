@@ -8,8 +8,8 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from curvalg.estimate.sampling.probes import SLICE
 from curvalg.solve.orthogonal import small
+from curvalg.tensors.long_vectors import parts
 from curvalg.tensors.memory import wide, widest
 
 
@@ -41,7 +41,8 @@ class Rest:
 
     Args:
         basis, images: Q and AQ, as rows (k, n).
-        vectors, products: ω and Aω, as rows (m, n); u is what is left of ω, normalised.
+        vectors, products: ω and Aω, as rows (m, n); u is what is left of ω, normalised. Products that are in the span of Q may
+            be None, with the negative of their coefficients as a part of ``projected``.
         inside: coefficients X (k, m) of the projections of ω onto Q, or onto a part of it for each vector.
         projected: coefficients (k, m) of the projections of A(ω − Qx) onto the same.
         scale: d / ‖ω − Qx‖², (m,).
@@ -52,7 +53,7 @@ class Rest:
     basis: Tensor = field(repr=False)
     images: Tensor = field(repr=False)
     vectors: Tensor = field(repr=False)
-    products: Tensor = field(repr=False)
+    products: Tensor | None = field(repr=False)
     inside: Tensor = field(repr=False)
     projected: Tensor = field(repr=False)
     scale: Tensor
@@ -71,14 +72,14 @@ class Rest:
             symmetric: whether the operator is known to be.
             shared: covariances with all other samples, unbiased, (m,); None where samples are independent.
         """
-        gram, products = self._sums()
+        gram, products = self._sums(symmetric or False)
         m, own = len(gram), 2 * gram.diagonal().sum()
         if m == 1:
             return own.sqrt() * _widening(1.0)
         pairs = (gram.square().sum() - gram.diagonal().square().sum()) / (m * (m - 1))
         # tr B⁴ is never less than what would leave a single dimension.
         uncertainty = 2 * own.square() / (m * (own / 2 / m).square() / pairs).nan_to_num(m).clamp_min(m)
-        own = own if symmetric else own * _symmetric_share(products)
+        own = own if products is None else own * _symmetric_share(products)
         variance = own
         if shared is not None:
             # The sum is not negative but by chance; what each sample has in common with others counts as a draw of its own.
@@ -86,20 +87,26 @@ class Rest:
         freedom = (2 * variance.square() / uncertainty).nan_to_num(m).clamp(1, 1e6)
         return variance.sqrt() / m * _widening(float(freedom))
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """The sums wᵢᵀwⱼ and uᵢᵀBuⱼ, (m, m) each, in float64 over some entries at a time."""
+    def _sums(self, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+        """The sums wᵢᵀwⱼ and, unless B is symmetric, uᵢᵀBuⱼ, (m, m) each, in float64 over some entries at a time."""
         m, device = len(self.vectors), self.vectors.device
         gram, products = torch.zeros(2, m, m, dtype=widest(device), device=device)
         X, E, scale = (t.to(gram) for t in (self.inside.T, self.projected.T, self.scale.sqrt()[:, None]))
         ratio = (self.samples / self.dimension).to(gram)[:, None]
-        for at in range(0, self.vectors.shape[1], SLICE):
-            part = slice(at, at + SLICE)
-            Q, Z, omega, Y = (wide(t[:, part]) for t in (self.basis, self.images, self.vectors, self.products))
-            u, Bu = scale * (omega - X @ Q), scale * (Y - X @ Z - E @ Q)
-            w = Bu - ratio * u
-            gram += w @ w.T
-            products += u @ Bu.T
-        return small(gram), small(products)
+        # w = Bu − ratio · u, with u = scale · (ω − XQ) and Bu = scale · (Aω − XZ − EQ).
+        of_basis, of_images, of_vectors = scale * (ratio * X - E), -scale * X, -scale * ratio
+        rows = [t for t in (self.basis, self.images, self.vectors, self.products) if t is not None]
+        for part in parts(self.vectors.shape[1], sum(map(len, rows)) + m, device):
+            Q, Z, omega, *Y = (wide(t[:, part]) for t in rows)
+            w = of_vectors * omega
+            w.addmm_(of_basis, Q).addmm_(of_images, Z)
+            if Y:
+                w.addcmul_(scale, Y[0])
+            gram.addmm_(w, w.T)
+            if not symmetric:
+                u = scale * (omega - X @ Q)
+                products.addmm_(u, (w + ratio * u).T)
+        return small(gram), None if symmetric else small(products)
 
 
 def _widening(freedom: float) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvalg.solve.orthogonal import small
+from curvalg.tensors.long_vectors import dot
 from curvalg.tensors.memory import wide, widest
 
 
@@ -42,14 +43,10 @@ class Integrand:
         return total
 
 
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    return torch.dot(wide(x), wide(y))
-
-
-TRACE = Integrand(_inner)
+TRACE = Integrand(dot)
 """ωᵀAω, of mean tr A. On the sphere rather than with signs or Gaussians: multiples of the identity then have no error in any
 basis."""
-SQUARED_NORM = Integrand(lambda x, y: _inner(y, y))
+SQUARED_NORM = Integrand(lambda x, y: dot(y, y))
 """‖Aω‖², of mean tr AᵀA = ‖A‖²_F, without products with Aᵀ; operators may be rectangular."""
 DIAGONAL = Integrand(lambda x, y: wide(x) * wide(y), "signs", True)
 """ω ⊙ Aω, of mean diag A."""

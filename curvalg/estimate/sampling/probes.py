@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from curvalg.lowering.vectors import Space
-from curvalg.solve.orthogonal import grown, small
+from curvalg.solve.orthogonal import grown, smalls
+from curvalg.tensors.long_vectors import lengths, parts, vacant
 from curvalg.tensors.memory import wide, widest
-
-SLICE = 2**16
-"""Entries of each vector that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Probes:
         return [torch.zeros(0, self.space.size, dtype=self.space.dtype, device=self.space.device)]
 
     def _drawn(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.space.size, device="cpu")
+        rows = vacant(stop - start, self.space.size, torch.empty(0, device="cpu"))
         for i, row in enumerate(rows, start):  # in place: new memory costs more than the numbers
             # Neighbouring seeds of the generator would do, were it not for users who take neighbouring seeds themselves.
             key = hashlib.blake2b(f"{self.seed} {i}".encode(), digest_size=4).digest()
@@ -62,17 +60,22 @@ class Probes:
                 row.normal_(generator=generator)
         rows = rows.to(self.space.dtype)
         if self.kind == "sphere":
-            rows *= self.space.size**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(
-                rows
-            )
+            rows *= (self.space.size**0.5 / lengths(rows).to(rows))[:, None]
         return rows.to(self.space.device)
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Inner products of rows (p, n) and (q, n), summed in float64: (p, q) on the CPU."""
-    if left.dtype == torch.float64:
-        return small(left @ right.T)
-    total = torch.zeros(len(left), len(right), dtype=widest(left.device), device=left.device)
-    for at in range(0, left.shape[1], SLICE):
-        total += wide(left[:, at : at + SLICE]) @ wide(right[:, at : at + SLICE]).T
-    return small(total)
+    return inners((left, right))[0]
+
+
+def inners(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Inner products as of :func:`inner` for several pairs of rows, each of which is read once; by one wait for the device."""
+    rows = {id(t): t for pair in pairs for t in pair}
+    first = next(iter(rows.values()))
+    totals = [torch.zeros(len(p), len(q), dtype=widest(first.device), device=first.device) for p, q in pairs]
+    for part in parts(first.shape[1], sum(map(len, rows.values())), first.device):
+        taken = {key: wide(t[:, part]) for key, t in rows.items()}
+        for total, (p, q) in zip(totals, pairs, strict=True):
+            total.addmm_(taken[id(p)], taken[id(q)].T)
+    return smalls(*totals)

@@ -10,7 +10,7 @@ from curvalg.estimate.target import CHEAP, Target
 from curvalg.lowering.matrices import Eigh
 from curvalg.solve.ends import Which, wanted
 from curvalg.solve.orthogonal import small
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 
 SHARE = 8
 """Rows for each pair asked for, above which Lanczos is cheaper: it takes about so many products for a pair."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvalg.estimate.sampling.error_bar import Rest
 from curvalg.estimate.sampling.estimator import Tensors
-from curvalg.estimate.sampling.probes import inner
+from curvalg.estimate.sampling.probes import inners
 from curvalg.estimate.traces.range_basis import Range
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown
@@ -54,7 +54,7 @@ class HutchPlusPlus(Range):
         if len(R) < columns or len(R) == n:
             return trace, self.noise(R)
         g, images = self.probes.rows(0, 2 * columns)[1::2], sketch["products of samples"]
-        X, T, Y, H = inner(Q, g), inner(Z, g), inner(Q, images), inner(Q, Z)
+        X, T, Y, H = inners((Q, g), (Z, g), (Q, images), (Q, Z))
         outside = self.integrand.samples(g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
         scale = (n - columns) / (n - X.square().sum(0))
         outside = outside * scale

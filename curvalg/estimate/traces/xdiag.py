@@ -10,8 +10,9 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.estimate.sampling.error_bar import standard_error
 from curvalg.estimate.sampling.estimator import Tensors
-from curvalg.estimate.sampling.probes import SLICE, inner
+from curvalg.estimate.sampling.probes import inner
 from curvalg.estimate.traces.range_basis import Range, left_out
+from curvalg.tensors.long_vectors import parts
 from curvalg.tensors.memory import wide
 
 
@@ -51,8 +52,7 @@ class XDiag(Range):
         outside = (S * R).sum(0)[:, None].to(value)
         alike = (S.T @ S).square().to(value)
         error = torch.empty_like(value)
-        for at in range(0, n, SLICE):
-            part = slice(at, at + SLICE)
+        for part in parts(n, len(Q), Q.device):
             left, right = (S.T.to(value) @ wide(rows[:, part]) for rows in (Q, Z))
             samples = left * (outside * wide(omega[:, part]) - right)
             value[part] += samples.mean(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvalg.estimate.sampling.error_bar import Rest
 from curvalg.estimate.sampling.estimator import Tensors
-from curvalg.estimate.sampling.probes import inner
+from curvalg.estimate.sampling.probes import inners
 from curvalg.estimate.traces.range_basis import Range, left_out
 
 
@@ -29,13 +29,13 @@ class XTrace(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """The mean of all m leave-one-out estimates, in O(m³) from inner products."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        trace = self.integrand.total(Q, Z)
         if len(R) < columns or len(R) == n:
             # The range is spanned by fewer vectors than were tried, or is everything: nothing is left outside, and R, which
             # the formulas below invert, is singular in the first case.
-            return trace, self.noise(R)
+            return self.integrand.total(Q, Z), self.noise(R)
         omega = self.range_probes(columns)
-        W, T, H = inner(Q, omega), inner(Z, omega), inner(Q, Z)
+        W, T, H = inners((Q, omega), (Z, omega), (Q, Z))
+        trace = H.diagonal().sum()
         S = left_out(R)
         X = W - S * (S * W).sum(0)  # coefficients of the projection of ωᵢ onto Q₍ᵢ₎
         outside = ((W - X) * R).sum(0) - (T * X).sum(0) + (X * (H @ X)).sum(0)
@@ -44,7 +44,7 @@ class XTrace(Range):
         samples = trace - (S * (H @ S)).sum(0) + outside
         projected = R - H @ X
         projected = projected - S * (S * projected).sum(0)
-        rest = Rest(Q, Z, omega, R.T.to(Q) @ Q, X, projected, scale, outside, n - columns + 1)
+        rest = Rest(Q, Z, omega, None, X, projected - R, scale, outside, n - columns + 1)  # AΩ = QR
         changes = samples[:, None] - _without_another(trace, W, T, R, H, S, n)
         error = rest.error(self.target.symmetric, (changes * changes.T).fill_diagonal_(0).sum(1))
         return samples.mean(), torch.hypot(error, self.noise(R))

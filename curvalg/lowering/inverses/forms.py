@@ -54,7 +54,7 @@ from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.rewrite import simplify
 from curvalg.tensors.memory import wide, widest
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 
 DENSE_LIMIT = 4096
 """The most rows of a matrix that is built and factorised."""

@@ -12,7 +12,7 @@ from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.matrices import Blocks, Structure
 from curvalg.solve.powers import norms
 from curvalg.tensors.memory import wide
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 
 ROUNDING = 64
 """k of the bound ‖b − A x‖ ≤ k ε (‖A‖ ‖x‖ + ‖b‖): what a solve that is right to the last digits may leave, however A is

@@ -19,7 +19,7 @@ from curvalg.lowering.low_rank.factor import factor_of
 from curvalg.lowering.low_rank.factored_sum import factored_sum
 from curvalg.problem import Problem, Snapshot
 from curvalg.tensors.memory import wide, widest
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 
 CHUNK = 256
 """Columns of a product with unit vectors."""

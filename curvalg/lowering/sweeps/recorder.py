@@ -89,7 +89,7 @@ class Recorder:
 
             swear_symmetric(multiply, evaluation, self.sweep, lambda: self._size(sample.batch))
 
-        verdict(evaluation, ("symmetric", str(self.sweep)), check, recorded.graphs())
+        verdict(evaluation, ("symmetric", str(self.sweep)), check, recorded.operations)
 
     def _size(self, batch: Batch) -> float:
         """The size ‖z‖ (‖u‖ + ‖u̇(z)‖) of what terms make of a tangent as large as the output."""

@@ -152,6 +152,7 @@ class SinglePass(RecordedBatch):
         self.batch = evaluation.batch(z, form)
         u = Cotangent.apply(z, cotangent(self.batch), rate(self.batch))
         self.gradients = evaluation.differentiate(z, self.leaves, u)
+        self.operations = evaluation.second_operations
         # A single column goes in whole: autograd cuts it into pieces in a tenth of the time that Python needs.
         self.whole = self._joined() if keep and self.layout.uniform else None
 

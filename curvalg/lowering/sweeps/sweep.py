@@ -36,8 +36,12 @@ class Sweep:
         """A key that is equal for equal sums, in whatever order they were written."""
         return frozenset(self.entries)
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return " + ".join(sorted(f"{c:g}*{term}" for c, term in self.entries))
+
+    def __str__(self) -> str:
+        return self._text
 
     @property
     def curved(self) -> bool:

@@ -24,7 +24,7 @@ from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.large_outputs.deferred import Deferred
 from curvalg.problem.model.outputs import OutputForm, require_finite_output
-from curvalg.tensors.uniforms import uniforms
+from curvalg.tensors.random_numbers import uniforms
 
 Cotangent = Callable[[Batch], Tensor]
 """A function batch -> u."""

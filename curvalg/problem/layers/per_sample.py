@@ -21,7 +21,7 @@ from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import Model, ModuleModel, recording
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward
-from curvalg.tensors.uniforms import uniforms
+from curvalg.tensors.random_numbers import uniforms
 
 Gradients = dict[str, Tensor]
 Route = Callable[[Evaluation, Batch, Tensor], Gradients]

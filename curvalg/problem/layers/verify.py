@@ -17,7 +17,7 @@ from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.tensors.backward import backward
 from curvalg.tensors.memory import wide
-from curvalg.tensors.uniforms import uniforms
+from curvalg.tensors.random_numbers import uniforms
 
 COLUMNS = 1
 """Columns of a comparison; what could be wrong is which rows a gradient belongs to."""

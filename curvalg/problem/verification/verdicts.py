@@ -24,7 +24,7 @@ def verdict(
     evaluation: ModelCall,
     route: Hashable,
     check: Callable[[], str | None],
-    graphs: Iterable[Tensor | GradientEdge | None] = (),
+    graphs: Iterable[Tensor | GradientEdge | None] | frozenset[str] = (),
 ) -> str | None:
     """Why a route must not be used at this state for these parameters, or None.
 
@@ -35,16 +35,20 @@ def verdict(
         evaluation: of the batch at hand.
         route: its name.
         check: what is wrong with it on this batch, or None.
-        graphs: the graphs that show its operations.
+        graphs: the graphs that show its operations, or these where they are known; graphs may be made by the check.
     """
+
+    def shown() -> frozenset[str]:
+        return graphs if isinstance(graphs, frozenset) else operations(graphs)
+
     problem, sworn = evaluation.problem, evaluation.snapshot.sworn
     if not problem.verify:
         return None
     oath = (route, tuple(problem.layout.names))
     reason, known = sworn.get(oath, (None, None))
-    if known is None or (reason is None and not (found := operations(graphs)) <= known):
+    if known is None or (reason is None and not (found := shown()) <= known):
         reason = check()
-        sworn[oath] = reason, (operations(graphs) if known is None else known | found)
+        sworn[oath] = reason, (shown() if known is None else known | found)
     return reason
 
 

@@ -15,7 +15,7 @@ from curvalg.problem import Batch
 from curvalg.problem.large_outputs.find_head import HeadNotes
 from curvalg.tensors import trees
 from curvalg.tensors.columns import mapped
-from curvalg.tensors.normals import normals
+from curvalg.tensors.random_numbers import normals
 from curvalg.testing.outcome import Failure, NotApplicable, require_close
 from curvalg.testing.subject import COLUMNS, Case, on_problems
 from curvalg.testing.variants import batches, counted, variant

@@ -1,6 +1,7 @@
-"""Uniform numbers that depend only on (seed, draw, running number of the sample, element), by a counter-based hash.
+"""Random numbers that mean the same on every device, and advance no generator of the user's.
 
-Batch splits, repeated products and devices therefore agree on every Monte-Carlo draw, and nothing touches a generator.
+Uniform ones depend only on (seed, draw, running number of the sample, element), by a counter-based hash: batch splits, repeated
+products and devices agree on every Monte-Carlo draw. Normal ones are drawn on the CPU in double precision.
 """
 
 from __future__ import annotations
@@ -61,3 +62,9 @@ def uniforms(
     kept = 52 if dtype == torch.float64 else 23
     numbers = (_shift(bits, 64 - kept).to(dtype) + 0.5) * 2.0**-kept
     return numbers.reshape(draws, *shape)
+
+
+def normals(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
+    """Independent standard normal numbers from a seed, float64 on the CPU."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
