@@ -119,7 +119,8 @@ class Snapshot:
         Args:
             unread: takes flags of what lies on a device, set where it changed, so that nothing waits for them here.
         """
-        if any(owner.get(key) is None for owner, key, _ in self._watched):
+        # The dicts of scripted modules have no get().
+        if any(key not in owner or owner[key] is None for owner, key, _ in self._watched):
             return False
         live = ((owner[key], bits) for owner, key, bits in self._watched)
         return self._together.intact(live, unread) and self.structure.intact(unread)
