@@ -28,7 +28,7 @@ from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.inverse_plan import InversePlan
 from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
-from curvalg.lowering.replayed import Repeatable, replayed
+from curvalg.lowering.replayed import Repeatable, Replayed, replayed
 from curvalg.lowering.vectors import Measure, Space, Vector, largest, measured, parse, require_finite
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
@@ -233,7 +233,9 @@ class CurvatureOperator(TorchOperator):
         return next((last for node in self._inverses() if (last := node.last) is not None), None)
 
     def _inverses(self) -> Iterator[InversePlan]:
-        """All solves inside the plan, outer ones first."""
+        """All solves inside the plan, outer ones first, with what they know of the last product."""
+        if isinstance(self._repeated, Replayed):
+            self._repeated.catch_up()
         todo: list[Plan] = [self._plan]
         while todo:
             node = todo.pop(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -74,7 +73,6 @@ class CapturedProduct:
         return f"{columns}: no CUDA graph, {self.declined}" if self.declined else None
 
 
-@dataclass(frozen=True, eq=False)
 class Replayed:
     """A plan whose products are captured as CUDA graphs where that is possible, gives the same numbers, and is faster.
 
@@ -86,8 +84,10 @@ class Replayed:
         plan: of the products.
     """
 
-    problem: Problem
-    plan: Repeatable
+    def __init__(self, problem: Problem, plan: Repeatable) -> None:
+        self.problem, self.plan = problem, plan
+        self._unseen: tuple[Snapshot, Tensor] | None = None
+        """The operand of the last product, where the plan has not seen it."""
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         """The product with x (n, K), shape (m, K)."""
@@ -98,12 +98,21 @@ class Replayed:
             if product.graph is not None:
                 if product.reads is not None and product.reads.same(self.plan.reads(snapshot, x.shape[1])):
                     self._touch(product)
+                    self._unseen = snapshot, x
                     return product.graph(x)
                 product.drop()
+            self._unseen = None
             result = self.plan.apply(snapshot, x)
             if product.declined is None:
                 self._consider(product, snapshot, x, result)
             return result
+
+    def catch_up(self) -> None:
+        """Take the last product by the plan, if it was replayed, so that the plan can report on it."""
+        if self._unseen is not None:
+            (snapshot, x), self._unseen = self._unseen, None
+            with self.problem.differentiating():
+                self.plan.apply(snapshot, x)
 
     def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
         """What products read, as those of the plan do."""
@@ -142,6 +151,7 @@ class Replayed:
             return
         if product.seen(reads):
             product.declined = self._capture(product, reads, snapshot, x, result)
+            self._unseen = snapshot, x  # the plan has multiplied others meanwhile
             if product.declined is not None:
                 product.drop()
 

@@ -88,6 +88,17 @@ def test_results_and_operands_have_memory_of_their_own():
     assert torch.equal(v, before)
 
 
+def test_the_last_solve_is_of_the_last_product():
+    p = problem()
+    op, eager = (EXPRESSIONS["inverse of kfac"].lower(q) for q in (p, problem(graphs=False)))
+    for width in [(), (), (), (3,), (3,), (3,), (), (3,), ()]:
+        v = draw(p, *width)
+        assert close(op @ v, eager @ v)
+        for found, expected in ((op.last_solve.x, eager.last_solve.x), (op.last_solve.x.reshape(v.shape), eager @ v)):
+            assert close(found, expected)
+    assert len(captured(op)) == 2
+
+
 def test_without_graphs_nothing_is_captured():
     p = problem(graphs=False)
     op = build("hessian").lower(p)
