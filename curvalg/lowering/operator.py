@@ -29,7 +29,16 @@ from curvalg.lowering.plans.inverse_plan import InversePlan
 from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
 from curvalg.lowering.replayed import Repeatable, Replayed, replayed
-from curvalg.lowering.vectors import Measure, Space, Vector, largest, measured, parse, require_finite
+from curvalg.lowering.vectors import (
+    Measure,
+    Space,
+    Vector,
+    largest,
+    measured,
+    parse,
+    require_finite,
+    require_finite_operand,
+)
 from curvalg.problem import Problem, Snapshot
 from curvalg.rewrite import Step, simplify
 from curvalg.runs.checkpoint import Checkpoint
@@ -211,8 +220,10 @@ class CurvatureOperator(TorchOperator):
             for inverse_ in self._inverses():
                 inverse_.blame()
             raise
-        except Exception:
-            if unread:  # the model may have changed, and that is the reason
+        except Exception:  # for which there may be a reason that has not been looked at yet
+            if columns.device.type != "cpu":
+                require_finite_operand(columns)
+            if unread:
                 self.problem.check(self.snapshot)
             raise
         if moved:

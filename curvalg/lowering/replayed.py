@@ -149,7 +149,7 @@ class Replayed:
         if isinstance(reads, str):
             product.count = 0
             return
-        if product.seen(reads):
+        if product.seen(reads) and bool(torch.isfinite(result).all()):  # others could not be compared
             product.declined = self._capture(product, reads, snapshot, x, result)
             self._unseen = snapshot, x  # the plan has multiplied others meanwhile
             if product.declined is not None:

@@ -80,7 +80,8 @@ def _require(ok: bool, domain: Space, came: str) -> None:
         raise VectorError(f"expected shape ({domain.size},) or ({domain.size}, K), got {came}")
 
 
-def _finite(columns: Tensor) -> Tensor:
+def require_finite_operand(columns: Tensor) -> Tensor:
+    """Raise VectorError for an operand with NaN or infinite entries."""
     if not math.isfinite(columns.sum().item()) and not bool(torch.isfinite(columns).all()):
         raise VectorError("the operand has NaN or infinite entries; a product with it would have no meaning")
     return columns
@@ -100,7 +101,7 @@ def _from_tensor(x: Tensor, domain: Space, unread: bool) -> Operand:
     columns = x.detach().to(domain.dtype).reshape(domain.size, -1)
     columns = _plain(columns)
     if not unread or columns.device.type == "cpu":
-        _finite(columns)
+        require_finite_operand(columns)
     return Operand(columns, lambda y: (y[:, 0] if x.ndim == 1 else y).to(dtype))
 
 
@@ -117,7 +118,7 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
     dtype = np.result_type(own, x.dtype)
     parts = [x.real, x.imag] if x.dtype.kind == "c" else [x]
     flat = np.concatenate([part.reshape(domain.size, -1) for part in parts], 1).astype(own)
-    columns = _finite(torch.from_numpy(flat)).to(domain.device)
+    columns = require_finite_operand(torch.from_numpy(flat)).to(domain.device)
 
     def restore(y: Tensor) -> np.ndarray:
         result = y.cpu().numpy()
@@ -192,7 +193,7 @@ def measured(
         number, given, *flags = torch.stack(numbers).tolist()
         flagged = any(flags)
         if not math.isfinite(given):
-            _finite(operand)
+            require_finite_operand(operand)
     if not math.isfinite(number):
         require_finite(result, what)
     return number, flagged

@@ -272,10 +272,11 @@ class Setting:
     def release(self) -> None:
         """Drop everything that is kept between products."""
         with self._lock:
-            for snapshot in self._cached:
+            # Emptied first: a restriction shares the snapshot, and with it the list that it is in.
+            cached, self._cached = self._cached, WeakKeyDictionary()
+            for snapshot in cached:
                 for restricted in snapshot.restrictions.values():
                     restricted.release()
-            self._cached.clear()
 
     # -- passes over the data -------------------------------------------------------------------------------------------
 

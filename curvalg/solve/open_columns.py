@@ -104,7 +104,7 @@ class OpenColumns:
         self.best = torch.zeros_like(b)
         self.residual = self.b.norm(dim=0)
         if x0 is not None and bool(x0.any()):
-            start = scaled(x0, -self.unit)
+            start = scaled(torch.where((b != 0).any(0), x0, 0.0), -self.unit)  # zero is the solution for zero
             product = self.matmul(start)
             exponent = torch.full_like(self.unit, self.matmul.exponent or 0)
             self.best = scaled(start, exponent)
@@ -211,9 +211,10 @@ class OpenColumns:
         true = self.b[:, self.active[claims]] - self.matmul(x[:, claims])
         norms = true.norm(dim=0)
         columns = self.active[claims]
-        better = norms < self.residual[columns]
-        self._remember(columns[better], x[:, claims][:, better], norms[better])
         good = self.meets(x[:, claims], norms, columns)
+        # What is known of another iterate may be an estimate that was too small: a confirmed one is kept in any case.
+        better = good | (norms < self.residual[columns])
+        self._remember(columns[better], x[:, claims][:, better], norms[better])
         self.refuted[columns] += (~good).long()
         converged, stagnated = torch.zeros_like(claims), torch.zeros_like(claims)
         converged[claims] = good
@@ -250,7 +251,7 @@ class OpenColumns:
         every = torch.arange(len(norms), device=norms.device)
         converged = finite & self.meets(self.best, norms, every, 1.0 + claimed)
         reasons = tuple(
-            CONVERGED if ok else reason if sound and reason != CONVERGED else OVERFLOW
+            CONVERGED if ok else OVERFLOW if not sound else STAGNATED if reason == CONVERGED else reason
             for ok, sound, reason in zip(converged.tolist(), finite.tolist(), reasons, strict=True)
         )
         residual, history = scaled(norms, self.unit), scaled(torch.stack(self._history), self.unit)

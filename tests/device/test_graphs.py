@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import Identity, Problem, StaleError, Term, inverse, registry
+from curvalg import Identity, Problem, StaleError, Term, VectorError, inverse, registry, restrict
 from curvalg.errors import ProblemError
 from tests.support.inside import first_wins, last_wins
 
@@ -206,3 +206,38 @@ def test_a_graph_that_gives_other_numbers_is_not_used(inside):
         v = draw(p)
         assert close(op @ v, eager @ v)
     assert "no CUDA graph, whose products differ from eager ones" in op.explain()
+
+
+def test_an_operand_that_is_not_finite_spoils_no_graph():
+    p = problem()
+    op = build("hessian").lower(p)
+    for i in range(8):
+        v = draw(p)
+        if i == 2:
+            v[0] = torch.nan
+            with pytest.raises(VectorError, match="the operand has NaN"):
+                op @ v
+        else:
+            op @ v
+    assert captured(op)
+
+
+@pytest.mark.parametrize("solver", ["minres", "cg", "dense"])
+def test_an_operand_that_is_not_finite_is_blamed_for_itself(solver):
+    p = problem(graphs=False)
+    op = inverse(build("ggn") + 0.1 * Identity, solver=solver, rtol=1e-9).lower(p)
+    v = draw(p)
+    op @ v
+    v[0] = torch.nan
+    with pytest.raises(VectorError, match="the operand has NaN"):
+        op @ v
+
+
+@pytest.mark.parametrize("params", ["*", "0.*"])
+def test_a_problem_with_restrictions_closes(params):
+    p = problem()
+    op = restrict(build("ggn"), params).lower(p)
+    v = torch.ones(op.shape[1], dtype=torch.float64, device="cuda")
+    first = op @ v
+    p.close()
+    assert close(op @ v, first)

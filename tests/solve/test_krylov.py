@@ -155,3 +155,26 @@ def test_preconditioners_that_cannot_be_right_are_named():
         result = cg(lambda x: DEFINITE @ x, rhs(60), rtol=1e-9, maxiter=100, preconditioner=bad)
         assert not result.ok
         assert all("preconditioner" in reason for reason in result.reason)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_confirmed_iterate_is_the_one_that_is_given(seed):
+    """Far from the start the recurrence may think too well of an iterate; what was confirmed counts, whatever it thought."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.logspace(0, 3, 30, dtype=torch.float64)[:, None]
+    b = torch.randn(30, 1, generator=generator, dtype=torch.float64)
+    x0 = 1e5 * torch.randn(30, 1, generator=generator, dtype=torch.float64)
+    result = cg(lambda x: d * x, b, x0=x0, rtol=1e-10, maxiter=600)
+    assert result.ok, result.reason
+    assert (b - d * result.x).norm() <= 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_zero_is_solved_by_zero_wherever_one_starts(method):
+    d = torch.logspace(0, 2, 12, dtype=torch.float64)[:, None]
+    b = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    b[:, 0] = 0
+    result = method(lambda x: d * x, b, x0=torch.ones_like(b), rtol=1e-8, maxiter=100)
+    assert result.ok
+    assert not result.x[:, 0].any()
+    assert (d * result.x - b).norm() <= 1e-7 * b.norm()

@@ -263,7 +263,7 @@ def _run(func, args, kwargs):
 
 def _check(func, name, leaves, first, args):  # raise where a GPU would
     others = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, DeviceTensor)]
-    scalars = torch.Tag.pointwise in func.tags or name.startswith("_foreach")
+    scalars = torch.Tag.pointwise in func.tags or name.startswith(("_foreach", "fill"))
     changed = func._schema.is_mutable and any(args[0] is x for x in others)
     indices = name in _INDEXING and isinstance(args[0], DeviceTensor)  # may lie on the host
     if name not in _COPIES and not indices and (changed or any(x.ndim or not scalars for x in others)):

@@ -67,7 +67,7 @@ class InversePlan(Plan):
             if not self.checked:
                 return self.solver.approximate(state, x)
             if self.solver.trusts(state):
-                self._last = snapshot, x, None
+                self._last = snapshot, x.clone(), None  # the caller may write into its operand
                 return self.solver.apply(state, x)
         return self.solve(snapshot, x, None, report=False).x
 

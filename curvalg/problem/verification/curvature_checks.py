@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ STEPS = (1e-6, 1e-8, 1e-10)
 A difference across a kink is wrong by itself, however small the step: of a million activations by ReLU one changes its side
 in nearly every step of 1e-6, and in hardly any of 1e-10. Rounding grows meanwhile, but stays far below errors of formulas.
 """
+KINK = 100.0
+"""How much larger the difference by the smallest step is than that by the largest where the state itself lies on a kink: a
+gradient that jumps is divided by ever smaller steps. No difference says anything there."""
+ASIDE = 1e-2
+"""How far from such a state, in units of the parameters' own size, derivatives are compared instead."""
 ALLOWED = 1e-4
 """Relative error of a central difference in float64."""
 
@@ -75,10 +81,10 @@ def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
     if error is not None and error > ALLOWED and not problem.model.composite:
         problem.model.composite = True
         error = _curvature_error(few)
+        problem.model.composite = error is None or error <= ALLOWED
     if error is None:
         structure.notes["second derivatives"] = "no central difference: the model does not run in float64"
     elif error > ALLOWED:
-        problem.model.composite = False
         raise ProblemError(
             "the second derivatives of the model are wrong: the derivative of its gradient by double backward differs from a "
             f"central difference by {error:.1e}. Torch's formula for an operation is wrong, or a hook, a custom autograd "
@@ -93,7 +99,7 @@ def _curvature_error(evaluation: ModelCall) -> float | None:
     """The relative difference, the smallest over some directions; None where the model does not run in float64."""
     if widest(evaluation.problem.device) != torch.float64:
         return None
-    smallest = math.inf
+    smallest, sizes = math.inf, dict[float, float]()
     # What is detached is a constant, unlike what a Function computes: where both move, both are tried.
     for (seed, step), hold in itertools.product(enumerate(STEPS), (False, True)):
         try:
@@ -104,10 +110,36 @@ def _curvature_error(evaluation: ModelCall) -> float | None:
             return None
         if found is None:
             return None
-        smallest = min(smallest, found)
+        smallest = min(smallest, found.error)
+        sizes[step] = min(sizes.get(step, math.inf), found.size)
         if smallest <= ALLOWED:
-            break
+            return smallest
+    if sizes[STEPS[-1]] > KINK * sizes[STEPS[0]]:
+        beside = min(
+            found.error
+            for seed in range(len(STEPS))
+            if (found := _difference(evaluation, seed, STEPS[-1], hold=False, aside=ASIDE)) is not None
+        )
+        if beside <= ALLOWED:
+            evaluation.snapshot.structure.notes["second derivatives"] = (
+                "the state lies on a kink (activations that are exactly zero before a ReLU), where torch chooses a side; they "
+                "agree with a central difference beside it"
+            )
+            return beside
     return smallest
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A central difference against double backward.
+
+    Args:
+        error: relative.
+        size: norm of the difference.
+    """
+
+    error: float
+    size: float
 
 
 class Constants(TorchFunctionMode):
@@ -145,9 +177,23 @@ class Constants(TorchFunctionMode):
         return result
 
 
-def _difference(evaluation: ModelCall, seed: int, step: float, *, hold: bool) -> float | None:
-    """The relative difference along one direction, for one step; None where the model computes in less than float64."""
+def _difference(evaluation: ModelCall, seed: int, step: float, *, hold: bool, aside: float = 0.0) -> Difference | None:
+    """The difference along one direction, for one step; None where the model computes in less than float64.
+
+    Args:
+        evaluation: the batch.
+        seed: of the direction.
+        step: in units of the parameters' own size.
+        hold: whether what is detached stays as it is.
+        aside: how far from the state, along another direction.
+    """
     call, values = evaluation.in_double(), evaluation.values()
+    if aside:
+        others = random_directions(evaluation, seed + len(STEPS), torch.float64)
+        values = [
+            value.to(torch.float64, copy=True).add_(v, alpha=aside * (size_of([value]) or 1.0))
+            for value, v in zip(values, others, strict=True)
+        ]
     w = random_directions(evaluation, seed, torch.float64)
     for v, value in zip(w, values, strict=True):
         v.mul_(size_of([value]) or 1.0)
@@ -171,8 +217,10 @@ def _difference(evaluation: ModelCall, seed: int, step: float, *, hold: bool) ->
         with cut.given() if hold else nullcontext():
             sides.append(_existing(backward([call(moved)], moved, [u]), moved))
     difference = [(plus - minus).div_(2 * step) for plus, minus in zip(*sides, strict=True)]
-    scale = norm_of(exact) + norm_of(difference) + noise
-    return norm_of([d.sub_(e) for d, e in zip(difference, exact, strict=True)]) / scale if scale else 0.0
+    size = norm_of(difference)
+    scale = norm_of(exact) + size + noise
+    error = norm_of([d.sub_(e) for d, e in zip(difference, exact, strict=True)])
+    return Difference(error / scale if scale else 0.0, size)
 
 
 def _existing(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:

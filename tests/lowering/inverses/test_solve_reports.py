@@ -44,3 +44,13 @@ def test_an_ordinary_matrix_is_not(problem):
             inverse(shifted(problem, by=1.0), solver="dense").lower(problem).solve(torch.ones(problem.size).double())
         )
     assert result.ok and set(result.reason) == {"converged"}
+
+
+@pytest.mark.parametrize("name", ["ggn", "kfac"])
+def test_the_report_of_a_product_is_of_the_operand_as_it_was(name, problem_of):
+    problem = problem_of("mlp")
+    op = inverse(registry.build(name) + 0.1 * Identity).lower(problem)
+    b = torch.randn(problem.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = op @ b
+    b.zero_()
+    assert torch.allclose(op.last_solve.x.reshape(-1), expected)

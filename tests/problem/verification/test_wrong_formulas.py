@@ -327,3 +327,72 @@ def test_linearising_a_product_of_constants_does_not_end_the_process():
     for _ in range(40):
         assert (op @ v - first).norm() <= 1e-12 * first.norm()
     assert "linearised program" in op.explain()
+
+
+def _zero_rows():
+    layer, X = nn.Linear(6, 8), torch.randn(20, 6)
+    nn.init.zeros_(layer.bias)
+    X[:5] = 0
+    return nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 3)), X
+
+
+def _black_images():
+    layer, X = nn.Conv2d(1, 4, 3), torch.zeros(20, 1, 10, 10)
+    nn.init.zeros_(layer.bias)
+    X[:, :, 4:7, 4:7] = torch.randn(20, 1, 3, 3)
+    return nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)), X
+
+
+def _silent_channels():
+    norm = nn.BatchNorm1d(8).eval()
+    nn.init.zeros_(norm.weight)
+    return nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(), nn.Linear(8, 3)), torch.randn(20, 6)
+
+
+@pytest.mark.parametrize("make", [_zero_rows, _black_images, _silent_channels])
+def test_a_state_on_a_kink_is_not_taken_for_wrong(make):
+    """Activations that are exactly zero before a ReLU: the gradient jumps there, whatever the step of a difference."""
+    torch.manual_seed(0)
+    model, X = make()
+    model, X, y = model.double(), X.double(), torch.randint(0, 3, (20,))
+    problem = Problem(model, nn.CrossEntropyLoss(), (X, y))
+    v, params = torch.randn(problem.size).double(), [*model.parameters()]
+    op = registry.build("hessian").lower(problem)
+    gradient = torch.autograd.grad(F.cross_entropy(model(X), y), params, create_graph=True)
+    parts = [v[place].reshape(p.shape) for place, p in zip(problem.layout.slices.values(), params)]
+    expected = torch.cat([h.reshape(-1) for h in torch.autograd.grad(gradient, params, parts)])
+    assert (op @ v - expected).norm() <= 1e-12 * expected.norm()
+    assert "the state lies on a kink" in op.explain()
+
+
+class DetachedBackward(torch.autograd.Function):
+    """x³ with a gradient that has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * 3 * x.detach() ** 2
+
+
+def test_a_kink_hides_no_wrong_formula():
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
+            nn.init.zeros_(self.first.bias)
+
+        def forward(self, x):
+            return self.last(torch.relu(DetachedBackward.apply(self.first(x))))
+
+    X = torch.randn(12, 3).double()
+    X[:4] = 0
+    problem = Problem(Both(), MSE, (X, torch.randn(12, 1).double()))
+    with pytest.raises(ProblemError, match="second derivatives of the model are wrong"):
+        registry.build("hessian").lower(problem) @ torch.randn(problem.size).double()
