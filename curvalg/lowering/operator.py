@@ -12,7 +12,6 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import ConvergenceError, ExpressionError, NotFiniteError, OptionError, VectorError
-from curvalg.expr import Inverse, inverse
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr, require_hashable, too_deep
 from curvalg.lowering.blocks.complete_blocks import resolve
@@ -21,6 +20,7 @@ from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.explain import explain
 from curvalg.lowering.inverses.forms import find
 from curvalg.lowering.inverses.offer import BoundMatrix, Form
+from curvalg.lowering.inverses.preconditioners import has_inverse, preconditioned
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.matrices import DenseMatrix
 from curvalg.lowering.plans.algebra_plan import SumPlan
@@ -79,7 +79,7 @@ class CurvatureOperator(TorchOperator):
     """
 
     def __init__(self, expr: Expr, problem: Problem, preconditioner: Preconditioner = None) -> None:
-        if preconditioner is not None and not _has_inverse(expr):
+        if preconditioner is not None and not has_inverse(expr):
             raise ExpressionError(f"a preconditioner is for inverses, but {expr} has none; leave it out")
         if not (
             preconditioner is None or isinstance(preconditioner, (Expr, LinearOperator)) or callable(preconditioner)
@@ -101,7 +101,7 @@ class CurvatureOperator(TorchOperator):
         self._steps: list[Step] = []
         self._multiplied = False
         given = self.preconditioner
-        expr = _preconditioned(self.expr, given) if isinstance(given, Expr) else self.expr
+        expr = preconditioned(self.expr, given) if isinstance(given, Expr) else self.expr
         self._given = None if isinstance(given, Expr) else given
         self._simplified = self._simplify(expr)
         self._resolved = self._resolve(self._simplified)
@@ -221,10 +221,8 @@ class CurvatureOperator(TorchOperator):
                 inverse_.blame()
             raise
         except Exception:  # for which there may be a reason that has not been looked at yet
-            if columns.device.type != "cpu":
-                require_finite_operand(columns)
-            if unread:
-                self.problem.check(self.snapshot)
+            require_finite_operand(columns)
+            self.problem.check(self.snapshot)
             raise
         if moved:
             self.problem.check(self.snapshot)
@@ -433,26 +431,15 @@ class CurvatureOperator(TorchOperator):
 
 def _joint_preconditioner(expr: Expr, operators: list[CurvatureOperator]) -> Preconditioner:
     """The preconditioner of an expression put together from operators."""
-    if not _has_inverse(expr):
+    if not has_inverse(expr):
         return None
-    given = [op.preconditioner for op in operators if _has_inverse(op.expr)]
+    given = [op.preconditioner for op in operators if has_inverse(op.expr)]
     if any(p is not given[0] for p in given):
         raise ExpressionError(
             "the operators have inverses with different preconditioners; name them in the expressions, "
             "inverse(..., preconditioner=...), and combine those"
         )
     return given[0] if given else None
-
-
-def _has_inverse(expr: Expr) -> bool:
-    return any(isinstance(node, Inverse) for node in expr.walk())
-
-
-def _preconditioned(expr: Expr, by: Expr) -> Expr:
-    """The expression with a preconditioner for every inverse that names none."""
-    if isinstance(expr, Inverse):
-        return inverse(_preconditioned(expr.expr, by), **{**expr.options, "preconditioner": expr.preconditioner or by})
-    return expr.rebuild(tuple(_preconditioned(child, by) for child in expr.children)) if expr.children else expr
 
 
 def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None) -> CurvatureOperator:

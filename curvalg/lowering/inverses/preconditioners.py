@@ -10,6 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import StaleError, VectorError
+from curvalg.expr import Expr, Inverse, inverse
 from curvalg.lowering.inverses.solver import Preconditioning
 from curvalg.problem import Snapshot
 from curvalg.tensors.trees import describe
@@ -48,3 +49,15 @@ def _vector(result: Any, like: Tensor) -> Tensor:
             f"the preconditioner must map a tensor {tuple(like.shape)} to its like, got {describe(result)}"
         )
     return result
+
+
+def has_inverse(expr: Expr) -> bool:
+    """Whether there is an inverse in an expression, which a preconditioner may be for."""
+    return any(isinstance(node, Inverse) for node in expr.walk())
+
+
+def preconditioned(expr: Expr, by: Expr) -> Expr:
+    """The expression with a preconditioner for every inverse that names none."""
+    if isinstance(expr, Inverse):
+        return inverse(preconditioned(expr.expr, by), **{**expr.options, "preconditioner": expr.preconditioner or by})
+    return expr.rebuild(tuple(preconditioned(child, by) for child in expr.children)) if expr.children else expr
