@@ -74,8 +74,7 @@ def test_replayed_products_are_the_eager_ones(name):
     for width in [(), (3,), (), (5,)] * (1 if iterative else 5):
         v = draw(p, *width)
         assert close(op @ v, eager @ v)
-    if not iterative:
-        assert len(captured(op)) == 3
+    assert len(captured(op)) >= (1 if iterative else 3)
 
 
 def test_results_and_operands_have_memory_of_their_own():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvalg.errors import ProblemError, VectorError
+from curvalg.errors import ProblemError
 from curvalg.estimate.functions.krylov_function import KrylovFunction
 from curvalg.estimate.functions.scalar_functions import Scalar, scalar
 from curvalg.estimate.proofs import require_symmetric
@@ -103,10 +103,7 @@ def matrix_function(
     tol = max(default, given.half) if tol is None else float(tol)
     file = given.checkpoint(checkpoint)
     before = require_symmetric(given, seed)
-    operand = parse(vector, given.space, given.space)
-    rows = operand.columns.T.contiguous()
-    if not bool(torch.isfinite(rows).all()):
-        raise VectorError("expected a vector with finite entries, but it has NaN or infinite ones")
+    rows = (operand := parse(vector, given.space, given.space)).columns.T.contiguous()
     kept = (rows != 0).any(1)
     result = torch.zeros_like(rows)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from curvalg.lowering.inverses.solver import InverseRequest, Solver
-from curvalg.lowering.replayed import replayed
+from curvalg.lowering.replayed import Repeatable, replayed
 from curvalg.problem import Snapshot
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
@@ -19,10 +19,12 @@ class Operators:
     """The products that a Krylov method takes at one state.
 
     Args:
+        matrix: A, whose products may be replayed.
         multiply: X -> A X.
         precondition: R -> P⁻¹ R, or None.
     """
 
+    matrix: Repeatable
     multiply: Callable[[Tensor], Tensor]
     precondition: Callable[[Tensor], Tensor] | None
 
@@ -46,9 +48,13 @@ class Iterative(Solver[Operators]):
         matrix, preconditioner = self.request.matrix, self.request.preconditioner
         plan = replayed(matrix.problem, matrix.plan)
         return Operators(
+            plan,
             lambda x: plan.apply(snapshot, x),
             None if preconditioner is None else lambda r: preconditioner(snapshot, r),
         )
+
+    def multiplies(self, state: Operators) -> Repeatable:
+        return state.matrix
 
     def solve(
         self, state: Operators, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True

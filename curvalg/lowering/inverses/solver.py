@@ -13,6 +13,7 @@ from curvalg.expr import Facts, Inverse
 from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.inverses.rounding import default_rtol, noise
 from curvalg.lowering.inverses.verified import Oath
+from curvalg.lowering.replayed import Repeatable
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.reads import Reads
 from curvalg.solve import SolveResult
@@ -113,6 +114,10 @@ class Solver(ABC, Generic[State]):
     def reads(self, state: State) -> Reads | str:
         """What :meth:`apply` reads from kept memory, or why its kernels are not the same each time."""
         return "since solves are not of a fixed form"
+
+    def multiplies(self, state: State) -> Repeatable | None:
+        """The matrix as the solver multiplies with it, where it takes products of its own."""
+        return None
 
     def approximate(self, state: State, b: Tensor) -> Tensor:
         """Apply A⁻¹ as a preconditioner takes it: one fixed linear map, not checked."""

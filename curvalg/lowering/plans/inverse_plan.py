@@ -116,8 +116,9 @@ class InversePlan(Plan):
         return result
 
     def lines(self, snapshot: Snapshot) -> list[str]:
-        oaths = self.solver.oaths(self._states[snapshot]) if snapshot in self._states else []
-        lines = [*self.chain, *report(oaths), *self.matrix.lines(snapshot)]
+        state = self._states.get(snapshot)
+        oaths, matrix = ([], None) if state is None else (self.solver.oaths(state), self.solver.multiplies(state))
+        lines = [*self.chain, *report(oaths), *(matrix or self.matrix).lines(snapshot)]
         return [f"inverse by {self.solver.name}", *indent(lines)]
 
 
