@@ -220,9 +220,10 @@ class CurvatureOperator(TorchOperator):
             for inverse_ in self._inverses():
                 inverse_.blame()
             raise
-        except Exception:  # for which there may be a reason that has not been looked at yet
-            require_finite_operand(columns)
-            self.problem.check(self.snapshot)
+        except Exception as error:  # for which there may be a reason that has not been looked at yet
+            if not isinstance(error, ExpressionError):  # what a blamed term wrote is not a change of the user's
+                require_finite_operand(columns)
+                self.problem.check(self.snapshot)
             raise
         if moved:
             self.problem.check(self.snapshot)
@@ -286,9 +287,8 @@ class CurvatureOperator(TorchOperator):
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
-            raise VectorError(
-                f"x0 must have the shape of b, got {tuple(start.shape)} for {tuple(operand.columns.shape)}"
-            )
+            shape, wanted = tuple(start.shape), tuple(operand.columns.shape)
+            raise VectorError(f"x0 must have the shape of b, got {shape} for {wanted}")
         with self.problem.differentiating():
             self._bind()
             scale, node = self._inverse_plan()
