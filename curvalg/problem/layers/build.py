@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,35 +13,51 @@ from curvalg.problem.layers.kinds.affine import AffineLayer
 from curvalg.problem.layers.kinds.embedding import Embedding
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import ElementwiseLayer, Shift
+from curvalg.problem.layers.origin import Origin
 from curvalg.problem.layers.uses import Declined, DenseUse, Use, joined
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 
 
-def role_of(name: str, use: Use) -> str:
-    """The role of a parameter in a use: "weight" or "bias"."""
-    return next(role for role, own in use.roles.items() if own == name)
+@dataclass(frozen=True)
+class Portion:
+    """What came from a parameter in one way and is used in one way, in all its uses.
+
+    Args:
+        origin: how it came from the parameter.
+        form: a key that is equal for uses that can be put together as positions of one layer.
+    """
+
+    origin: Origin
+    form: Any
 
 
-def common_form(name: str, uses: Sequence[Use]) -> None:
-    """Raise Declined if the uses of a parameter cannot be put together as positions of one layer."""
-    # A bias is a shift, whatever it is added to.
-    kinds = {(use.kind, use.form) if role_of(name, use) == "weight" else ("shift", None) for use in uses}
-    if len(kinds) > 1:
-        raise Declined(f"it is used in several ways ({', '.join(sorted({kind for kind, _ in kinds}))})")
+def portions(name: str, uses: Sequence[Use]) -> dict[Portion, list[int]]:
+    """The portions of a parameter, with the numbers of their uses."""
+    found: dict[Portion, list[int]] = {}
+    for i, use in enumerate(uses):
+        for role, origin in use.roles.items():
+            if origin.name == name:
+                # A bias is a shift, whatever it is added to.
+                found.setdefault(Portion(origin, (use.kind, use.form) if role == "weight" else ("shift",)), []).append(
+                    i
+                )
+    return found
 
 
 def build(
     place: ParameterGroup,
+    members: Mapping[str, Portion],
     uses: Sequence[Use],
     gradients: Sequence[Tensor],
     rows: int,
     dtype: torch.dtype,
     inputs: Callable[[], GuardedInput | LinearMap],
 ) -> LayerRecord:
-    """The record of parameters that have all their uses in common.
+    """The record of portions that have all their uses in common.
 
     Args:
-        place: of the parameters.
+        place: of the portions.
+        members: the portions, by the names that they have in the place.
         uses: of each of them.
         gradients: with respect to the outputs of the uses, (K, *output.shape).
         rows: n.
@@ -51,9 +67,10 @@ def build(
     Raises:
         Declined: a tensor does not have the rows of the batch on its first axis.
     """
-    roles = {role_of(name, uses[0]): name for name in place.params}
+    of_origin = {origin: role for role, origin in uses[0].roles.items()}
+    roles = {of_origin[portion.origin]: name for name, portion in members.items()}
     weight, bias = roles.get("weight"), roles.get("bias")
-    if len(roles) < len(place.params):
+    if len(roles) < len(members):
         raise Declined("several parameters play the same part in a layer")
 
     def deltas(of: Callable[[Use, Tensor], Tensor]) -> Tensor:

@@ -3,64 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from curvalg.problem.layers.registrations import TABLE
-from curvalg.problem.layers.uses import Call, Declined, Use
+from curvalg.problem.layers.origin import Origin
+from curvalg.problem.layers.rules import SUMS, TABLE, UNFUSED, followed
+from curvalg.problem.layers.uses import Call, Declined, ElementUse, EmbeddingUse, SpreadTableUse, Use
+
+T = TypeVar("T")
+
+NEAR = 1e-3
+"""Largest difference between a function and what it is taken apart into, beside its largest number: a wrong one is wrong by
+far more."""
 
 
 class Capture(TorchFunctionMode):
     """Watches the leaves that stand for the parameters: functions of the table become uses, all others are noted.
 
-    Results of the model are what they are without it.
+    Tensors that only pick and arrange entries of a leaf are watched like it. Functions that hold several layers are taken
+    apart; results of the model are what they are without it, up to rounding.
 
     Args:
         names: of the parameters, in the order of the leaves.
+
+    Attributes:
+        uses: of the parameters, in the order of the calls.
+        reasons: parameter -> why one of its uses is none of these.
+        spread: tables whose picked rows are the same for all rows of the batch.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self._names = list(names)
-        self._leaves: dict[int, str] = {}
+        self._origins: dict[int, Origin] = {}
+        self._tables: dict[int, tuple[EmbeddingUse, Origin]] = {}
+        self._held: list[Tensor] = []
         self.uses: list[Use] = []
+        self.spread: set[str] = set()
         self.reasons: dict[str, str] = {}
 
     def watch(self, leaves: Sequence[Tensor]) -> Capture:
         """Watch the tensors that stand for the parameters."""
-        self._leaves = {id(leaf): name for leaf, name in zip(leaves, self._names, strict=True)}
+        for leaf, name in zip(leaves, self._names, strict=True):
+            self._follow(self._origins, leaf, Origin(name))
         return self
+
+    def _follow(self, where: dict[int, T], tensor: Tensor, entry: T) -> None:
+        where[id(tensor)] = entry
+        self._held.append(tensor)  # as long as it lives no other tensor has its number
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = {self._leaves[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._leaves}
+        given = list(_tensors((args, kwargs)))
+        found = {self._origins[id(t)].name for t in given if id(t) in self._origins}
+        if found and (apart := UNFUSED.get(func)) is not None:
+            try:
+                return self._taken_apart(func, apart, args, kwargs)
+            except Declined as reason:
+                self.reasons.update({name: str(reason) for name in found - self.reasons.keys()})
+                return func(*args, **kwargs)
         output = func(*args, **kwargs)
         if not found:
-            return output
-        results = [t for t in _tensors(output) if t.requires_grad and id(t) not in self._leaves]
+            return self._spread(func, args, kwargs, output) if any(id(t) in self._tables for t in given) else output
+        results = [t for t in _tensors(output) if t.requires_grad and id(t) not in self._origins]
         if not results:  # a size, a detached copy, or the parameter itself
+            return output
+        if self._arranged(self._origins, func, args, kwargs, output):
             return output
         try:
             output, use = self._use(func, args, kwargs, output)
             self.uses.append(use)
+            if isinstance(use, EmbeddingUse):
+                self._follow(self._tables, output, (use, Origin("")))
         except Declined as reason:
             for name in found:
                 self.reasons.setdefault(name, str(reason))
         return output
 
+    def _taken_apart(self, func: Any, apart: Any, args: Any, kwargs: Any) -> Any:
+        """What a function gives, in functions of single layers.
+
+        Raises:
+            Declined: it cannot be taken apart for these arguments, or gives something else then.
+        """
+        uses, reasons = len(self.uses), dict(self.reasons)
+        with self:
+            output = apart(*args, **kwargs)
+        with torch.no_grad():
+            fused = func(*args, **kwargs)
+        for ours, theirs in zip(_tensors(output), _tensors(fused), strict=True):
+            size = theirs.abs().max() if theirs.numel() else 0.0
+            if ours.shape != theirs.shape or bool(((ours - theirs).abs() > NEAR * size).any()):
+                del self.uses[uses:]
+                self.reasons = reasons
+                raise Declined(f"it is used in {label(func)}")
+        return output
+
+    def _arranged(self, where: dict[int, Any], func: Any, args: Any, kwargs: Any, output: Any) -> bool:
+        """Whether a function only picks and arranges the entries of one tensor, which is then watched further."""
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is None or id(first) not in where:
+            return False
+        known = where[id(first)]
+        use, origin = known if isinstance(known, tuple) else (None, known)
+        found = followed(func, origin, args, kwargs, output)
+        for tensor, way in found or ():
+            self._follow(where, tensor, way if use is None else (use, way))
+        return found is not None
+
+    def _spread(self, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Note where picked rows of a table, or what they were arranged to, are added to something larger.
+
+        Where they are the same for all rows of the batch (embedded positions), the table is used there.
+        """
+        rule = TABLE.get(func)
+        if self._arranged(self._tables, func, args, kwargs, output) or rule is None or rule.use not in SUMS:
+            return output
+        values = dict(zip(rule.arguments, args, strict=False)) | kwargs
+        for argument, value in values.items():
+            if not isinstance(value, Tensor) or id(value) not in self._tables:
+                continue
+            table, picked = self._tables[id(value)]
+            if value.shape == output.shape:
+                if not any(t.requires_grad for t in _tensors(values) if t is not value):  # a mask
+                    self._follow(self._tables, output, (table, picked))
+                continue
+            try:
+                base, output = self._base(func, output)
+                added = rule.use(Call(values, {argument: table.roles["weight"]}, output, get_gradient_edge(base)))
+            except Declined:
+                continue
+            if isinstance(added, ElementUse):
+                self.uses.append(SpreadTableUse(table, added, picked))
+                if value.ndim == output.ndim and value.shape[0] == 1:
+                    self.spread.add(table.roles["weight"].name)
+        return output
+
     def _use(self, func: Any, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, Use]:
         rule = TABLE.get(func)
-        if rule is None or not isinstance(output, Tensor) or len(args) > len(rule.arguments):
+        if rule is None or not isinstance(output, Tensor) or rule.has_more(args):
             raise Declined(f"it is used in {label(func)}")
         values = dict(zip(rule.arguments, args, strict=False)) | kwargs
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in _tensors(values)):
             raise Declined("it is used inside a transformation of torch.func")
         base, output = self._base(func, output)
-        leaves = {k: self._leaves[id(v)] for k, v in values.items() if isinstance(v, Tensor) and id(v) in self._leaves}
+        leaves = {
+            k: self._origins[id(v)] for k, v in values.items() if isinstance(v, Tensor) and id(v) in self._origins
+        }
         return output, rule.use(Call(values, leaves, output, get_gradient_edge(base)))
 
     @staticmethod

@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from curvalg.problem.layers.origin import Origin
 from curvalg.problem.model.layer_record import LayerRecord, ParameterGroup
 
 
 class Joint(LayerRecord):
-    """Parameters that share a record on other batches, but not on this one.
+    """Parameters whose gradients are put together from several records: gₖₙ is the sum of what each gives its entries.
+
+    A record may be of parameters as they are, or of what came from them: rows of a packed projection, a transpose, a table that
+    is an embedding and a head.
 
     Args:
         place: of all the parameters.
-        parts: records that cover each of them once.
+        parts: the records.
+        origins: what a record calls its parameters -> how these came from parameters of the place; those missing are such
+            parameters themselves.
     """
 
     kind = "joint"
 
-    def __init__(self, place: ParameterGroup, parts: Sequence[LayerRecord]) -> None:
+    def __init__(
+        self, place: ParameterGroup, parts: Sequence[LayerRecord], origins: Mapping[str, Origin] | None = None
+    ) -> None:
         super().__init__(place, parts[0].columns, parts[0].rows)
         self._parts = list(parts)
+        self._origins = dict(origins or {})
+
+    @property
+    def parts(self) -> list[LayerRecord]:
+        return self._parts
+
+    def entries(self, part: LayerRecord) -> dict[str, Tensor]:
+        device = part.deltas.device
+        found = {}
+        for own in part.params:
+            origin = self._origin(own)
+            found[own] = origin.entries(self.place.shapes[origin.name], device)
+        return found
+
+    def _origin(self, own: str) -> Origin:
+        return self._origins.get(own, Origin(own))
 
     @property
     def nbytes(self) -> int:
@@ -39,32 +64,68 @@ class Joint(LayerRecord):
         return torch.cat([g.reshape(self.columns, self.rows, 1, -1) for g in gradients.values()], 3)
 
     def select(self, names: Collection[str]) -> LayerRecord | None:
-        parts = [part for whole in self._parts if (part := whole.select(names)) is not None]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        return Joint(self.place.of(names), parts)
+        place = self.place.of(names)
+        chosen = [{own for own in part.params if self._origin(own).name in names} for part in self._parts]
+        found = [(part.select(own), own) for part, own in zip(self._parts, chosen, strict=True) if own]
+        parts = [part for part, _ in found if part is not None]
+        if len(parts) == 1 and not any(self._origin(own).steps for own in parts[0].params):
+            return parts[0]
+        return Joint(place, parts, self._origins) if parts else None
 
     def project(self, directions: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([part.project(directions) for part in self._parts]).sum(0)
+        total: Tensor | None = None
+        for part in self._parts:
+            own = {name: self._origin(name) for name in part.params if self._origin(name).name in directions}
+            # A record without a direction of its own still has to know how many there are.
+            pushed = {name: origin.push(directions[origin.name]) for name, origin in own.items()} or dict(directions)
+            found = part.project(pushed)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
-        return self._merged([part.combine(weights) for part in self._parts])
+        return self._gathered([part.combine(weights) for part in self._parts])
 
     def squares(self) -> dict[str, Tensor]:
-        return self._merged([part.squares() for part in self._parts])
+        if not self._disjoint:
+            return {name: g.square().sum((0, 1)) for name, g in self.explicit().items()}
+        parts = [{name: t[None] for name, t in part.squares().items()} for part in self._parts]
+        return {name: t[0] for name, t in self._gathered(parts).items()}
 
     def square_norms(self) -> Tensor:
+        if not self._disjoint:
+            return torch.stack([g.square().flatten(2).sum(2) for g in self.explicit().values()]).sum(0)
         return torch.stack([part.square_norms() for part in self._parts]).sum(0)
 
     def explicit(self) -> dict[str, Tensor]:
-        return self._merged([part.explicit() for part in self._parts])
+        flat = [{name: g.flatten(0, 1) for name, g in part.explicit().items()} for part in self._parts]
+        return {name: g.unflatten(0, (self.columns, self.rows)) for name, g in self._gathered(flat).items()}
 
-    def _merged(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        every = {name: value for part in found for name, value in part.items()}
-        return {name: every[name] for name in self.params}
+    def _gathered(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What the records give for their parameters (P, *shape), added up in the parameters of the place."""
+        totals: dict[str, Tensor] = {}
+        for part in found:
+            for own, value in part.items():
+                origin = self._origin(own)
+                given = origin.pull(value, self.place.shapes[origin.name])
+                totals[origin.name] = totals[origin.name] + given if origin.name in totals else given
+        return {name: totals[name] for name in self.params}
+
+    @cached_property
+    def _disjoint(self) -> bool:
+        """Whether no entry of a parameter has a gradient from two records, or twice from one."""
+        like = self._parts[0].deltas
+        ones = [
+            {own: like.new_ones(1, *part.shapes[own]) for own in part.params} for part in self._parts if part.params
+        ]
+        return all(bool((count <= 1).all()) for count in self._gathered(ones).values())
 
     def _gram(self, other: LayerRecord) -> Tensor:
-        return self._gram_explicit(other)  # the other may be cut into other parts
+        assert isinstance(other, Joint)
+        ways = [[[self._origin(own) for own in part.params] for part in joint._parts] for joint in (self, other)]
+        if ways[0] != ways[1] or not (self._disjoint and other._disjoint):
+            return self._gram_explicit(other)  # the other may be cut into other parts
+        return torch.stack([a.gram(b) for a, b in zip(self._parts, other._parts, strict=True)]).sum(0)
 
 
 class Zero(LayerRecord):

@@ -10,6 +10,8 @@ class LayerNotes:
         reasons: parameter -> why its gradients are multiplied out.
         batched: whether columns go into one backward pass; None before it was measured.
         groups: parameters that share a record.
+        spread: tables whose picked rows are the same for all rows of the batch.
+        noise: the rounding of the model's gradients, relative; None before it was measured.
         compared: parameter -> rows of the batch that its record was compared on, 2 for any more.
     """
 
@@ -17,4 +19,6 @@ class LayerNotes:
         self.reasons: dict[str, str] = {}
         self.batched: bool | None = None
         self.groups: list[tuple[str, ...]] = []
+        self.spread: set[str] = set()
+        self.noise: float | None = None
         self.compared: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from weakref import ref
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.layers.build import build, common_form
+from curvalg.problem.layers.build import Portion, build, portions
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.joint import Joint, Zero
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import Explicit
 from curvalg.problem.layers.notes import LayerNotes
+from curvalg.problem.layers.origin import Origin
 from curvalg.problem.layers.per_sample import refuse_batch_statistics, row_gradients
 from curvalg.problem.layers.routing import is_steady
-from curvalg.problem.layers.uses import Declined, DenseUse, Routing
-from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, settle
+from curvalg.problem.layers.uses import Declined, DenseUse, EmbeddingUse, Routing, SpreadTableUse, Use
+from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, rounding, settle
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
@@ -51,7 +52,8 @@ class RecordedLayers:
         self.dtype, self.notes = self.problem.dtype, self.problem.noted(LayerNotes)
         self.z = z
         self.leaves = dict(zip(self.problem.layout.names, leaves, strict=True))
-        self._uses = capture.uses
+        self._found = capture.uses
+        self.notes.spread |= capture.spread
         self._inputs: dict[tuple[int, ...], GuardedInput | LinearMap] = {}
         self._settled = False
         for name, reason in capture.reasons.items():
@@ -60,11 +62,28 @@ class RecordedLayers:
     @property
     def used(self) -> set[str]:
         """The parameters that some function of the table takes."""
-        return {name for use in self._uses for name in use.roles.values()}
+        return {name for use in self._found for name in use.names}
+
+    @property
+    def _uses(self) -> list[Use]:
+        """The uses that count, by their numbers: of a table those on the rows of the batch, or those where it meets them."""
+        spread = self.notes.spread
+        return [
+            use
+            for use in self._found
+            if not isinstance(use, EmbeddingUse) or isinstance(use, SpreadTableUse) == (use.names <= spread)
+        ]
+
+    def respread(self, name: str) -> bool:
+        """Take the picked rows of a table for the same in all rows of the batch; whether that is new and can be."""
+        if name in self.notes.spread or not any(isinstance(u, SpreadTableUse) and name in u.names for u in self._found):
+            return False
+        self.notes.spread.add(name)
+        return True
 
     def dtypes(self, name: str) -> set[torch.dtype]:
         """The dtypes of the outputs of all functions that take a parameter."""
-        return {use.output_dtype for use in self._uses if name in use.roles.values()}
+        return {use.output_dtype for use in self._uses if name in use.names}
 
     def head(self, rows: int) -> RecordedLayers | None:
         """The recording of the first rows alone; None where they are not a small part, or cannot be computed alone.
@@ -124,24 +143,50 @@ class RecordedLayers:
         gradients = self._pull(cotangents)
         self._route(gradients)
         if strange := self._misplaced(cotangents, gradients):
-            notes = self.notes.reasons
-            names = {name for i in strange for name in self._uses[i].roles.values()}
-            notes.update(dict.fromkeys(names - notes.keys(), MISPLACED))
+            names = {name for i in strange for name in self._uses[i].names}
+            wrong = {name for name in names if not self.respread(name)} - self.notes.reasons.keys()
+            self.notes.reasons.update(dict.fromkeys(wrong, MISPLACED))
             return self.build(cotangents)
         columns, rows = cotangents.shape[:2]
         found: list[LayerRecord] = []
-        for params, indices in self._groups(gradients):
-            place = self._place(params)
+        for members, indices in self._groups(gradients):
+            names = tuple(dict.fromkeys(portion.origin.name for portion in members.values()))
             if not indices:
-                found.append(Zero(place, columns, rows, self.z.new_zeros((), dtype=self.dtype)))
+                found.append(Zero(self._place(names), columns, rows, self.z.new_zeros((), dtype=self.dtype)))
                 continue
             uses, at_outputs = [self._uses[i] for i in indices], [gradients[i] for i in indices]
             try:
                 inputs = partial(self._held, indices, rows)
-                found.append(build(place, uses, at_outputs, rows, self.dtype, inputs))
+                place = self._place(names, members)
+                found.append(build(place, members, uses, at_outputs, rows, self.dtype, inputs))
             except Declined as reason:
-                self.notes.reasons.update(dict.fromkeys(params, str(reason)))
-        return self._in_order(found + self._explicit(cotangents))
+                if any(self.respread(name) for name in names):
+                    return self.build(cotangents)
+                self.notes.reasons.update(dict.fromkeys(names, str(reason)))
+        return self._in_order(self._whole(found) + self._explicit(cotangents))
+
+    def _whole(self, found: list[LayerRecord]) -> list[LayerRecord]:
+        """Records of whole parameters: those of portions, of which a parameter has several or rearranged ones, put together."""
+        origins, refused = self._origins, self.notes.reasons
+        clusters: list[tuple[set[str], list[LayerRecord]]] = []
+        for record in found:
+            names = {origins[own].name for own in record.params} - refused.keys()
+            own = [name for name in record.params if origins[name].name in names]
+            if not own:
+                continue
+            part = record if len(own) == len(record.params) else record.select(own)
+            assert part is not None
+            parts = [part]
+            for cluster in [c for c in clusters if c[0] & names]:
+                clusters.remove(cluster)
+                names, parts = names | cluster[0], cluster[1] + parts
+            clusters.append((names, parts))
+        return [
+            parts[0]
+            if len(parts) == 1 and names == set(parts[0].params)
+            else Joint(self._place(tuple(n for n in self.problem.layout.names if n in names)), parts, origins)
+            for names, parts in clusters
+        ]
 
     def _route(self, gradients: dict[int, Tensor], strange: Sequence[int] = ()) -> list[int]:
         """Find the row of every input of layers whose inputs are not the rows of the batch in their order; those without.
@@ -157,7 +202,10 @@ class RecordedLayers:
         numbered = u * torch.arange(1, rows + 1, device=u.device, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
         pulled = self._pull(torch.stack([u, numbered]))
         for i in asked:
-            if i in pulled and (owner := owners(pulled[i][0], pulled[i][1], rows)) is not None:
+            if (
+                i in pulled
+                and (owner := owners(pulled[i][0], pulled[i][1], rows, rounding(self, {pulled[i].dtype}))) is not None
+            ):
                 uses[i].routing = Routing.of(owner, rows)
         return [i for i in strange if i not in uses or uses[i].routing is None]
 
@@ -175,7 +223,7 @@ class RecordedLayers:
         if (key := (sample.index, sample.rows)) in checked or self._steady:
             return []
         aligned = {i: g for i, g in gradients.items() if getattr(self._uses[i], "routing", None) is None}
-        strange = self._route(gradients, misplaced(self.z, cotangents, aligned, self._pull))
+        strange = self._route(gradients, misplaced(self, cotangents, aligned, self._pull))
         # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time.
         complete = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
         if not strange and self.problem.data.ordered and bool(complete):
@@ -186,34 +234,36 @@ class RecordedLayers:
         order = {name: i for i, name in enumerate(self.problem.layout.names)}
         return sorted(records, key=lambda record: order[record.params[0]])
 
-    def _groups(self, gradients: dict[int, Tensor]) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
-        """(parameters, numbers of their uses): parameters with the same uses belong to one layer."""
-        layout, notes = self.problem.layout, self.notes.reasons
-        groups: dict[object, tuple[list[str], tuple[int, ...]]] = {}
+    def _groups(self, gradients: dict[int, Tensor]) -> list[tuple[dict[str, Portion], tuple[int, ...]]]:
+        """The groups (portions of parameters by name, numbers of their uses): what has the same uses belongs to one layer."""
+        layout, uses = self.problem.layout, self._uses
+        groups: dict[object, tuple[dict[str, Portion], tuple[int, ...]]] = {}
+        self._origins: dict[str, Origin] = {}
         for name in layout.names:
-            if name in notes:
+            if name in self.notes.reasons:
                 continue
-            every = [i for i, use in enumerate(self._uses) if name in use.roles.values()]
-            try:
-                common_form(name, [self._uses[i] for i in every])
-            except Declined as reason:
-                notes[name] = str(reason)
-                continue
-            indices = tuple(i for i in every if i in gradients) if layout.shapes[name].numel() else ()
+            found = portions(name, uses) if layout.shapes[name].numel() else {}
+            live = {portion: tuple(i for i in every if i in gradients) for portion, every in found.items()}
+            live = {portion: indices for portion, indices in live.items() if indices}
             # What the output does not depend on has no inputs to share here, but may have on other batches (an expert).
-            owner, _, own = name.rpartition(".")
-            alone = owner if own in ("weight", "bias") else name
-            groups.setdefault(indices or alone, ([], indices))[0].append(name)
-        return [(tuple(names), indices) for names, indices in groups.values()]
+            owner, _, last = name.rpartition(".")
+            alone = owner if last in ("weight", "bias") else name
+            for portion, indices in (live or {Portion(Origin(name), None): ()}).items():
+                plain = len(live) < 2 and not portion.origin.steps
+                own = name if plain else f"{name} {portion.form[0]} {[step.label for step in portion.origin.steps]}"
+                self._origins[own] = portion.origin
+                groups.setdefault(indices or alone, ({}, indices))[0][own] = portion
+        return list(groups.values())
 
     def _pull(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Gradients (K, *output.shape) with respect to the outputs of all uses that the output depends on."""
 
         notes = self.notes.reasons
-        needed = [i for i, use in enumerate(self._uses) if any(name not in notes for name in use.roles.values())]
+        uses = self._uses
+        needed = [i for i, use in enumerate(uses) if use.names - notes.keys()]
         if not needed:
             return {}
-        edges = [self._uses[i].edge for i in needed]
+        edges = [uses[i].edge for i in needed]
         problem = self.problem
         measured = problem.measured
         choice = measured.name("columns in one backward pass", "layers")
@@ -222,14 +272,15 @@ class RecordedLayers:
         if self.notes.batched is None and len(cotangents) > 1:
             self.notes.batched = measured.choices[choice] = batched
         pairs = zip(needed, gradients, strict=True)
-        return {i: g.reshape(g.shape[0], *self._uses[i].output_shape) for i, g in pairs if g is not None}
+        return {i: g.reshape(g.shape[0], *uses[i].output_shape) for i, g in pairs if g is not None}
 
     def _held(self, indices: tuple[int, ...], rows: int) -> GuardedInput | LinearMap:
         """The inputs of some uses, made once for all chunks of columns."""
-        if indices not in self._inputs:
-            first, *others = (self._uses[i] for i in indices)
-            self._inputs[indices] = first.joined(others, rows, self.dtype)
-        return self._inputs[indices]
+        uses = [self._uses[i] for i in indices]
+        key = tuple(map(id, uses))
+        if key not in self._inputs:
+            self._inputs[key] = uses[0].joined(uses[1:], rows, self.dtype)
+        return self._inputs[key]
 
     def _explicit(self, cotangents: Tensor) -> list[LayerRecord]:
         """Parameters without a rule, by per-sample gradients."""
@@ -242,9 +293,13 @@ class RecordedLayers:
         stacked = {name: torch.stack([found[name] for found in columns]) for name in names}
         return [Explicit(self._place((name,)), stacked[name].to(layout.dtype)) for name in names]
 
-    def _place(self, params: tuple[str, ...]) -> ParameterGroup:
+    def _place(self, params: tuple[str, ...], members: Mapping[str, Portion] | None = None) -> ParameterGroup:
+        """The group of some parameters, or of portions of them."""
         model, shapes = self.problem.model, self.problem.layout.shapes
         owner, _, _ = params[0].rpartition(".")
+        if members is not None:
+            shapes = {own: m.origin.shape(shapes[m.origin.name]) for own, m in members.items()}
+            params = tuple(members)
         if not isinstance(model, ModuleModel):
             return ParameterGroup(params, "", None, shapes)
         # Scripted modules have no get_submodule.

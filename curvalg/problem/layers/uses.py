@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvalg.problem.layers.kinds.convolution import Convolution, ConvolutionMap
 from curvalg.problem.layers.kinds.maps import LinearMap, MatrixMap, WeightForm
+from curvalg.problem.layers.origin import Origin
 from curvalg.problem.model.layer_record import GuardedInput, Kind
 
 
@@ -27,26 +28,26 @@ class Call:
 
     Args:
         values: its arguments by name; those not given are missing.
-        leaves: argument -> name of the parameter that stands there.
+        leaves: argument -> how what stands there came from a parameter.
         output: what it returned.
         edge: where the gradient with respect to the output arrives. Unlike the tensor, it stays what it is when the output
             is later modified in place.
     """
 
     values: Mapping[str, Any]
-    leaves: Mapping[str, str]
+    leaves: Mapping[str, Origin]
     output: Tensor
     edge: GradientEdge
 
-    def roles(self, *allowed: str) -> dict[str, str]:
-        """The names of the parameters by argument.
+    def roles(self, *allowed: str) -> dict[str, Origin]:
+        """The parameters by argument.
 
         Raises:
             Declined: a parameter stands for another argument than the allowed ones.
         """
         if other := sorted(self.leaves.keys() - set(allowed)):
             raise Declined(f"it stands for the argument {other[0]!r}")
-        if len(set(self.leaves.values())) < len(self.leaves):
+        if len({origin.name for origin in self.leaves.values()}) < len(self.leaves):
             raise Declined("it stands for several arguments of one call")
         return dict(self.leaves)
 
@@ -56,13 +57,13 @@ class Use(ABC):
 
     Args:
         call: the call.
-        roles: "weight" and "bias" -> names of the parameters.
+        roles: "weight" and "bias" -> how these came from parameters.
         source: the tensor that inputs are made from; held without its graph.
     """
 
     kind: ClassVar[Kind]
 
-    def __init__(self, call: Call, roles: Mapping[str, str], source: Tensor | None) -> None:
+    def __init__(self, call: Call, roles: Mapping[str, Origin], source: Tensor | None) -> None:
         self.roles = dict(roles)
         self.edge = call.edge
         self.output_shape = call.output.shape
@@ -90,7 +91,12 @@ class Use(ABC):
     @property
     def signature(self) -> tuple[Any, ...]:
         """What this use has in common with the same use in a call on fewer rows."""
-        return self.kind, self.form, tuple(sorted(self.roles.items())), self.output_shape[1:]
+        return self.kind, self.form, tuple(sorted(self.roles.items(), key=lambda item: item[0])), self.output_shape[1:]
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that are used."""
+        return {origin.name for origin in self.roles.values()}
 
     @abstractmethod
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
@@ -110,13 +116,16 @@ class Use(ABC):
 
 
 class DenseUse(Use):
-    """A linear map of a last axis, or of patches.
+    """A linear map of a last axis, of patches, or over any axes of a contraction.
 
     Args:
         call: the call.
+        roles: "weight" and "bias" -> how these came from parameters.
         form: of the weight; of the bias alone its groups count.
         unfold: source -> (N, ..., groups, in) for a source with N rows.
-        channels: the axis of the output that holds the outputs of the map.
+        fold: gradients (K, *shape of the output) -> (K, N, ..., groups, out).
+        positions: sizes of the axes, of source and output alike, along which the map is repeated; None: of an image, whose
+            first axis holds the rows.
         options: of a convolution that torch can do as it stands.
     """
 
@@ -125,16 +134,18 @@ class DenseUse(Use):
     def __init__(
         self,
         call: Call,
+        roles: Mapping[str, Origin],
         form: WeightForm,
         unfold: Callable[[Tensor], Tensor],
-        channels: int,
+        fold: Callable[[Tensor], Tensor],
+        positions: tuple[int, ...] | None = None,
         options: Convolution | None = None,
     ) -> None:
-        roles = call.roles("weight", "bias")
         super().__init__(call, roles, call.values["input"] if "weight" in roles else None)
         self._form = form
         self._unfold = unfold
-        self._channels = channels
+        self._fold = fold
+        self._positions = positions
         self._options = options
         self.routing: Routing | None = None
         """Set where the inputs are not the rows of the batch in their order."""
@@ -142,7 +153,7 @@ class DenseUse(Use):
     @property
     def routable(self) -> bool:
         """Whether every input of the layer could be of another row of the batch."""
-        return self._channels == -1
+        return self._positions is not None
 
     @property
     def form(self) -> WeightForm:
@@ -150,7 +161,7 @@ class DenseUse(Use):
 
     def check(self, shape: torch.Size, rows: int) -> None:
         """Raise Declined for a tensor of this shape that does not hold the rows of the batch."""
-        check_rows(shape, rows, 1 if self._channels == -1 else None)
+        check_rows(shape, rows, self._positions)
 
     def fits(self, rows: int) -> bool:
         """Whether the output has the rows of the batch, or several positions of each."""
@@ -180,12 +191,13 @@ class DenseUse(Use):
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         if self.routing is not None:
-            flat = gradient.reshape(len(gradient), len(self.routing.owner), self._form.groups, -1)
+            folded = self._fold(gradient)
+            flat = folded.reshape(len(gradient), len(self.routing.owner), *folded.shape[-2:])
             return self.routing.place(flat).permute(3, 0, 1, 2, 4).contiguous()
         self.check(gradient.shape[1:], rows)
-        last = gradient.movedim(self._channels if self._channels < 0 else self._channels + 1, -1)
+        folded = self._fold(gradient)
         # The rows may be cut into several along axis 0, whose parts are then positions as well.
-        parts = last.reshape(last.shape[0], rows, -1, self._form.groups, last.shape[-1] // self._form.groups)
+        parts = folded.reshape(len(gradient), rows, -1, *folded.shape[-2:])
         return parts.permute(3, 0, 1, 2, 4).contiguous()
 
     def shifts(self, gradient: Tensor, rows: int) -> Tensor:
@@ -197,7 +209,7 @@ class ElementUse(Use):
 
     Args:
         call: the call.
-        roles: "weight" and "bias" -> names of the parameters.
+        roles: "weight" and "bias" -> how these came from parameters.
         shape: of the parameters, aligned with the last axes of the output.
         source: what the input is made from; None where nothing is multiplied.
         normalise: source -> the factor of the weight, of the output's shape up to broadcasting.
@@ -209,7 +221,7 @@ class ElementUse(Use):
     def __init__(
         self,
         call: Call,
-        roles: Mapping[str, str],
+        roles: Mapping[str, Origin],
         shape: torch.Size,
         source: Tensor | None,
         normalise: Callable[[Tensor], Tensor] = lambda source: source,
@@ -245,17 +257,45 @@ class EmbeddingUse(Use):
 
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         indices = self.source
-        check_rows(indices.shape, rows, 0)
+        check_rows(indices.shape, rows, indices.shape)
         return indices.reshape(rows, -1).long()
 
     def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> GuardedInput:
         return GuardedInput(joined([use.inputs(rows, dtype) for use in (self, *others)], -1))
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
-        check_rows(gradient.shape[1:], rows, 1)
+        check_rows(gradient.shape[1:], rows, gradient.shape[1:-1])
         if self._padding is not None:
             gradient = gradient * (self.source != self._padding)[..., None]
         return gradient.reshape(gradient.shape[0], rows, -1, gradient.shape[-1]).contiguous()
+
+
+class SpreadTableUse(EmbeddingUse):
+    """A use of a table whose picked rows are the same for all rows of the batch, as embedded positions.
+
+    Args:
+        use: of the table.
+        spread: what meets the rows of the batch: the picked rows are added there.
+        picked: how what is added came from the picked rows (T..., width).
+    """
+
+    def __init__(self, use: EmbeddingUse, spread: ElementUse, picked: Origin) -> None:
+        self.__dict__.update(use.__dict__)
+        self.edge, self.output_shape, self.output_dtype = spread.edge, spread.output_shape, spread.output_dtype
+        self._spread, self._picked = spread, picked
+        self._shape = use.output_shape
+
+    def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return self.source.reshape(1, -1).long().expand(rows, -1)
+
+    def deltas(self, gradient: Tensor, rows: int) -> Tensor:
+        # What several picked rows have become may be added at several places of each row of the batch.
+        summed = self._spread.deltas(gradient, rows).sum(2)
+        added = summed.reshape(-1, *self._picked.shape(self._shape))
+        back = self._picked.pull(added, self._shape).reshape(*summed.shape[:2], -1, self._shape[-1])
+        if self._padding is not None:
+            back = back * (self.source != self._padding).reshape(-1, 1)
+        return back.contiguous()
 
 
 def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
@@ -263,22 +303,27 @@ def joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
 
 
-def check_rows(shape: torch.Size, rows: int, own: int | None = None) -> None:
-    """Whether the leading axes hold the rows of the batch, or several positions of each.
+def check_rows(shape: torch.Size, rows: int, positions: Sequence[int] | None = None) -> None:
+    """Whether the positions of a tensor are the rows of the batch, or several of each.
 
     Args:
         shape: of a tensor.
         rows: n.
-        own: how many of the last axes are no positions; None: all but the first.
+        positions: sizes of its axes of positions; None: the first one.
 
     Raises:
-        Declined: they do not.
+        Declined: they are not.
     """
-    leading = math.prod(shape[:1] if own is None else shape[: len(shape) - own])
+    leading = math.prod(shape[:1] if positions is None else positions)
     if not shape or leading % rows:
         raise Declined(
             f"the first axis of a tensor of shape {tuple(shape)} is not made of the {rows} rows of the batch"
         )
+
+
+def channels_last(groups: int) -> Callable[[Tensor], Tensor]:
+    """Gradients (K, N, channels, ...) with respect to an image as (K, N, ..., groups, channels of one group)."""
+    return lambda gradient: gradient.movedim(2, -1).unflatten(-1, (groups, -1))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from curvalg.tensors.random_numbers import uniforms
 COLUMNS = 1
 """Columns of a comparison; what could be wrong is which rows a gradient belongs to."""
 
+SPARE = 1e2
+"""Single gradients may be off by this many times the rounding that was measured."""
+
 ROWS = 8
 """Rows that are enough for a comparison, where they can be computed without the others of a large batch."""
 
@@ -53,6 +56,10 @@ class Comparable(Protocol):
 
     def build(self, cotangents: Tensor) -> list[LayerRecord]:
         """Build the records of all parameters."""
+        ...
+
+    def respread(self, name: str) -> bool:
+        """Take the picked rows of a table for the same in all rows of the batch; whether that is new and can be."""
         ...
 
 
@@ -130,15 +137,21 @@ def _compare(recorded: Comparable, names: list[str]) -> bool:
         norm = float(expected[name].norm())
         error = float((got[name][0] - expected[name]).norm())
         noted = name in before
-        allowed = _tolerance(recorded, name, noted) * (norm + 1e-2 * whole)
+        # Rounded as the model rounds, in the dtypes that it casts to; under autocast a layer has less than its parameters.
+        dtypes = {recorded.leaves[name].dtype, *recorded.dtypes(name)}
+        allowed = (5e-2 if noted else rounding(recorded, dtypes)) * (norm + 1e-2 * whole)
+        if not error <= allowed and recorded.notes.noise is None:
+            recorded.notes.noise = _noise(recorded, mixed, expected)
+            return True
         if not error <= allowed:
             if noted:
                 raise ProblemError(
                     f"the gradients of single rows with respect to {name!r} do not add up to those of the batch (relative "
                     f"error {error / (norm or 1.0):.1e}); is the model's output the same in every call?"
                 )
-            notes.reasons[name] = "its gradients from layer inputs and deltas do not add up to its gradient"
             failed = True
+            if not recorded.respread(name):
+                notes.reasons[name] = "its gradients from layer inputs and deltas do not add up to its gradient"
         elif (
             allowed < 0.1 * norm
         ):  # what vanishes beside the rest says nothing, and is compared again on the next batch
@@ -147,7 +160,10 @@ def _compare(recorded: Comparable, names: list[str]) -> bool:
 
 
 def misplaced(
-    z: Tensor, cotangents: Tensor, gradients: Mapping[int, Tensor], pull: Callable[[Tensor], dict[int, Tensor]]
+    recorded: Comparable,
+    cotangents: Tensor,
+    gradients: Mapping[int, Tensor],
+    pull: Callable[[Tensor], dict[int, Tensor]],
 ) -> list[int]:
     """The uses whose rows are not those of the output.
 
@@ -155,11 +171,12 @@ def misplaced(
     row, for any numbers a and w: one more backward pass shows it.
 
     Args:
-        z: the output.
+        recorded: the recording.
         cotangents: s (K, *z.shape).
         gradients: δ by number of the use, (K, *shape of its output).
         pull: s -> δ.
     """
+    z = recorded.z
     columns, rows = cotangents.shape[:2]
     if rows == 1 or not gradients:
         return []
@@ -175,18 +192,22 @@ def misplaced(
         other = pulled.get(i)
         got = torch.zeros_like(expected) if other is None else other[0].reshape(rows, -1)
         size = expected.norm(dim=1) + 1e-2 * expected.norm() / rows**0.5
-        if bool(((got - expected).norm(dim=1) > _rounding({delta.dtype}, z) * size).any()):
+        if bool(((got - expected).norm(dim=1) > rounding(recorded, {delta.dtype}) * size).any()):
             found.append(i)
+    if found and recorded.notes.noise is None:
+        recorded.notes.noise = _noise(recorded, mixed, _gradients(recorded, list(recorded.leaves), mixed))
+        return misplaced(recorded, cotangents, gradients, pull)
     return found
 
 
-def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
+def owners(deltas: Tensor, numbered: Tensor, rows: int, tolerance: float) -> Tensor | None:
     """The row of the batch that each input of a layer belongs to (L,); None where that is not known.
 
     Args:
         deltas: δ (L..., out) for a cotangent u.
         numbered: δ for the cotangent with row n times n + 1.
         rows: n.
+        tolerance: relative, of rounding.
     """
     a, b = (wide(t.reshape(-1, t.shape[-1])) for t in (deltas, numbered))
     size = a.square().sum(1)
@@ -194,7 +215,7 @@ def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
     ratio = (a * b).sum(1) / size.where(known, torch.ones_like(size))
     owner = ratio.round().long() - 1
     error = (b - ratio.round()[:, None] * a).norm(dim=1)
-    allowed = rows * _rounding({deltas.dtype}, deltas) * size.sqrt()
+    allowed = rows * tolerance * size.sqrt()
     if bool((known & ((owner < 0) | (owner >= rows) | (error > allowed))).any()) or not bool(known.any()):
         return None
     # An input that nothing depends on has no gradient in any row; it counts beside the input before it.
@@ -203,16 +224,25 @@ def owners(deltas: Tensor, numbered: Tensor, rows: int) -> Tensor | None:
     return owner[last.where(last >= 0, torch.full_like(last, first))]
 
 
-def _tolerance(recorded: Comparable, name: str, explicit: bool) -> float:
-    """The round-off of the two computations; what is wrong is wrong by far more."""
-    if explicit:  # rounded as the model rounds, in the dtypes that it casts to
-        return 5e-2
-    # Under autocast a layer rounds to less than its parameters have.
-    return _rounding({recorded.leaves[name].dtype, *recorded.dtypes(name)}, recorded.z)
-
-
-def _rounding(dtypes: Set[torch.dtype], z: Tensor) -> float:
+def rounding(recorded: Comparable, dtypes: Set[torch.dtype]) -> float:
+    """The relative round-off of gradients: of the dtypes, or as measured; what is wrong is wrong by far more."""
+    z = recorded.z
     eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, z.dtype))
     if z.device.type == "cuda" and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
         eps = max(eps, 1e-5)
-    return min(1e3 * eps, 5e-2)
+    return min(max(1e3 * eps, SPARE * (recorded.notes.noise or 0.0)), 5e-2)
+
+
+def _noise(recorded: Comparable, cotangent: Tensor, gradients: Mapping[str, Tensor]) -> float:
+    """How far the model's gradients are from linear in the cotangent, relative: parts of it may round to fewer digits.
+
+    Args:
+        recorded: the recording.
+        cotangent: u.
+        gradients: Jᵀu.
+    """
+    third = _gradients(recorded, list(gradients), cotangent / 3)
+    errors = [
+        float((3 * third[name] - g).norm() / size) for name, g in gradients.items() if (size := float(g.norm())) > 0
+    ]
+    return max(errors, default=0.0)

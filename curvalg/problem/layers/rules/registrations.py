@@ -13,7 +13,9 @@ from torch import Tensor
 from curvalg.problem.layers.kinds.convolution import Convolution
 from curvalg.problem.layers.kinds.maps import WeightForm
 from curvalg.problem.layers.kinds.patches import grouped, padded, spread_out, windows
-from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, EmbeddingUse, Use
+from curvalg.problem.layers.origin import Origin
+from curvalg.problem.layers.rules.contraction import contracted
+from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, EmbeddingUse, Use, channels_last
 from curvalg.problem.model.corrections import fixed_batch_norm
 
 
@@ -23,13 +25,17 @@ class LayerRow:
 
     Args:
         function: the function of torch.
-        arguments: its positional arguments.
+        arguments: its positional arguments; a last "..." stands for any others.
         use: what a call is; raises Declined where the parameter's gradients need more than inputs and deltas.
     """
 
     function: Callable[..., Any]
     arguments: tuple[str, ...]
     use: Callable[[Call], Use]
+
+    def has_more(self, args: Sequence[Any]) -> bool:
+        """Whether there are more arguments than are known."""
+        return len(args) > len(self.arguments) and self.arguments[-1] != "..."
 
 
 TABLE: dict[Any, LayerRow] = {}
@@ -58,8 +64,7 @@ def linear(call: Call) -> Use:
     """A linear layer h Wᵀ + b."""
     if call.values["input"].ndim < 2:
         raise Declined("its input has no axis of rows")
-    form = WeightForm(call.values["weight"].shape)
-    return DenseUse(call, form, lambda x: x[..., None, :], -1)
+    return contracted(call, call.roles("weight", "bias"), "...i,oi->...o", call.values["weight"].ndim)
 
 
 @register("bias input weight", torch.addmm, torch.Tensor.addmm)
@@ -67,20 +72,42 @@ def added_product(call: Call) -> Use:
     """A product with a sum, b + h W."""
     if call.values.get("beta", 1) != 1 or call.values.get("alpha", 1) != 1 or call.values["bias"].ndim != 1:
         raise Declined("it is used in addmm with factors, or with a matrix that is added")
-    return _product(call)
+    return contracted(call, call.roles("weight", "bias"), "...i,io->...o", 2)
 
 
-@register("input weight", torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+@register(
+    "input other",
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__),
+    *(torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm),
+)
 def product(call: Call) -> Use:
-    """A matrix product h W."""
-    return _product(call)
+    """A matrix product h W or W h, also of stacks of matrices."""
+    left, right = (call.values[k].ndim for k in ("input", "other"))
+    if min(left, right) < 2 or len(call.leaves) != 1:
+        raise Declined("it is used in a product that is not one of two matrices or stacks of them, of which it is one")
+    stacked = "abcdefgh"[: min(call.values[next(iter(call.leaves))].ndim - 2, 8)]
+    return _two(call, f"...{stacked}pq,...{stacked}qr->...{stacked}pr")
 
 
-def _product(call: Call) -> Use:
-    h, weight = call.values["input"], call.values["weight"]
-    if "input" in call.leaves or not isinstance(h, Tensor) or h.ndim < 2 or weight.ndim != 2:
-        raise Declined("it is used in a product otherwise than as a matrix on the right")
-    return DenseUse(call, WeightForm(weight.shape, transposed=True), lambda x: x[..., None, :], -1)
+@register("equation input other", torch.einsum, torch.functional.einsum)
+def einsum(call: Call) -> Use:
+    """A contraction of a parameter and one other tensor."""
+    if not isinstance(call.values.get("other"), Tensor) or len(call.leaves) != 1:
+        raise Declined("it is used in an einsum that is not of it and one other tensor")
+    return _two(call, call.values["equation"].replace(" ", ""))
+
+
+def _two(call: Call, equation: str) -> Use:
+    """A contraction of two operands, of which one came from a parameter."""
+    terms, arrow, output = equation.partition("->")
+    if not arrow:
+        raise Declined("it is used in an einsum without ->")
+    operands = dict(zip(("input", "other"), terms.split(","), strict=True))
+    ((argument, origin),) = call.leaves.items()
+    data = "other" if argument == "input" else "input"
+    turned = Call({"input": call.values[data], "weight": call.values[argument]}, {}, call.output, call.edge)
+    written = f"{operands[data]},{operands[argument].replace('...', '')}->{output}"
+    return contracted(turned, {"weight": origin}, written, call.values[argument].ndim)
 
 
 # -- convolutions -------------------------------------------------------------------------------------------------------
@@ -116,7 +143,12 @@ def convolution(call: Call) -> Use:
     form = WeightForm(call.values["weight"].shape, groups)
     options = Convolution(tuple(stride), tuple(before), tuple(dilation), (0,) * axes) if before == after else None
     return DenseUse(
-        call, form, lambda x: grouped(windows(padded(x, before, after), kernel, stride, dilation), groups), 1, options
+        call,
+        call.roles("weight", "bias"),
+        form,
+        lambda x: grouped(windows(padded(x, before, after), kernel, stride, dilation), groups),
+        channels_last(groups),
+        options=options,
     )
 
 
@@ -140,7 +172,8 @@ def transposed_convolution(call: Call) -> Use:
         patches = windows(padded(spread_out(x, stride), before, after), kernel, [1] * axes, dilation)
         return grouped(patches.flip(list(range(-axes, 0))), groups)
 
-    return DenseUse(call, form, unfold, 1, Convolution(*map(tuple, (stride, padding, dilation, extra))))
+    options = Convolution(*map(tuple, (stride, padding, dilation, extra)))
+    return DenseUse(call, call.roles("weight", "bias"), form, unfold, channels_last(groups), options=options)
 
 
 # -- embeddings -----------------------------------------------------------------------------------------------------------
@@ -156,6 +189,17 @@ def embedding(call: Call) -> Use:
     if padding is not None and padding < 0:
         padding += call.values["weight"].shape[0]
     return EmbeddingUse(call, padding)
+
+
+@register("weight input", torch.Tensor.__getitem__)
+def picked(call: Call) -> Use:
+    """Rows of a table, by an integer tensor."""
+    index = call.values["input"]
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        raise Declined("it is indexed otherwise than by integers")
+    if call.values["weight"].ndim != 2 or bool((index < 0).any()):
+        raise Declined("it is indexed by negative numbers, or is no table of rows")
+    return EmbeddingUse(call, None)
 
 
 # -- the affine part of normalisation -----------------------------------------------------------------------------------
@@ -214,37 +258,60 @@ def instance_norm(call: Call) -> Use:
 # -- plain sums and products ----------------------------------------------------------------------------------------------
 
 
-def _operand(call: Call) -> tuple[str, str, Tensor]:
-    """(argument, name) of the one parameter, and the other operand."""
+def _operand(call: Call) -> tuple[str, Origin, Tensor]:
+    """The one argument that came from a parameter, how it did, and the other operand."""
     roles = call.roles("input", "other")
     if len(roles) != 1:
         raise Declined("it is combined with another parameter")
-    ((argument, name),) = roles.items()
+    ((argument, origin),) = roles.items()
     other = call.values["other" if argument == "input" else "input"]
     if not isinstance(other, Tensor):
         raise Declined("it is combined with a number before it meets the data")
     if call.values.get("alpha", 1) != 1 or call.values.get("out") is not None:
         raise Declined("it is added with the option alpha or out")
-    return argument, name, other
+    return argument, origin, other
 
 
 @register("input other", torch.add, torch.Tensor.add, torch.Tensor.add_)
 def added(call: Call) -> Use:
     """A sum x + b with a parameter."""
-    argument, name, _ = _operand(call)
-    return ElementUse(call, {"bias": name}, call.values[argument].shape, None)
+    argument, origin, _ = _operand(call)
+    return ElementUse(call, {"bias": origin}, call.values[argument].shape, None)
 
 
 @register("input other", torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.sub_, torch.Tensor.subtract)
 def subtracted(call: Call) -> Use:
     """A difference x - b or b - x with a parameter."""
-    argument, name, _ = _operand(call)
+    argument, origin, _ = _operand(call)
     sign = 1 if argument == "input" else -1
-    return ElementUse(call, {"bias": name}, call.values[argument].shape, None, sign=sign)
+    return ElementUse(call, {"bias": origin}, call.values[argument].shape, None, sign=sign)
 
 
 @register("input other", torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
 def multiplied(call: Call) -> Use:
     """An elementwise product x ∘ w with a parameter."""
-    argument, name, other = _operand(call)
-    return ElementUse(call, {"weight": name}, call.values[argument].shape, other)
+    argument, origin, other = _operand(call)
+    return ElementUse(call, {"weight": origin}, call.values[argument].shape, other)
+
+
+# -- copies for every row -------------------------------------------------------------------------------------------------
+
+
+@register("input ...", torch.Tensor.expand, torch.Tensor.expand_as, torch.broadcast_to, torch.Tensor.broadcast_to)
+def expanded(call: Call) -> Use:
+    """A parameter that is laid out for every row of the batch: a sum with zeros."""
+    return ElementUse(call, {"bias": call.leaves["input"]}, call.values["input"].shape, None)
+
+
+@register("input ...", torch.Tensor.repeat, torch.tile, torch.Tensor.tile)
+def repeated(call: Call) -> Use:
+    """A parameter that is copied for every row of the batch."""
+    shape = call.values["input"].shape
+    aligned = (1,) * (call.output.ndim - len(shape)) + tuple(shape)
+    if any(old not in (1, new) for old, new in zip(aligned, call.output.shape, strict=True)):
+        raise Declined("it is repeated along an axis that it has")
+    return expanded(call)
+
+
+SUMS = (added, subtracted)
+"""The rules of functions that add a parameter to other numbers, place by place."""

@@ -1,0 +1,70 @@
+"""The functions of torch that only pick and arrange the entries of a tensor, or cast it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvalg.problem.layers.origin import Origin, Step
+
+_T = Tensor
+CASTS = frozenset(
+    (
+        *(_T.float, _T.double, _T.half, _T.bfloat16, _T.to, _T.type, _T.type_as),
+        *(_T.contiguous, _T.clone, torch.clone, _T.requires_grad_),
+    )
+)
+"""Functions that leave every entry in its place."""
+TRANSPOSES = frozenset((_T.t, torch.t, _T.T.__get__, _T.mT.__get__, _T.transpose, torch.transpose, _T.permute))
+_ARRANGEMENTS = frozenset(
+    (
+        *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten, _T.unflatten, torch.unflatten, _T.view_as),
+        *(_T.reshape_as, _T.permute, torch.permute, _T.transpose, torch.transpose, _T.t, torch.t, _T.T.__get__),
+        *(_T.mT.__get__, _T.swapaxes, torch.swapaxes, _T.swapdims, torch.swapdims, _T.movedim, torch.movedim),
+        *(_T.unsqueeze, torch.unsqueeze, _T.squeeze, torch.squeeze, _T.flip, torch.flip, _T.roll, torch.roll),
+        *(_T.narrow, torch.narrow, _T.select, torch.select, _T.diagonal, torch.diagonal, _T.__getitem__),
+        *(_T.chunk, torch.chunk, _T.split, torch.split, _T.split_with_sizes, torch.split_with_sizes),
+        *(_T.unbind, torch.unbind, _T.tensor_split, torch.tensor_split, _T.__iter__),
+    )
+)
+"""Functions that give each entry one place at most."""
+
+
+def followed(func: Any, origin: Origin, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Any] | None:
+    """The pairs (tensor, its origin) of what a function made of a tensor that came from a parameter; None for other functions.
+
+    Args:
+        func: the function.
+        origin: of its first argument.
+        args: its arguments, that one first.
+        kwargs: its other arguments.
+        output: its result.
+    """
+    if func in CASTS:
+        return [(output, origin)] if output.shape == args[0].shape else None
+    if func not in _ARRANGEMENTS or any(isinstance(a, Tensor) and a.ndim for a in _plain((args[1:], kwargs))):
+        return None
+    rest, options = args[1:], dict(kwargs)
+    label = f"{getattr(func, '__qualname__', func)}{rest}{sorted(options.items())}"
+    if getattr(func, "__self__", None) is not None:
+        label = f"{getattr(func.__self__, '__name__', '')}.{label}"
+    if isinstance(output, Tensor):
+        return [(output, origin.then(Step(label, lambda t: func(t, *rest, **options))))]
+    # Each part by its number; iterators are used up by the caller.
+    if not isinstance(output, (tuple, list)):
+        return None
+    return [
+        (part, origin.then(Step(f"{label}[{i}]", lambda t, i=i: func(t, *rest, **options)[i])))  # type: ignore[misc]
+        for i, part in enumerate(output)
+    ]
+
+
+def _plain(value: Any) -> list[Any]:
+    """Everything in nested arguments."""
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in _plain(part)]
+    if isinstance(value, dict):
+        return _plain(tuple(value.values()))
+    return [value]
