@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from curvalg.lowering import CurvatureOperator as CurvatureOperator
     from curvalg.lowering.matrices import Eigh as Eigh
     from curvalg.problem import Batch as Batch
+    from curvalg.problem import FactorPairs as FactorPairs
     from curvalg.problem import LayerRecord as LayerRecord
     from curvalg.problem import Layout as Layout
     from curvalg.problem import Problem as Problem
@@ -118,6 +119,7 @@ _HOME: dict[str, str] = {
     "CurvatureOperator": "curvalg.lowering",
     "Eigh": "curvalg.lowering.matrices",
     "Batch": "curvalg.problem",
+    "FactorPairs": "curvalg.problem",
     "LayerRecord": "curvalg.problem",
     "Layout": "curvalg.problem",
     "Problem": "curvalg.problem",

@@ -4,7 +4,7 @@ from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.large_outputs.find_head import has_large_outputs, push_hidden, record_head
 from curvalg.problem.large_outputs.head import Head
-from curvalg.problem.model.layer_record import LayerRecord
+from curvalg.problem.model.layer_record import FactorPairs, LayerRecord
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Snapshot
 from curvalg.problem.problem import Problem
@@ -12,6 +12,7 @@ from curvalg.problem.problem import Problem
 __all__ = [
     "Batch",
     "Evaluation",
+    "FactorPairs",
     "Head",
     "LayerRecord",
     "Layout",

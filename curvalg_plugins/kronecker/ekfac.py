@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from curvalg import Block, Eigenbasis, Expr, Kronecker, block_diagonal
-from curvalg_plugins.kronecker.kfac import LayerFactors
+from curvalg import Eigenbasis, Expr, block_diagonal
+from curvalg_plugins.kronecker.layer_factors import Layer, LayerFactors
 from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws
 
 if TYPE_CHECKING:
@@ -32,13 +33,13 @@ class EKFAC(LayerFactors):
 
     Raises:
         ExpressionError: an unknown option.
-        ProblemError: parameters without factors and rest="refuse".
+        ProblemError: as of :class:`~curvalg_plugins.kronecker.KFAC`.
     """
 
     fisher: Fisher = "exact"
     approximation: Approximation = "expand"
     joint: bool = True
-    rest: Rest = "refuse"
+    rest: Rest = "small"
     samples: int = 1
     seed: int = 0
     name: ClassVar[str] = "ekfac"
@@ -58,22 +59,13 @@ class EKFAC(LayerFactors):
     def accumulate(self, batch: Batch, prepared: Any = None) -> Stats:
         from curvalg_plugins.kronecker import factors  # needs torch
 
-        columns = factors.cotangents(batch, *self.columns)
-        moments: dict[tuple[str, ...], Stats] = {}
-        for record in batch.layers(columns):
-            if record.kind == "zero" or not factors.factored(record):
-                continue
-            output, inputs = self._bases(self._layer(prepared, record.params))
-            h, d = factors.inputs_and_deltas(record)
-            moments[record.params] = {"weight": factors.second_moments(h, d, output, inputs)}
-            if record.bias is not None and not self.joint:
-                moments[record.params]["bias"] = (d.sum(2) @ output).square().sum((0, 1))
+        moments: dict[Layer, Stats] = {}
+        for layer, pair in self._sorted(batch, factors.cotangents(batch, *self.columns))[0]:
+            output, inputs = self._bases(prepared["layers"][layer])
+            moments[layer] = {"weight": factors.group_moments(pair, output, inputs)}
+            if layer.bias is not None and not self.joint:
+                moments[layer]["bias"] = factors.bias_moments(pair, output)
         return {"moments": moments}
-
-    @staticmethod
-    def _layer(prepared: Stats, params: tuple[str, ...]) -> Stats:
-        layer: Stats = prepared["inputs first" if params in prepared["inputs first"] else "layers"][params]
-        return layer
 
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
         """The bases Q_B and Q_A; found for the first batch and left with the statistics for the others."""
@@ -85,16 +77,18 @@ class EKFAC(LayerFactors):
         return output, inputs
 
     def finish(self, stats: Stats, layout: Layout, prepared: Any = None) -> Expr:
-        blocks = self.blocks_of_others(prepared["others"])
-        for params, moments in stats["moments"].items():
-            output, inputs = self._bases(self._layer(prepared, params))
-            weight, *bias = params
-            matrix = Eigenbasis(Kronecker(output, inputs), moments["weight"].reshape(-1))
-            first = params in prepared["inputs first"]
-            if first:
-                matrix = Eigenbasis(Kronecker(inputs, output), moments["weight"].T.reshape(-1))
-            if self.joint or not bias:
-                blocks.append(Block(params, matrix, joint=bool(bias) and not first))
-            else:
-                blocks += [Block((weight,), matrix), Block((bias[0],), Eigenbasis(output, moments["bias"]))]
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        blocks = self.blocks_of_others(prepared["others"], layout)
+        for parts, (weight, *bias), missing in self.weights(prepared["layers"], layout):
+            bases = [self._bases(prepared["layers"][part]) for part in parts]
+            output, inputs = (factors.extended(list(stack), missing, unit=True) for stack in zip(*bases, strict=True))
+
+            def moments(of: str, parts: Sequence[Layer] = parts, missing: int = missing) -> Tensor:
+                return factors.extended([stats["moments"][part][of] for part in parts], missing)
+
+            blocks.append(weight.block(Eigenbasis(weight.kronecker(output, inputs), weight.values(moments("weight")))))
+            for place in bias:
+                basis = place.kronecker(output, factors.units(len(output), 1, output))
+                blocks.append(place.block(Eigenbasis(basis, place.values(moments("bias")))))
         return block_diagonal(blocks)

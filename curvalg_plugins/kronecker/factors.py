@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curvalg import Batch, LayerRecord
+    from curvalg import Batch, FactorPairs
     from curvalg_plugins.kronecker.options import Approximation, Fisher
 
 
@@ -25,36 +25,6 @@ def cotangents(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Tensor:
     if fisher == "mc":
         return batch.per_sample_columns(batch.pseudo_gradients(samples, seed=seed))
     return batch.gradient_columns()
-
-
-TABLE_LIMIT = 4096
-"""The most rows of an embedding table whose input factor, rows x rows, is built."""
-
-
-def factored(record: LayerRecord) -> bool:
-    """Whether a layer has Kronecker factors: one weight that multiplies all inputs or patches.
-
-    A transposed convolution lies input channels first and its kernel last, which is no Kronecker product in that order. The
-    groups of a convolution each multiply inputs of their own: one input factor for all of them is no approximation.
-    """
-    if record.kind == "embedding":
-        return record.shapes[record.params[0]][0] <= TABLE_LIMIT
-    plain = record.kind == "dense" and record.deltas.ndim == 4
-    return plain and (not record.transposed or len(record.shapes[record.params[0]]) == 2)
-
-
-def inputs_first(record: LayerRecord) -> bool:
-    """Whether the weight lies as (inputs, outputs): tables, and matrices that multiply from the right."""
-    return record.kind == "embedding" or record.transposed
-
-
-def inputs_and_deltas(record: LayerRecord) -> tuple[Tensor, Tensor]:
-    """The inputs (n, T, in) and deltas (K, n, T, out)."""
-    h, d = record.inputs, record.deltas
-    assert h is not None
-    if record.kind == "embedding":
-        h = torch.nn.functional.one_hot(h, record.shapes[record.params[0]][0]).to(d.dtype)
-    return h, d
 
 
 def active_rows(batch: Batch) -> Tensor | None:
@@ -84,6 +54,20 @@ def gram(x: Tensor) -> Tensor:
     return result
 
 
+def _counted(
+    h: Tensor, active: Tensor | None, approximation: Approximation, real: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The vectors that an input factor is made of (rows, positions, in), and which of them count (None: all)."""
+    if active is not None:
+        h, real = h[active], None if real is None else real[active]
+    if approximation == "expand" or not h.shape[1]:
+        return h, real
+    if real is None:
+        return h.mean(1, keepdim=True), None
+    some = real.sum(1)
+    return h.sum(1, keepdim=True) / some.clamp_min(1)[:, None, None], (some > 0)[:, None]
+
+
 def input_factor(
     h: Tensor, active: Tensor | None, approximation: Approximation, bias: bool, real: Tensor | None = None
 ) -> tuple[Tensor, float]:
@@ -91,13 +75,7 @@ def input_factor(
 
     With a bias of h followed by a one. Positions that are not ``real`` (None: all are) hold zeros and do not count.
     """
-    if active is not None:
-        h, real = h[active], None if real is None else real[active]
-    if real is not None and approximation == "reduce":
-        some = real.sum(1)
-        h, real = h.sum(1, keepdim=True) / some.clamp_min(1)[:, None, None], (some > 0)[:, None]
-    elif approximation == "reduce":
-        h = h.mean(1, keepdim=True)
+    h, real = _counted(h, active, approximation, real)
     flat = h.flatten(0, 1)
     count = flat.shape[0] if real is None else int(real.sum())
     if not bias:
@@ -117,16 +95,71 @@ def output_factor(d: Tensor, approximation: Approximation) -> Tensor:
     return gram(d.flatten(0, -2))
 
 
+def input_factors(
+    pair: FactorPairs, active: Tensor | None, approximation: Approximation, joint: bool
+) -> tuple[Tensor, Tensor]:
+    """The sums Σ h hᵀ of each group (groups, in, in), and the numbers of summands (groups,).
+
+    With a bias, if ``joint``, of h followed by a one.
+    """
+    bias = joint and pair.bias is not None
+    found = [input_factor(h, active, approximation, bias, r) for h, r in zip(pair.inputs, reals(pair), strict=True)]
+    return torch.stack([factor for factor, _ in found]), pair.inputs.new_tensor([count for _, count in found])
+
+
+def reals(pair: FactorPairs) -> list[Tensor | None]:
+    """The positions of each group that are inputs, None for all."""
+    return [None] * len(pair.inputs) if pair.real is None else list(pair.real)
+
+
+def output_factors(deltas: Tensor, approximation: Approximation) -> Tensor:
+    """The sums Σ δ δᵀ of each group (groups, out, out) for δ (groups, K, n, T, out)."""
+    return torch.stack([output_factor(d, approximation) for d in deltas])
+
+
+def completed(orders: list[Tensor], size: int) -> Tensor | None:
+    """The numbers of several parts one after the other, and then those that are in none; None where they are in order."""
+    found = torch.cat(orders)
+    missing = torch.ones(size, dtype=torch.bool, device=found.device)
+    missing[found] = False
+    order = torch.cat([found, missing.nonzero()[:, 0]])
+    return None if bool((order[1:] > order[:-1]).all()) else order
+
+
+def extended(stacks: list[Tensor], missing: int, *, unit: bool = False) -> Tensor:
+    """Stacks (groups, n, m) one after the other, and as many zeros or unit matrices."""
+    like = stacks[0]
+    more = units(missing, like.shape[-1], like) if unit else like.new_zeros(missing, *like.shape[1:])
+    return torch.cat([*stacks, more])
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """Matrices (rows, n) beside each other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def units(groups: int, size: int, like: Tensor) -> Tensor:
+    """Unit matrices (groups, size, size)."""
+    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(groups, 1, 1)
+
+
+def damped(factors: Tensor, damping: float | Tensor) -> Tensor:
+    """The matrices F + c I for a stack (groups, n, n), one c or one for each."""
+    return factors + damping * torch.eye(factors.shape[-1], dtype=factors.dtype, device=factors.device)
+
+
 def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Factors (B + √c/π I, A + π√c I) with π² = (tr A / dim A) / (tr B / dim B): Martens and Grosse, arXiv 1503.05671, §6.3."""
-    a, b = float(inputs.trace()) / len(inputs), float(output.trace()) / len(output)
-    pi = math.sqrt(a / b) if a > 0 and b > 0 else 1.0
+    """Factors (B + √c/π I, A + π√c I) with π² = (tr A / dim A) / (tr B / dim B): Martens and Grosse, arXiv 1503.05671, §6.3.
+
+    Args:
+        output: B (groups, out, out).
+        inputs: A (groups, in, in).
+        damping: c.
+    """
+    a, b = (f.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] for f in (inputs, output))
+    pi = torch.where((a > 0) & (b > 0), a / b, torch.ones_like(a)).sqrt()
     root = math.sqrt(damping)
-    eye = torch.eye
-    return (
-        output + root / pi * eye(len(output), dtype=output.dtype, device=output.device),
-        inputs + pi * root * eye(len(inputs), dtype=inputs.dtype, device=inputs.device),
-    )
+    return damped(output, root / pi), damped(inputs, pi * root)
 
 
 def eigenvectors(matrix: Tensor) -> Tensor:
@@ -143,6 +176,17 @@ def eigenvectors(matrix: Tensor) -> Tensor:
 
 CHUNK = 2**22
 """Numbers in the gradients that are held at a time."""
+
+
+def group_moments(pair: FactorPairs, output: Tensor, inputs: Tensor) -> Tensor:
+    """The :func:`second_moments` of each group (groups, out, in), in bases (groups, n, n)."""
+    parts = zip(pair.inputs, pair.deltas, output, inputs, strict=True)
+    return torch.stack([second_moments(h, d, q_b, q_a) for h, d, q_b, q_a in parts])
+
+
+def bias_moments(pair: FactorPairs, output: Tensor) -> Tensor:
+    """Second moments Σ_kn [(Q_Bᵀ Σ_t δ)_i]² of each group (groups, out, 1)."""
+    return (pair.deltas.sum(3) @ output[:, None]).square().sum((1, 2))[..., None]
 
 
 def second_moments(h: Tensor, d: Tensor, output: Tensor, inputs: Tensor) -> Tensor:

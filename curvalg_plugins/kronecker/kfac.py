@@ -2,131 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from curvalg import (
-    Block,
-    Diagonal,
-    Expr,
-    Facts,
-    Kronecker,
-    LossFacts,
-    MatrixTerm,
-    OptionError,
-    ProblemError,
-    block_diagonal,
-)
-from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws, check_options
+from curvalg import Expr, OptionError, block_diagonal
+from curvalg_plugins.kronecker.layer_factors import LayerFactors
+from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curvalg import Batch, LayerRecord, Layout
-
-
-class LayerFactors(MatrixTerm):
-    """The base of the approximations: factors of every layer, and the blocks of the other parameters."""
-
-    approximation: Approximation
-    joint: bool
-    rest: Rest
-    uses_layers: ClassVar[bool] = True
-    local: ClassVar[bool] = False  # a weight without its bias has other eigenvectors
-
-    @property
-    def columns(self) -> tuple[Fisher, int, int]:
-        """The columns of curvature in output space: kind, draws, seed."""
-        return "empirical", 1, 0
-
-    def facts(self, loss: LossFacts | None = None) -> Facts:
-        return Facts(psd=True)
-
-    def _check(self) -> None:
-        check_options(
-            self.label,
-            fisher=(self.columns[0], ("exact", "mc", "empirical")),
-            approximation=(self.approximation, ("expand", "reduce")),
-            rest=(self.rest, ("refuse", "diagonal", "exact")),
-        )
-
-    def layer_factors(self, batch: Batch) -> Stats:
-        """Sums of h hᵀ and δ δᵀ of every layer, and curvature of the other parameters."""
-        from curvalg_plugins.kronecker import factors  # needs torch
-
-        columns = factors.cotangents(batch, *self.columns)
-        active = factors.active_rows(batch)
-        layers: dict[tuple[str, ...], Stats] = {}
-        # Weights that lie as (inputs, outputs); all others are (outputs, inputs).
-        inputs_first: dict[tuple[str, ...], Stats] = {}
-        others: Stats = {}
-        for record in batch.layers(columns):
-            if record.kind == "zero":  # not used in this batch, as an expert without rows
-                continue
-            if not factors.factored(record):
-                others |= self._others(record)
-                continue
-            h, d = factors.inputs_and_deltas(record)
-            joint = self.joint and record.bias is not None
-            a, count = factors.input_factor(h, active, self.approximation, joint, record.real)
-            (inputs_first if factors.inputs_first(record) else layers)[record.params] = {
-                "inputs": a,
-                "outputs": factors.output_factor(d, self.approximation),
-                "count": a.new_tensor(count),
-            }
-        self._refuse(others)
-        return {"layers": layers, "inputs first": inputs_first, "others": others}
-
-    def _others(self, record: LayerRecord) -> Stats:
-        if self.rest == "diagonal":
-            return {name: square.reshape(-1) for name, square in record.squares().items()}
-        if self.rest == "exact":
-            from curvalg_plugins.kronecker import factors  # needs torch
-
-            flat = {name: g.flatten(0, 1).flatten(1) for name, g in record.explicit().items()}
-            return {name: factors.gram(g) for name, g in flat.items()}
-        return dict.fromkeys(record.params, record.deltas.new_zeros(()))
-
-    def blocks_of_others(self, others: Mapping[str, Tensor]) -> list[Block]:
-        """Blocks of the parameters without Kronecker factors."""
-        if self.rest == "diagonal":
-            return [Block((name,), Diagonal(square)) for name, square in others.items()]
-        return [Block((name,), Kronecker(matrix)) for name, matrix in others.items()]
-
-    def _refuse(self, others: Mapping[str, Tensor]) -> None:
-        """Raise ProblemError if there are parameters without Kronecker factors, and no rule was chosen for them."""
-        if others and self.rest == "refuse":
-            raise ProblemError(
-                f"{self.label} has no Kronecker factors for {', '.join(others)}; pass rest='diagonal' or rest='exact' for "
-                "them, or choose the parameters of linear layers and plain (ungrouped, not transposed) convolutions with "
-                "Problem(params=...)"
-            )
-
-    def layer_blocks(self, params: tuple[str, ...], output: Tensor, inputs: Tensor) -> list[Block]:
-        """The blocks B ⊗ A of a weight and B of its bias, together or apart."""
-        weight, *bias = params
-        if self.joint or not bias:
-            return [Block(params, Kronecker(output, inputs), joint=bool(bias))]
-        return [Block((weight,), Kronecker(output, inputs)), Block((bias[0],), Kronecker(output))]
-
-    def assembled(self, stats: Stats, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Expr:
-        """All blocks together, with (B, A) of each layer changed on the way."""
-        blocks = self.blocks_of_others(stats["others"])
-        for params, layer in stats["layers"].items():
-            blocks += self.layer_blocks(params, *change(*self.means(layer)))
-        for params, layer in stats["inputs first"].items():
-            output, inputs = change(*self.means(layer))
-            weight, *bias = params
-            if self.joint or not bias:  # [W; b] by rows is the weight, then the bias
-                blocks.append(Block(params, Kronecker(inputs, output)))
-            else:
-                blocks += [Block((weight,), Kronecker(inputs, output)), Block((bias[0],), Kronecker(output))]
-        return block_diagonal(blocks)
-
-    def means(self, layer: Stats) -> tuple[Tensor, Tensor]:
-        """The factors B, a sum of shares, and A, a mean."""
-        return layer["outputs"], layer["inputs"] / layer["count"].clamp_min(1)
+    from curvalg import Batch, Layout
 
 
 @dataclass(frozen=True)
@@ -149,17 +35,22 @@ class KFAC(LayerFactors):
         fisher: "exact" columns of the loss Hessian's square root, "mc" draws of them, or "empirical" gradients.
         approximation: "expand" or "reduce", see above.
         joint: a weight and its bias in one block; otherwise a block each.
-        rest: parameters without Kronecker factors (normalisation, transposed and grouped convolutions, embedding tables of more
-            than 4096 rows, parameters used in two ways): "refuse" names them in an error, "diagonal" gives each its exact
-            diagonal, "exact" its exact block.
+        rest: parameters without Kronecker factors: scales and shifts of normalisations, tables of more than 4096 rows, weights
+            that are used in several ways (an embedding that is the head as well) or in a function that is not linear in them.
+            "small" gives those of at most 1024 numbers their exact block, weight and bias of a normalisation in one if
+            ``joint``, and refuses larger ones by name; "refuse" refuses all, "diagonal" gives each its exact diagonal, "exact"
+            its exact block.
         samples: draws per sample, for "mc" alone.
         seed: of the draws, for "mc" alone.
         factored_damping: c > 0 damps the factors, (B + √c/π I) ⊗ (A + π √c I), which only approximates + c * Identity (Martens
-            and Grosse, §6.3).
+            and Grosse, §6.3). A bias in a block of its own is damped exactly, B + c I.
 
     Raises:
         ExpressionError: an unknown option.
-        ProblemError: parameters without factors and rest="refuse".
+        ProblemError: parameters without factors that ``rest`` has no rule for, each with the reason.
+
+    A grouped convolution has a pair of factors for each group, and a packed weight whose parts multiply inputs of their own one
+    for each part; a learned table of positions and a bias alone have one factor for their outputs.
 
     >>> import torch
     >>> from curvalg import Identity, Problem, inverse, registry
@@ -175,7 +66,7 @@ class KFAC(LayerFactors):
     fisher: Fisher = "exact"
     approximation: Approximation = "expand"
     joint: bool = True
-    rest: Rest = "refuse"
+    rest: Rest = "small"
     samples: int = 1
     seed: int = 0
     factored_damping: float = 0.0
@@ -196,7 +87,16 @@ class KFAC(LayerFactors):
         return self.layer_factors(batch)
 
     def finish(self, stats: Stats, layout: Layout, prepared: None = None) -> Expr:
-        return self.assembled(stats, self._damped)
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        blocks = self.blocks_of_others(stats["others"], layout)
+        for parts, (weight, *bias), missing in self.weights(stats["layers"], layout):
+            means = [self.means(stats["layers"][part]) for part in parts]
+            output, inputs = (factors.extended(list(stack), missing) for stack in zip(*means, strict=True))
+            blocks.append(weight.block(weight.kronecker(*self._damped(output, inputs))))
+            # A bias by itself has one factor, which takes the whole damping.
+            blocks += [place.block(place.kronecker(*self._shifted(output))) for place in bias]
+        return block_diagonal(blocks)
 
     def _damped(self, output: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         if not self.factored_damping:
@@ -204,6 +104,11 @@ class KFAC(LayerFactors):
         from curvalg_plugins.kronecker import factors  # needs torch
 
         return factors.split_damping(output, inputs, self.factored_damping)
+
+    def _shifted(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        return factors.damped(output, self.factored_damping), factors.units(len(output), 1, output)
 
 
 @dataclass(frozen=True)
@@ -226,7 +131,7 @@ class FOOF(LayerFactors):
 
     approximation: Approximation = "expand"
     joint: bool = True
-    rest: Rest = "refuse"
+    rest: Rest = "small"
     name: ClassVar[str] = "foof"
     symbol: ClassVar[str] = r"\mathrm{FOOF}"
 
@@ -237,4 +142,13 @@ class FOOF(LayerFactors):
         return self.layer_factors(batch)
 
     def finish(self, stats: Stats, layout: Layout, prepared: None = None) -> Expr:
-        return self.assembled(stats, lambda b, a: (b.new_zeros(b.shape).fill_diagonal_(1), a))
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        blocks = self.blocks_of_others(stats["others"], layout)
+        for parts, (weight, *bias), missing in self.weights(stats["layers"], layout):
+            means = [self.means(stats["layers"][part]) for part in parts]
+            inputs = factors.extended([a for _, a in means], missing)
+            ones = factors.units(len(inputs), means[0][0].shape[-1], inputs)
+            blocks.append(weight.block(weight.kronecker(ones, inputs)))
+            blocks += [place.block(place.kronecker(ones, factors.units(len(ones), 1, ones))) for place in bias]
+        return block_diagonal(blocks)

@@ -8,8 +8,11 @@ from curvalg import OptionError
 
 Fisher = Literal["exact", "mc", "empirical"]
 Approximation = Literal["expand", "reduce"]
-Rest = Literal["refuse", "diagonal", "exact"]
+Rest = Literal["small", "refuse", "diagonal", "exact"]
 Stats = dict[str, Any]
+
+SMALL = 1024
+"""The most numbers of a parameter without factors that gets its exact block by default."""
 
 
 def check_options(label: str, **choices: tuple[object, tuple[object, ...]]) -> None:

@@ -44,6 +44,7 @@ class ArrayLeaf(Expr):
         operation: str,
         operands: Iterable[tuple[str, Fraction]],
         origin: Expr | None = None,
+        **options: Any,
     ) -> Leaf:
         """The array leaf that results from an exact operation on other leaves.
 
@@ -54,10 +55,11 @@ class ArrayLeaf(Expr):
             operation: the name of the operation.
             operands: tokens of the operands and their coefficients, in an order that is theirs alone.
             origin: the expression that the leaf equals, to keep what is known of it.
+            options: what the class is made with beside arrays.
         """
         history = (operation, tuple(operands))
         words = [cls.__name__, operation, *(f"{token}*{coefficient}" for token, coefficient in history[1])]
-        leaf = cls(*arrays)
+        leaf = cls(*arrays, **options)
         token = hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
         leaf.__dict__.update(token=token, history=history, origin=origin)
         return leaf
@@ -114,10 +116,18 @@ def _array(value: Any, what: str, *ndims: int) -> Any:
     return value.clone() if hasattr(value, "clone") else value.copy()
 
 
-def _square(value: Any, what: str) -> Any:
-    value = _array(value, what, 2)
-    if value.shape[0] != value.shape[1]:
+def _square(value: Any, what: str, *ndims: int) -> Any:
+    value = _array(value, what, *(ndims or (2,)))
+    if value.shape[-2] != value.shape[-1]:
         raise OptionError(f"{what} must be square, got shape {tuple(value.shape)}")
+    return value
+
+
+def _permutation(value: Any, size: int) -> Any:
+    value = _array(value, "order", 1)
+    numbers = sorted(value.tolist())
+    if numbers != list(range(size)):
+        raise OptionError(f"order is a permutation of the numbers from 0 to {size - 1}, got {len(numbers)} numbers")
     return value
 
 
@@ -126,10 +136,10 @@ _PRECISION = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 1e-3, "bfloat16"
 
 def _symmetric(matrix: Any) -> bool:
     """Whether a matrix equals its transpose up to rounding: H Hᵀ as BLAS computes it often does not to the last bit."""
-    if not matrix.shape[0]:
+    if not all(matrix.shape):
         return True
     allowed = 8 * _PRECISION.get(_dtype(matrix), 0.0) * float(abs(matrix).max())
-    return bool(float(abs(matrix - matrix.T).max()) <= allowed)
+    return bool(float(abs(matrix - matrix.swapaxes(-1, -2)).max()) <= allowed)
 
 
 def _facts_of_values(values: Any) -> Facts:
@@ -168,32 +178,62 @@ class Kronecker(ArrayLeaf):
     """Kronecker product F₁ ⊗ F₂ ⊗ …, row-major: for a weight matrix V, (B ⊗ A) vec(V) = vec(B V Aᵀ).
 
     Args:
-        factors: square matrices, the output factor first.
+        factors: square matrices, the output factor first; or stacks (G, n, n) of as many, which make G products one below the
+            other on the diagonal, as for the groups of a convolution.
+        order: a permutation (D,) where the numbers do not lie in the order of the products: x[order] does. None: they do.
 
     >>> import numpy as np
     >>> print(Kronecker(np.eye(2), np.eye(3)))
     Kronecker<2 x 3, float64>
+    >>> print(Kronecker(np.ones((4, 2, 2)), np.ones((4, 3, 3))))
+    Kronecker<4 of 2 x 3, float64>
     """
 
-    def __init__(self, *factors: Any) -> None:
+    def __init__(self, *factors: Any, order: Any = None) -> None:
         super().__init__()
         if not factors:
             raise OptionError("Kronecker() needs at least one factor")
-        self.factors = tuple(_square(factor, f"Kronecker factor {i}") for i, factor in enumerate(factors))
+        self.factors = tuple(_square(factor, f"Kronecker factor {i}", 2, 3) for i, factor in enumerate(factors))
+        stacks = {factor.shape[:-2] for factor in self.factors}
+        if len(stacks) > 1:
+            raise OptionError(
+                "Kronecker factors are matrices, or stacks of as many matrices each, got the shapes "
+                f"{', '.join(str(tuple(factor.shape)) for factor in factors)}"
+            )
+        self.count = next(iter(stacks.pop()), None)
+        self.order = None if order is None else _permutation(order, self.size)
+
+    count: int | None
+    """The number of products on the diagonal, where the factors are stacks."""
 
     @property
     def size(self) -> int:
-        size = 1
+        size = 1 if self.count is None else self.count
         for factor in self.factors:
-            size *= int(factor.shape[0])
+            size *= int(factor.shape[-1])
         return size
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one product, whose numbers lie in its order."""
+        return self.count is None and self.order is None
+
+    @cached_property
+    def arrangement(self) -> tuple[int | None, str]:
+        """A key that is equal for leaves of as many products, whose numbers lie in the same order."""
+        if self.order is None:
+            return self.count, ""
+        order: Any = self.order
+        array = order.detach().cpu().numpy() if hasattr(order, "detach") else order
+        return self.count, hashlib.sha256(array.tobytes()).hexdigest()
 
     @property
     def arrays(self) -> tuple[Any, ...]:
         return self.factors
 
     def describe(self) -> str:
-        return f"{' x '.join(str(f.shape[0]) for f in self.factors)}, {_dtype(self.factors[0])}"
+        stacked = "" if self.count is None else f"{self.count} of "
+        return f"{stacked}{' x '.join(str(f.shape[-1]) for f in self.factors)}, {_dtype(self.factors[0])}"
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         if self.origin is not None and (known := self.origin.facts(loss)).symmetric:

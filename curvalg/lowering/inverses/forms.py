@@ -48,8 +48,9 @@ from curvalg.lowering.matrices import (
     Structure,
     UnitBasis,
     Woodbury,
+    placed,
 )
-from curvalg.lowering.matrices.array_leaves import tensor
+from curvalg.lowering.matrices.array_leaves import numbers, tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.rewrite import simplify
@@ -101,15 +102,17 @@ def _kronecker(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
     if len(parts) != 1 or not isinstance(leaf := parts[0][1], Kronecker):
         return damped_by_name(matrix)
-    scale, sizes = parts[0][0], [int(f.shape[0]) for f in leaf.factors]
-    shown = " and ".join(f"{n} x {n}" for n in sizes)
-    flops = sum(9 * n**3 for n in sizes)
+    scale, sizes = parts[0][0], [int(f.shape[-1]) for f in leaf.factors]
+    shown = " and ".join(f"{n} x {n}" for n in sizes) + (f", {leaf.count} each," if leaf.count is not None else "")
+    flops = sum(9 * n**3 for n in sizes) * (leaf.count or 1)
     like = _like(matrix)
     if leaf.facts().symmetric:
         cost = f"eigendecompositions of {shown} once ({_flops(flops)}), kept for every damping"
         return Form("kronecker", cost, lambda snapshot: _kronecker_spectral(matrix, snapshot, leaf, scale, shift))
-    if shift:
-        return "its factors are not symmetric, and it is damped"
+    if shift or not leaf.plain:
+        return (
+            f"its factors are not symmetric, and it is {'damped' if shift else 'one of several products, or reordered'}"
+        )
     return Form(
         "kronecker",
         f"LU factorisations of {shown} once",
@@ -125,14 +128,15 @@ def _kronecker_spectral(
 
     def decompose() -> list[tuple[Tensor, Tensor]]:
         factors = [tensor(f, like) for f in leaf.factors]
-        return [torch.linalg.eigh((f + f.T) / 2) for f in factors]
+        return [torch.linalg.eigh((f + f.mT) / 2) for f in factors]
 
     pairs = matrix.problem.cached(snapshot).get("eigenpairs", leaf, decompose, budgeted=True)
-    values = like.new_ones(1)
+    values = like.new_ones(*pairs[0][0].shape[:-1], 1)
     for eigenvalues, _ in pairs:
-        values = torch.outer(values, eigenvalues).reshape(-1)
-    basis = KroneckerBasis([vectors.to(matrix.problem.dtype) for _, vectors in pairs])
-    return Spectral(matrix.size, scale * values + shift, basis, what=str(matrix.expr))
+        values = (values[..., :, None] * eigenvalues[..., None, :]).flatten(-2)
+    order = numbers(leaf.order, like)
+    basis = KroneckerBasis([vectors.to(matrix.problem.dtype) for _, vectors in pairs], order)
+    return Spectral(matrix.size, scale * placed(values.reshape(-1), order) + shift, basis, what=str(matrix.expr))
 
 
 @_form("eigenbasis")
@@ -146,7 +150,7 @@ def _eigenbasis(matrix: BoundMatrix) -> Offer:
         like = torch.empty(0, dtype=matrix.problem.dtype, device=matrix.problem.device)
         basis: Basis
         if isinstance(leaf.basis, Kronecker):
-            basis = KroneckerBasis([tensor(f, like) for f in leaf.basis.factors])
+            basis = KroneckerBasis([tensor(f, like) for f in leaf.basis.factors], numbers(leaf.basis.order, like))
         else:
             basis = MatrixBasis(tensor(leaf.basis, like))
         values = scale * tensor(leaf.values, wide(like)) + shift

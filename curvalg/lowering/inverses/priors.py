@@ -27,6 +27,8 @@ def damped_by_name(matrix: BoundMatrix) -> Offer:
     inner, inner_shift = affine(block.expr) if block is not None and block.joint else ([], 0.0)
     if block is None or len(inner) != 1 or not isinstance(leaf := inner[0][1], Kronecker) or len(leaf.factors) != 2:
         return _OTHER
+    if not leaf.plain:
+        return "it has several products, or their numbers are reordered, and its weight and bias are damped differently"
     damping = dict.fromkeys(block.params, shift + scale * inner_shift)
     for c, part in multiples:
         for each in part.what if isinstance(part.what, tuple) else ():

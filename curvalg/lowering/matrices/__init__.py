@@ -1,6 +1,6 @@
 """Matrices in forms that make functions of them exact: spectra with cheap bases, low-rank updates, blocks."""
 
-from curvalg.lowering.matrices.bases import Basis, KroneckerBasis, MatrixBasis, UnitBasis
+from curvalg.lowering.matrices.bases import Basis, KroneckerBasis, MatrixBasis, UnitBasis, placed
 from curvalg.lowering.matrices.block_matrix import Blocks
 from curvalg.lowering.matrices.congruent import Congruent
 from curvalg.lowering.matrices.dense_matrix import DenseMatrix
@@ -24,5 +24,6 @@ __all__ = [
     "Structure",
     "UnitBasis",
     "Woodbury",
+    "placed",
     "singular",
 ]

@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from curvalg.expr.nodes.arrays import ArrayLeaf, Diagonal, Eigenbasis, Kronecker, LowRank
-from curvalg.lowering.matrices.bases import kronecker
+from curvalg.lowering.matrices.bases import ordered
 
 
 def tensor(array: Any, like: Tensor) -> Tensor:
     """An array of a leaf as a tensor of the operand's dtype and device."""
     given = array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")
     return given.detach().to(dtype=like.dtype, device=like.device)
+
+
+def numbers(array: Any, like: Tensor) -> Tensor | None:
+    """An array of row numbers as a tensor on the operand's device, or None."""
+    return None if array is None else torch.as_tensor(array, device=like.device)
 
 
 @singledispatch
@@ -32,7 +37,7 @@ def _(leaf: Diagonal, x: Tensor, transpose: bool) -> Tensor:
 @multiply.register
 def _(leaf: Kronecker, x: Tensor, transpose: bool) -> Tensor:
     factors = [tensor(f, x) for f in leaf.factors]
-    return kronecker([f.T for f in factors] if transpose else factors, x)
+    return ordered([f.mT for f in factors] if transpose else factors, x, numbers(leaf.order, x))
 
 
 @multiply.register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -80,31 +81,59 @@ class MatrixBasis(Basis):
 
 
 class KroneckerBasis(Basis):
-    """The basis Q₁ ⊗ Q₂ ⊗ … of orthogonal factors, row-major."""
+    """The basis Q₁ ⊗ Q₂ ⊗ … of orthogonal factors, row-major; of stacks (G, n, n), one such basis for each group of rows.
 
-    def __init__(self, factors: Sequence[Tensor]) -> None:
+    Args:
+        factors: of the basis.
+        order: row numbers (n,) in the order of the products, for vectors and coordinates; None: as they lie.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], order: Tensor | None = None) -> None:
         self.factors = list(factors)
-        self.sizes = [f.shape[0] for f in self.factors]
+        self.order = order
+        self.sizes = [*factors[0].shape[:-2], *(f.shape[-1] for f in factors)]
 
     def analyse(self, x: Tensor) -> Tensor:
-        return kronecker([f.T for f in self.factors], x)
+        return ordered([f.mT for f in self.factors], x, self.order)
 
     def synthesise(self, y: Tensor) -> Tensor:
-        return kronecker(self.factors, y)
+        return ordered(self.factors, y, self.order)
 
     def squares(self, weights: Tensor) -> Tensor:
-        return kronecker([f.square() for f in self.factors], weights.to(self.factors[0].dtype)[:, None])[:, 0]
+        squared = [f.square() for f in self.factors]
+        return ordered(squared, weights.to(squared[0].dtype)[:, None], self.order)[:, 0]
 
     def columns(self, positions: Tensor) -> Tensor:
+        if self.order is not None or self.factors[0].ndim == 3:
+            return self.synthesise(UnitBasis(math.prod(self.sizes), self.factors[0]).columns(positions))
         result = self.factors[0].new_ones(1, len(positions))
         for factor, index in zip(self.factors, torch.unravel_index(positions, self.sizes), strict=True):
             result = (result[:, None] * factor[:, index][None]).flatten(0, 1)
         return result
 
 
+def ordered(factors: Sequence[Tensor], x: Tensor, order: Tensor | None) -> Tensor:
+    """Products as of :func:`kronecker` where x[order] lies in the order of the products; None: x does."""
+    return kronecker(factors, x) if order is None else placed(kronecker(factors, x[order]), order)
+
+
 def kronecker(factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Products (F₁ ⊗ F₂ ⊗ …) X for columns (n, K), row-major: a factor at a time."""
-    result = x.reshape(*[f.shape[1] for f in factors], x.shape[1])
-    for axis, factor in enumerate(factors):
-        result = torch.tensordot(factor, result, dims=([1], [axis])).movedim(0, axis)
+    """Products (F₁ ⊗ F₂ ⊗ …) X for columns (n, K), row-major: a factor at a time; of stacks, group by group."""
+    stacked = factors[0].ndim - 2
+    result = x.reshape(*factors[0].shape[:stacked], *[f.shape[-1] for f in factors], x.shape[1])
+    for axis, factor in enumerate(factors, stacked):
+        if stacked:
+            moved = result.movedim(axis, 1)
+            result = (factor @ moved.flatten(2)).unflatten(2, moved.shape[2:]).movedim(1, axis)
+        else:
+            result = torch.tensordot(factor, result, dims=([1], [axis])).movedim(0, axis)
     return result.reshape(-1, x.shape[1])
+
+
+def placed(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows in the order of the products, put where they lie."""
+    if order is None:
+        return rows
+    result = torch.empty_like(rows)
+    result[order] = rows
+    return result

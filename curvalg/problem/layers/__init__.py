@@ -4,7 +4,7 @@ from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import LAST, ROUTES, PerSampleNotes, per_sample_gradients
 from curvalg.problem.layers.recorded import RecordedLayers, record_layers
 from curvalg.problem.layers.routing import is_steady
-from curvalg.problem.layers.rules import TABLE
+from curvalg.problem.layers.torch_calls import TABLE
 from curvalg.problem.layers.verify import ROWS
 from curvalg.problem.model.layer_record import LayerRecord
 

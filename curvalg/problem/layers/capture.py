@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvalg.problem.layers.origin import Origin
-from curvalg.problem.layers.rules import SUMS, TABLE, UNFUSED, followed
+from curvalg.problem.layers.torch_calls import SUMS, TABLE, UNFUSED, followed
 from curvalg.problem.layers.uses import Call, Declined, ElementUse, EmbeddingUse, SpreadTableUse, Use
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class PathStep:
     """One function on the way from a parameter: linear, and each number of its result is one of its argument.
 
     Args:
@@ -19,7 +19,7 @@ class Step:
     """
 
     label: str
-    function: Callable[[Tensor], Tensor] = field(compare=False)
+    function: Callable[[Tensor], Tensor] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,15 @@ class Origin:
     """
 
     name: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PathStep, ...] = ()
 
-    def then(self, step: Step) -> Origin:
+    def then(self, step: PathStep) -> Origin:
         """The origin of what one more step gives."""
         return Origin(self.name, (*self.steps, step))
+
+    def followed_by(self, other: Origin) -> Origin:
+        """The origin of what came from this tensor as another one did from its parameter."""
+        return Origin(self.name, (*self.steps, *other.steps))
 
     def of(self, parameter: Tensor) -> Tensor:
         """The tensor that comes from a parameter."""
@@ -64,8 +68,10 @@ class Origin:
         """
         if not self.steps:
             return cotangents
-        _, pull = torch.func.vjp(self.of, cotangents.new_zeros(parameter))
-        return torch.func.vmap(lambda cotangent: pull(cotangent)[0])(cotangents)
+        pull: Callable[[Tensor], tuple[Tensor]]
+        _, pull = torch.func.vjp(self.of, cotangents.new_zeros(parameter))  # type: ignore[misc]
+        pulled: Tensor = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(cotangents)
+        return pulled
 
     def entries(self, parameter: torch.Size, device: torch.device) -> Tensor:
         """The number, in the flattened parameter, of each entry of the tensor."""

@@ -13,7 +13,7 @@ from curvalg.errors import ProblemError
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.layers.build import Portion, build, portions
 from curvalg.problem.layers.capture import Capture
-from curvalg.problem.layers.joint import Joint, Zero
+from curvalg.problem.layers.kinds.joint import Joint, Zero
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import Explicit
 from curvalg.problem.layers.notes import LayerNotes
@@ -143,8 +143,8 @@ class RecordedLayers:
         gradients = self._pull(cotangents)
         self._route(gradients)
         if strange := self._misplaced(cotangents, gradients):
-            names = {name for i in strange for name in self._uses[i].names}
-            wrong = {name for name in names if not self.respread(name)} - self.notes.reasons.keys()
+            moved = {name for i in strange for name in self._uses[i].names}
+            wrong = {name for name in moved if not self.respread(name)} - self.notes.reasons.keys()
             self.notes.reasons.update(dict.fromkeys(wrong, MISPLACED))
             return self.build(cotangents)
         columns, rows = cotangents.shape[:2]
@@ -291,7 +291,8 @@ class RecordedLayers:
         rest = self.evaluation.over(names)
         columns = [row_gradients(rest, self.batch, column) for column in cotangents.to(self.z.dtype)]
         stacked = {name: torch.stack([found[name] for found in columns]) for name in names}
-        return [Explicit(self._place((name,)), stacked[name].to(layout.dtype)) for name in names]
+        reasons = self.notes.reasons
+        return [Explicit(self._place((name,)), stacked[name].to(layout.dtype), reasons[name]) for name in names]
 
     def _place(self, params: tuple[str, ...], members: Mapping[str, Portion] | None = None) -> ParameterGroup:
         """The group of some parameters, or of portions of them."""

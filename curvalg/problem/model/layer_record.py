@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,53 @@ class ParameterGroup:
         return replace(self, params=tuple(name for name in self.params if name in names))
 
 
+class Arrangement(Protocol):
+    """Where the rows of Kronecker products lie in the parameters of a layer; equal for equal ones."""
+
+    @property
+    def label(self) -> str:
+        """A text that is equal for equal ones."""
+        ...
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether the weight is one matrix that lies inputs first, with its bias below."""
+        ...
+
+    def order(self, names: Sequence[str], device: torch.device) -> Tensor | None:
+        """Numbers, in the flattened parameters one after the other, in the order of products (group, output, input).
+
+        Args:
+            names: of the weight, or of weight and bias in their order in the problem; with a bias it is the last input.
+            device: of the numbers.
+
+        Returns:
+            None where they lie so, as the rows of [W | b] where there is a bias.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FactorPairs:
+    """Inputs and deltas of a weight, or part of one, that is one matrix, or several which each multiply inputs of their own.
+
+    Args:
+        weight: its name.
+        bias: name of the bias, or None.
+        inputs: h (groups, n, T, in).
+        deltas: δ (groups, K, n, T, out).
+        arrangement: where the matrices lie in the parameters.
+        real: which positions (groups, n, T) are inputs; None: all.
+    """
+
+    weight: str
+    bias: str | None
+    inputs: Tensor
+    deltas: Tensor
+    arrangement: Arrangement
+    real: Tensor | None = None
+
+
 class LayerRecord(ABC):
     """Gradients gₖₙ = ∂⟨sₖₙ, zₙ⟩/∂θ of one layer's parameters, for all columns k and rows n of a batch.
 
@@ -49,7 +96,7 @@ class LayerRecord(ABC):
         kind: "dense" (linear layers and convolutions), "scale" (an elementwise factor, gₖₙ = Σₜ δₖₙₜ ∘ hₙₜ: the affine part of
             normalisation layers), "embedding" (row hₙₜ of the gradient gets δₖₙₜ), "shift" (an added parameter,
             gₖₙ = Σₜ δₖₙₜ), "explicit" (the flattened gradients themselves, as deltas with T = 1), "zero" (the output does
-            not depend on the parameters), "joint" (several of these).
+            not depend on the parameters), "joint" (the sum of several of these, as of the parts of a packed weight).
         params: names in ``problem.layout`` that this record covers, such as ("0.weight", "0.bias").
         name: qualified name of the module that owns the first of them, "" for the root.
         module: that module, or None.
@@ -145,6 +192,10 @@ class LayerRecord(ABC):
     @abstractmethod
     def explicit(self) -> dict[str, Tensor]:
         """Gradients gₖₙ by parameter, (K, n, *parameter.shape): as much memory as K·n gradients."""
+
+    def factor_pairs(self) -> list[FactorPairs] | str:
+        """The inputs and deltas whose second moments are Kronecker factors, part by part of a weight, or why there are none."""
+        return "each of its numbers multiplies or shifts numbers of its own, so that there is no matrix"
 
     def gram(self, other: LayerRecord) -> Tensor:
         """Inner products ⟨gₖₙ, g'ₖ'ₙ'⟩ with the gradients of the same parameters on any batch, shape (K, n, K', n').

@@ -47,7 +47,7 @@ def _kroneckers(expr: Expr) -> Hashable | None:
     """A key that is equal for two Kronecker products that multiply factor by factor."""
     if not isinstance(expr, Kronecker) or (kind := _kind(expr)) is None:
         return None
-    return kind, tuple(factor.shape[0] for factor in expr.factors)
+    return kind, expr.arrangement, tuple(factor.shape[-1] for factor in expr.factors)
 
 
 # -- sums ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def product_of_kroneckers(expr: Product, loss: LossFacts | None) -> Expr | None:
         factors = list(run[0].factors)
         for leaf in run[1:]:
             factors = [left @ right for left, right in zip(factors, leaf.factors, strict=True)]
-        return Kronecker.derived(factors, "product", history, origin=multiply(run))
+        return Kronecker.derived(factors, "product", history, origin=multiply(run), order=run[0].order)
 
     return _product(expr, _kroneckers, make)
 

@@ -28,9 +28,8 @@ def of(kind: type[Expr]) -> Apply:
 def of_kronecker(expr: Transpose, loss: LossFacts | None) -> Expr | None:
     if not isinstance(leaf := expr.expr, Kronecker) or leaf.facts(loss).symmetric:
         return None
-    return Kronecker.derived(
-        [factor.T for factor in leaf.factors], "transpose", [(leaf.token, Fraction(1))], origin=expr
-    )
+    factors = [factor.swapaxes(-1, -2) for factor in leaf.factors]
+    return Kronecker.derived(factors, "transpose", [(leaf.token, Fraction(1))], origin=expr, order=leaf.order)
 
 
 def of_low_rank(expr: Transpose, loss: LossFacts | None) -> Expr | None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from curvalg.problem.layers.kinds.arrangement import Lying
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.pairs import explicit_gram, pair_flops, pair_gram, passes
 from curvalg.problem.layers.kinds.scaling import Shift
-from curvalg.problem.model.layer_record import LayerRecord, ParameterGroup, bytes_of, steps
+from curvalg.problem.layers.origin import Origin
+from curvalg.problem.model.layer_record import FactorPairs, LayerRecord, ParameterGroup, bytes_of, steps
 
 FEW = 256
 """Pairs of directions and columns up to which deltas are mixed one after the other."""
@@ -61,6 +63,13 @@ class AffineLayer(LayerRecord):
             bias = self._bias if self._bias in place.params else None
             return AffineLayer(place, self._weight, bias, self._map, self._deltas)
         return Shift(place, ungrouped(self._deltas)) if self._bias in place.params else None
+
+    def factor_pairs(self) -> list[FactorPairs]:
+        bias = None if self._bias is None else Origin(self._bias)
+        shapes = tuple((name, self.shapes[name]) for name in (self._weight, self._bias) if name is not None)
+        lying = Lying(shapes, self._map.form, Origin(self._weight), bias)
+        real = None if self.real is None else self.real.expand(self._groups, *self.real.shape)
+        return [FactorPairs(self._weight, self._bias, self._map.inputs(), self._deltas, lying, real)]
 
     # -- products ---------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from curvalg.problem.layers.kinds.arrangement import Lying
+from curvalg.problem.layers.kinds.maps import WeightForm
 from curvalg.problem.layers.kinds.pairs import pair_gram
-from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup, bytes_of, steps
+from curvalg.problem.layers.origin import Origin
+from curvalg.problem.model.layer_record import FactorPairs, GuardedInput, LayerRecord, ParameterGroup, bytes_of, steps
+
+TABLE_LIMIT = 4096
+"""The most rows of a table whose input factor, rows x rows, is built."""
 
 
 class Embedding(LayerRecord):
@@ -44,6 +50,14 @@ class Embedding(LayerRecord):
 
     def select(self, names: Collection[str]) -> LayerRecord | None:
         return self if self._table in names else None
+
+    def factor_pairs(self) -> list[FactorPairs] | str:
+        if self._size > TABLE_LIMIT:
+            return f"it is a table of more than {TABLE_LIMIT} rows, whose input factor would be as wide"
+        shape = self.shapes[self._table]
+        hot = torch.nn.functional.one_hot(self._inputs.tensor, self._size).to(self._deltas.dtype)
+        lying = Lying(((self._table, shape),), WeightForm(shape, transposed=True), Origin(self._table))
+        return [FactorPairs(self._table, None, hot[None], self._deltas[None], lying)]
 
     def project(self, directions: Mapping[str, Tensor]) -> Tensor:
         count, mine = self._directions(directions)

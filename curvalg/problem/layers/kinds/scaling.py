@@ -9,7 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvalg.problem.model.layer_record import GuardedInput, Kind, LayerRecord, ParameterGroup, bytes_of
+from curvalg.problem.layers.kinds.arrangement import Lying
+from curvalg.problem.layers.kinds.embedding import TABLE_LIMIT
+from curvalg.problem.layers.kinds.maps import WeightForm
+from curvalg.problem.layers.origin import Origin, PathStep
+from curvalg.problem.model.layer_record import FactorPairs, GuardedInput, Kind, LayerRecord, ParameterGroup, bytes_of
 
 
 class VectorRecord(LayerRecord):
@@ -79,6 +83,25 @@ class Shift(VectorRecord):
     def select(self, names: Collection[str]) -> LayerRecord | None:
         return self if self.params[0] in names else None
 
+    def factor_pairs(self) -> list[FactorPairs] | str:
+        (name,) = self.params
+        shape = self.shapes[name]
+        long = [size for size in shape if size > 1]
+        if not 1 <= len(long) <= 2 or long[0] > TABLE_LIMIT:
+            return super().factor_pairs()
+        if len(long) == 1:  # the bias of a linear layer whose input is one
+            d = self._deltas
+            way = Origin(name).then(PathStep("one column", lambda t: t.reshape(-1, 1)))
+            lying = Lying(((name, shape),), WeightForm(torch.Size((*long, 1))), way)
+            return [FactorPairs(name, None, d.new_ones(1, self.rows, d.shape[2], 1), d[None], lying)]
+        # As a table of positions that are all picked for every row.
+        reshaped = Origin(name).then(PathStep(f"reshape{long}", lambda t: t.reshape(long)))
+        d = self._vectors(name).reshape(self.columns, self.rows, *long)
+        hot = torch.eye(long[0], dtype=d.dtype, device=d.device).expand(1, self.rows, -1, -1)
+        way = Origin(name) if len(shape) == 2 else reshaped
+        lying = Lying(((name, shape),), WeightForm(torch.Size(long), transposed=True), way)
+        return [FactorPairs(name, None, hot, d[None], lying)]
+
     def _vectors(self, name: str) -> Tensor:
         if self._sum is None:
             self._sum = self._deltas[:, :, 0] if self._deltas.shape[2] == 1 else self._deltas.sum(2)
@@ -91,12 +114,17 @@ class Explicit(Shift):
     Args:
         place: of the parameter.
         gradients: (K, n, *parameter.shape).
+        reason: why there was none.
     """
 
     kind: ClassVar[Kind] = "explicit"
 
-    def __init__(self, place: ParameterGroup, gradients: Tensor) -> None:
+    def __init__(self, place: ParameterGroup, gradients: Tensor, reason: str) -> None:
         super().__init__(place, gradients.reshape(*gradients.shape[:2], 1, -1))
+        self._reason = reason
+
+    def factor_pairs(self) -> str:
+        return self._reason
 
 
 class ElementwiseLayer(VectorRecord):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from curvalg.problem.layers.kinds.arrangement import Lying
 from curvalg.problem.layers.origin import Origin
-from curvalg.problem.model.layer_record import LayerRecord, ParameterGroup
+from curvalg.problem.model.layer_record import FactorPairs, LayerRecord, ParameterGroup
 
 
 class Joint(LayerRecord):
@@ -34,17 +36,32 @@ class Joint(LayerRecord):
         self._parts = list(parts)
         self._origins = dict(origins or {})
 
-    @property
-    def parts(self) -> list[LayerRecord]:
-        return self._parts
-
-    def entries(self, part: LayerRecord) -> dict[str, Tensor]:
-        device = part.deltas.device
-        found = {}
-        for own in part.params:
-            origin = self._origin(own)
-            found[own] = origin.entries(self.place.shapes[origin.name], device)
+    def factor_pairs(self) -> list[FactorPairs] | str:
+        found: list[FactorPairs] = []
+        for part in self._parts:
+            pairs = part.factor_pairs()
+            if isinstance(pairs, str):
+                return pairs
+            found += map(self._placed, pairs)
+        if not self._disjoint:
+            return f"it is used in several ways at once ({', '.join(sorted(part.kind for part in self._parts))})"
+        if len({pair.weight for pair in found}) > 1 or len({pair.bias for pair in found}) > 1:
+            return "some parts of it have a bias, and others another one or none"
+        if len(sizes := {(pair.deltas.shape[-1], pair.inputs.shape[-1]) for pair in found}) > 1:
+            return f"its parts are matrices of different sizes, {', '.join(f'{out} x {n}' for out, n in sorted(sizes))}"
+        if any(self.shapes[pair.weight].numel() % (out * n) for pair in found for out, n in sizes):
+            return "only some of its numbers are used"
         return found
+
+    def _placed(self, pair: FactorPairs) -> FactorPairs:
+        """The pair of a record, of the parameters of the place."""
+        lying = pair.arrangement
+        assert isinstance(lying, Lying)
+        weight = self._origin(lying.weight.name).followed_by(lying.weight)
+        bias = None if lying.bias is None else self._origin(lying.bias.name).followed_by(lying.bias)
+        shapes = tuple((origin.name, self.shapes[origin.name]) for origin in (weight, bias) if origin is not None)
+        placed = Lying(shapes, lying.form, weight, bias)
+        return replace(pair, weight=weight.name, bias=None if bias is None else bias.name, arrangement=placed)
 
     def _origin(self, own: str) -> Origin:
         return self._origins.get(own, Origin(own))
@@ -112,13 +129,17 @@ class Joint(LayerRecord):
         return {name: totals[name] for name in self.params}
 
     @cached_property
-    def _disjoint(self) -> bool:
-        """Whether no entry of a parameter has a gradient from two records, or twice from one."""
+    def _counts(self) -> dict[str, Tensor]:
+        """How many numbers of the records each number of a parameter is."""
         like = self._parts[0].deltas
-        ones = [
-            {own: like.new_ones(1, *part.shapes[own]) for own in part.params} for part in self._parts if part.params
-        ]
-        return all(bool((count <= 1).all()) for count in self._gathered(ones).values())
+        return self._gathered(
+            [{own: like.new_ones(1, *part.shapes[own]) for own in part.params} for part in self._parts]
+        )
+
+    @property
+    def _disjoint(self) -> bool:
+        """Whether no number of a parameter has a gradient from two records, or twice from one."""
+        return all(bool((count <= 1).all()) for count in self._counts.values())
 
     def _gram(self, other: LayerRecord) -> Tensor:
         assert isinstance(other, Joint)

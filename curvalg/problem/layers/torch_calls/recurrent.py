@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvalg.problem.layers.rules.unfused import unfuse
+from curvalg.problem.layers.torch_calls.unfused import unfuse
 from curvalg.problem.layers.uses import Declined
 
 State = tuple[Tensor, ...]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from curvalg.problem.layers.kinds.maps import WeightForm
-from curvalg.problem.layers.origin import Origin, Step
+from curvalg.problem.layers.origin import Origin, PathStep
 from curvalg.problem.layers.uses import Call, Declined, DenseUse
 
 
@@ -70,4 +70,4 @@ def _arranged(origin: Origin, order: list[int], shape: tuple[int, int], before: 
     """The origin of a weight after its axes were put in order and made two."""
     if order == list(range(len(order))) and shape == before:
         return origin
-    return origin.then(Step(f"permute{order}.reshape{shape}", lambda w: w.permute(order).reshape(shape)))
+    return origin.then(PathStep(f"permute{order}.reshape{shape}", lambda w: w.permute(order).reshape(shape)))

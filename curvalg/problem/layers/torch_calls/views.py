@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvalg.problem.layers.origin import Origin, Step
+from curvalg.problem.layers.origin import Origin, PathStep
 
 _T = Tensor
+
+
+def _getter(name: str) -> Any:
+    """The function that gives an attribute of a tensor."""
+    return getattr(Tensor, name).__get__
+
+
 CASTS = frozenset(
     (
         *(_T.float, _T.double, _T.half, _T.bfloat16, _T.to, _T.type, _T.type_as),
@@ -17,12 +24,11 @@ CASTS = frozenset(
     )
 )
 """Functions that leave every entry in its place."""
-TRANSPOSES = frozenset((_T.t, torch.t, _T.T.__get__, _T.mT.__get__, _T.transpose, torch.transpose, _T.permute))
 _ARRANGEMENTS = frozenset(
     (
         *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten, _T.unflatten, torch.unflatten, _T.view_as),
-        *(_T.reshape_as, _T.permute, torch.permute, _T.transpose, torch.transpose, _T.t, torch.t, _T.T.__get__),
-        *(_T.mT.__get__, _T.swapaxes, torch.swapaxes, _T.swapdims, torch.swapdims, _T.movedim, torch.movedim),
+        *(_T.reshape_as, _T.permute, torch.permute, _T.transpose, torch.transpose, _T.t, torch.t, _getter("T")),
+        *(_getter("mT"), _T.swapaxes, torch.swapaxes, _T.swapdims, torch.swapdims, _T.movedim, torch.movedim),
         *(_T.unsqueeze, torch.unsqueeze, _T.squeeze, torch.squeeze, _T.flip, torch.flip, _T.roll, torch.roll),
         *(_T.narrow, torch.narrow, _T.select, torch.select, _T.diagonal, torch.diagonal, _T.__getitem__),
         *(_T.chunk, torch.chunk, _T.split, torch.split, _T.split_with_sizes, torch.split_with_sizes),
@@ -51,12 +57,12 @@ def followed(func: Any, origin: Origin, args: tuple[Any, ...], kwargs: dict[str,
     if getattr(func, "__self__", None) is not None:
         label = f"{getattr(func.__self__, '__name__', '')}.{label}"
     if isinstance(output, Tensor):
-        return [(output, origin.then(Step(label, lambda t: func(t, *rest, **options))))]
+        return [(output, origin.then(PathStep(label, lambda t: func(t, *rest, **options))))]
     # Each part by its number; iterators are used up by the caller.
     if not isinstance(output, (tuple, list)):
         return None
     return [
-        (part, origin.then(Step(f"{label}[{i}]", lambda t, i=i: func(t, *rest, **options)[i])))  # type: ignore[misc]
+        (part, origin.then(PathStep(f"{label}[{i}]", lambda t, i=i: func(t, *rest, **options)[i])))  # type: ignore[misc]
         for i, part in enumerate(output)
     ]
 

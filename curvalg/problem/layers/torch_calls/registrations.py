@@ -14,7 +14,7 @@ from curvalg.problem.layers.kinds.convolution import Convolution
 from curvalg.problem.layers.kinds.maps import WeightForm
 from curvalg.problem.layers.kinds.patches import grouped, padded, spread_out, windows
 from curvalg.problem.layers.origin import Origin
-from curvalg.problem.layers.rules.contraction import contracted
+from curvalg.problem.layers.torch_calls.contraction import contracted
 from curvalg.problem.layers.uses import Call, Declined, DenseUse, ElementUse, EmbeddingUse, Use, channels_last
 from curvalg.problem.model.corrections import fixed_batch_norm
 
