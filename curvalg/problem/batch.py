@@ -43,6 +43,7 @@ class Batch:
         count: N, the number of samples in the data set whose share is not identically zero.
         denominator: what a mean loss divides by, over the whole data set.
         samples: whether one sample is a row of the batch ("item") or an element of the loss ("position").
+        misaligned: shape of an output whose rows are not the samples of its batch, and their number, if there is one.
         start: running number of the first row in the data set.
         number: called where samples are identified by their running number; refuses data in random order.
         pullback: u -> Jᵀu (D,).
@@ -62,6 +63,7 @@ class Batch:
         count: int,
         denominator: float,
         samples: Samples,
+        misaligned: tuple[tuple[int, ...], int] | None,
         start: int,
         number: Callable[[], None],
         pullback: Callable[[Tensor], Tensor],
@@ -76,6 +78,7 @@ class Batch:
         self._form = form
         self._loss = loss
         self._make_point = point
+        self._misaligned = misaligned
         self._number = number
         self._start = start
         self._share = 1.0 / denominator
@@ -146,12 +149,24 @@ class Batch:
         """
         return self._share * self._form.join(self._point.fisher_hvp(self._form.split(tangent)))
 
+    def _require_samples(self) -> None:
+        """Raise LossError where rows of the output are not the samples that are counted."""
+        if self._misaligned is not None:
+            shape, rows = self._misaligned
+            raise LossError(
+                f"this quantity is made of single samples, but an output of shape {shape} does not have the {rows} samples of its "
+                "batch as its rows. Return outputs with a row for each sample, such as forward=lambda model, batch: "
+                "model(batch[0]).unflatten(0, (len(batch[0]), -1)), or give targets with a row for each row of the output by "
+                "target="
+            )
+
     def loss_factor(self) -> Tensor:
         """Columns (columns, *output.shape): Σ columns columnsᵀ is the block of B of each position (class losses) or element.
 
         Raises:
             LossError: B is not positive semi-definite.
         """
+        self._require_samples()
         return self._point.factor() * math.sqrt(self._share)
 
     @property
@@ -192,6 +207,7 @@ class Batch:
 
     def gradient_columns(self) -> Tensor:
         """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance."""
+        self._require_samples()
         return self.per_sample_columns(math.sqrt(self.scale) * self.loss_gradient[None])
 
     def per_sample_columns(self, columns: Tensor) -> Tensor:
@@ -228,6 +244,7 @@ class Batch:
             seed: seed of the draws.
             fisher: second moment of the Fisher instead of B.
         """
+        self._require_samples()
         self._number()
         key = (samples, seed, fisher)
         if key not in self._draws:
@@ -243,6 +260,7 @@ class Batch:
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner product per sample, broadcastable to the output."""
+        self._require_samples()
         product = a * b
         if self.samples == "item":
             return product.sum(tuple(range(1, product.ndim)), keepdim=True) if product.ndim > 1 else product
@@ -267,6 +285,7 @@ class Batch:
         Raises:
             ProblemError: samples of the batch influence each other (batch-norm in training mode).
         """
+        self._require_samples()
         return self._per_sample(self)
 
     def layers(self, cotangents: Tensor) -> Iterator[LayerRecord]:

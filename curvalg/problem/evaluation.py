@@ -101,6 +101,7 @@ class Evaluation(ModelCall):
             count=totals.count,
             denominator=totals.denominator,
             samples=problem.samples,
+            misaligned=totals.misaligned,
             start=self.sample.start,
             number=lambda: again().problem.number_samples(),
             pullback=lambda u: again().pull(u),

@@ -47,6 +47,8 @@ def why_not_factored(entries: Sequence[tuple[float, Term]], problem: Problem) ->
             return f"{term} is not known to be positive semi-definite"
         if isinstance(term, DatasetTerm) and not term.centred:
             return f"{term} needs totals of the data set"
+    if problem.totals.misaligned is not None:
+        return "rows of its outputs are not its samples"
     if problem.model.batch_statistics:
         return "samples influence each other through batch statistics"
     return None

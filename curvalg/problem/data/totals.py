@@ -17,6 +17,7 @@ class Totals:
         scale: s, N for a mean loss, 1 for a sum.
         denominator: what the loss of the whole data set divides by.
         loss: the loss with its reduction known.
+        misaligned: shape of an output whose rows are not the samples of its batch, and their number; None: there is none.
     """
 
     rows: int
@@ -24,3 +25,4 @@ class Totals:
     scale: float
     denominator: float
     loss: Loss | None
+    misaligned: tuple[tuple[int, ...], int] | None = None

@@ -17,6 +17,7 @@ from curvalg.problem.data.totals import Totals
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import recording
 from curvalg.problem.setting import Setting
+from curvalg.tensors import trees
 
 
 def count(problem: Setting) -> Totals:
@@ -28,9 +29,13 @@ def count(problem: Setting) -> Totals:
     """
     loss, rows, samples, denominator = problem.loss, 0, 0, 0.0
     before: list[Any] = []
+    misaligned: tuple[tuple[int, ...], int] | None = None
     for sample in tqdm(problem.read(), "counting", disable=not problem.progress):
         if type(loss) is CallableLoss:  # subclasses know their denominators
             loss = _judge(problem, loss, sample, before)
+            z = trees.tensors(before[0])[0]
+            if len(z) != sample.rows:
+                misaligned = tuple(z.shape), sample.rows
         rows += sample.rows
         if loss is None:
             samples += sample.rows
@@ -42,7 +47,8 @@ def count(problem: Setting) -> Totals:
     mean = loss is not None and loss.reduction == "mean"
     if mean and not denominator:
         raise ProblemError("every target is ignored or has weight 0, so the mean loss has nothing to divide by")
-    return Totals(rows, samples, float(samples) if mean else 1.0, denominator if mean else 1.0, loss)
+    scale = float(samples) if mean else 1.0
+    return Totals(rows, samples, scale, denominator if mean else 1.0, loss, misaligned)
 
 
 def _judge(problem: Setting, loss: CallableLoss, sample: ReadBatch, before: list[Any]) -> CallableLoss:
