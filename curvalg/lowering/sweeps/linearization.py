@@ -19,6 +19,7 @@ from curvalg.lowering.sweeps.contract import call
 from curvalg.lowering.sweeps.programs import Programs
 from curvalg.lowering.sweeps.recorder import Recorder, Recording
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
+from curvalg.lowering.sweeps.routes import Routes
 from curvalg.lowering.sweeps.sweep import Sweep, prepare
 from curvalg.lowering.sweeps.tangents import ForwardAD, Linearized
 from curvalg.lowering.sweeps.widths import Widths
@@ -47,6 +48,7 @@ class Linearization:
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
         self.recorder = Recorder(problem, sweep, self.notes)
+        self.routes = Routes(self.recorder)
         self.widths = Widths(problem, sweep, self.notes)
         self.programs = Programs(problem, sweep, self.notes)
         self._counted = problem.measured.name("products", sweep)
@@ -83,8 +85,11 @@ class Linearization:
     def product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         """The product of the sweep with vectors (K, D), shape (K, D)."""
         problem.budget.touch(self)
+        before = self.products
         self.products += rows.shape[0]
         problem.measured.choices[self._counted] = self.products
+        if before >= self.routes.after and rows.shape[0] == 1 and not self.routes.tried:
+            self._try_routes(problem, snapshot)
         if self.products > self.programs.after and not self.programs.tried:
             self._try_programs(problem, snapshot, rows[:1])
         return self._attempt(problem, snapshot, rows)
@@ -278,7 +283,6 @@ class Linearization:
         if self.sweep.dataset_terms:  # their statistics are of the parameters at hand
             return
         source = linearization(whole, snapshot, self.sweep)
-        source.recorder.races = source.complete
         source.prepare(whole, snapshot)
         shared = {i: r.over(problem) for i, r in source.batches.items()} if source.complete else {}
         if shared and all(r is not None for r in shared.values()):
@@ -301,12 +305,22 @@ class Linearization:
         needed, limit = nbytes / 2**20, problem.budget.limit / 2**20
         self.notes["budget"] = f"{kept}: one more needs {needed:.3g} MiB of a budget of {limit:.3g} MiB"
 
+    def _own_recordings(self, problem: Problem) -> bool:
+        """Whether there are recordings of all batches that others do not share, and of which another kind can be made."""
+        if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
+            return False
+        return not any(isinstance(recorded, ChunkedRecording) for recorded in self.batches.values())
+
+    def _try_routes(self, problem: Problem, snapshot: Snapshot) -> None:
+        if self._own_recordings(problem) and not self._sharing:
+            replaced = self.routes.replace(problem, snapshot, self.batches)
+            if replaced is not None:
+                self.batches = replaced
+
     def _try_programs(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         if self.programs.race.of_an_earlier_run:  # which had all recordings by now
             self.prepare(problem, snapshot)
-        if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
-            return
-        if any(isinstance(recorded, ChunkedRecording) for recorded in self.batches.values()):
+        if not self._own_recordings(problem):
             return
         if (replaced := self.programs.replace(problem, snapshot, self.batches, rows)) is not None:
             self.batches, self.recorder.route = replaced, Linearized.ROUTE

@@ -14,8 +14,8 @@ from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.data.batches import OrderError
 from curvalg.problem.kept.race import Candidate, Race
 
-AMORTISED = 32
-"""Products after which a linearised program, which is expensive to record, may be tried."""
+AMORTISED = 256
+"""Products after which a linearised program may be tried: recording one takes 7 to 300 gradients."""
 
 
 class Programs:

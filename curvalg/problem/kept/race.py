@@ -31,7 +31,7 @@ class Candidate:
         handicap: how many times as long it is counted, so that it has to be clearly faster.
         rounds: timed runs in each turn; one where a run is long.
         warm: whether it has run before, so that nothing is made at its first run.
-        seconds: of a run that was made and timed already, if any.
+        seconds: gives those of a run that was made and timed already when it comes to measuring, or None.
     """
 
     run: Callable[[], Any]
@@ -39,7 +39,7 @@ class Candidate:
     handicap: float = 1.0
     rounds: int = 2
     warm: bool = False
-    seconds: float | None = None
+    seconds: Callable[[], float | None] = lambda: None
 
 
 class Race(Generic[K]):
@@ -144,8 +144,8 @@ def measure(
     for turn in range(turns):
         for way, candidate in candidates.items():
             rounds = candidate.rounds
-            if turn == 0 and candidate.seconds is not None:
-                best[way], rounds = candidate.seconds / candidate.work, rounds - 1
+            if turn == 0 and (before := candidate.seconds()) is not None:
+                best[way], rounds = before / candidate.work, rounds - 1
             elif not candidate.warm:
                 first = timed(candidate.run, device)[0]
                 if first > LONG:

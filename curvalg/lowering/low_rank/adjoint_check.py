@@ -1,0 +1,71 @@
+"""The check that kept inputs and deltas are the columns V, by one backward pass a batch: V y, and ⟨y, Vᵀx⟩ = ⟨V y, x⟩."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from curvalg.problem import Layout
+from curvalg.problem.layers.recorded import RecordedLayers
+from curvalg.tensors.backward import backward
+from curvalg.tensors.clock import timed
+from curvalg.tensors.random_numbers import uniforms
+
+if TYPE_CHECKING:
+    from curvalg.lowering.low_rank.factor import Factor, Groups
+
+
+class AdjointCheck:
+    """What a factor is compared with while it is recorded: V y by ordinary backward passes, for one random y.
+
+    It costs less than a product, and holds for any groups of the parameters: the blocks of V y are what the groups give.
+
+    Args:
+        layout: of the parameters.
+        device: where they are.
+
+    Attributes:
+        seconds: that the backward passes took, one a batch.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self._layout, self._device = layout, device
+        self._total = torch.zeros(layout.size, dtype=layout.dtype, device=device)
+        self._weights: list[Tensor] = []
+        self.seconds = 0.0
+
+    def add(self, recorded: RecordedLayers, columns: Tensor) -> None:
+        """Take one more batch, with the cotangents s of its columns (K, *output.shape)."""
+        count, rows = columns.shape[:2]
+        dtype = self._total.dtype
+        y = 0.5 + uniforms(len(self._weights), count, 0, (rows,), dtype, self._device)
+        weights = y.reshape(count, rows, *[1] * (columns.ndim - 2)).to(columns.dtype)
+        mixed = (weights * columns).sum(0)
+
+        def pull() -> list[Tensor | None]:
+            return backward([recorded.z], list(recorded.leaves.values()), [mixed], retain_graph=True)
+
+        seconds, gradients = timed(pull, self._device)
+        self.seconds += seconds
+        self._total += self._layout.gather(gradients, self._device)
+        self._weights.append(y.reshape(-1))
+
+    def wrong(self, factor: Factor, groups: Groups, x: Tensor) -> str | None:
+        """Why the kept columns must not be used, or None.
+
+        Args:
+            factor: complete, over the parameters of the groups.
+            groups: of the products.
+            x: operand (D, P).
+        """
+        layout, y = self._layout, torch.cat(self._weights)
+        tolerance = torch.finfo(self._total.dtype).eps ** 0.5
+        pulled = factor.pull_groups(layout, groups, y[None, :, None].expand(len(groups), -1, 1))[:, 0]
+        if not bool((pulled - self._total).norm() <= tolerance * self._total.norm()):
+            return "its columns differ from gradients"
+        pushed = factor.push_groups(layout, groups, x).sum(0)
+        left, right = y @ pushed, pulled @ x
+        scale = y.norm() * pushed.norm(dim=0) + pulled.norm() * x.norm(dim=0)
+        return None if bool(((left - right).abs() <= tolerance * scale).all()) else "its products differ from gradients"
