@@ -311,7 +311,7 @@ class LowRankPlan(Plan):
         if factor.check is None:
             return None
         seconds = 2 * len(self.groups) * factor.check.seconds * x.shape[1]
-        return seconds, factor.check.wrong(factor, self.groups, x)
+        return seconds, factor.check.wrong(factor, self.groups)
 
     def _directions(self) -> int:
         """The output directions of each row of the data."""

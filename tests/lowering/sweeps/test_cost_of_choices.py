@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from curvalg import Problem, block_diagonal, registry
+from tests.support.inside import last_wins
 
 FIRST, ORDINARY = 5, 2
 """Backward passes of the first product of a first-order matrix (a graph, its double, its check, two for the product), and of
@@ -55,7 +56,9 @@ def test_nothing_is_raced_before_products_have_paid_for_it(name, backwards, insi
 
 
 @pytest.mark.parametrize("name", ["ggn", "covariance"])
-def test_blocks_are_compared_with_one_backward_pass_and_not_with_one_for_each(name, backwards):
+def test_blocks_are_compared_with_one_backward_pass_and_not_with_one_for_each(name, backwards, inside):
+    inside(measure=last_wins)
+
     def first(by):
         op = block_diagonal(registry.build(name), by=by).lower(problem())
         backwards()
@@ -66,7 +69,7 @@ def test_blocks_are_compared_with_one_backward_pass_and_not_with_one_for_each(na
     assert many == few <= 12
 
 
-def test_columns_that_are_wrong_are_found_out_by_the_backward_pass(inside, monkeypatch):
+def test_columns_that_are_wrong_are_found_out_by_the_backward_pass(monkeypatch):
     from curvalg.problem.model.layer_record import LayerRecord
 
     expected = block_diagonal(registry.build("ggn"), by="module").lower(problem()).to_dense()
