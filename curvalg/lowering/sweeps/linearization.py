@@ -7,6 +7,7 @@ Both give the same numbers, since both multiply the same recording.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -16,6 +17,7 @@ from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.sweeps.chunked import ChunkedRecording
 from curvalg.lowering.sweeps.contract import call
+from curvalg.lowering.sweeps.keeping import Keeping
 from curvalg.lowering.sweeps.programs import Programs
 from curvalg.lowering.sweeps.recorder import Recorder, Recording
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
@@ -43,11 +45,12 @@ class Linearization:
         self.nbytes = 0
         self.batches: dict[int, Recording] = {}
         self.complete = False
-        self.limit = problem.budget.limit
-        self.keeping = self.limit > 0
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
-        self.recorder = Recorder(problem, sweep, self.notes)
+        self.worth = Keeping(problem, sweep, self.notes)
+        self.limit = problem.budget.limit
+        self.keeping = self._may_keep()
+        self.recorder = Recorder(problem, sweep, self.notes, self.worth)
         self.routes = Routes(self.recorder)
         self.widths = Widths(problem, sweep, self.notes)
         self.programs = Programs(problem, sweep, self.notes)
@@ -58,6 +61,9 @@ class Linearization:
         self._shared = False
         self._ordered = problem.data.ordered
         self._single_pass = sweep.curved and not sweep.dataset_terms
+
+    def _may_keep(self) -> bool:
+        return self.limit > 0 and not self.worth.declined
 
     @property
     def route(self) -> str:
@@ -155,9 +161,15 @@ class Linearization:
             result = problem.sum()
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, (SinglePass, ChunkedRecording))
-                chunk = 1 if len(rows) == 1 else self.widths.at_a_time(problem, single, rows)
-                result.add(single.multiply(rows, chunk))
+                if len(rows) == 1:
+                    multiply, kept = partial(single.multiply, rows, 1), single.index in self.batches
+                    result.add(self.worth.multiplying(single.index, multiply, kept=kept))
+                    del multiply
+                else:
+                    result.add(single.multiply(rows, self.widths.at_a_time(problem, single, rows)))
                 del single  # a fresh graph is released before the next batch is recorded
+            if self.worth.open:
+                self._keep_if_worth(problem)
             return result.value  # type: ignore[no-any-return]
         total = problem.sum()
         prepared = self._prepared(problem, snapshot)
@@ -264,7 +276,7 @@ class Linearization:
             return
         if self.limit != problem.budget.limit:
             self.limit = problem.budget.limit
-            self.keeping = self.limit > 0
+            self.keeping = self._may_keep()
         for evaluation in problem.evaluations(snapshot, order_matters=again or bool(self.batches)):
             index = evaluation.sample.index
             recorded = self.batches.get(index)
@@ -274,6 +286,13 @@ class Linearization:
             yield recorded
             del recorded  # a fresh graph is released before the next is recorded
         self.complete = self.keeping
+
+    def _keep_if_worth(self, problem: Problem) -> None:
+        """Give up recordings that save next to nothing; not those of others, nor where only what is kept is a matrix."""
+        shared = self._shared or self._sharing or ("sweep", self.sweep.key) in problem.shared
+        if not shared and problem.data.ordered and self.worth.decide():
+            self.drop()
+            self.keeping = False
 
     def _share(self, problem: Problem, snapshot: Snapshot) -> None:
         """Take the recordings of the whole problem, where several blocks have the sweep in common and they are kept."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvalg.errors import CurvalgError
 from curvalg.lowering.sweeps.chunked import ChunkedRecording, record_headed
+from curvalg.lowering.sweeps.keeping import Keeping
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.tangents import ForwardAD, Transient
@@ -33,14 +34,15 @@ class Recorder:
         problem: the problem.
         sweep: the terms.
         notes: topic -> what was chosen and why.
+        worth: times what is recorded, to know whether keeping it pays.
 
     Attributes:
         route: of tangents, where no term is curved.
         race: between the routes, where there are several.
     """
 
-    def __init__(self, problem: Problem, sweep: Sweep, notes: dict[str, str]) -> None:
-        self.sweep, self.notes = sweep, notes
+    def __init__(self, problem: Problem, sweep: Sweep, notes: dict[str, str], worth: Keeping) -> None:
+        self.sweep, self.notes, self._worth = sweep, notes, worth
         self.route = TwoStage.ROUTE
         self.race: Race[str] = Race(problem.measured, problem.measured.name("tangents", sweep))
         self._measured = False
@@ -100,7 +102,8 @@ class Recorder:
         if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
             return headed
         if self._single_pass:
-            return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
+            record = partial(SinglePass, evaluation, sweep.cotangent, sweep.rate_of, keep)
+            return self._worth.recording(evaluation.sample.index, record) if keep else record()
         if sweep.curved:
             return TwoStage(evaluation, sweep.cotangent, keep)
         if not keep and columns == 1:
