@@ -41,6 +41,7 @@ class EKFAC(LayerFactors):
     rest: Rest = "refuse"
     samples: int = 1
     seed: int = 0
+    passes: ClassVar[int] = 2
     name: ClassVar[str] = "ekfac"
     symbol: ClassVar[str] = r"K_{\mathrm{E}}"
 
@@ -58,16 +59,18 @@ class EKFAC(LayerFactors):
     def accumulate(self, batch: Batch, prepared: Any = None) -> Stats:
         from curvalg_plugins.kronecker import factors  # needs torch
 
-        columns = factors.cotangents(batch, *self.columns)
         moments: dict[tuple[str, ...], Stats] = {}
-        for record in batch.layers(columns):
-            if record.kind == "zero" or not factors.factored(record):
-                continue
-            output, inputs = self._bases(self._layer(prepared, record.params))
-            h, d = factors.inputs_and_deltas(record)
-            moments[record.params] = {"weight": factors.second_moments(h, d, output, inputs)}
-            if record.bias is not None and not self.joint:
-                moments[record.params]["bias"] = (d.sum(2) @ output).square().sum((0, 1))
+        for records in factors.layers_in_parts(batch, *self.columns):
+            for record in records:
+                if record.kind == "zero" or not factors.factored(record):
+                    continue
+                output, inputs = self._bases(self._layer(prepared, record.params))
+                h, d = factors.inputs_and_deltas(record)
+                found = {"weight": factors.second_moments(h, d, output, inputs)}
+                if record.bias is not None and not self.joint:
+                    found["bias"] = (d.sum(2) @ output).square().sum((0, 1))
+                before = moments.get(record.params)
+                moments[record.params] = found if before is None else {k: before[k] + found[k] for k in found}
         return {"moments": moments}
 
     @staticmethod

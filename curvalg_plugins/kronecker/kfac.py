@@ -33,6 +33,7 @@ class LayerFactors(MatrixTerm):
     joint: bool
     rest: Rest
     uses_layers: ClassVar[bool] = True
+    passes: ClassVar[int] = 1
     local: ClassVar[bool] = False  # a weight without its bias has other eigenvectors
 
     @property
@@ -55,28 +56,35 @@ class LayerFactors(MatrixTerm):
         """Sums of h hᵀ and δ δᵀ of every layer, and curvature of the other parameters."""
         from curvalg_plugins.kronecker import factors  # needs torch
 
-        columns = factors.cotangents(batch, *self.columns)
         active = factors.active_rows(batch)
         layers: dict[tuple[str, ...], Stats] = {}
         # Weights that lie as (inputs, outputs); all others are (outputs, inputs).
         inputs_first: dict[tuple[str, ...], Stats] = {}
         others: Stats = {}
-        for record in batch.layers(columns):
-            if record.kind == "zero":  # not used in this batch, as an expert without rows
-                continue
-            if not factors.factored(record):
-                others |= self._others(record)
-                continue
-            h, d = factors.inputs_and_deltas(record)
-            joint = self.joint and record.bias is not None
-            a, count = factors.input_factor(h, active, self.approximation, joint, record.real)
-            (inputs_first if factors.inputs_first(record) else layers)[record.params] = {
-                "inputs": a,
-                "outputs": factors.output_factor(d, self.approximation),
-                "count": a.new_tensor(count),
-            }
-        self._refuse(others)
+        for records in factors.layers_in_parts(batch, *self.columns):
+            for record in records:
+                if record.kind == "zero":  # not used in this batch, as an expert without rows
+                    continue
+                if not factors.factored(record):
+                    for name, value in self._others(record).items():
+                        others[name] = others[name] + value if name in others else value
+                    continue
+                found = inputs_first if factors.inputs_first(record) else layers
+                h, d = factors.inputs_and_deltas(record)
+                outputs = factors.output_factor(d, self.approximation)
+                if record.params in found:  # for other columns
+                    found[record.params]["outputs"] += outputs
+                    continue
+                joint = self.joint and record.bias is not None
+                a, count = factors.input_factor(h, active, self.approximation, joint, record.real)
+                found[record.params] = {"inputs": a, "outputs": outputs, "count": a.new_tensor(count)}
+            self._refuse(others)
         return {"layers": layers, "inputs first": inputs_first, "others": others}
+
+    def cost(self, batch: Batch) -> str:
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        return factors.cost(self.label, batch, self.columns[0], self.columns[1], self.passes)
 
     def _others(self, record: LayerRecord) -> Stats:
         if self.rest == "diagonal":

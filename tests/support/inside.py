@@ -34,7 +34,6 @@ PLACES = {
     "kernel_width": "curvalg_plugins.ntk.cross.WIDTH",
     # Clocks and gauges, so that choices do not depend on the machine.
     "clock": "curvalg.problem.kept.race.timed",
-    "clock_of_recordings": "curvalg.lowering.sweeps.keeping.timed",
     "measure": "curvalg.problem.kept.race.measure",
     "candidate": "curvalg.problem.kept.race.Candidate",
     "choose_width": "curvalg.estimate.spectra.eigenpair_search.choose_width",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from curvalg.problem.layers.recorded import RecordedLayers
 from curvalg.tensors.backward import backward
 from curvalg.tensors.clock import timed
 from curvalg.tensors.random_numbers import normals
-
-if TYPE_CHECKING:
-    from curvalg.lowering.low_rank.factor import Factor, Groups
 
 
 class AdjointCheck:
@@ -52,19 +49,20 @@ class AdjointCheck:
         self._total += self._layout.gather(gradients, self._device)
         self._weights.append(y.reshape(-1))
 
-    def wrong(self, factor: Factor, groups: Groups) -> str | None:
+    def wrong(self, push: Callable[[Tensor], Tensor], pull: Callable[[Tensor], Tensor], groups: int) -> str | None:
         """Why the kept columns must not be used, or None.
 
         Args:
-            factor: complete, over the parameters of the groups.
-            groups: of the products.
+            push: X (D, P) -> V_gᵀ X_g by group of parameters (groups, M, P), from what is kept.
+            pull: Y (groups, M, P) -> V_g Y_g, together (D, P), from what is kept.
+            groups: their number.
         """
-        layout, y, dtype = self._layout, torch.cat(self._weights), self._total.dtype
-        pulled = factor.pull_groups(layout, groups, y[None, :, None].expand(len(groups), -1, 1))[:, 0]
+        y, dtype = torch.cat(self._weights), self._total.dtype
+        pulled = pull(y[None, :, None].expand(groups, -1, 1))[:, 0]
         if not bool((pulled - self._total).norm() <= torch.finfo(dtype).eps ** 0.5 * self._total.norm()):
             return "its columns differ from gradients"
-        x = normals((layout.size, 1), 0).to(self._device, dtype)
-        pushed = factor.push_groups(layout, groups, x).sum(0)[:, 0]
+        x = normals((self._layout.size, 1), 0).to(self._device, dtype)
+        pushed = push(x).sum(0)[:, 0]
         # One number, of which much cancels: it is compared in units of its rounding, not of its own size.
         left, right = y @ pushed, pulled @ x[:, 0]
         scale = y.norm() * pushed.norm() + pulled.norm() * x.norm()

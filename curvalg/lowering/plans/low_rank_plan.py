@@ -311,7 +311,8 @@ class LowRankPlan(Plan):
         if factor.check is None:
             return None
         seconds = 2 * len(self.groups) * factor.check.seconds * x.shape[1]
-        return seconds, factor.check.wrong(factor, self.groups)
+        push, pull = (partial(f, self.problem.layout, self.groups) for f in (factor.push_groups, factor.pull_groups))
+        return seconds, factor.check.wrong(push, pull, len(self.groups))
 
     def _directions(self) -> int:
         """The output directions of each row of the data."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from curvalg.problem import Problem
 from curvalg.problem.kept.race import Race
-from curvalg.tensors.clock import timed
 
 T = TypeVar("T")
 
 FASTER = 1.1
 """How many times as fast as a fresh product one of what is kept has to be: memory is there for what gains by it."""
+WARM = 2
+"""Products after which those that follow take as long as all others."""
 PRODUCTS = 2
 """Products from kept recordings that are timed, of which the faster counts: an interruption only makes one longer."""
 
@@ -33,7 +32,6 @@ class Keeping:
 
     def __init__(self, problem: Problem, sweep: object, notes: dict[str, str]) -> None:
         self.race: Race[bool] = Race(problem.measured, problem.measured.name("kept", sweep))
-        self._device: torch.device = problem.device
         self._notes = notes
         self._recorded: dict[int, float] = {}
         self._multiplied: dict[int, list[float]] = {}
@@ -52,25 +50,24 @@ class Keeping:
         """Record a batch, timed where that is still to be known."""
         if not self.open:
             return run()
-        self._recorded[index], result = timed(run, self._device)
+        self._recorded[index], result = self.race.timed(run)
         return result
 
-    def multiplying(self, index: int, run: Callable[[], T], *, kept: bool) -> T:
-        """Multiply a batch by one column, timed where that is still to be known of what is kept."""
-        if not (self.open and kept and index in self._recorded):
+    def multiplying(self, index: int, run: Callable[[], T]) -> T:
+        """Multiply what is kept of a batch by one column, timed."""
+        if index not in self._recorded:
             return run()
-        seconds, result = timed(run, self._device)
+        seconds, result = self.race.timed(run)
         self._multiplied.setdefault(index, []).append(seconds)
         return result
 
     def decide(self) -> bool:
         """Whether it is known from now on that keeping does not pay."""
         times = self._multiplied.values()
-        # The first product of a recording is not one of those that follow: it is timed and does not count.
-        if not self.open or not times or min(map(len, times)) <= PRODUCTS:
+        if not times or min(map(len, times)) < PRODUCTS:
             return False
         self.open = False
-        multiplied = sum(min(seconds[1:]) for seconds in times)
+        multiplied = sum(min(seconds) for seconds in times)
         recorded = sum(self._recorded[index] for index in self._multiplied)
         gain = (recorded + multiplied) / multiplied if multiplied else FASTER
         pays = self.race.decide(gain >= FASTER)

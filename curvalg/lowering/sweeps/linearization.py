@@ -17,7 +17,7 @@ from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.sweeps.chunked import ChunkedRecording
 from curvalg.lowering.sweeps.contract import call
-from curvalg.lowering.sweeps.keeping import Keeping
+from curvalg.lowering.sweeps.keeping import WARM, Keeping
 from curvalg.lowering.sweeps.programs import Programs
 from curvalg.lowering.sweeps.recorder import Recorder, Recording
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
@@ -159,16 +159,16 @@ class Linearization:
         sweep = self.sweep
         if self._single_pass:
             result = problem.sum()
+            timing = self.worth.open and len(rows) == 1 and self.products > WARM
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, (SinglePass, ChunkedRecording))
-                if len(rows) == 1:
-                    multiply, kept = partial(single.multiply, rows, 1), single.index in self.batches
-                    result.add(self.worth.multiplying(single.index, multiply, kept=kept))
-                    del multiply
+                chunk = 1 if len(rows) == 1 else self.widths.at_a_time(problem, single, rows)
+                if timing and single.index in self.batches:
+                    result.add(self.worth.multiplying(single.index, partial(single.multiply, rows, chunk)))
                 else:
-                    result.add(single.multiply(rows, self.widths.at_a_time(problem, single, rows)))
+                    result.add(single.multiply(rows, chunk))
                 del single  # a fresh graph is released before the next batch is recorded
-            if self.worth.open:
+            if timing:
                 self._keep_if_worth(problem)
             return result.value  # type: ignore[no-any-return]
         total = problem.sum()

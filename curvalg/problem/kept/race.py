@@ -14,6 +14,7 @@ from curvalg.problem.kept.measured import Measured
 from curvalg.tensors.clock import timed
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 LONG = 0.05
 """Seconds of a run above which one is enough: what warming up saves is little of it."""
@@ -75,6 +76,10 @@ class Race(Generic[K]):
     def known(self) -> K | None:
         """The choice of an earlier run or state, or None."""
         return self._measured.known(self.name)  # type: ignore[no-any-return]
+
+    def timed(self, run: Callable[[], T]) -> tuple[float, T]:
+        """The seconds of a run that is made anyway, and its result."""
+        return timed(run, self._measured.device)
 
     def decide(self, way: K) -> K:
         """Choose a way without measuring, and remember it."""

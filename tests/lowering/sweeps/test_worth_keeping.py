@@ -8,7 +8,7 @@ from curvalg import block_diagonal, registry
 from tests.support.agreement import close
 from tests.support.inside import first_wins
 
-DECIDED = 3
+DECIDED = 4
 """Products after which it is known."""
 
 
@@ -21,7 +21,7 @@ def clock(inside):
             result = run()
             return (product if hasattr(result, "shape") else recording), result
 
-        inside(clock_of_recordings=timed)
+        inside(clock=timed)
 
     return set_to
 
