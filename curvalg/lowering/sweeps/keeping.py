@@ -70,6 +70,6 @@ class Keeping:
         multiplied = sum(min(seconds) for seconds in times)
         recorded = sum(self._recorded[index] for index in self._multiplied)
         gain = (recorded + multiplied) / multiplied if multiplied else FASTER
-        pays = self.race.decide(gain >= FASTER)
+        pays = self.race.decide(gain >= FASTER, of_the_model=True)
         self._notes["kept"] = f"{'kept' if pays else 'not kept'}: {gain:.3g} times as fast as fresh"
         return not pays

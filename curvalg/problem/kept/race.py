@@ -46,8 +46,8 @@ class Candidate:
 class Race(Generic[K]):
     """A choice between ways that give the same numbers up to rounding.
 
-    What was chosen in an earlier run, or at an earlier state of the model, is not measured again; where ways are compared,
-    it is compared.
+    What was chosen in an earlier run, at an earlier state of the model or by another problem of it is not measured again;
+    where ways are compared, it is compared.
 
     Args:
         measured: where choices are remembered.
@@ -81,14 +81,22 @@ class Race(Generic[K]):
         """The seconds of a run that is made anyway, and its result."""
         return timed(run, self._measured.device)
 
-    def decide(self, way: K) -> K:
-        """Choose a way without measuring, and remember it."""
+    def decide(self, way: K, *, of_the_model: bool = False) -> K:
+        """Choose a way, and remember it.
+
+        Args:
+            way: the choice.
+            of_the_model: whether it was measured, so that it holds for other problems of the model as well.
+        """
         self.chosen = self._measured.choices[self.name] = way
+        if of_the_model:
+            self._measured.remembered.put(self.name, way)
         return way
 
     def forget(self) -> None:
         """Measure again: what made a way impossible has changed."""
         self._measured.choices.pop(self.name, None)
+        self._measured.remembered.forget(self.name)
         self.chosen = None
         self.declined.clear()
 
@@ -127,9 +135,8 @@ class Race(Generic[K]):
         self.seconds = {}
         if len(left) > 1:
             self.seconds = measure({way: candidates[way] for way in left}, turns, enough, self._measured.device)
-        return self.decide(
-            min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
-        )
+        fastest = min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
+        return self.decide(fastest, of_the_model=bool(self.seconds))
 
     def shown(self) -> str:
         """The measured times as text for people."""
