@@ -162,6 +162,13 @@ class MatrixTerm(NamedExpr):
         """Statistics of this batch, added over batches."""
         raise NotImplementedError(f"{type(self).__name__} must define accumulate(batch, prepared)")
 
+    def cost(self, batch: Batch) -> str | None:
+        """What making the matrix costs, as a line for people, and which options cost less; None: nothing out of the ordinary.
+
+        ``explain()`` shows it until the matrix is made. It is given the first batch, without any pass over the data.
+        """
+        return None
+
     def finish(self, stats: Stats, layout: Layout, prepared: Stats | None = None) -> Expr:
         """The matrix as an expression of array leaves, from the summed statistics."""
         raise NotImplementedError(f"{type(self).__name__} must define finish(stats, layout, prepared)")

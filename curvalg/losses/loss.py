@@ -75,6 +75,10 @@ class LossPoint(ABC, Generic[OutputT]):
             LossError: if B is not positive semi-definite.
         """
 
+    def factor_part(self, start: int, stop: int) -> Tensor:
+        """The columns ``start`` to ``stop`` of :meth:`factor`; without the others, where these take much memory."""
+        return self.factor()[start:stop]
+
     @abstractmethod
     def pseudo_gradients(self, uniform: Tensor, *, fisher: bool = False) -> Tensor:
         """Random s with E s sᵀ = B, or the Fisher matrix, independent between positions.

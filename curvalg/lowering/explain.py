@@ -7,9 +7,13 @@ from typing import Any, Protocol
 
 import torch
 
+from curvalg.errors import LossError
 from curvalg.expr import Expr, Facts
+from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.lines import indent
+from curvalg.lowering.plans.bind import unbound
 from curvalg.lowering.replayed import Repeatable
+from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
@@ -28,6 +32,7 @@ class Explained(Protocol):
     dtype: Any
     _steps: list[Step]
     _simplified: Expr
+    _resolved: Expr
     _repeated: Repeatable
 
     @property
@@ -63,12 +68,30 @@ def explain(op: Explained) -> str:
         laws = [f"by {law}" + (f" ({n} times)" if n > 1 else "") for law, n in fired.items()]
         sections["simplified"] = [str(op._simplified), *laws]
     sections["plan"] = op._repeated.lines(op.snapshot)
+    if costs := _costs(op):
+        sections["cost of what is still to be made"] = costs
     sections["execution"] = _execution(op)
     return "\n".join(line for title, lines in sections.items() for line in [title, *indent(lines)])
 
 
 def _tri(value: bool | None) -> str:
     return {True: "yes", False: "no", None: "unknown"}[value]
+
+
+def _costs(op: Explained) -> list[str]:
+    """What the matrices that need a pass over the data say that it costs, by the first batch alone."""
+    problem = op.problem
+    terms = [term for term in unbound(op._resolved) if isinstance(term, MatrixTerm)]
+    saying = [term for term in terms if type(term).cost is not MatrixTerm.cost]
+    if not saying:
+        return []
+    with problem.differentiating():
+        try:
+            batch = next(iter(problem.evaluations(op.snapshot))).evaluate()
+            lines = [call(term, "cost", batch) for term in saying]
+        except LossError:  # it has none of the columns that the matrix is made of, which the product says better
+            return []
+    return [line for line in lines if line]
 
 
 def _layers(problem: Problem) -> list[str]:

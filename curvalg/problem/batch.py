@@ -49,6 +49,7 @@ class Batch:
         pullback: u -> Jᵀu (D,).
         per_sample: the gradients of all shares.
         layers: makes the recording of the model's layers.
+        workspace: bytes that columns and what is made of them may take at a time.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Batch:
         pullback: Callable[[Tensor], Tensor],
         per_sample: Callable[[Batch], dict[str, Tensor]],
         layers: Callable[[], Layers],
+        workspace: int = 2**31,
     ) -> None:
         self.output = output
+        self.workspace = workspace
         self.target = target
         self.scale = scale
         self.count = count
@@ -154,8 +157,8 @@ class Batch:
         if self._misaligned is not None:
             shape, rows = self._misaligned
             raise LossError(
-                f"this quantity is made of single samples, but an output of shape {shape} does not have the {rows} samples of its "
-                "batch as its rows. Return outputs with a row for each sample, such as forward=lambda model, batch: "
+                f"this quantity is made of single samples, but an output of shape {shape} does not have the {rows} samples "
+                "of its batch as its rows. Return outputs with a row for each sample, such as forward=lambda model, batch: "
                 "model(batch[0]).unflatten(0, (len(batch[0]), -1)), or give targets with a row for each row of the output by "
                 "target="
             )
@@ -176,20 +179,39 @@ class Batch:
         per_block = point.rank
         return per_block * self._positions if self._blockwise else per_block
 
-    def row_factor(self, *, fisher: bool = False) -> Tensor:
+    def row_factor(self, *, fisher: bool = False, start: int = 0, stop: int | None = None) -> Tensor:
         """Columns (columns, *output.shape) whose outer products, row by row, sum to B: Σₖ sₖₙ sₖₙᵀ = Bₙ.
 
         Args:
             fisher: the Fisher information of the likelihood instead of B.
+            start: number of the first column, among all :attr:`loss_rank` of B.
+            stop: after that of the last; None: all. Only these are made: those of a large vocabulary do not fit together.
 
         Raises:
             LossError: B is not positive semi-definite, or there is no likelihood.
         """
-        if not fisher or self._point.facts.fisher_is_ggn:
+        if fisher and not self._point.facts.fisher_is_ggn:
+            # Where the Fisher differs from B it is diagonal in the outputs.
+            every = self.spread(self.fisher_hvp(torch.ones_like(self.output)).sqrt()[None], elementwise=True)
+            return every[start:stop]
+        if start == 0 and (stop is None or stop >= self.loss_rank):
             columns = self.loss_factor()
             return self.spread(columns) if self._blockwise else columns
-        # Where the Fisher differs from B it is diagonal in the outputs.
-        return self.spread(self.fisher_hvp(torch.ones_like(self.output)).sqrt()[None], elementwise=True)
+        stop, rank = self.loss_rank if stop is None else min(stop, self.loss_rank), self._point.rank
+        parts = []
+        for position in range(start // rank, -(-stop // rank)):
+            first, last = max(start - position * rank, 0), min(stop - position * rank, rank)
+            part = self._point.factor_part(first, last) * math.sqrt(self._share)
+            parts.append(part * self._only(position) if self._blockwise else part)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _only(self, position: int) -> Tensor:
+        """One at a position of every row, zero at all others."""
+        axes = self._position_axes(self.class_axis)
+        shape = [self.output.shape[axis] if axis in axes else 1 for axis in range(self.output.ndim)]
+        mask = self.output.new_zeros(math.prod(shape))
+        mask[position] = 1
+        return mask.reshape(shape)
 
     @property
     def _blockwise(self) -> bool:

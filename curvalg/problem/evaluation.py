@@ -107,6 +107,7 @@ class Evaluation(ModelCall):
             pullback=lambda u: again().pull(u),
             per_sample=lambda batch: services.per_sample(again(), batch),
             layers=layers or (lambda: services.layers(again())),
+            workspace=problem.workspace,
         )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -28,6 +28,7 @@ from curvalg.problem.model import parameters as params_
 from curvalg.problem.model.model import Model
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
+from curvalg.tensors import trees
 from curvalg.tensors.batch_sums import BatchSum
 from curvalg.tensors.cuda_graph import SideStream
 from curvalg.tensors.memory import workspace
@@ -140,7 +141,28 @@ class Setting:
             structure = self._structure
             if structure.totals is None:
                 structure.totals = self.services.count(self)
+                self.measured.remembered.recall(self.model.given, self._circumstances(structure.totals))
             return structure.totals
+
+    def _circumstances(self, totals: Totals) -> tuple[Hashable, ...]:
+        """What measured choices depend on besides the model and what their names say: values alone, which hold no model."""
+        source, rule = self.data.source, self.model.rule
+        first = source[0] if isinstance(source, (list, tuple)) and source else ()
+        shapes = tuple(tuple(t.shape) for t in trees.tensors(first))
+        data = (type(source).__name__, shapes, getattr(source, "batch_size", None), self.data.ordered, totals.rows)
+        forward = (getattr(rule, "__qualname__", type(rule).__name__), getattr(self.model.given, "training", None))
+        options = (
+            self.samples,
+            self.factored,
+            self.accumulate,
+            self.autocast,
+            self.compiler,
+            self.capture,
+            self.verify,
+        )
+        memory = self._budget.limit if self._budget.free is None else "auto"
+        place = (str(self.device), tuple(self.layout.dtypes.values()), self.size, torch.get_num_threads())
+        return *data, *forward, *options, memory, self.draws.mode, type(totals.loss).__name__, *place
 
     def need_loss(self) -> Loss:
         """The loss, which must be there.

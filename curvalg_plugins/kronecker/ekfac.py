@@ -42,6 +42,7 @@ class EKFAC(LayerFactors):
     rest: Rest = "small"
     samples: int = 1
     seed: int = 0
+    passes: ClassVar[int] = 2
     name: ClassVar[str] = "ekfac"
     symbol: ClassVar[str] = r"K_{\mathrm{E}}"
 
@@ -60,11 +61,14 @@ class EKFAC(LayerFactors):
         from curvalg_plugins.kronecker import factors  # needs torch
 
         moments: dict[Layer, Stats] = {}
-        for layer, pair in self._sorted(batch, factors.cotangents(batch, *self.columns))[0]:
-            output, inputs = self._bases(prepared["layers"][layer])
-            moments[layer] = {"weight": factors.group_moments(pair, output, inputs)}
-            if layer.bias is not None and not self.joint:
-                moments[layer]["bias"] = factors.bias_moments(pair, output)
+        for records in factors.layers_in_parts(batch, *self.columns):
+            for layer, pair in self._sorted(records)[0]:
+                output, inputs = self._bases(prepared["layers"][layer])
+                found = {"weight": factors.group_moments(pair, output, inputs)}
+                if layer.bias is not None and not self.joint:
+                    found["bias"] = factors.bias_moments(pair, output)
+                before = moments.get(layer)
+                moments[layer] = found if before is None else {k: before[k] + found[k] for k in found}
         return {"moments": moments}
 
     def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:

@@ -8,23 +8,75 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
-    from curvalg import Batch, FactorPairs
+    from curvalg import Batch, FactorPairs, LayerRecord
     from curvalg_plugins.kronecker.options import Approximation, Fisher
 
 
-def cotangents(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Tensor:
-    """Columns s whose outer products make the curvature in output space: those of B, draws of it, or the gradients.
+FIRST = 32
+"""Columns that the memory of one is found by, where there are more."""
+COPIES = 4
+"""How many times as much as the columns and deltas a backward pass takes for them."""
+
+
+def layers_in_parts(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Iterator[list[LayerRecord]]:
+    """The layers for all columns s whose outer products make the curvature in output space, some columns at a time.
+
+    Exact columns are those of B: of a language model as many for each row as it has positions times words.
+
+    Args:
+        batch: the batch.
+        fisher: "exact" columns of B, "mc" draws of it, or "empirical" gradients.
+        samples: draws.
+        seed: of the draws.
 
     Raises:
         LossError: exact columns or draws of a B that is not positive semi-definite.
     """
-    if fisher == "exact":
-        return batch.row_factor()
+    if fisher != "exact":
+        yield list(batch.layers(few_columns(batch, fisher, samples, seed)))
+        return
+    count, at = batch.loss_rank, 0
+    output = batch.output.numel() * batch.output.element_size()
+    width = max(1, min(FIRST, count, batch.workspace // (COPIES * max(output, 1))))
+    while at < count:
+        stop = min(at + width, count)
+        records = list(batch.layers(batch.row_factor(start=at, stop=stop)))
+        if at == 0:
+            deltas = sum(record.nbytes - record.input_bytes for record in records) // width
+            width = max(1, batch.workspace // (COPIES * max(output + deltas, 1)))
+        yield records
+        del records
+        at = stop
+
+
+def few_columns(batch: Batch, fisher: Fisher, samples: int, seed: int) -> Tensor:
+    """Draws of B, or the gradients: one column for each draw of a sample, or for each sample."""
     if fisher == "mc":
         return batch.per_sample_columns(batch.pseudo_gradients(samples, seed=seed))
     return batch.gradient_columns()
+
+
+def cost(label: str, batch: Batch, fisher: Fisher, samples: int, passes: int) -> str:
+    """What the columns cost, for people: how many there are in a row of the data, a backward pass for each.
+
+    Args:
+        label: of the matrix.
+        batch: any batch.
+        fisher: the columns.
+        samples: draws, of "mc".
+        passes: over the data.
+    """
+    each = batch.gradient_columns().shape[0]
+    drawn = samples if fisher == "mc" else 1
+    counts = {"exact": batch.loss_rank, "mc": drawn * each, "empirical": each}
+    what = {"exact": "exact columns of the loss", "mc": "draws", "empirical": "gradients"}[fisher]
+    twice = ", in each of two passes over the data" if passes == 2 else ""
+    others = ", ".join(f"fisher={kind!r} takes {count:,}" for kind, count in counts.items() if kind != fisher)
+    return f"{label}: {what}, {counts[fisher]:,} for each row, a backward pass over a batch for each{twice}; {others}"
 
 
 def active_rows(batch: Batch) -> Tensor | None:

@@ -96,6 +96,7 @@ class LayerFactors(MatrixTerm):
     joint: bool
     rest: Rest
     uses_layers: ClassVar[bool] = True
+    passes: ClassVar[int] = 1
     local: ClassVar[bool] = False  # a weight without its bias has other eigenvectors
 
     @property
@@ -120,19 +121,29 @@ class LayerFactors(MatrixTerm):
         """Sums of h hᵀ and δ δᵀ of every layer, and curvature of the other parameters."""
         from curvalg_plugins.kronecker import factors  # needs torch
 
-        columns = factors.cotangents(batch, *self.columns)
-        if len(columns) > 1:  # what has no factors is refused before many columns are pulled back
-            self._sorted(batch, columns[:1])
         active = factors.active_rows(batch)
-        pairs, others = self._sorted(batch, columns)
         layers: dict[Layer, Stats] = {}
-        for layer, pair in pairs:
-            inputs, count = factors.input_factors(pair, active, self.approximation, self.joint)
-            outputs = factors.output_factors(pair.deltas, self.approximation)
-            layers[layer] = {"inputs": inputs, "outputs": outputs, "count": count}
-        return {"layers": layers, "others": {params: values for r in others for params, values in self._blocks(r)}}
+        others: dict[tuple[str, ...], Tensor] = {}
+        for records in factors.layers_in_parts(batch, *self.columns):
+            pairs, rest = self._sorted(records)
+            for layer, pair in pairs:
+                outputs = factors.output_factors(pair.deltas, self.approximation)
+                if layer in layers:  # for other columns
+                    layers[layer]["outputs"] += outputs
+                    continue
+                inputs, count = factors.input_factors(pair, active, self.approximation, self.joint)
+                layers[layer] = {"inputs": inputs, "outputs": outputs, "count": count}
+            for record in rest:
+                for params, values in self._blocks(record):
+                    others[params] = others[params] + values if params in others else values
+        return {"layers": layers, "others": others}
 
-    def _sorted(self, batch: Batch, columns: Tensor) -> tuple[list[tuple[Layer, Any]], list[LayerRecord]]:
+    def cost(self, batch: Batch) -> str:
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        return factors.cost(self.label, batch, self.columns[0], self.columns[1], self.passes)
+
+    def _sorted(self, records: list[LayerRecord]) -> tuple[list[tuple[Layer, Any]], list[LayerRecord]]:
         """Layers with Kronecker factors and the inputs and deltas that these are made of; and the records of the others.
 
         Raises:
@@ -140,7 +151,7 @@ class LayerFactors(MatrixTerm):
         """
         pairs, others = [], []
         refused: dict[str, tuple[tuple[int, ...], str]] = {}
-        for record in batch.layers(columns):
+        for record in records:
             if record.kind == "zero":  # not used in this batch, as an expert without rows
                 continue
             found = record.factor_pairs()

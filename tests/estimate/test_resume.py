@@ -269,6 +269,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path, inside, products, fav
         return eigsh(op, 6, which="LA", tol=1e-5, block=block, checkpoint=path)
 
     inside(overhead=0.0)  # what is measured in a pass that is made again
+    inside(amortised=32)
     favour(favoured)
     whole = solve()
     path = tmp_path / "run.safetensors"

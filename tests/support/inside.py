@@ -13,6 +13,7 @@ PLACES = {
     # Numbers from which on something else is done, so that small problems show it.
     "dense_limit": "curvalg.lowering.inverses.forms.DENSE_LIMIT",
     "patience": "curvalg.lowering.plans.planner.PATIENCE",
+    "routes_after": "curvalg.lowering.sweeps.routes.PAID",
     "amortised": "curvalg.lowering.sweeps.programs.AMORTISED",
     "overhead": "curvalg.tensors.backward.OVERHEAD",
     "workspace": "curvalg.problem.setting.WORKSPACE",

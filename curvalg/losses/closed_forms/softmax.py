@@ -61,15 +61,19 @@ class SoftmaxPoint(LossPoint[Tensor]):
         The tails r are summed from the end instead of 1 − Σ_{i<j} p_i, which loses all digits when p saturates; a
         tail of zero gives the zero column.
         """
+        return self.factor_part(0, self.rank)
+
+    def factor_part(self, start: int, stop: int) -> Tensor:
+        """Some of these columns; of a large vocabulary all together are as many outputs as it has words."""
         if self.output.shape[self.axis] == 1:
             return torch.zeros_like(self.probabilities)[None]
         p = self.probabilities.movedim(self.axis, -1)
         tails = p.flip(-1).cumsum(-1).flip(-1)
-        tail, after = tails[..., :-1], tails[..., 1:]
-        pivot = (p[..., :-1] * _ratio(after, tail)).sqrt()
-        classes = p.shape[-1]
-        unit = torch.eye(classes, dtype=p.dtype, device=p.device)[:-1]
-        below = unit.new_ones(classes, classes).triu(1)[:-1]
+        tail, after = tails[..., start:stop], tails[..., start + 1 : stop + 1]
+        pivot = (p[..., start:stop] * _ratio(after, tail)).sqrt()
+        classes = torch.arange(p.shape[-1], device=p.device)
+        number = classes[start:stop, None]
+        unit, below = (classes == number).to(p.dtype), (classes > number).to(p.dtype)
         # (…, columns, C): positions first until the last line.
         columns = pivot.unsqueeze(-1) * (unit - below * _ratio(p.unsqueeze(-2), after.unsqueeze(-1)))
         return self._root_mass() * columns.movedim(-2, 0).movedim(-1, self.axis + 1)

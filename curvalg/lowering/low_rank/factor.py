@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.term import Term
+from curvalg.lowering.low_rank.adjoint_check import AdjointCheck
 from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Batch, Layout, Problem, Snapshot
 from curvalg.problem.layers.recorded import RecordedLayers, record_layers
@@ -87,6 +88,8 @@ class Factor:
         self._gram: Tensor | None = None
         self._matrix: Tensor | None = None
         self.refused: int | None = None  # the budget that did not suffice
+        self.check: AdjointCheck | None = None
+        """What the columns are compared with, where that was asked for before they were recorded."""
         self._sharing: WeakSet[Factor] = WeakSet()
         """Factors over some of the parameters, which share inputs and deltas."""
 
@@ -145,7 +148,7 @@ class Factor:
             other.drop()
         self._sharing.clear()
         self.chunks, self.nbytes, self.complete = [], 0, False
-        self._matrix = None
+        self._matrix = self.check = None
 
     def share(self, source: Factor, problem: Problem) -> None:
         """Take inputs and deltas of a factor over all parameters, where it keeps them."""
@@ -184,6 +187,11 @@ class Factor:
                             rows[:, problem.layout.slices[name]] = gradients.reshape(rows.shape[0], -1)
         return self._matrix
 
+    def check_columns(self, layout: Layout) -> None:
+        """Compare the columns with gradients, if they are still to be recorded."""
+        if not self.complete and self.check is None:
+            self.check = AdjointCheck(layout, self.device)
+
     def prepare(self, problem: Problem, snapshot: Snapshot) -> None:
         """Count the columns; keep inputs and deltas if they fit."""
         limit = problem.budget.limit
@@ -201,7 +209,9 @@ class Factor:
         first, at = self._sizes is None, 0
         keeping = start == 0 and problem.budget.limit > 0
         sizes: list[tuple[int, int]] = []
+        check = self.check if keeping else None
         self.drop()
+        self.check = check
         for evaluation in problem.evaluations(snapshot, order_matters=True):
             number = len(sizes)
             if self._sizes is not None and at + math.prod(self._sizes[number]) <= start:
@@ -212,6 +222,8 @@ class Factor:
             if first:
                 self._note(recorded.batch)
             columns, rows = self.cotangents(recorded.batch), recorded.batch.output.shape[0]
+            if self.check is not None:
+                self.check.add(recorded, columns)
             sizes.append((columns.shape[0], rows))
             for k, records in _slices(recorded, columns, _half(problem)):
                 chunk = Chunk(at + k * rows, records[0].columns, rows, records)
@@ -225,6 +237,8 @@ class Factor:
             at += math.prod(sizes[-1])
         self._sizes = sizes
         self.complete = keeping
+        if not keeping:
+            self.check = None
         if keeping:
             self.refused = None
 

@@ -28,6 +28,10 @@ MEASURED = 8
 
 Way = Callable[[Tensor], Tensor]
 """x (n, K) -> the product."""
+Oath = Callable[[Tensor], tuple[float, str | None] | None]
+"""x (n, K) -> seconds that the first way takes at least, and why others are wrong; None where there is no such check."""
+FEW = 8
+"""Output directions a row that take no longer to record than a few products take."""
 WIDTHS = {False: "one column", True: "several columns"}
 
 
@@ -75,23 +79,41 @@ class Ways:
         self.columns += columns
         self._measured.choices[self._counted] = self.columns
 
-    def choose(self, ways: Mapping[str, Way], x: Tensor, *, insist: bool = False) -> str | None:
-        """The way of a product with columns (n, K); None before it is worth to measure any.
+    def due(self, wide: bool, columns: Callable[[], int]) -> bool:
+        """Whether it is worth to measure.
+
+        Args:
+            wide: of products with several columns.
+            columns: gives the output directions of each row, of which more take longer to record.
+        """
+        race = self.races[wide]
+        if race.chosen is not None or race.of_an_earlier_run:
+            return race.chosen is None
+        return self.columns > self._patience and self.columns > self._patience * columns() / FEW
+
+    def choose(
+        self, ways: Mapping[str, Way], x: Tensor, *, oath: Oath | None = None, insist: bool = False
+    ) -> tuple[str, Tensor | None]:
+        """The way of a product with columns (n, K), measured; and the product, if it was made.
 
         Args:
             ways: by name; the first is the reference: one whose product differs from it is not taken.
             x: the columns.
+            oath: by which other ways are checked and the first is estimated, where it costs much more than they do.
             insist: take the first way only if no other can be taken.
         """
         wide = x.shape[1] > 1
         race = self.races[wide]
-        if race.chosen is None and (self.columns > self._patience or race.of_an_earlier_run):
-            comparison = _Comparison(ways, x[:, :MEASURED], self._measured.device)
-            race.run(comparison.candidates(), differs=comparison.differs, insist=insist)
-            measured = f"{race.shown()} a column" if race.seconds else f"{race.chosen}, the only one"
-            shown = f"{race.chosen}, as chosen before" if race.recalled else measured
-            self.notes[wide] = f"{WIDTHS[wide]}: {shown}"
-        return race.chosen
+        comparison = _Comparison(ways, x[:, :MEASURED], self._measured.device, oath)
+        race.run(comparison.candidates(), differs=comparison.differs, insist=insist)
+        about = " at least" if comparison.estimated else ""
+        measured = (
+            f"{race.shown().replace(' ', about + ' ', 1)} a column" if race.seconds else f"{race.chosen}, the only one"
+        )
+        shown = f"{race.chosen}, as chosen before" if race.recalled else measured
+        self.notes[wide] = f"{WIDTHS[wide]}: {shown}"
+        assert race.chosen is not None
+        return race.chosen, comparison.products.get(race.chosen) if x.shape[1] <= MEASURED else None
 
 
 class _Comparison:
@@ -101,24 +123,37 @@ class _Comparison:
         ways: by name; the first is the reference.
         x: the operand.
         device: where it is.
+        oath: by which ways other than the first are checked; None: by the first.
+
+    Attributes:
+        products: by way, of those that were taken and agree; no product is made twice.
     """
 
-    def __init__(self, ways: Mapping[str, Way], x: Tensor, device: torch.device) -> None:
-        self._ways, self._x, self._device = ways, x, device
+    def __init__(self, ways: Mapping[str, Way], x: Tensor, device: torch.device, oath: Oath | None) -> None:
+        self._ways, self._x, self._device, self._oath = ways, x, device, oath
+        self._seconds: dict[str, float] = {}
+        self.products: dict[str, Tensor] = {}
+        self.estimated = False
 
     @cached_property
-    def _reference(self) -> tuple[float, Tensor]:
-        return timed(lambda: next(iter(self._ways.values()))(self._x), self._device)
+    def _reference(self) -> Tensor:
+        return self._take(next(iter(self._ways)))
+
+    def _take(self, name: str) -> Tensor:
+        self._seconds[name], product = timed(lambda: self._ways[name](self._x), self._device)
+        self.products[name] = product
+        return product
 
     def candidates(self) -> dict[str, Candidate]:
-        """The ways for a race; the reference has been taken all the time, and is not warmed up again."""
+        """The ways for a race; the reference has been taken all the time, and a run shows how long it takes."""
         columns, first = self._x.shape[1], next(iter(self._ways))
         return {
             name: Candidate(
                 partial(way, self._x),
                 work=columns,
                 warm=True,
-                seconds=self._reference[0] if name == first else None,
+                rounds=1 if name == first else 2,
+                seconds=partial(self._seconds.get, name),
             )
             for name, way in self._ways.items()
         }
@@ -126,12 +161,19 @@ class _Comparison:
     def differs(self, name: str) -> str | None:
         """The reason why a way cannot be taken beside the first, or None."""
         try:
-            got = self._ways[name](self._x)
+            got = self._take(name)
         except (Impossible, ProblemError) as error:
             return str(error)
-        expected = self._reference[1]
-        if bool((got - expected).norm() <= torch.finfo(got.dtype).eps ** 0.5 * expected.norm()):
+        if self._oath is not None and (found := self._oath(self._x)) is not None:
+            seconds, reason = found
+            self._seconds[next(iter(self._ways))] = seconds
+            self.estimated = True
+            if reason is not None:
+                del self.products[name]
+            return reason
+        if bool((got - self._reference).norm() <= torch.finfo(got.dtype).eps ** 0.5 * self._reference.norm()):
             return None
+        del self.products[name]
         return "its product differs from the ordinary one"
 
 
@@ -147,7 +189,8 @@ class LowRankPlan(Plan):
         groups: the parameters of each block.
         shifts: multiple of the identity in each block.
         otherwise: the plan in the ordinary way.
-        patience: columns that are multiplied in the ordinary way before another is tried.
+        patience: columns that are multiplied in the ordinary way before another is tried; of one block more where
+            there are many output directions.
     """
 
     def __init__(
@@ -201,13 +244,20 @@ class LowRankPlan(Plan):
 
     def _apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         problem, ways, candidates = self.problem, self.ways(snapshot), self._ways(snapshot)
+        wide = x.shape[1] > 1
         ways.count(x.shape[1])
         if ways.declined and self.factor(snapshot).refused not in (None, problem.budget.limit):
             ways.forget()
-        before = ways.races[x.shape[1] > 1].chosen
-        way = ways.choose(candidates, x, insist=problem.factored is True)
-        if before is None and way is not None:  # others have left something behind
-            self._release(snapshot, ways.chosen)
+        way = ways.races[wide].chosen
+        blocks = len(self.groups) > 1
+        if ways.due(wide, (lambda: FEW) if blocks else self._directions):
+            oath = partial(self._oath, snapshot) if blocks else None
+            if blocks:
+                self.factor(snapshot).check_columns(problem.layout)
+            way, product = ways.choose(candidates, x, oath=oath, insist=problem.factored is True)
+            self._release(snapshot, ways.chosen)  # others have left something behind
+            if product is not None:
+                return product
         try:
             return candidates[way or ORDINARY](x)
         except Impossible:  # the budget has shrunk since
@@ -255,8 +305,21 @@ class LowRankPlan(Plan):
         parts = [product(part) for part in x.split(AT_A_TIME, 1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def _oath(self, snapshot: Snapshot, x: Tensor) -> tuple[float, str | None] | None:
+        """The seconds of two passes for each block, and why inputs and deltas are wrong; None where nothing was compared."""
+        factor = self.factor(snapshot)
+        if factor.check is None:
+            return None
+        seconds = 2 * len(self.groups) * factor.check.seconds * x.shape[1]
+        push, pull = (partial(f, self.problem.layout, self.groups) for f in (factor.push_groups, factor.pull_groups))
+        return seconds, factor.check.wrong(push, pull, len(self.groups))
+
+    def _directions(self) -> int:
+        """The output directions of each row of the data."""
+        return sum(map(self.problem.factor_columns, self.terms))
+
     def _require_few(self) -> None:
-        if (columns := sum(map(self.problem.factor_columns, self.terms))) > MOST_COLUMNS:
+        if (columns := self._directions()) > MOST_COLUMNS:
             raise Impossible(f"{columns} output directions for each row of the data, more than {MOST_COLUMNS}")
 
     def _weigh(self, factor: Factor, y: Tensor) -> Tensor:

@@ -394,7 +394,10 @@ def _with_factored(
     totals = list(factored.values())
     alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
     shifts = [total.shift for total in totals]
-    joint = LowRankPlan(on, totals[0].entries, groups, shifts, BlocksPlan(alone), patience=0)
+    # Recording takes a third of a gradient a direction, a product of all blocks at least one gradient a block.
+    directions = sum(problem.factor_columns(term) for _, term in totals[0].entries)
+    patience = directions // (4 * len(groups))
+    joint = LowRankPlan(on, totals[0].entries, groups, shifts, BlocksPlan(alone), patience)
     if len(factored) == len(blocks):
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]

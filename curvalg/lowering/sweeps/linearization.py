@@ -7,6 +7,7 @@ Both give the same numbers, since both multiply the same recording.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -16,9 +17,11 @@ from curvalg.errors import CurvalgError
 from curvalg.expr.term import DatasetTerm
 from curvalg.lowering.sweeps.chunked import ChunkedRecording
 from curvalg.lowering.sweeps.contract import call
+from curvalg.lowering.sweeps.keeping import WARM, Keeping
 from curvalg.lowering.sweeps.programs import Programs
 from curvalg.lowering.sweeps.recorder import Recorder, Recording
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
+from curvalg.lowering.sweeps.routes import Routes
 from curvalg.lowering.sweeps.sweep import Sweep, prepare
 from curvalg.lowering.sweeps.tangents import ForwardAD, Linearized
 from curvalg.lowering.sweeps.widths import Widths
@@ -42,11 +45,13 @@ class Linearization:
         self.nbytes = 0
         self.batches: dict[int, Recording] = {}
         self.complete = False
-        self.limit = problem.budget.limit
-        self.keeping = self.limit > 0
         self.notes: dict[str, str] = {}
         """What was chosen and why, by topic."""
-        self.recorder = Recorder(problem, sweep, self.notes)
+        self.worth = Keeping(problem, sweep, self.notes)
+        self.limit = problem.budget.limit
+        self.keeping = self._may_keep()
+        self.recorder = Recorder(problem, sweep, self.notes, self.worth)
+        self.routes = Routes(self.recorder)
         self.widths = Widths(problem, sweep, self.notes)
         self.programs = Programs(problem, sweep, self.notes)
         self._counted = problem.measured.name("products", sweep)
@@ -56,6 +61,9 @@ class Linearization:
         self._shared = False
         self._ordered = problem.data.ordered
         self._single_pass = sweep.curved and not sweep.dataset_terms
+
+    def _may_keep(self) -> bool:
+        return self.limit > 0 and not self.worth.declined
 
     @property
     def route(self) -> str:
@@ -83,8 +91,11 @@ class Linearization:
     def product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         """The product of the sweep with vectors (K, D), shape (K, D)."""
         problem.budget.touch(self)
+        before = self.products
         self.products += rows.shape[0]
         problem.measured.choices[self._counted] = self.products
+        if before >= self.routes.after and rows.shape[0] == 1 and not self.routes.tried:
+            self._try_routes(problem, snapshot)
         if self.products > self.programs.after and not self.programs.tried:
             self._try_programs(problem, snapshot, rows[:1])
         return self._attempt(problem, snapshot, rows)
@@ -148,11 +159,17 @@ class Linearization:
         sweep = self.sweep
         if self._single_pass:
             result = problem.sum()
+            timing = self.worth.open and len(rows) == 1 and self.products > WARM
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, (SinglePass, ChunkedRecording))
                 chunk = 1 if len(rows) == 1 else self.widths.at_a_time(problem, single, rows)
-                result.add(single.multiply(rows, chunk))
+                if timing and single.index in self.batches:
+                    result.add(self.worth.multiplying(single.index, partial(single.multiply, rows, chunk)))
+                else:
+                    result.add(single.multiply(rows, chunk))
                 del single  # a fresh graph is released before the next batch is recorded
+            if timing:
+                self._keep_if_worth(problem)
             return result.value  # type: ignore[no-any-return]
         total = problem.sum()
         prepared = self._prepared(problem, snapshot)
@@ -259,7 +276,7 @@ class Linearization:
             return
         if self.limit != problem.budget.limit:
             self.limit = problem.budget.limit
-            self.keeping = self.limit > 0
+            self.keeping = self._may_keep()
         for evaluation in problem.evaluations(snapshot, order_matters=again or bool(self.batches)):
             index = evaluation.sample.index
             recorded = self.batches.get(index)
@@ -270,6 +287,13 @@ class Linearization:
             del recorded  # a fresh graph is released before the next is recorded
         self.complete = self.keeping
 
+    def _keep_if_worth(self, problem: Problem) -> None:
+        """Give up recordings that save next to nothing; not those of others, nor where only what is kept is a matrix."""
+        shared = self._shared or self._sharing or ("sweep", self.sweep.key) in problem.shared
+        if not shared and problem.data.ordered and self.worth.decide():
+            self.drop()
+            self.keeping = False
+
     def _share(self, problem: Problem, snapshot: Snapshot) -> None:
         """Take the recordings of the whole problem, where several blocks have the sweep in common and they are kept."""
         whole = problem.whole
@@ -278,7 +302,6 @@ class Linearization:
         if self.sweep.dataset_terms:  # their statistics are of the parameters at hand
             return
         source = linearization(whole, snapshot, self.sweep)
-        source.recorder.races = source.complete
         source.prepare(whole, snapshot)
         shared = {i: r.over(problem) for i, r in source.batches.items()} if source.complete else {}
         if shared and all(r is not None for r in shared.values()):
@@ -301,12 +324,22 @@ class Linearization:
         needed, limit = nbytes / 2**20, problem.budget.limit / 2**20
         self.notes["budget"] = f"{kept}: one more needs {needed:.3g} MiB of a budget of {limit:.3g} MiB"
 
+    def _own_recordings(self, problem: Problem) -> bool:
+        """Whether there are recordings of all batches that others do not share, and of which another kind can be made."""
+        if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
+            return False
+        return not any(isinstance(recorded, ChunkedRecording) for recorded in self.batches.values())
+
+    def _try_routes(self, problem: Problem, snapshot: Snapshot) -> None:
+        if self._own_recordings(problem) and not self._sharing:
+            replaced = self.routes.replace(problem, snapshot, self.batches)
+            if replaced is not None:
+                self.batches = replaced
+
     def _try_programs(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         if self.programs.race.of_an_earlier_run:  # which had all recordings by now
             self.prepare(problem, snapshot)
-        if self.sweep.curved or not self.complete or not problem.data.ordered or self._shared:
-            return
-        if any(isinstance(recorded, ChunkedRecording) for recorded in self.batches.values()):
+        if not self._own_recordings(problem):
             return
         if (replaced := self.programs.replace(problem, snapshot, self.batches, rows)) is not None:
             self.batches, self.recorder.route = replaced, Linearized.ROUTE

@@ -14,8 +14,8 @@ from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.data.batches import OrderError
 from curvalg.problem.kept.race import Candidate, Race
 
-AMORTISED = 32
-"""Products after which a linearised program, which is expensive to record, may be tried."""
+AMORTISED = 256
+"""Products after which a linearised program may be tried: recording one takes 7 to 300 gradients."""
 
 
 class Programs:
@@ -53,14 +53,14 @@ class Programs:
                     return None
                 replaced[evaluation.sample.index] = made
         except OrderError:
-            self._decline("the loader gives the samples in another order each time")
+            self._decline("the loader gives the samples in another order each time", of_the_model=False)
             return None
         compiled = "" if problem.compiler is None else f", compiled by {problem.compiler}"
         self._notes["tangents"] = f"tangents by {Linearized.ROUTE}{compiled}, verified and faster"
         return replaced
 
-    def _decline(self, reason: str) -> None:
-        self.race.decide(False)
+    def _decline(self, reason: str, *, of_the_model: bool = True) -> None:
+        self.race.decide(False, of_the_model=of_the_model)
         self._notes["program"] = f"no linearised program: {reason}"
 
     def _made(

@@ -7,17 +7,17 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from curvalg.errors import CurvalgError
 from curvalg.lowering.sweeps.chunked import ChunkedRecording, record_headed
-from curvalg.lowering.sweeps.recordings import Graph, SinglePass, Staged, TwoStage, graph
+from curvalg.lowering.sweeps.keeping import Keeping
+from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.tangents import ForwardAD, Transient
 from curvalg.problem import Batch, Evaluation, Problem
 from curvalg.problem.evaluation import FORWARD_AD
-from curvalg.problem.kept.race import Candidate, Race
+from curvalg.problem.kept.race import Race
 from curvalg.problem.verification.curvature_checks import swear_curvature, swear_symmetric
 from curvalg.problem.verification.reverse import twice_backward
 from curvalg.problem.verification.tangent_checks import TangentNotes
@@ -34,17 +34,17 @@ class Recorder:
         problem: the problem.
         sweep: the terms.
         notes: topic -> what was chosen and why.
+        worth: times what is recorded, to know whether keeping it pays.
 
     Attributes:
         route: of tangents, where no term is curved.
-        races: whether routes may be timed.
+        race: between the routes, where there are several.
     """
 
-    def __init__(self, problem: Problem, sweep: Sweep, notes: dict[str, str]) -> None:
-        self.sweep, self.notes = sweep, notes
+    def __init__(self, problem: Problem, sweep: Sweep, notes: dict[str, str], worth: Keeping) -> None:
+        self.sweep, self.notes, self._worth = sweep, notes, worth
         self.route = TwoStage.ROUTE
-        self.races = True
-        self._race: Race[str] = Race(problem.measured, problem.measured.name("tangents", sweep))
+        self.race: Race[str] = Race(problem.measured, problem.measured.name("tangents", sweep))
         self._measured = False
         self._composite = problem.model.composite
         self._single_pass = sweep.curved and not sweep.dataset_terms
@@ -102,7 +102,8 @@ class Recorder:
         if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
             return headed
         if self._single_pass:
-            return SinglePass(evaluation, sweep.cotangent, sweep.rate_of, keep)
+            record = partial(SinglePass, evaluation, sweep.cotangent, sweep.rate_of, keep)
+            return self._worth.recording(evaluation.sample.index, record) if keep else record()
         if sweep.curved:
             return TwoStage(evaluation, sweep.cotangent, keep)
         if not keep and columns == 1:
@@ -118,47 +119,27 @@ class Recorder:
         return TwoStage(evaluation, None, keep, found)
 
     def _choose_route(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
-        """Choose J v by two backward passes through the graph, by forward AD with a pass of its own, or by rows."""
-        problem, race = evaluation.problem, self._race
-        notes = problem.noted(TangentNotes)
-        possible = self._possible(evaluation, graph(evaluation), columns, keep)
-        rows = torch.ones(1, problem.size, dtype=problem.dtype, device=problem.device)
-        for recorded in possible.values():
-            recorded.keep = True
-        # All have run before, when they were verified; forward AD calls the model in every run.
-        self.route = race.run(
-            {
-                name: Candidate(
-                    partial(recorded.tangent, rows, 1),
-                    handicap=1 / 0.9 if name == ForwardAD.ROUTE else 1.0,
-                    rounds=1 if name == ForwardAD.ROUTE else 2,
-                    warm=True,
-                )
-                for name, recorded in possible.items()
-            }
-        )
-        for recorded in possible.values():
-            recorded.keep = keep
-        reasons = {ForwardAD.ROUTE: notes.no_forward_ad, TwoStage.ROUTE: notes.no_double_backward}
-        without = "; ".join(f"not by {name}: {reason}" for name, reason in reasons.items() if reason is not None)
-        measured = f"{race.shown()} on one batch" if race.seconds else without
-        why = ", as chosen before" if race.recalled else f" ({measured})" if measured else ""
-        self.notes["tangents"] = f"tangents by {self.route}{why}"
-        return possible[self.route]
+        """J v by two backward passes through the graph, by forward AD with a pass of its own, or by rows.
 
-    def _possible(self, evaluation: Evaluation, found: Graph, columns: int, keep: bool) -> dict[str, Staged]:
-        """The batch recorded by each route that is right; the first needs no model call in a product."""
+        What is not needed is not verified: forward AD is tried here only where the graph cannot be differentiated twice, or
+        where it was chosen before. Else the two are timed once enough products were made (:mod:`.routes`).
+        """
+        found = graph(evaluation)
         z, leaves, _ = found
-        notes = evaluation.problem.noted(TangentNotes)
+        notes, known = evaluation.problem.noted(TangentNotes), self.race.known
         twice = twice_backward(evaluation, z, leaves) is not None
         # With several columns forward AD would call the model for each of them.
-        races = self.races and columns == 1
-        forward = notes.no_forward_ad is None and not (twice and (self._race.known == TwoStage.ROUTE or not races))
+        chosen_before = known == ForwardAD.ROUTE and columns == 1
+        forward = notes.no_forward_ad is None and (chosen_before or not twice)
         forward = forward and evaluation.decline_forward_ad(z, leaves) is None
-        possible: dict[str, Staged] = {}
-        if twice or not forward:
-            two = TwoStage(evaluation, None, keep, found)
-            possible[two.route.NAME] = two
-        if forward:
-            possible[ForwardAD.ROUTE] = ForwardAD(evaluation, keep, found)
-        return possible
+        recorded = ForwardAD(evaluation, keep, found) if forward else TwoStage(evaluation, None, keep, found)
+        self.route = ForwardAD.ROUTE if isinstance(recorded, ForwardAD) else recorded.route.NAME
+        if known == self.route:
+            self.race.decide(self.route)
+            why = ", as chosen before"
+        else:
+            reasons = {ForwardAD.ROUTE: notes.no_forward_ad, TwoStage.ROUTE: notes.no_double_backward}
+            without = "; ".join(f"not by {name}: {reason}" for name, reason in reasons.items() if reason is not None)
+            why = f" ({without})" if without else ""
+        self.notes["tangents"] = f"tangents by {self.route}{why}"
+        return recorded

@@ -81,7 +81,8 @@ class Widths:
             sizes.append(known)
         unlike = functools.cache(lambda: _unlike_single(run, rows))
         chosen = race.run(
-            {size: Candidate(lambda size=size: run(rows[:size], size), work=size) for size in sizes},  # type: ignore[misc]
+            # A run that is not timed and one that is, of each: together about as much as three products.
+            {size: Candidate(lambda size=size: run(rows[:size], size), work=size, rounds=1) for size in sizes},  # type: ignore[misc]
             # What was chosen at another state may be wrong at this one.
             differs=None if known is not None and not problem.verify else lambda _: unlike(),
             enough=_is_work,

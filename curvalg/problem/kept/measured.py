@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from curvalg.problem.kept.remembered import Remembered
+
 
 class Measured:
     """Choices by name: those of this run, and those of an earlier one, which are not measured again.
@@ -24,6 +26,7 @@ class Measured:
         self._names, self.device = list(names), device
         self.choices: dict[str, Any] = {} if like is None else like.choices
         self.recalled: dict[str, Any] = {} if like is None else like.recalled
+        self.remembered: Remembered = Remembered() if like is None else like.remembered
 
     def name(self, topic: str, subject: object) -> str:
         """The name of a choice about something on these parameters."""
@@ -31,5 +34,6 @@ class Measured:
         return f"{topic} of {subject} over {len(self._names)} tensors ({digest})"
 
     def known(self, name: str) -> Any:
-        """The choice of an earlier run, or of an earlier state of the model; None if there was none."""
-        return self.recalled.get(name, self.choices.get(name))
+        """The choice of an earlier run, of an earlier state of the model or of another problem; None if there was none."""
+        known = self.recalled.get(name, self.choices.get(name))
+        return self.remembered.get(name) if known is None else known

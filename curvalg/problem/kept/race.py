@@ -14,6 +14,7 @@ from curvalg.problem.kept.measured import Measured
 from curvalg.tensors.clock import timed
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 LONG = 0.05
 """Seconds of a run above which one is enough: what warming up saves is little of it."""
@@ -31,7 +32,7 @@ class Candidate:
         handicap: how many times as long it is counted, so that it has to be clearly faster.
         rounds: timed runs in each turn; one where a run is long.
         warm: whether it has run before, so that nothing is made at its first run.
-        seconds: of a run that was made and timed already, if any.
+        seconds: gives those of a run that was made and timed already when it comes to measuring, or None.
     """
 
     run: Callable[[], Any]
@@ -39,14 +40,14 @@ class Candidate:
     handicap: float = 1.0
     rounds: int = 2
     warm: bool = False
-    seconds: float | None = None
+    seconds: Callable[[], float | None] = lambda: None
 
 
 class Race(Generic[K]):
     """A choice between ways that give the same numbers up to rounding.
 
-    What was chosen in an earlier run, or at an earlier state of the model, is not measured again; where ways are compared,
-    it is compared.
+    What was chosen in an earlier run, at an earlier state of the model or by another problem of it is not measured again;
+    where ways are compared, it is compared.
 
     Args:
         measured: where choices are remembered.
@@ -76,14 +77,26 @@ class Race(Generic[K]):
         """The choice of an earlier run or state, or None."""
         return self._measured.known(self.name)  # type: ignore[no-any-return]
 
-    def decide(self, way: K) -> K:
-        """Choose a way without measuring, and remember it."""
+    def timed(self, run: Callable[[], T]) -> tuple[float, T]:
+        """The seconds of a run that is made anyway, and its result."""
+        return timed(run, self._measured.device)
+
+    def decide(self, way: K, *, of_the_model: bool = False) -> K:
+        """Choose a way, and remember it.
+
+        Args:
+            way: the choice.
+            of_the_model: whether it was measured, so that it holds for other problems of the model as well.
+        """
         self.chosen = self._measured.choices[self.name] = way
+        if of_the_model:
+            self._measured.remembered.put(self.name, way)
         return way
 
     def forget(self) -> None:
         """Measure again: what made a way impossible has changed."""
         self._measured.choices.pop(self.name, None)
+        self._measured.remembered.forget(self.name)
         self.chosen = None
         self.declined.clear()
 
@@ -122,9 +135,8 @@ class Race(Generic[K]):
         self.seconds = {}
         if len(left) > 1:
             self.seconds = measure({way: candidates[way] for way in left}, turns, enough, self._measured.device)
-        return self.decide(
-            min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
-        )
+        fastest = min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
+        return self.decide(fastest, of_the_model=bool(self.seconds))
 
     def shown(self) -> str:
         """The measured times as text for people."""
@@ -144,8 +156,8 @@ def measure(
     for turn in range(turns):
         for way, candidate in candidates.items():
             rounds = candidate.rounds
-            if turn == 0 and candidate.seconds is not None:
-                best[way], rounds = candidate.seconds / candidate.work, rounds - 1
+            if turn == 0 and (before := candidate.seconds()) is not None:
+                best[way], rounds = before / candidate.work, rounds - 1
             elif not candidate.warm:
                 first = timed(candidate.run, device)[0]
                 if first > LONG:

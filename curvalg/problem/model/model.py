@@ -108,6 +108,11 @@ class ModuleModel:
         """Whether normalisations are to be written in elementary operations (``corrections``)."""
 
     @property
+    def given(self) -> object:
+        """The user's object: what is remembered of a model is remembered of this."""
+        return self.module
+
+    @property
     def entrance(self) -> torch.device | None:
         """The device of the first parameter, where the model expects its inputs; None where that says nothing."""
         return _entrance(self.module.parameters())
@@ -188,6 +193,11 @@ class CallableModel:
         self.forms = params_.Forms(self.chosen)
         self.corrected: bool | None = None
         self.composite = False
+
+    @property
+    def given(self) -> object:
+        """The function; see :class:`ModuleModel`."""
+        return self.function
 
     @property
     def entrance(self) -> torch.device | None:

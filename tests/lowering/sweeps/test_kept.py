@@ -231,7 +231,9 @@ class NoForward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("cache", [0, "auto"])
-def test_an_operation_without_forward_ad_takes_the_double_backward(cache, problem_of, vectors):
+def test_an_operation_without_forward_ad_takes_the_double_backward(cache, problem_of, vectors, inside):
+    inside(routes_after=1)
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -258,6 +260,7 @@ def test_an_operation_without_forward_ad_takes_the_double_backward(cache, proble
 def test_many_products_stay_exact_whatever_route_is_tried(model, problem_of, dense_of, take_way, inside):
     """After many products a linearised program may be tried; on some models its second call is silently wrong."""
     take_way("ordinary")
+    inside(amortised=32)
     dense, problem = dense_of(model), problem_of(model)
     op = registry.build("ggn").lower(problem)
     generator = torch.Generator().manual_seed(0)

@@ -120,6 +120,7 @@ def test_a_dtype_that_autocast_has_not_is_refused():
 
 def test_a_compiled_program_is_checked_and_told(take_way, inside):
     take_way("ordinary")
+    inside(amortised=32)
     # Two backward passes win at first; then the program does.
     inside(measure=lambda candidates, *_: {way: 0.0 if way is True else 1.0 + n for n, way in enumerate(candidates)})
     v = torch.randn(Problem(net(), CE, data(40, 20)).size)
@@ -135,6 +136,7 @@ def test_a_compiled_program_is_checked_and_told(take_way, inside):
 
 def test_a_compiled_program_that_is_wrong_is_not_used(take_way, monkeypatch, inside):
     take_way("ordinary")
+    inside(amortised=32)
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda push, **options: lambda v: 1.001 * real(push, **options)(v))
     problem = Problem(net(), CE, data(40, 20), compile="eager")
