@@ -22,7 +22,7 @@ Samples = Literal["item", "position"]
 class Layers(Protocol):
     """The recording of a model's layers on one batch."""
 
-    def records(self, cotangents: Tensor) -> list[LayerRecord]:
+    def records(self, cotangents: Tensor, *, independent: bool = False) -> list[LayerRecord]:
         """Records that cover every chosen parameter once, for cotangents (K, *output.shape)."""
         ...
 
@@ -310,7 +310,7 @@ class Batch:
         self._require_samples()
         return self._per_sample(self)
 
-    def layers(self, cotangents: Tensor) -> Iterator[LayerRecord]:
+    def layers(self, cotangents: Tensor, *, independent: bool = False) -> Iterator[LayerRecord]:
         """Layer inputs and output deltas: gₖₙ = ∂⟨sₖₙ, zₙ⟩/∂θ for all columns k and rows n, in factored form.
 
         Every chosen parameter is in exactly one record. A record whose ``kind`` is "dense" (linear layers and convolutions,
@@ -327,6 +327,9 @@ class Batch:
         Args:
             cotangents: s of shape (K, *output.shape), such as ``row_factor()`` for the Gauss-Newton matrix, or
                 ``loss_gradient[None]`` for the gradient covariance. They carry the share of the loss, and so do the deltas.
+            independent: whether rows of a column are draws whose products with each other vanish in the mean, as
+                :meth:`pseudo_gradients` are. Where a model computes several rows of its output together (the tokens of a
+                sequence, flattened to rows) these need columns of their own otherwise; with it they are one row of a record.
 
         Raises:
             ProblemError: rows of the batch influence each other (batch-norm in training mode).
@@ -347,7 +350,7 @@ class Batch:
         >>> A.shape, B.shape
         (torch.Size([3, 3]), torch.Size([2, 2]))
         """
-        yield from self._layers().records(cotangents)
+        yield from self._layers().records(cotangents, independent=independent)
 
     def sample_masks(self) -> list[Tensor]:
         """Masks (output's shape) that pick one sample each, in order."""

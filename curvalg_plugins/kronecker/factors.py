@@ -37,7 +37,7 @@ def layers_in_parts(batch: Batch, fisher: Fisher, samples: int, seed: int) -> It
         LossError: exact columns or draws of a B that is not positive semi-definite.
     """
     if fisher != "exact":
-        yield list(batch.layers(few_columns(batch, fisher, samples, seed)))
+        yield list(batch.layers(few_columns(batch, fisher, samples, seed), independent=fisher == "mc"))
         return
     count, at = batch.loss_rank, 0
     output = batch.output.numel() * batch.output.element_size()
@@ -111,6 +111,8 @@ def _counted(
 ) -> tuple[Tensor, Tensor | None]:
     """The vectors that an input factor is made of (rows, positions, in), and which of them count (None: all)."""
     if active is not None:
+        # Rows of the output may be computed together, as tokens of a sequence: then a row of inputs counts with any of them.
+        active = active.unflatten(0, (len(h), -1)).any(1)
         h, real = h[active], None if real is None else real[active]
     if approximation == "expand" or not h.shape[1]:
         return h, real

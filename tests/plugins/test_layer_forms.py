@@ -347,3 +347,49 @@ def test_a_bias_in_a_block_of_its_own_is_damped_exactly():
     plain = build("kfac", joint=False).lower(problem).to_dense()[at, at]
     damped = build("kfac", joint=False, factored_damping=c).lower(problem).to_dense()[at, at]
     assert torch.allclose(damped, plain + c * torch.eye(4), atol=1e-14)
+
+
+def flattened(sequences, **options):
+    """One language model: with an output of sequences, and with one whose rows are the tokens of all sequences."""
+    net = language_model().double()
+    g = torch.Generator().manual_seed(0)
+    data = [tuple(torch.randint(0, 5, (n, 3), generator=g) for _ in range(2)) for n in (4, 2)]
+    for _, y in data:
+        y[0, 1] = -100
+
+    def mixing(model, batch):
+        model.places.weight
+        h = model.norm(model.table(batch[0]) + model.places(torch.arange(3))[None]).cumsum(1).tanh()
+        return model.out(h)
+
+    if sequences:
+        return Problem(net, CrossEntropy(class_axis=-1), data, forward=mixing, **options)
+    return Problem(
+        net,
+        nn.CrossEntropyLoss(),
+        data,
+        forward=lambda model, batch: mixing(model, batch).flatten(0, 1),
+        target=lambda batch: batch[1].flatten(),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_tokens_that_are_rows_have_the_factors_of_positions(name, fisher):
+    rows, positions = flattened(False), flattened(True, samples="position")
+    got = build(name, fisher=fisher).lower(rows).to_dense()
+    expected = build(name, fisher=fisher).lower(positions).to_dense()
+    assert (got - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_draws_of_tokens_that_are_rows_take_one_column_each():
+    problem = flattened(False)
+    exact = build("kfac").lower(problem).to_dense()
+    got = build("kfac", fisher="mc", samples=400).lower(problem).to_dense()
+    assert (got - exact).norm() <= 0.15 * exact.norm()
+    with problem.batches() as batches:
+        batch = next(iter(batches))
+        s = batch.pseudo_gradients(2)
+        assert {(r.columns, r.rows) for r in batch.layers(s, independent=True)} == {(2, 4)}
+        assert {(r.columns, r.rows) for r in batch.layers(s)} == {(2, 12)}

@@ -11,6 +11,8 @@ class LayerNotes:
         batched: whether columns go into one backward pass; None before it was measured.
         groups: parameters that share a record.
         spread: tables whose picked rows are the same for all rows of the batch.
+        folded: whether rows of the output that lie together are computed together, as many as there are for each row of the
+            input; None: it was not asked.
         noise: the rounding of the model's gradients, relative; None before it was measured.
         compared: parameter -> rows of the batch that its record was compared on, 2 for any more.
     """
@@ -20,5 +22,6 @@ class LayerNotes:
         self.batched: bool | None = None
         self.groups: list[tuple[str, ...]] = []
         self.spread: set[str] = set()
+        self.folded: bool | None = None
         self.noise: float | None = None
         self.compared: dict[str, int] = {}

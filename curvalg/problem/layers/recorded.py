@@ -15,6 +15,7 @@ from curvalg.problem.layers.build import Portion, build, portions
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.kinds.joint import Joint, Zero
 from curvalg.problem.layers.kinds.maps import LinearMap
+from curvalg.problem.layers.kinds.regrouped import Regrouped
 from curvalg.problem.layers.kinds.scaling import Explicit
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.origin import Origin
@@ -26,6 +27,7 @@ from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, Parame
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
 from curvalg.problem.verification.tangent_checks import random_cotangent
+from curvalg.tensors import trees
 from curvalg.tensors.backward import backward_columns
 
 
@@ -74,6 +76,25 @@ class RecordedLayers:
             if not isinstance(use, EmbeddingUse) or isinstance(use, SpreadTableUse) == (use.names <= spread)
         ]
 
+    @property
+    def fold(self) -> int:
+        """The rows of the output that are computed together: a sequence of which each token is a row."""
+        return self._foldable if self.notes.folded else 1
+
+    @property
+    def rows(self) -> int:
+        """The rows of the output that are computed apart from each other, or groups of these."""
+        return self.z.shape[0] // self.fold
+
+    @cached_property
+    def _foldable(self) -> int:
+        """The number of rows of the output for each row of the inputs; 1 where there are not several."""
+        rows = self.z.shape[0]
+        sizes = {
+            len(t) for t in trees.tensors(self.evaluation.sample.batch) if t.ndim and len(t) and rows % len(t) == 0
+        }
+        return rows // min(sizes, default=rows)
+
     def respread(self, name: str) -> bool:
         """Take the picked rows of a table for the same in all rows of the batch; whether that is new and can be."""
         if name in self.notes.spread or not any(isinstance(u, SpreadTableUse) and name in u.names for u in self._found):
@@ -109,11 +130,13 @@ class RecordedLayers:
         close = bool(((few.z.detach() - expected).abs().max() / scale) < 1e-2)
         return few if close else None
 
-    def records(self, cotangents: Tensor) -> list[LayerRecord]:
+    def records(self, cotangents: Tensor, *, independent: bool = False) -> list[LayerRecord]:
         """Records that cover every chosen parameter once, always in the same grouping.
 
         Args:
             cotangents: s of shape (K, *output.shape).
+            independent: whether rows of a column are draws whose products with each other vanish in the mean, so that rows
+                that the model computes together may be one row of the records.
 
         Raises:
             ProblemError: cotangents of another shape.
@@ -125,11 +148,26 @@ class RecordedLayers:
         if not self._settled:
             settle(self)
             self._settled = True
-        found = self.build(cotangents.detach())
+        fold = self.fold
+        found = self.build(self._apart(cotangents.detach(), 1 if independent else fold))
+        if self.fold != fold:  # this batch has shown it
+            return self.records(cotangents, independent=independent)
         groups = self.notes.groups
         if not groups:
             groups.extend(record.params for record in found)
-        return [self._in_group(group, found) for group in groups]
+        records = [self._in_group(group, found) for group in groups]
+        return records if fold == 1 or independent else [Regrouped(record, fold) for record in records]
+
+    @staticmethod
+    def _apart(cotangents: Tensor, fold: int) -> Tensor:
+        """A column for each row of a group: (K · fold, n, ...), zero for the other rows."""
+        if fold == 1:
+            return cotangents
+        columns, rows = cotangents.shape[:2]
+        parts: Tensor = cotangents.unflatten(1, (rows // fold, fold))
+        mask = torch.eye(fold, dtype=cotangents.dtype, device=cotangents.device)
+        mask = mask.reshape(1, fold, 1, fold, *[1] * (cotangents.ndim - 2))
+        return (parts[:, None] * mask).reshape(columns * fold, *cotangents.shape[1:])
 
     def _in_group(self, group: tuple[str, ...], found: list[LayerRecord]) -> LayerRecord:
         """The records of one group of parameters put together: Gram matrices compare records across batches."""
@@ -143,11 +181,17 @@ class RecordedLayers:
         gradients = self._pull(cotangents)
         self._route(gradients)
         if strange := self._misplaced(cotangents, gradients):
+            if self.notes.folded is None and self._foldable > 1:
+                self.notes.folded = True
+                for i in gradients:
+                    if isinstance(use := self._uses[i], DenseUse):
+                        use.routing = None
+                return self.build(cotangents)
             moved = {name for i in strange for name in self._uses[i].names}
             wrong = {name for name in moved if not self.respread(name)} - self.notes.reasons.keys()
             self.notes.reasons.update(dict.fromkeys(wrong, MISPLACED))
             return self.build(cotangents)
-        columns, rows = cotangents.shape[:2]
+        columns, rows = len(cotangents), self.rows
         found: list[LayerRecord] = []
         for members, indices in self._groups(gradients):
             names = tuple(dict.fromkeys(portion.origin.name for portion in members.values()))
@@ -193,19 +237,21 @@ class RecordedLayers:
 
         A random cotangent u gives a layer deltas δ, and the cotangent with row n times n + 1 gives (n + 1) δ in those of row n.
         """
-        rows = self.z.shape[0]
+        rows = self.rows
         uses = {i: use for i in gradients if isinstance(use := self._uses[i], DenseUse) and use.routable}
         asked = [i for i, use in uses.items() if use.routing is None and (i in strange or not use.fits(rows))]
         if not asked:
             return list(strange)
         u = random_cotangent(self.z.detach())
-        numbered = u * torch.arange(1, rows + 1, device=u.device, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+        numbers = torch.arange(1, rows + 1, device=u.device, dtype=u.dtype).repeat_interleave(self.fold)
+        numbered = u * numbers.reshape(-1, *[1] * (u.ndim - 1))
         pulled = self._pull(torch.stack([u, numbered]))
         for i in asked:
-            if (
-                i in pulled
-                and (owner := owners(pulled[i][0], pulled[i][1], rows, rounding(self, {pulled[i].dtype}))) is not None
-            ):
+            if i not in pulled:
+                continue
+            plain, counted = uses[i].arranged(pulled[i]).unbind()
+            owner = owners(plain, counted, rows, rounding(self, {pulled[i].dtype}))
+            if owner is not None:
                 uses[i].routing = Routing.of(owner, rows)
         return [i for i in strange if i not in uses or uses[i].routing is None]
 
@@ -219,11 +265,20 @@ class RecordedLayers:
         Asked once for each batch and state of the model, and not of a model that cannot route rows by the data.
         """
         sample = self.evaluation.sample
-        checked: set[tuple[int, int]] = self.problem.cached(self.evaluation.snapshot).get("rows checked", None, set)
-        if (key := (sample.index, sample.rows)) in checked or self._steady:
+        checked: set[tuple[int, int, int]] = self.problem.cached(self.evaluation.snapshot).get(
+            "rows checked", None, set
+        )
+        if (key := (sample.index, sample.rows, self.fold)) in checked or self._steady:
             return []
+
+        def arranged(found: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {i: self._uses[i].arranged(g) for i, g in found.items()}
+
+        def pull(s: Tensor) -> dict[int, Tensor]:
+            return arranged(self._pull(s))
+
         aligned = {i: g for i, g in gradients.items() if getattr(self._uses[i], "routing", None) is None}
-        strange = self._route(gradients, misplaced(self, cotangents, aligned, self._pull))
+        strange = self._route(gradients, misplaced(self, cotangents, arranged(aligned), pull))
         # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time.
         complete = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
         if not strange and self.problem.data.ordered and bool(complete):
@@ -289,10 +344,16 @@ class RecordedLayers:
         if not names:
             return []
         rest = self.evaluation.over(names)
-        columns = [row_gradients(rest, self.batch, column) for column in cotangents.to(self.z.dtype)]
+        columns = [self._by_group(row_gradients(rest, self.batch, column)) for column in cotangents.to(self.z.dtype)]
         stacked = {name: torch.stack([found[name] for found in columns]) for name in names}
         reasons = self.notes.reasons
         return [Explicit(self._place((name,)), stacked[name].to(layout.dtype), reasons[name]) for name in names]
+
+    def _by_group(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of rows of the output, added up in the groups that are computed together."""
+        if self.fold == 1:
+            return gradients
+        return {name: g.unflatten(0, (self.rows, self.fold)).sum(1) for name, g in gradients.items()}
 
     def _place(self, params: tuple[str, ...], members: Mapping[str, Portion] | None = None) -> ParameterGroup:
         """The group of some parameters, or of portions of them."""

@@ -110,6 +110,10 @@ class Use(ABC):
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         """Deltas δ as the record of this kind takes them, from the gradient with respect to the output (K, *output.shape)."""
 
+    def arranged(self, gradient: Tensor) -> Tensor:
+        """Gradients (K, *shape of the output) with axes of positions before all others."""
+        return gradient
+
     def shifts(self, gradient: Tensor, rows: int) -> Tensor:
         """Deltas δ of an added parameter, (K, n, T, size)."""
         return self.deltas(gradient, rows)
@@ -199,6 +203,9 @@ class DenseUse(Use):
         # The rows may be cut into several along axis 0, whose parts are then positions as well.
         parts = folded.reshape(len(gradient), rows, -1, *folded.shape[-2:])
         return parts.permute(3, 0, 1, 2, 4).contiguous()
+
+    def arranged(self, gradient: Tensor) -> Tensor:
+        return self._fold(gradient).flatten(-2)
 
     def shifts(self, gradient: Tensor, rows: int) -> Tensor:
         return self.deltas(gradient, rows).permute(1, 2, 3, 0, 4).flatten(3)

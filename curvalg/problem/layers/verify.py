@@ -58,6 +58,16 @@ class Comparable(Protocol):
         """Build the records of all parameters."""
         ...
 
+    @property
+    def rows(self) -> int:
+        """The rows of the output that are computed apart from each other, or groups of these."""
+        ...
+
+    @property
+    def fold(self) -> int:
+        """The rows of the output that are computed together."""
+        ...
+
     def respread(self, name: str) -> bool:
         """Take the picked rows of a table for the same in all rows of the batch; whether that is new and can be."""
         ...
@@ -118,14 +128,14 @@ def _gradients(recorded: Comparable, names: list[str], cotangent: Tensor) -> dic
 
 def _compare(recorded: Comparable, names: list[str]) -> bool:
     """Compare once; whether a parameter was noted, so that the comparison has to be made again."""
-    notes, z = recorded.notes, recorded.z
-    rows = z.shape[0]
+    notes, z, rows = recorded.notes, recorded.z, recorded.rows
     signed = 2 * uniforms(1, COLUMNS, 0, z.shape, z.dtype, z.device) - 1
     weights = 0.5 + uniforms(2, COLUMNS, 0, (rows,), z.dtype, z.device)
-    mixed = (weights.reshape(COLUMNS, rows, *[1] * (z.ndim - 1)) * signed).sum(0)
+    each = weights.repeat_interleave(recorded.fold, 1)
+    mixed = (each.reshape(COLUMNS, -1, *[1] * (z.ndim - 1)) * signed).sum(0)
     before = set(notes.reasons)
     records = recorded.build(signed)
-    if notes.reasons.keys() - before:
+    if notes.reasons.keys() - before or recorded.rows != rows:
         return True  # building has shown it already, without numbers
     expected = _gradients(recorded, list(recorded.leaves), mixed)
     got: dict[str, Tensor] = {}
@@ -177,15 +187,16 @@ def misplaced(
         pull: s -> δ.
     """
     z = recorded.z
-    columns, rows = cotangents.shape[:2]
+    columns, rows = len(cotangents), recorded.rows
     if rows == 1 or not gradients:
         return []
     mixing = 0.5 + uniforms(4, 1, 0, (columns,), z.dtype, z.device)[0]
     weights = 0.5 + uniforms(5, 1, 0, (rows,), z.dtype, z.device)[0]
-    mixed = torch.tensordot(mixing, cotangents.to(z.dtype), 1) * weights.reshape(-1, *[1] * (z.ndim - 1))
+    each = weights.repeat_interleave(recorded.fold)
+    mixed = torch.tensordot(mixing, cotangents.to(z.dtype), 1) * each.reshape(-1, *[1] * (z.ndim - 1))
     pulled, found = pull(mixed[None]), []
     for i, delta in gradients.items():
-        if delta.shape[1] % rows:  # its rule declines such tensors itself
+        if delta[0].numel() % rows:  # its rule declines such tensors itself
             continue
         expected = torch.tensordot(mixing.to(delta.dtype), delta, 1).reshape(rows, -1)
         expected = expected * weights.to(delta.dtype)[:, None]

@@ -414,3 +414,42 @@ def test_a_plugin_sees_the_layers(problem_of):
                 assert record.module is not None
                 assert record.inputs.shape[-3:-2] == (batch.output.shape[0],)
                 assert record.nbytes > 0
+
+
+def tokens(mixed=True):
+    """A model that flattens the tokens of a sequence to rows, before its layers and in its output."""
+
+    def forward(m, x):
+        h = m.first(m.table(x).flatten(0, 1)).tanh().unflatten(0, x.shape)
+        h = h.cumsum(1) if mixed else h
+        return m.last(m.norm(h).reshape(-1, 3))
+
+    torch.manual_seed(0)
+    return Lambda(
+        forward, table=nn.Embedding(6, 3), first=nn.Linear(3, 3), norm=nn.LayerNorm(3), last=nn.Linear(3, 2)
+    ).to(D)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_tokens_that_are_rows_of_the_output(mixed):
+    """Where tokens see each other, those of a sequence are computed together, and each has a gradient of its own."""
+    data = [(TOKENS[:3], random(12, 2)), (TOKENS[:, :2], random(10, 2, seed=1))]
+    problem = Problem(tokens(mixed), nn.MSELoss(), data)
+    check(problem)
+    notes = problem.noted(LayerNotes)
+    assert notes.reasons == {} and bool(notes.folded) == mixed
+
+
+def test_rows_that_are_shuffled_are_no_groups():
+    """Twice as many rows as sequences, but which belong together depends on the data."""
+    torch.manual_seed(0)
+
+    def forward(m, x):
+        h = m.first(x)
+        h = torch.cat([h, h.roll(1, 0)]).cumsum(0)
+        return m.last(h)
+
+    model = Lambda(forward, first=nn.Linear(3, 3), last=nn.Linear(3, 2)).to(D)
+    problem = Problem(model, nn.MSELoss(), (random(4, 3), random(8, 2, seed=1)))
+    check(problem)
+    assert "first.weight" in problem.noted(LayerNotes).reasons
