@@ -191,7 +191,12 @@ class Batch:
         return [axis for axis in range(1, ndim) if axis != classes]
 
     def gradient_columns(self) -> Tensor:
-        """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance."""
+        """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance.
+
+        Raises:
+            LossError: samples have no losses of their own.
+        """
+        self._require_samples()
         return self.per_sample_columns(math.sqrt(self.scale) * self.loss_gradient[None])
 
     def per_sample_columns(self, columns: Tensor) -> Tensor:
@@ -265,9 +270,15 @@ class Batch:
         """Gradients ∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.
 
         Raises:
+            LossError: samples have no losses of their own.
             ProblemError: samples of the batch influence each other (batch-norm in training mode).
         """
+        self._require_samples()
         return self._per_sample(self)
+
+    def _require_samples(self) -> None:
+        if self._loss is not None and not self._loss.facts.per_sample:
+            raise self._loss.facts.without_samples("this quantity")
 
     def layers(self, cotangents: Tensor) -> Iterator[LayerRecord]:
         """Layer inputs and output deltas: gₖₙ = ∂⟨sₖₙ, zₙ⟩/∂θ for all columns k and rows n, in factored form.
