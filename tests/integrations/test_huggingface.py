@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curvalg import LossError, Problem, ProblemError, registry
-from curvalg.integrations.huggingface import problem
+from curvalg.integrations import huggingface
 
 V, T = 5, 4
 
@@ -173,7 +173,7 @@ def test_value_and_hessian_are_those_of_the_mean_loss_over_all_batches(kind, con
     model, data = kind(**config).eval(), make()
     if loss == "model" and sum(weights) != sum(len(batch["labels"]) for batch in data):
         weights = [len(batch["labels"]) for batch in data]  # the model's mean is one of rows then
-    made = problem(model, data, loss=loss)
+    made = huggingface.problem(model, data, loss=loss)
     v = torch.randn(made.size, dtype=torch.float64)
     value, product = by_hand(model, data, weights, v)
     assert made.value() == pytest.approx(value, rel=1e-12)
@@ -184,10 +184,10 @@ def test_value_and_hessian_are_those_of_the_mean_loss_over_all_batches(kind, con
 @pytest.mark.parametrize("wrap", [dict, Encoding, lambda batch: UserDict(batch)])
 def test_batches_are_mappings_of_any_class(name, wrap):
     model, data = TinyForCausalLM().eval(), tokens(4, 2)
-    expected = problem(model, data).value()
+    expected = huggingface.problem(model, data).value()
     labels = data.pop("labels")
-    assert problem(model, wrap({**data, name: labels})).value() == expected
-    assert problem(model, [wrap({**data, name: labels})]).value() == expected
+    assert huggingface.problem(model, wrap({**data, name: labels})).value() == expected
+    assert huggingface.problem(model, [wrap({**data, name: labels})]).value() == expected
 
 
 def test_a_plain_problem_takes_mappings_that_are_no_dicts():
@@ -205,7 +205,7 @@ def test_a_plain_problem_takes_mappings_that_are_no_dicts():
 def test_labels_stay_away_from_the_model():
     seen = []
     model = TinyForCausalLM().eval()
-    made = problem(model, [tokens(4, 2)])
+    made = huggingface.problem(model, [tokens(4, 2)])
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
     registry.build("hessian").lower(made) @ torch.ones(made.size, dtype=torch.float64)
     assert seen
@@ -216,16 +216,23 @@ def test_a_model_may_return_tuples():
     data = [tokens(4, 2)]
     model, other = TinyForCausalLM().eval(), ReturnsTuples().eval()
     other.load_state_dict(model.state_dict())
-    assert problem(other, data).value() == problem(model, data).value()
-    assert problem(other, data, loss="model").value() == pytest.approx(problem(model, data).value(), rel=1e-12)
+    assert huggingface.problem(other, data).value() == huggingface.problem(model, data).value()
+    assert huggingface.problem(other, data, loss="model").value() == pytest.approx(
+        huggingface.problem(model, data).value(), rel=1e-12
+    )
 
 
 def test_a_task_can_be_named():
     model, data = UnshiftedForCausalLM().eval(), [tokens(4, 2)]
     with pytest.raises(ProblemError, match=r"task='masked_lm', which gives that value, or loss='model'"):
-        problem(model, data)
-    assert problem(model, data, "masked_lm").value() == problem(model, data, loss="model").value()
-    assert problem(model, data, verify=False).value() != problem(model, data, task="masked_lm").value()
+        huggingface.problem(model, data)
+    assert (
+        huggingface.problem(model, data, "masked_lm").value() == huggingface.problem(model, data, loss="model").value()
+    )
+    assert (
+        huggingface.problem(model, data, verify=False).value()
+        != huggingface.problem(model, data, task="masked_lm").value()
+    )
 
 
 def test_the_first_look_leaves_no_trace():
@@ -234,7 +241,7 @@ def test_the_first_look_leaves_no_trace():
     model.head.register_forward_hook(lambda module, args, output: (model.norm(output[:, -1]), None)[1])
     data = [rows(torch.randn(3))]
     before, state = model.norm.running_mean.clone(), torch.get_rng_state()
-    problem(model.train(), data)
+    huggingface.problem(model.train(), data)
     assert model.config.problem_type is None
     assert torch.equal(model.norm.running_mean, before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -242,19 +249,21 @@ def test_the_first_look_leaves_no_trace():
 
 def test_a_sum_adds_up():
     model, data = TinyForCausalLM().eval(), [tokens(4, 2), tokens(3)]
-    assert problem(model, data, reduction="sum").value() == pytest.approx(6 * problem(model, data).value(), rel=1e-12)
+    assert huggingface.problem(model, data, reduction="sum").value() == pytest.approx(
+        6 * huggingface.problem(model, data).value(), rel=1e-12
+    )
 
 
 def test_tokens_can_be_samples():
-    assert problem(TinyForCausalLM().eval(), [tokens(4, 2), tokens(3)], samples="position").num_samples == 6
+    assert huggingface.problem(TinyForCausalLM().eval(), [tokens(4, 2), tokens(3)], samples="position").num_samples == 6
 
 
 def test_a_model_without_a_known_name_needs_a_task():
     names = r"causal_lm.*masked_lm.*seq2seq_lm.*token_classification.*sequence_classification.*image_classification"
     with pytest.raises(ProblemError, match=f"StandIn.*{names}"):
-        problem(StandIn(), [tokens(4, 2)])
+        huggingface.problem(StandIn(), [tokens(4, 2)])
     with pytest.raises(ProblemError, match=f"{names}.*got 'translation'"):
-        problem(TinyForCausalLM(), [tokens(4, 2)], task="translation")
+        huggingface.problem(TinyForCausalLM(), [tokens(4, 2)], task="translation")
 
 
 @pytest.mark.parametrize(
@@ -269,12 +278,12 @@ def test_a_model_without_a_known_name_needs_a_task():
 )
 def test_what_cannot_be_meant_is_refused(options, data, words):
     with pytest.raises(ProblemError, match=words):
-        problem(TinyForCausalLM(), data, **options)
+        huggingface.problem(TinyForCausalLM(), data, **options)
 
 
 def test_an_unknown_problem_type_is_refused():
     with pytest.raises(ProblemError, match="got 'ranking'"):
-        problem(TinyForSequenceClassification(problem_type="ranking"), [rows(torch.tensor([0, 1]))])
+        huggingface.problem(TinyForSequenceClassification(problem_type="ranking"), [rows(torch.tensor([0, 1]))])
 
 
 # -- the loss that a model returns ----------------------------------------------------------------------------------------
@@ -282,18 +291,18 @@ def test_an_unknown_problem_type_is_refused():
 
 def test_rows_that_belong_together_have_a_hessian():
     model, data = Contrastive().eval(), [rows(torch.arange(3)), rows(torch.arange(2))]
-    made = problem(model, data, loss="model")
+    made = huggingface.problem(model, data, loss="model")
     v = torch.randn(made.size, dtype=torch.float64)
     value, product = by_hand(model, data, (3, 2), v)
     assert made.value() == pytest.approx(value, rel=1e-12)
     assert torch.allclose(registry.build("hessian").lower(made) @ v, product, rtol=1e-10, atol=1e-12)
-    summed = problem(model, data, loss="model", reduction="sum")
+    summed = huggingface.problem(model, data, loss="model", reduction="sum")
     assert summed.value() == pytest.approx(float(sum(model(**batch).loss for batch in data).detach()), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ggn", "ggn_mc", "residual", "loss_hessian", "fisher", "ggn_diagonal", "kfac"])
 def test_matrices_of_outputs_are_refused_where_the_output_is_the_loss(name):
-    made = problem(TinyForCausalLM().eval(), [tokens(4)], loss="model")
+    made = huggingface.problem(TinyForCausalLM().eval(), [tokens(4)], loss="model")
     with pytest.raises(LossError, match=r"TinyForCausalLM returns"):
         registry.build(name).lower(made) @ torch.ones(made.size, dtype=torch.float64)
 
@@ -305,7 +314,7 @@ COVARIANCES = ["covariance", "centered_covariance", "covariance_diagonal"]
 def test_covariances_of_batches_of_one_row_are_those_of_the_task(name):
     model = TinyForSequenceClassification().eval()
     data = [rows(torch.tensor([k])) for k in (0, 3, 1)]
-    own, task = problem(model, data, loss="model"), problem(model, data)
+    own, task = huggingface.problem(model, data, loss="model"), huggingface.problem(model, data)
     v = torch.randn(own.size, dtype=torch.float64)
     products = [registry.build(name).lower(made) @ v for made in (own, task)]
     assert torch.allclose(*products, rtol=1e-10, atol=1e-12)
@@ -313,13 +322,13 @@ def test_covariances_of_batches_of_one_row_are_those_of_the_task(name):
 
 @pytest.mark.parametrize("name", COVARIANCES)
 def test_covariances_of_batches_of_several_rows_are_refused(name):
-    made = problem(TinyForCausalLM().eval(), [tokens(4, 2)], loss="model")
+    made = huggingface.problem(TinyForCausalLM().eval(), [tokens(4, 2)], loss="model")
     with pytest.raises(LossError, match="batches of one row"):
         registry.build(name).lower(made) @ torch.ones(made.size, dtype=torch.float64)
 
 
 def test_batches_of_one_row_and_of_several_do_not_mix():
-    made = problem(TinyForCausalLM().eval(), [tokens(4), tokens(3, 2)], loss="model")
+    made = huggingface.problem(TinyForCausalLM().eval(), [tokens(4), tokens(3, 2)], loss="model")
     with pytest.raises(ProblemError, match="a later one 2"):
         made.value()
 
@@ -330,4 +339,4 @@ def test_a_model_that_returns_no_loss_is_refused():
             return None
 
     with pytest.raises(ProblemError, match="returned no loss"):
-        problem(Silent().eval(), [tokens(4, 2)], loss="model").value()
+        huggingface.problem(Silent().eval(), [tokens(4, 2)], loss="model").value()

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from curvalg import Problem, registry
-from curvalg.integrations.huggingface import problem
+from curvalg.integrations import huggingface
 from tests.support.models import others
 
 
@@ -46,7 +46,7 @@ def hessian(real):
     """data -> the Hessian of a GPT-2 on it, times a fixed vector."""
 
     def product(data, **options):
-        made = problem(real("gpt2").model, data, **options)
+        made = huggingface.problem(real("gpt2").model, data, **options)
         return registry.build("hessian").lower(made) @ torch.ones(made.size, dtype=torch.float64)
 
     return product

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from curvalg import LossError, ProblemError, registry
-from curvalg.integrations.huggingface import problem
+from curvalg.integrations import huggingface
 from tests.support.models.by_hand import InDouble, in_double
 from tests.support.models.zoo import SMALL, V, stirred, texts
 
@@ -27,7 +27,7 @@ def double_backward(model, batches, weights, v):
 
 
 def check(model, batches, weights, reduction="mean"):
-    made = problem(model, batches, loss="model", reduction=reduction)
+    made = huggingface.problem(model, batches, loss="model", reduction=reduction)
     v = torch.randn(made.size, dtype=torch.float64)
     value, expected = double_backward(model, batches, weights, v)
     scale = sum(weights) if reduction == "sum" else 1  # of ones
@@ -78,7 +78,7 @@ def pairs(rows):
 def test_a_router_is_not_left_out():
     model, batches = routed(), texts()
     with pytest.raises(ProblemError, match=r"MixtralForCausalLM returns the loss .* causal_lm makes it .*loss='model'"):
-        problem(model, batches)
+        huggingface.problem(model, batches)
     check(model, batches, [len(batch["labels"]) for batch in batches])
 
 
@@ -107,7 +107,7 @@ def test_a_head_for_answers():
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "lora"])
 def test_the_own_loss_has_the_hessian_of_the_task(name, real):
     model = real(name)
-    own, task = problem(model.model, [model.batches[0]], loss="model"), model.problem([model.batches[0]])
+    own, task = huggingface.problem(model.model, [model.batches[0]], loss="model"), model.problem([model.batches[0]])
     v = torch.randn(own.size, dtype=torch.float64)
     first, second = (registry.build("hessian").lower(made) @ v for made in (own, task))
     assert float((first - second).norm() / second.norm()) <= 1e-10
@@ -122,13 +122,13 @@ def test_covariances_take_batches_of_one_row(real):
         for batch in model.batches
         for k in range(len(batch["labels"]))
     ]
-    own = problem(model.model, rows, loss="model")
+    own = huggingface.problem(model.model, rows, loss="model")
     v = torch.randn(own.size, dtype=torch.float64)
     expected = model.covariance(v)
     product = registry.build("covariance").lower(own) @ v
     assert float((product - expected).norm() / expected.norm()) <= 1e-10
     with pytest.raises(LossError, match="batches of one row"):
-        registry.build("covariance").lower(problem(model.model, model.batches, loss="model"))
+        registry.build("covariance").lower(huggingface.problem(model.model, model.batches, loss="model"))
 
 
 def test_a_decoder_that_does_not_shift_is_told_from_one_that_does():
@@ -140,8 +140,8 @@ def test_a_decoder_that_does_not_shift_is_told_from_one_that_does():
     )
     model, batches = in_double(stirred(BartForCausalLM(config))), texts()
     with pytest.raises(ProblemError, match="task='masked_lm'"):
-        problem(model, batches)
-    assert problem(model, batches[0], task="masked_lm").value() == pytest.approx(
+        huggingface.problem(model, batches)
+    assert huggingface.problem(model, batches[0], task="masked_lm").value() == pytest.approx(
         model(**batches[0]).loss.item(), rel=1e-12
     )
 
@@ -156,11 +156,11 @@ def test_experts_in_the_precision_that_models_come_in(dtype, error):
         MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=3))
     )
     model, batches = model.eval().to(dtype), texts()
-    made = problem(model, batches)
+    made = huggingface.problem(model, batches)
     product = registry.build("hessian").lower(made) @ torch.ones(made.size, dtype=made.dtype)
     exact = copy.deepcopy(model)
     exact.config._experts_implementation = "eager"
-    reference = problem(in_double(exact), batches)
+    reference = huggingface.problem(in_double(exact), batches)
     expected = registry.build("hessian").lower(reference) @ torch.ones(made.size, dtype=torch.float64)
     assert made.value() == pytest.approx(reference.value(), rel=error)
     assert float((product.double() - expected).norm() / expected.norm()) <= error
