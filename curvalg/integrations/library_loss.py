@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvalg.errors import CurvalgError, ProblemError
-from curvalg.integrations.adapters import ModelKeywords, base_of, inputs_of, labels_of, logits_of, loss_of
+from curvalg.integrations.adapters import Logits, ModelKeywords, base_of, inputs_of, labels_of, logits_of, loss_of
 from curvalg.integrations.tasks import TASKS, Task
 
 ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -19,46 +20,58 @@ ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def require_same_loss(model: nn.Module, call: ModelKeywords, batch: Mapping[str, Any], task: Task) -> None:
-    """Compare the loss of a task with what the model returns, by one call on one batch.
+    """Compare the loss of a task with what the model returns for one batch, by a call with its labels.
+
+    Decoders are called once more, without labels, to see that they get the same inputs. Nothing is compared where the model
+    takes no labels, returns no loss, or one that is not finite.
 
     Raises:
         ProblemError: they differ.
     """
     if "labels" not in call.accepted:
         return
-    config = base_of(model).config
+    config, labels = base_of(model).config, labels_of(batch)
     before = getattr(config, "problem_type", None)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    labelled = {**inputs_of(batch), "labels": labels_of(batch)}
-    with torch.no_grad(), torch.random.fork_rng():
-        output = functional_call(_Called(model, call), {f"model.{n}": b for n, b in buffers.items()}, (labelled,))
+    output = _without_traces(model, lambda live: call(live, {**inputs_of(batch), "labels": labels}))
     if before is None and getattr(config, "problem_type", None) is not None:
         config.problem_type = None  # the library notes there what it found
-    if (theirs := loss_of(output)) is None:
+    if (theirs := loss_of(output)) is None or not bool(torch.isfinite(theirs)):
         return
     logits = output[1] if isinstance(output, tuple) else logits_of(output)
-    tolerance = ROUNDING.get(logits.dtype, 1e-4)
-    ours = {name: _value(other, config, logits, labelled["labels"]) for name, other in TASKS.items()}
-    if math.isclose(ours[task.name], float(theirs), rel_tol=tolerance, abs_tol=tolerance) or not torch.isfinite(theirs):
+    if task.decoder:
+        logits = _without_traces(model, lambda live: Logits(call, decoder=True)(live, batch))
+    value, tolerance = float(theirs), ROUNDING.get(logits.dtype, 1e-4)
+    ours = _value(task, config, logits, labels)
+    if _same(ours, value, tolerance):
         return
-    same = [name for name, value in ours.items() if math.isclose(value, float(theirs), rel_tol=tolerance)]
-    cure = f"task={same[0]!r}, which gives that value, or " if same else ""
+    others = (name for name, other in TASKS.items() if _same(_value(other, config, logits, labels), value, tolerance))
+    cure = "".join(f"task={name!r}, which gives that value, or " for name in islice(others, 1))
     raise ProblemError(
-        f"{type(base_of(model)).__name__} returns the loss {float(theirs):.6g} on the first batch, and {task.name} makes it "
-        f"{ours[task.name]:.6g}: it has terms of its own, such as those of routers, or counts otherwise. Pass "
-        f"{cure}loss='model'"
+        f"{type(base_of(model)).__name__} returns the loss {value:.6g} on the first batch, and {task.name} makes it "
+        f"{ours:.6g}: it has terms of its own, such as those of routers, or counts otherwise. Pass {cure}loss='model'"
     )
 
 
 class _Called(nn.Module):
-    """A model with one argument, the inputs by name."""
+    """Holds a model, so that a function of it sees exchanged buffers."""
 
-    def __init__(self, model: nn.Module, call: ModelKeywords) -> None:
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module], Any]) -> None:
         super().__init__()
-        self.model, self.call = model, call
+        self.model, self.function = model, function
 
-    def forward(self, inputs: Mapping[str, Any]) -> Any:
-        return self.call(self.model, inputs)
+    def forward(self) -> Any:
+        return self.function(self.model)
+
+
+def _without_traces(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:
+    """The result of a function of the model, which leaves its buffers and the state of random numbers as they are."""
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+    with torch.no_grad(), torch.random.fork_rng():
+        return functional_call(_Called(model, function), buffers, (), tie_weights=False)
+
+
+def _same(ours: float, theirs: float, tolerance: float) -> bool:
+    return math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance)
 
 
 def _value(task: Task, config: Any, logits: Tensor, labels: Tensor) -> float:

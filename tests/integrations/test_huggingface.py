@@ -235,6 +235,15 @@ def test_a_task_can_be_named():
     )
 
 
+def test_a_decoder_with_other_inputs_than_the_library_gives_it_is_seen():
+    data = [tokens(4, 2)]
+    model = TinyForConditionalGeneration(
+        decoder_start_token_id=3
+    ).eval()  # the stand-in starts with 1, whatever this says
+    with pytest.raises(ProblemError, match="seq2seq_lm makes it"):
+        huggingface.problem(model, data)
+
+
 def test_the_first_look_leaves_no_trace():
     model = TinyForSequenceClassification(num_labels=1)
     model.norm = nn.BatchNorm1d(1).double()
@@ -245,6 +254,14 @@ def test_the_first_look_leaves_no_trace():
     assert model.config.problem_type is None
     assert torch.equal(model.norm.running_mean, before)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_decoder_that_drops_out_is_compared_with_the_same_draws():
+    class Dropping(TinyForConditionalGeneration):
+        def logits(self, input_ids):
+            return F.dropout(super().logits(input_ids), 0.5, self.training)
+
+    huggingface.problem(Dropping().train(), [tokens(4, 2)])
 
 
 def test_a_sum_adds_up():
