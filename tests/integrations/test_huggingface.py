@@ -235,6 +235,13 @@ def test_a_task_can_be_named():
     )
 
 
+def test_a_decoder_gets_padding_for_tokens_that_are_ignored():
+    model, batch = TinyForConditionalGeneration().eval(), tokens(4, 4)
+    batch["labels"][:, 1] = -100
+    made = huggingface.problem(model, batch, verify=False)
+    assert made.value() == pytest.approx(model(**batch).loss.item(), rel=1e-12)
+
+
 def test_a_decoder_with_other_inputs_than_the_library_gives_it_is_seen():
     data = [tokens(4, 2)]
     model = TinyForConditionalGeneration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from itertools import accumulate
 
 import torch
@@ -13,7 +14,7 @@ class Graph:
     """Features of nodes (k, 3), edges (2, e) between their numbers, and a label (1,)."""
 
     def __init__(self, **tensors):
-        self._store = dict(tensors)
+        self._store = UserDict(tensors)  # no dict, as theirs are none
 
     def __getattr__(self, name):
         try:
