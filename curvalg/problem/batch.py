@@ -153,7 +153,9 @@ class Batch:
         return self._share * self._form.join(self._point.fisher_hvp(self._form.split(tangent)))
 
     def _require_samples(self) -> None:
-        """Raise LossError where rows of the output are not the samples that are counted."""
+        """Raise LossError where samples have no losses of their own, or are not the rows of the output."""
+        if self._loss is not None and not self._loss.facts.per_sample:
+            raise self._loss.facts.without_samples("this quantity")
         if self._misaligned is not None:
             shape, rows = self._misaligned
             raise LossError(
@@ -228,7 +230,11 @@ class Batch:
         return [axis for axis in range(1, ndim) if axis != classes]
 
     def gradient_columns(self) -> Tensor:
-        """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance."""
+        """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance.
+
+        Raises:
+            LossError: samples have no losses of their own.
+        """
         self._require_samples()
         return self.per_sample_columns(math.sqrt(self.scale) * self.loss_gradient[None])
 
@@ -305,6 +311,7 @@ class Batch:
         """Gradients ∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.
 
         Raises:
+            LossError: samples have no losses of their own.
             ProblemError: samples of the batch influence each other (batch-norm in training mode).
         """
         self._require_samples()

@@ -1,4 +1,4 @@
-"""Nested batches and outputs: tensors inside tuples, lists, mappings of any class, named tuples and data classes."""
+"""Nested batches and outputs: tensors inside tuples, lists, mappings of any class, named tuples, data classes and graphs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def leaf_map(function: Callable[[Any], Any], tree: Any) -> Any:
             return PackedSequence(walk(node.data), node.batch_sizes, *orders)
         if _is_data_class(node):
             return _data_class_like(node, walk)
+        if has_stores(node):
+            return _stored_like(node, walk)
         return function(node)
 
     def walk(tree: Any) -> Any:
@@ -94,8 +96,26 @@ def add(left: Any, right: Any) -> Any:
     return optree.tree_map(torch.add, left, right, namespace=NAMESPACE)
 
 
+def has_stores(node: Any) -> bool:
+    """Whether an object keeps its tensors in mappings that it lists as ``stores``, as graphs of torch_geometric do."""
+    return isinstance(getattr(type(node), "stores", None), property)
+
+
+def graphs_of(batch: Any) -> list[Any] | None:
+    """The graphs of a batch, whose nodes lie in one tensor, each with its own numbers of nodes; None for anything else."""
+    separate = getattr(batch, "to_data_list", None) if has_stores(batch) else None
+    return None if separate is None else separate()
+
+
+def batch_of_graphs(batch: Any, graphs: list[Any]) -> Any:
+    """Some graphs of a batch as a batch of its class."""
+    return type(batch).from_data_list(graphs)
+
+
 def rows(tree: Any) -> int | None:
-    """The length of the leading axis of the first tensor that has one."""
+    """The number of graphs of a batch of graphs, else the length of the leading axis of the first tensor that has one."""
+    if has_stores(tree) and isinstance(count := getattr(tree, "num_graphs", None), int):
+        return count
     return next((t.shape[0] for t in tensors(tree) if t.ndim), None)
 
 
@@ -133,7 +153,7 @@ def _is_special(node: Any) -> bool:
     """Whether optree would not look inside, or put it together wrongly."""
     if type(node) in (dict, tuple, list):
         return False
-    return isinstance(node, (Mapping, PackedSequence)) or _is_data_class(node)
+    return isinstance(node, (Mapping, PackedSequence)) or _is_data_class(node) or has_stores(node)
 
 
 def _mapping_like(original: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -170,4 +190,11 @@ def _data_class_like(original: Any, walk: Callable[[Any], Any]) -> Any:
         if hasattr(original, field.name):
             # As frozen data classes have it done by their own __init__.
             object.__setattr__(twin, field.name, walk(getattr(original, field.name)))
+    return twin
+
+
+def _stored_like(original: Any, walk: Callable[[Any], Any]) -> Any:
+    twin = copy.copy(original)  # with stores of its own
+    for store in twin.stores:
+        store.update(walk(dict(store)))
     return twin

@@ -26,6 +26,7 @@ WITH_ROOMS = ("problem", "lowering")
 WHAT = {
     "testing": "conformance kit",
     "cli": "command line",
+    "integrations": "models of other libraries",
     "estimate": "spectra, traces and functions, each with its error",
     "lowering": "from an expression and a problem to an operator",
     "runs": "checkpoints and resuming",

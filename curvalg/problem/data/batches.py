@@ -42,9 +42,11 @@ class ReadBatch:
     index: int
 
     def head(self, rows: int) -> ReadBatch:
-        """The first rows of every tensor whose leading axis has the length of the batch."""
+        """The first rows of every tensor whose leading axis has the length of the batch, or the first graphs."""
 
         def cut(tree: Any) -> Any:
+            if (graphs := trees.graphs_of(tree)) is not None:
+                return trees.batch_of_graphs(tree, graphs[:rows])
             return trees.tensor_map(lambda t: t[:rows] if t.ndim and t.shape[0] == self.rows else t, tree)
 
         return ReadBatch(cut(self.batch), cut(self.target), rows, self.start, self.index)
@@ -68,7 +70,7 @@ class Data:
                 f"data is a {type(data).__name__} that can be read only once, but every product reads it again; pass "
                 "list(data), a DataLoader, or an object whose __iter__ starts anew"
             )
-        one_batch = isinstance(data, (tuple, Mapping, Tensor))
+        one_batch = isinstance(data, (tuple, Mapping, Tensor)) or trees.has_stores(data)
         if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
             raise ProblemTypeError(
                 f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}"

@@ -3,14 +3,14 @@
 Every row of a tensor is hashed to one number, h = Σⱼ xⱼ cos(j). Sums of h and h² over the rows see every change of an
 entry, but not the order; sums of products of neighbouring tensors' hashes see which rows belong together; a sum that
 weighs rows by their place sees the order too. Floating and discrete tensors have sums of their own, so that large labels
-do not hide small changes of the inputs.
+do not hide small changes of the inputs. Of a batch of graphs each graph has one number for each of its tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ TOLERANCE = 1e-9
 def fingerprint(batch: Any, rows: int) -> Fingerprint:
     """The fingerprint of one batch with the given number of samples."""
     with torch.no_grad():
-        hashes = [(t, hashed) for t in trees.tensors(batch) if len(hashed := _hash(t))]
-        floating = _join([h for t, h in hashes if t.is_floating_point() or t.is_complex()])
-        discrete = _join([h for t, h in hashes if not (t.is_floating_point() or t.is_complex())])
-        aligned = [h for t, h in hashes if t.ndim and len(t) == rows]
+        hashes = [hashed for hashed in _hashes(batch) if len(hashed.values)]
+        floating = _join([h.values for h in hashes if h.inexact])
+        discrete = _join([h.values for h in hashes if not h.inexact])
+        aligned = [h.values for h in hashes if h.by_row and len(h.values) == rows]
         together = _join([left * right for left, right in pairwise(aligned)])
-        placed = _join([_waves(len(h)) * h / (k + 1) for k, (_, h) in enumerate(hashes)])
+        placed = _join([_waves(len(h.values)) * h.values / (k + 1) for k, h in enumerate(hashes)])
         terms = (floating, floating.square(), discrete, discrete.square(), together, placed)
         return tuple((float(t.sum()), float(t.abs().sum())) for t in terms)
 
@@ -56,6 +56,32 @@ def same_order(left: Fingerprint, right: Fingerprint) -> bool:
 
 def _close(left: tuple[float, float], right: tuple[float, float]) -> bool:
     return abs(left[0] - right[0]) <= TOLERANCE * (1 + right[1])
+
+
+class _Hashed(NamedTuple):
+    """One number for every row of a tensor, or for every graph."""
+
+    values: Tensor
+    inexact: bool
+    by_row: bool
+
+
+def _hashes(batch: Any) -> list[_Hashed]:
+    """The hashes of all tensors of a batch."""
+    found = []
+    for part in batch if type(batch) in (tuple, list) else [batch]:
+        if (graphs := trees.graphs_of(part)) is None:
+            found += [_Hashed(_hash(t), _is_inexact(t), t.ndim > 0) for t in trees.tensors(part)]
+            continue
+        # In a batch edges point to other numbers, by the graphs before them; taken apart, they do not.
+        for same in zip(*map(trees.tensors, graphs), strict=True):
+            hashes = torch.cat([_hash(t.reshape(1, -1)) for t in same])
+            found.append(_Hashed(hashes, _is_inexact(same[0]), True))
+    return found
+
+
+def _is_inexact(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
 
 
 def _hash(t: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from curvalg.tensors import trees
 from curvalg.tensors.bits import Bits, ManyBits, SampledBits
 
 MOST = 200_000
@@ -151,8 +152,13 @@ class Watch:
             yield (name, None, None, value.fget)
         elif isinstance(value, type):
             yield from self._class(name, value)
-        elif _is_record(value) or isinstance(value, self._inside) or (self._exactly and _is_users(type(value))):
+        elif self._looks_inside(value):
             yield from self._object(name, value)
+
+    def _looks_inside(self, value: Any) -> bool:
+        if isinstance(value, self._inside) or (self._exactly and _is_users(type(value))):
+            return True
+        return _is_record(value) or trees.has_stores(value)
 
     def _container(self, name: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
         self.entries.append(Entry(name, value))

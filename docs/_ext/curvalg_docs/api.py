@@ -16,6 +16,7 @@ MODULES: dict[str, str] = {
     "curvalg.estimate": "Estimates from products",
     "curvalg.registry": "Terms by name",
     "curvalg.losses": "Losses with closed forms",
+    "curvalg.integrations.huggingface": "Hugging Face models",
     "curvalg.testing": "The conformance kit of plugins",
     "curvalg.errors": "Exceptions and warnings",
     "curvalg_plugins.kronecker": "Kronecker-factored matrices",
