@@ -16,7 +16,7 @@ from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.outputs import OutputForm
 from curvalg.tensors.random_numbers import uniforms
 
-Samples = Literal["item", "position"]
+Samples = Literal["item", "position", "element"]
 
 
 class Layers(Protocol):
@@ -42,7 +42,8 @@ class Batch:
         scale: s, the number of samples N for a mean loss, 1 for a sum.
         count: N, the number of samples in the data set whose share is not identically zero.
         denominator: what a mean loss divides by, over the whole data set.
-        samples: whether one sample is a row of the batch ("item") or an element of the loss ("position").
+        samples: whether one sample is a row of the batch ("item"), a position of a row ("position": all classes there, or the
+            vector along the last axis of an elementwise loss) or a number of an elementwise loss ("element").
         misaligned: shape of an output whose rows are not the samples of its batch, and their number, if there is one.
         start: running number of the first row in the data set.
         number: called where samples are identified by their running number; refuses data in random order.
@@ -240,7 +241,15 @@ class Batch:
 
     def per_sample_columns(self, columns: Tensor) -> Tensor:
         """Columns (columns, *output.shape) as they are where a sample is a row, spread where it is a position."""
-        return columns if self.samples == "item" else self.spread(columns)
+        return self._spread(columns, self._sample_axes)
+
+    @property
+    def _sample_axes(self) -> list[int]:
+        """The axes of the output, beside the first, along which its numbers are of several samples."""
+        axes = self._position_axes(self.class_axis)
+        if self.samples == "position" and self.class_axis is None:
+            return axes[:-1]  # a position of an elementwise loss is a vector
+        return [] if self.samples == "item" else axes
 
     def spread(self, columns: Tensor, *, elementwise: bool = False) -> Tensor:
         """Every column (of the output's shape) as one column per position of a row, zero at all others.
@@ -252,7 +261,10 @@ class Batch:
         Returns:
             Shape (positions · columns, *output.shape).
         """
-        axes = self._position_axes(None if elementwise else self.class_axis)
+        return self._spread(columns, self._position_axes(None if elementwise else self.class_axis))
+
+    def _spread(self, columns: Tensor, axes: list[int]) -> Tensor:
+        """Every column as one for each place along some axes, zero at all others."""
         sizes = [self.output.shape[axis] for axis in axes]
         if math.prod(sizes) == 1:
             return columns
@@ -290,9 +302,8 @@ class Batch:
         """Inner product per sample, broadcastable to the output."""
         self._require_samples()
         product = a * b
-        if self.samples == "item":
-            return product.sum(tuple(range(1, product.ndim)), keepdim=True) if product.ndim > 1 else product
-        return product if self.class_axis is None else product.sum(self.class_axis, keepdim=True)
+        inside = [axis for axis in range(1, product.ndim) if axis not in self._sample_axes]
+        return product.sum(inside, keepdim=True) if inside else product
 
     def outer(self, columns: Tensor, tangent: Tensor) -> Tensor:
         """Products Σₘ sₘ (sₘᵀ ż) per sample, for columns sₘ of shape (columns, *output.shape)."""
@@ -361,14 +372,10 @@ class Batch:
 
     def sample_masks(self) -> list[Tensor]:
         """Masks (output's shape) that pick one sample each, in order."""
-        shape = list(self.output.shape)
-        if self.samples == "item":
-            return self.row_masks()
-        if self.class_axis is not None:
-            shape[self.class_axis] = 1
-        positions = torch.ones(shape, device=self.output.device).nonzero()
-        axis = None if self.class_axis is None else self.class_axis % self.output.ndim
-        return [self._mask(tuple(slice(None) if i == axis else int(k) for i, k in enumerate(p))) for p in positions]
+        axes = [0, *self._sample_axes]
+        shape = [size if axis in axes else 1 for axis, size in enumerate(self.output.shape)]
+        places = torch.ones(shape, device=self.output.device).nonzero()
+        return [self._mask(tuple(int(k) if i in axes else slice(None) for i, k in enumerate(p))) for p in places]
 
     def row_masks(self) -> list[Tensor]:
         """Masks (output's shape) that pick one row each."""

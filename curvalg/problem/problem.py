@@ -50,8 +50,9 @@ class Problem(Setting):
         target: ``target(batch) -> target`` for such batches.
         reduction: "mean" or "sum", how a callable loss reduces a batch; found from its values where possible. Means of batches
             are put together by their numbers of rows.
-        samples: whether one sample is a row of a batch ("item") or an element of the loss ("position", as a token);
-            decides gradient covariances.
+        samples: what one sample is, which decides gradient covariances: a row of a batch ("item"); a position of a row, as a
+            token ("position": all classes there, or the vector along the last axis of outputs (batch, ..., vector) of MSE and
+            its kin); or each number of an output of MSE and its kin ("element").
         randomness: "refuse" random layers in training mode, or "frozen": replay the same draws in every product.
         cache: bytes that recordings kept between products may take; 0 records anew in every product; "auto": a quarter of
             what is free on the device when the problem is made, and nothing that would not fit into what is free then.
@@ -137,11 +138,16 @@ class Problem(Setting):
             made = make_model(model, params, forward)
         batches = Data(data, target, needs_target=loss is not None)
         super().__init__(made, batches, (loss, reduction), DrawGuard(randomness), Budget(0))
-        self.samples: Samples = _one_of("samples", samples, ("item", "position"))
-        if samples == "position" and self.loss is not None and not self.loss.positions:
+        self.samples: Samples = _one_of("samples", samples, ("item", "position", "element"))
+        if samples != "item" and self.loss is not None and not self.loss.positions:
             raise LossError(
-                f"samples='position' needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
+                f"samples={samples!r} needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
                 f"MSE; {self.loss.name} does not. Use samples='item'"
+            )
+        if samples == "element" and self.loss is not None and self.loss.class_axis is not None:
+            raise LossError(
+                f"samples='element' is for losses that are sums over the numbers of their outputs, such as MSE; those of "
+                f"{self.loss.name} are classes of one position. Use samples='position'"
             )
         self.columns = columns
         self.factored = _one_of("factored", factored, ("auto", True, False))

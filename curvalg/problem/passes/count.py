@@ -41,8 +41,10 @@ def count(problem: Setting) -> Totals:
             samples += sample.rows
             continue
         used = loss.weights(sample.target) != 0
-        per_row = used.reshape(used.shape[0], -1).any(1) if problem.samples == "item" else used
-        samples += int(per_row.sum())
+        if problem.samples == "position" and loss.class_axis is None and used.ndim > 1:
+            used = used.any(-1)  # a position is a vector
+        each = used.reshape(used.shape[0], -1).any(1) if problem.samples == "item" else used
+        samples += int(each.sum())
         denominator += float(loss.denominator(sample.target))
     mean = loss is not None and loss.reduction == "mean"
     if mean and not denominator:

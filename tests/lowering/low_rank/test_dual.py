@@ -52,7 +52,8 @@ def worlds():
             Problem(net(), losses.CrossEntropy(class_axis=-1), (X3, _labels(7, 2)), samples="position"),
             TERMS,
         ),
-        "elements as samples": (Problem(net(), nn.MSELoss(), (X3, _targets(7, 2, 3)), samples="position"), TERMS),
+        "elements as samples": (Problem(net(), nn.MSELoss(), (X3, _targets(7, 2, 3)), samples="element"), TERMS),
+        "vectors as samples": (Problem(net(), nn.MSELoss(), (X3, _targets(7, 2, 3)), samples="position"), TERMS),
         "a callable": (
             Problem(net(), lambda z, y: (z - y).cosh().mean(), (X, _targets(7, 3)), reduction="mean"),
             ["covariance", "centered_covariance", "ggn_mc"],
