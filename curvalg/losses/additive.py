@@ -20,6 +20,14 @@ from curvalg.tensors import trees
 
 Fn = Callable[[Any, Any], Any]
 
+COUPLED = (
+    "A loss in which samples see each other (contrastive, triplet) works in two ways: let forward=lambda model, batch: ... "
+    "return what has one loss for each row, as the matrix of similarities z @ z.T of the batch, to be classified by "
+    "CrossEntropy; or make the batch one row, with forward=lambda model, batch: model(batch[0])[None] and "
+    "target=lambda batch: batch[1][None]"
+)
+"""The cure for losses that couple samples."""
+
 
 def check_additive(fn: Fn, reduction: Reduction, output: Structure, target: Structure) -> None:
     """Compare the value on a batch with those on its halves, and on its first row and the others.
@@ -177,7 +185,7 @@ def _check(
             raise
         except Exception as error:
             raise LossError(
-                f"{name_of(fn)} fails on {which}: {error}. A loss is called with any number of rows; write it so"
+                f"{name_of(fn)} fails on {which}: {error}. A loss is called with any number of rows; write it so. {COUPLED}"
             ) from error
         if adds_up(reduction, value, parts, counts, tolerance):
             return
@@ -193,7 +201,7 @@ def _check(
         f"{name_of(fn)} is no {reduction} over the rows of a batch: it is {value:.6g} on a batch, but {parts[0]:.6g} and "
         f"{parts[1]:.6g} on {which} ({causes(output, target)}). For class weights and ignored labels use a Loss whose "
         "numerators and denominators add up, such as CrossEntropy with these options; a callable that sums over the rows "
-        "is declared by reduction='sum'"
+        f"is declared by reduction='sum'. {COUPLED}"
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from curvalg.errors import LossError
 from curvalg.losses.additive import (
+    COUPLED,
     adds_up,
     causes,
     number,
@@ -45,7 +47,7 @@ def infer_reduction(fn: Callable[[Any, Any], Any], output: Structure, target: St
         raise _undecided(fn, "the batch has no rows")
     counts = [rows // 2, rows - rows // 2] if rows > 1 else []
     tolerance = tolerance_of(output)
-    with torch.no_grad():
+    with torch.no_grad(), _failing(fn):
         for candidate in (output, perturbed(output)):
             value = _finite(fn, number(fn, candidate, target))
             parts = [_finite(fn, part) for part in whole_and_parts(fn, candidate, target, counts)[1]] if counts else []
@@ -61,6 +63,17 @@ def infer_reduction(fn: Callable[[Any, Any], Any], output: Structure, target: St
                     )
                 return reduction
     raise _undecided(fn, "its value is zero on the batch, and near it")
+
+
+@contextmanager
+def _failing(fn: Callable[..., Any]) -> Iterator[None]:
+    """Whatever the callable raises on a batch, on it repeated or on parts of it, as an error that says so."""
+    try:
+        yield
+    except LossError:
+        raise
+    except Exception as error:
+        raise _undecided(fn, f"it fails on a batch, on it repeated, or on a part of it ({error})") from error
 
 
 def _decide(fn: Callable[..., Any], value: float, twice: float, tolerance: float) -> Reduction:
@@ -80,5 +93,5 @@ def _finite(fn: Callable[..., Any], value: float) -> float:
 def _undecided(fn: Callable[..., Any], why: str) -> LossError:
     return LossError(
         f"cannot find whether {name_of(fn)} is a mean or a sum over samples: {why}. Pass reduction='mean' or "
-        "reduction='sum', or a Loss whose numerators and denominators add up over batches"
+        f"reduction='sum', or a Loss whose numerators and denominators add up over batches. {COUPLED}"
     )
