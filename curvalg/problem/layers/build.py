@@ -14,7 +14,7 @@ from curvalg.problem.layers.kinds.embedding import Embedding
 from curvalg.problem.layers.kinds.maps import LinearMap
 from curvalg.problem.layers.kinds.scaling import ElementwiseLayer, Shift
 from curvalg.problem.layers.origin import Origin
-from curvalg.problem.layers.uses import Declined, DenseUse, Use, joined
+from curvalg.problem.layers.uses import Declined, Use, joined
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 
 
@@ -91,7 +91,7 @@ def real_positions(uses: Sequence[Use], deltas: Tensor) -> Tensor | None:
         uses: whose positions lie one after the other.
         deltas: of all (..., n, T, out).
     """
-    routings = [use.routing if isinstance(use, DenseUse) else None for use in uses]
+    routings = [use.routing for use in uses]
     if all(routing is None for routing in routings):
         return None
     rows, positions, _ = deltas.shape[-3:]

@@ -21,7 +21,7 @@ from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.origin import Origin
 from curvalg.problem.layers.per_sample import refuse_batch_statistics, row_gradients
 from curvalg.problem.layers.routing import is_steady
-from curvalg.problem.layers.uses import Declined, DenseUse, EmbeddingUse, Routing, SpreadTableUse, Use
+from curvalg.problem.layers.uses import Declined, EmbeddingUse, Routing, SpreadTableUse, Use
 from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, rounding, settle
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.model.model import ModuleModel
@@ -184,8 +184,7 @@ class RecordedLayers:
             if self.notes.folded is None and self._foldable > 1:
                 self.notes.folded = True
                 for i in gradients:
-                    if isinstance(use := self._uses[i], DenseUse):
-                        use.routing = None
+                    self._uses[i].routing = None
                 return self.build(cotangents)
             moved = {name for i in strange for name in self._uses[i].names}
             wrong = {name for name in moved if not self.respread(name)} - self.notes.reasons.keys()
@@ -238,7 +237,7 @@ class RecordedLayers:
         A random cotangent u gives a layer deltas δ, and the cotangent with row n times n + 1 gives (n + 1) δ in those of row n.
         """
         rows = self.rows
-        uses = {i: use for i in gradients if isinstance(use := self._uses[i], DenseUse) and use.routable}
+        uses = {i: use for i in gradients if (use := self._uses[i]).routable}
         asked = [i for i, use in uses.items() if use.routing is None and (i in strange or not use.fits(rows))]
         if not asked:
             return list(strange)
@@ -277,7 +276,7 @@ class RecordedLayers:
         def pull(s: Tensor) -> dict[int, Tensor]:
             return arranged(self._pull(s))
 
-        aligned = {i: g for i, g in gradients.items() if getattr(self._uses[i], "routing", None) is None}
+        aligned = {i: g for i, g in gradients.items() if self._uses[i].routing is None}
         strange = self._route(gradients, misplaced(self, cotangents, arranged(aligned), pull))
         # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time.
         complete = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()

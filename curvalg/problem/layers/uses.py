@@ -70,6 +70,8 @@ class Use(ABC):
         self.output_dtype = call.output.dtype
         self._source = None if source is None else source.detach()
         self._version = 0 if source is None else source._version
+        self.routing: Routing | None = None
+        """Set where the inputs are not the rows of the batch in their order."""
 
     @property
     def source(self) -> Tensor:
@@ -92,6 +94,15 @@ class Use(ABC):
     def signature(self) -> tuple[Any, ...]:
         """What this use has in common with the same use in a call on fewer rows."""
         return self.kind, self.form, tuple(sorted(self.roles.items(), key=lambda item: item[0])), self.output_shape[1:]
+
+    @property
+    def routable(self) -> bool:
+        """Whether every input could be of another row of the batch."""
+        return True
+
+    @abstractmethod
+    def fits(self, rows: int) -> bool:
+        """Whether the output has the rows of the batch, or several positions of each."""
 
     @property
     def names(self) -> set[str]:
@@ -151,12 +162,9 @@ class DenseUse(Use):
         self._fold = fold
         self._positions = positions
         self._options = options
-        self.routing: Routing | None = None
-        """Set where the inputs are not the rows of the batch in their order."""
 
     @property
     def routable(self) -> bool:
-        """Whether every input of the layer could be of another row of the batch."""
         return self._positions is not None
 
     @property
@@ -168,12 +176,7 @@ class DenseUse(Use):
         check_rows(shape, rows, self._positions)
 
     def fits(self, rows: int) -> bool:
-        """Whether the output has the rows of the batch, or several positions of each."""
-        try:
-            self.check(self.output_shape, rows)
-        except Declined:
-            return False
-        return True
+        return _holds(lambda: self.check(self.output_shape, rows))
 
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         source = self.source
@@ -240,12 +243,29 @@ class ElementUse(Use):
         self._sign = sign
 
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
-        factor = self._normalise(self.source).to(dtype).expand(self.output_shape)
-        return by_position(factor[None], self._shape, rows)[0]
+        factor = self._normalise(self.source).to(dtype).expand(self.output_shape)[None]
+        if self.routing is not None:
+            return self.routing.place(self.arranged(factor))[0]
+        return by_position(factor, self._shape, rows)[0]
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
         signed = gradient if self._sign == 1 else -gradient
+        if self.routing is not None:
+            return self.routing.place(self.arranged(signed))
         return by_position(signed, self._shape, rows)
+
+    @property
+    def routable(self) -> bool:
+        return self._fits_as(1)
+
+    def arranged(self, gradient: Tensor) -> Tensor:
+        return by_position(gradient, self._shape, 1)[:, 0] if self.routable else gradient
+
+    def fits(self, rows: int) -> bool:
+        return self._fits_as(rows)
+
+    def _fits_as(self, rows: int) -> bool:
+        return _holds(lambda: by_position(torch.empty(1, *self.output_shape, device="meta"), self._shape, rows))
 
 
 class EmbeddingUse(Use):
@@ -264,16 +284,23 @@ class EmbeddingUse(Use):
 
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         indices = self.source
+        if self.routing is not None:
+            return self.routing.place(indices.reshape(1, -1).long())[0]
         check_rows(indices.shape, rows, indices.shape)
         return indices.reshape(rows, -1).long()
+
+    def fits(self, rows: int) -> bool:
+        return _holds(lambda: check_rows(self.source.shape, rows, self.source.shape))
 
     def joined(self, others: Sequence[Use], rows: int, dtype: torch.dtype) -> GuardedInput:
         return GuardedInput(joined([use.inputs(rows, dtype) for use in (self, *others)], -1))
 
     def deltas(self, gradient: Tensor, rows: int) -> Tensor:
-        check_rows(gradient.shape[1:], rows, gradient.shape[1:-1])
         if self._padding is not None:
             gradient = gradient * (self.source != self._padding)[..., None]
+        if self.routing is not None:
+            return self.routing.place(gradient.flatten(1, -2))
+        check_rows(gradient.shape[1:], rows, gradient.shape[1:-1])
         return gradient.reshape(gradient.shape[0], rows, -1, gradient.shape[-1]).contiguous()
 
 
@@ -291,6 +318,13 @@ class SpreadTableUse(EmbeddingUse):
         self.edge, self.output_shape, self.output_dtype = spread.edge, spread.output_shape, spread.output_dtype
         self._spread, self._picked = spread, picked
         self._shape = use.output_shape
+
+    @property
+    def routable(self) -> bool:
+        return False
+
+    def fits(self, rows: int) -> bool:
+        return self._spread.fits(rows)
 
     def inputs(self, rows: int, dtype: torch.dtype) -> Tensor:
         return self.source.reshape(1, -1).long().expand(rows, -1)
@@ -326,6 +360,15 @@ def check_rows(shape: torch.Size, rows: int, positions: Sequence[int] | None = N
         raise Declined(
             f"the first axis of a tensor of shape {tuple(shape)} is not made of the {rows} rows of the batch"
         )
+
+
+def _holds(check: Callable[[], object]) -> bool:
+    """Whether a check passes."""
+    try:
+        check()
+    except Declined:
+        return False
+    return True
 
 
 def channels_last(groups: int) -> Callable[[Tensor], Tensor]:

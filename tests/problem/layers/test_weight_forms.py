@@ -202,3 +202,62 @@ def test_rows_that_are_shuffled_are_no_groups():
     problem = Problem(model, nn.MSELoss(), (random(4, 3), random(8, 2, seed=1)))
     check(problem)
     assert "first.weight" in problem.noted(LayerNotes).reasons
+
+
+def test_parts_of_rows_in_any_order():
+    """Rows of different lengths are laid one after the other and summed up again, as nodes of graphs."""
+    owner = torch.tensor([2, 0, 0, 1, 2, 2, 4, 3, 4, 1])
+    kinds = torch.tensor([0, 1, 2, 3, 0, 1, 5, 4, 2, 2])
+
+    def forward(m, x):
+        h = (m.table(kinds) + x[owner] @ m.weight + m.bias) * m.scale
+        return torch.zeros(5, 2, dtype=D).index_add(0, owner, m.last(h.tanh()))
+
+    torch.manual_seed(0)
+    model = Lambda(
+        forward,
+        table=nn.Embedding(6, 3),
+        weight=param(3, 3),
+        bias=param(3),
+        scale=param(1, 3),
+        last=nn.Linear(3, 2),
+    ).to(D)
+    problem = Problem(model, nn.MSELoss(), (random(5, 3), random(5, 2, seed=1)))
+    check(problem)
+    assert problem.noted(LayerNotes).reasons == {}
+
+
+def single_precision(m, x):
+    """A norm in float32 inside a float64 model, as libraries write it."""
+    h = m.first(x).float()
+    h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).double() * m.scale
+    return h
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_model_that_rounds_more_than_its_parameters_keeps_its_layers(mixed):
+    def forward(m, x):
+        h = single_precision(m, x)
+        return m.last((h.cumsum(1) if mixed else h).tanh()).flatten(1)
+
+    torch.manual_seed(0)
+    model = Lambda(forward, first=nn.Linear(3, 4), scale=param(4), last=nn.Linear(4, 2)).to(D)
+    problem = Problem(model, nn.MSELoss(), (random(5, 3, 3), random(5, 6, seed=1)))
+    with problem.batches() as batches:
+        records = list(next(iter(batches)).layers(random(2, 5, 6)))
+    notes = problem.noted(LayerNotes)
+    assert notes.reasons == {} and 1e-9 < notes.noise < 1e-5
+    assert {record.kind for record in records} == {"dense", "scale"}
+
+
+def test_rows_that_are_misplaced_are_found_however_the_model_rounds():
+    def forward(m, x):
+        h = single_precision(m, x)
+        return m.last(torch.stack([h, h.flip(0)], 1).cumsum(1).tanh()).flatten(1)
+
+    torch.manual_seed(0)
+    model = Lambda(forward, first=nn.Linear(3, 4), scale=param(4), last=nn.Linear(4, 2)).to(D)
+    problem = Problem(model, nn.MSELoss(), (random(5, 3), random(5, 4, seed=1)))
+    with problem.batches() as batches:
+        list(next(iter(batches)).layers(random(2, 5, 4)))
+    assert set(problem.noted(LayerNotes).reasons) == {"first.weight", "first.bias", "scale"}
