@@ -162,6 +162,12 @@ class MatrixTerm(NamedExpr):
         """Statistics of this batch, added over batches."""
         raise NotImplementedError(f"{type(self).__name__} must define accumulate(batch, prepared)")
 
+    def rehearse(self, batch: Batch) -> None:
+        """Raise an error for a model that the matrix cannot be made of.
+
+        Called with one row of the data before a pass over all of them, where the matrix ``uses_layers``.
+        """
+
     def cost(self, batch: Batch) -> str | None:
         """What making the matrix costs, as a line for people, and which options cost less; None: nothing out of the ordinary.
 

@@ -138,6 +138,9 @@ class LayerFactors(MatrixTerm):
                     others[params] = others[params] + values if params in others else values
         return {"layers": layers, "others": others}
 
+    def rehearse(self, batch: Batch) -> None:
+        self._sorted(list(batch.layers(batch.loss_gradient[None])))
+
     def cost(self, batch: Batch) -> str:
         from curvalg_plugins.kronecker import factors  # needs torch
 

@@ -121,7 +121,7 @@ def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: 
     layers = any(term.uses_layers for term in terms)
     for evaluation in _pass(problem, snapshot) if terms else ():
         if layers and evaluation.sample.index == 0:
-            _rehearse(terms, evaluation, method)
+            _rehearse(terms, evaluation)
         recorded = record_layers(evaluation) if layers else None
         batch = evaluation.evaluate() if recorded is None else recorded.batch
         for term in terms:
@@ -129,7 +129,7 @@ def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: 
     return {term: total.value for term, total in sums.items()}
 
 
-def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation, method: Any) -> None:
+def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation) -> None:
     """Try the first row alone: a term that refuses the model's layers does so before a pass over the data."""
     problem, sample = evaluation.problem, evaluation.sample
     if sample.rows == 1 or problem.draws.mode == "frozen" or problem.noted(LayerNotes).compared:  # known already
@@ -140,7 +140,7 @@ def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation, method: Any) -> N
         return
     if recorded.batch.output.shape[0] == 1:
         for term in terms:
-            method(term, recorded.batch)
+            term.rehearse(recorded.batch)
 
 
 def _pass(problem: Problem, snapshot: Snapshot) -> Iterator[Any]:

@@ -230,8 +230,7 @@ def test_parts_of_rows_in_any_order():
 def single_precision(m, x):
     """A norm in float32 inside a float64 model, as libraries write it."""
     h = m.first(x).float()
-    h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).double() * m.scale
-    return h
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).double() * m.scale
 
 
 @pytest.mark.parametrize("mixed", [True, False])
