@@ -230,7 +230,7 @@ class Kronecker(ArrayLeaf):
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        return self.factors
+        return self.factors if self.order is None else (*self.factors, self.order)
 
     def describe(self) -> str:
         stacked = "" if self.count is None else f"{self.count} of "

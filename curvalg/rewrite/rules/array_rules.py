@@ -25,6 +25,7 @@ def _kind(leaf: ArrayLeaf) -> Hashable | None:
     kinds = {
         (type(a).__module__.partition(".")[0], str(a.dtype).removeprefix("torch."), str(getattr(a, "device", "")))
         for a in leaf.arrays
+        if "int" not in str(a.dtype)  # orders of rows
     }
     kind = kinds.pop()
     return None if kinds or kind[1] not in ("float32", "float64") else kind

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from curvalg import Eigenbasis, Identity, Kronecker, OptionError, Problem, inv_sqrt, inverse, sqrt
+from curvalg.runs.run_identity import run_identity
 
 G, SIZES, D = 2, (2, 5), 20
 
@@ -147,3 +148,14 @@ def test_bad_arguments(arguments, message):
     args, kwargs = arguments()
     with pytest.raises(OptionError, match=message):
         Kronecker(*args, **kwargs)
+
+
+def test_a_run_with_another_order_is_another_run():
+    p, factors = problem(), [spd(G, n, n, seed=n) for n in SIZES]
+    with p.differentiating():
+        identities = [
+            run_identity(Kronecker(*factors, order=order), p, p.snapshot(), 0.0)
+            for order in (permutation(), None, permutation())
+        ]
+    assert identities[0] != identities[1]
+    assert identities[0] == identities[2]
