@@ -69,7 +69,8 @@ class RecordedLayers:
     @property
     def _uses(self) -> list[Use]:
         """The uses that count, by their numbers: of a table those on the rows of the batch, or those where it meets them."""
-        spread = self.notes.spread
+        met = {name for use in self._found if isinstance(use, SpreadTableUse) for name in use.names}
+        spread = self.notes.spread & met  # in a batch of one row they are the same, and nothing is spread
         return [
             use
             for use in self._found
@@ -90,10 +91,8 @@ class RecordedLayers:
     def _foldable(self) -> int:
         """The number of rows of the output for each row of the inputs; 1 where there are not several."""
         rows = self.z.shape[0]
-        sizes = {
-            len(t) for t in trees.tensors(self.evaluation.sample.batch) if t.ndim and len(t) and rows % len(t) == 0
-        }
-        return rows // min(sizes, default=rows)
+        sizes = {len(t) for t in trees.tensors(self.evaluation.sample.batch) if t.ndim}
+        return rows // max((size for size in sizes if 0 < size < rows and rows % size == 0), default=rows)
 
     def respread(self, name: str) -> bool:
         """Take the picked rows of a table for the same in all rows of the batch; whether that is new and can be."""
@@ -181,8 +180,8 @@ class RecordedLayers:
         gradients = self._pull(cotangents)
         self._route(gradients)
         if strange := self._misplaced(cotangents, gradients):
-            if self.notes.folded is None and self._foldable > 1:
-                self.notes.folded = True
+            if self.notes.folded is not False and self._foldable > 1:
+                self.notes.folded = self.notes.folded is None  # groups are tried once
                 for i in gradients:
                     self._uses[i].routing = None
                 return self.build(cotangents)

@@ -260,3 +260,11 @@ def test_rows_that_are_misplaced_are_found_however_the_model_rounds():
     with problem.batches() as batches:
         list(next(iter(batches)).layers(random(2, 5, 4)))
     assert set(problem.noted(LayerNotes).reasons) == {"first.weight", "first.bias", "scale"}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_embedded_positions_in_batches_of_several_rows_and_of_one(first):
+    """In a batch of one row the picked rows have the shape of what they are added to."""
+    model, X = positions(4, lambda picked: picked[None])
+    batches = [(X[:3], random(3, 12)), (X[3:4], random(1, 12, seed=1))]
+    check(Problem(model.to(D), nn.MSELoss(), batches if not first else batches[::-1]))
