@@ -97,7 +97,8 @@ class Capture(TorchFunctionMode):
             fused = func(*args, **kwargs)
         for ours, theirs in zip(_tensors(output), _tensors(fused), strict=True):
             size = theirs.abs().max() if theirs.numel() else 0.0
-            if ours.shape != theirs.shape or bool(((ours - theirs).abs() > NEAR * size).any()):
+            allowed = (NEAR + 16 * torch.finfo(theirs.dtype).eps) * size
+            if ours.shape != theirs.shape or bool(((ours - theirs).abs() > allowed).any()):
                 del self.uses[uses:]
                 self.reasons = reasons
                 raise Declined(f"it is used in {label(func)}")
