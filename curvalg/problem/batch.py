@@ -339,8 +339,9 @@ class Batch:
         (``project``, ``combine``, ``gram``, ``squares``, ``explicit``). Rows are rows of the batch, whatever a sample is.
 
         Costs one model call and one backward pass with K columns; where the model could move rows, one more that checks which
-        row is which. Parameters that are used in another way (``x @ W.T``, recurrent layers) come as "explicit" records, at the
-        cost of per-sample gradients for every column.
+        row is which. A weight that is packed, sliced or transposed first, and one that is used in several ways, comes as a
+        "joint" record; attention and recurrent networks are taken apart. Parameters that are used in another way (in a function
+        that is not linear in them) come as "explicit" records, at the cost of per-sample gradients for every column.
 
         Args:
             cotangents: s of shape (K, *output.shape), such as ``row_factor()`` for the Gauss-Newton matrix, or

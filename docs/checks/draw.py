@@ -26,7 +26,7 @@ WITH_ROOMS = ("problem", "lowering")
 WHAT = {
     "testing": "conformance kit",
     "cli": "command line",
-    "integrations": "models of other libraries",
+    "integrations": "other libraries",
     "estimate": "spectra, traces and functions, each with its error",
     "lowering": "from an expression and a problem to an operator",
     "runs": "checkpoints and resuming",
@@ -192,7 +192,7 @@ def _floor(ax: Axes, house: House, floor: str, x: float, y: float, width: float,
     _box(ax, x, y, width, height, HOUSE if floor in house.rooms else BAND)
     line = y + height - (3.2 if floor in house.rooms else height / 2)
     ax.text(x + 1.6, line, floor, fontsize=12, fontweight="bold", color=INK, va="center")
-    ax.text(x + 4.4 + 1.65 * len(floor), line, WHAT[floor], fontsize=10, color=MUTED, va="center")
+    ax.text(x + 3.4 + 1.25 * len(floor), line, WHAT[floor], fontsize=10, color=MUTED, va="center")
     if floor in house.rooms:
         _rooms(ax, house.rooms[floor], house.inside[floor], x, y, width)
 

@@ -100,6 +100,7 @@ class Head:
             scale=totals.scale,
             count=totals.count,
             denominator=totals.denominator,
+            misaligned=totals.misaligned,
             samples=self.samples,
             start=self.start,
             number=self.number,

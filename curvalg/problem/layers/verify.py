@@ -85,10 +85,11 @@ def settle(recorded: Comparable) -> None:
     _note_unseen(recorded)
     if _unchecked(recorded):
         recorded = recorded.head(ROWS) or recorded
-    for _ in range(len(recorded.leaves) + 1):
+    # At worst: the rounding is measured, rows are found to be computed together, each parameter is respread and then noted.
+    for _ in range(2 * len(recorded.leaves) + 3):
         if not (unchecked := _unchecked(recorded)) or not _compare(recorded, unchecked):
             return
-    raise AssertionError("unreachable: every repetition notes one more parameter")
+    raise AssertionError("unreachable: every repetition finds out something new")
 
 
 def _unchecked(recorded: Comparable) -> list[str]:

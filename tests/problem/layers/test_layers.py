@@ -152,6 +152,13 @@ def test_a_wrong_rule_is_noticed(monkeypatch):
     problem = single("linear", KINDS)
     check(problem)
     assert "do not add up" in problem.noted(LayerNotes).reasons["weight"]
+    alone = Problem(
+        torch.nn.Linear(4, 3, bias=False).double(),
+        torch.nn.MSELoss(),
+        (torch.randn(5, 4).double(), torch.randn(5, 3).double()),
+    )
+    check(alone)
+    assert "do not add up" in alone.noted(LayerNotes).reasons["weight"]
 
 
 def test_batch_statistics_are_refused(problem_of):
