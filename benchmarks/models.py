@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import library_models
+
 Built = tuple[nn.Module, tuple[Tensor, Tensor]]
-Group = Literal["default", "memory", "large", "device", "test"]
+Group = Literal["default", "memory", "large", "device", "library", "test"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Model:
         says: what a table calls it.
         make: a model and its data, drawn from torch's global generator; the loss is the mean cross-entropy.
         group: "default" ones are in every run; "large" and "device" ones are for GPUs or patient people and run when named,
-            those of "device" in ``benchmarks.device`` too.
+            those of "device" in ``benchmarks.device`` too. "library" ones need transformers, and run when named.
     """
 
     says: str
@@ -232,6 +234,14 @@ MODELS = {
     "ResNet-50": Model("ResNet-50-sized, 32 images", resnet50, "device"),
     "GPT 5M": Model("GPT, 6 layers, 8 × 128 tokens", small_gpt, "device"),
     "GPT-2 124M": Model("GPT-2, tables shared, 4 × 512 tokens", gpt2_tied, "device"),
+    "HF GPT-2": Model("transformers' GPT-2, 4 layers, 8 × 32 tokens", library_models.gpt2, "library"),
+    "HF Llama": Model("transformers' Llama, 4 layers, 8 × 32 tokens", library_models.llama, "library"),
+    "HF BERT": Model("transformers' BERT, 4 layers, 8 × 32 tokens", library_models.bert, "library"),
+    "HF T5": Model("transformers' T5, 3 + 3 layers, 8 × 32 tokens", library_models.t5, "library"),
+    "HF ViT": Model("transformers' ViT, 4 layers, 16 images", library_models.vit, "library"),
+    "HF GPT-2 124M": Model("transformers' GPT-2, 1 × 512 tokens", library_models.gpt2_124m, "library"),
+    "tiny HF GPT-2": Model("transformers' GPT-2, 1 layer, 8 × 5 tokens", library_models.tiny_gpt2, "test"),
+    "tiny HF ViT": Model("transformers' ViT, 1 layer, 8 images", library_models.tiny_vit, "test"),
     "tiny": Model("MLP 4-5-3, 16 rows", tiny, "test"),
     "tiny LM": Model("language model, vocabulary 50, 2 × 8 tokens", tiny_language, "test"),
     "tiny attention": Model("language model, vocabulary 5, 4 × 3 tokens", tiny_attention, "test"),

@@ -30,6 +30,7 @@ FISHERS = {"exact": "type-2", "empirical": "empirical"}
 
 
 LANGUAGE = ("GPT", "GPT 64", "GPT-2", "GPT 5M", "GPT-2 124M", "tiny LM", "tiny attention")
+LANGUAGE += ("HF GPT-2", "HF Llama", "HF BERT", "HF T5", "HF GPT-2 124M", "tiny HF GPT-2")
 """Models of sequences."""
 TOKENS = "counts every token of a sequence as a sample of its own, and scales by their number"
 

@@ -277,11 +277,18 @@ class RecordedLayers:
 
         aligned = {i: g for i, g in gradients.items() if self._uses[i].routing is None}
         strange = self._route(gradients, misplaced(self, cotangents, arranged(aligned), pull))
-        # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time.
+        # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time. Where
+        # inputs lie in other rows, although their number fits, the next recording of the batch has to find that again.
         complete = cotangents.ne(0).movedim(1, 0).flatten(1).any(1).all()
-        if not strange and self.problem.data.ordered and bool(complete):
+        if not strange and not self._silently_routed and self.problem.data.ordered and bool(complete):
             checked.add(key)
         return strange
+
+    @property
+    def _silently_routed(self) -> bool:
+        """Whether inputs of a layer are in other rows than their number says."""
+        dense = [use for use in self._uses if isinstance(use, DenseUse)]
+        return any(use.routing is not None and use.fits(self.rows) for use in dense)
 
     def _in_order(self, records: list[LayerRecord]) -> list[LayerRecord]:
         order = {name: i for i, name in enumerate(self.problem.layout.names)}

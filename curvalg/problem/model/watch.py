@@ -160,11 +160,15 @@ class Watch:
             return True
         return _is_record(value) or trees.has_stores(value)
 
-    def _container(self, name: str, value: Any) -> Iterator[tuple[str, Any, Any, Any]]:
+    def _container(
+        self, name: str, value: Any, ignored: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[str, Any, Any, Any]]:
         self.entries.append(Entry(name, value))
+        self.entries[-1].ignored = ignored
         if isinstance(value, _DICTS):
             holder = value if isinstance(value, dict) else None
-            yield from ((f"{name}.{key}", holder, key, part) for key, part in tuple(value.items()))
+            parts = [(key, part) for key, part in value.items() if key not in ignored]
+            yield from ((f"{name}.{key}", holder, key, part) for key, part in parts)
         elif isinstance(value, (list, collections.deque)):
             yield from ((f"{name}[{i}]", value, i, part) for i, part in enumerate(value))
 
@@ -197,7 +201,7 @@ class Watch:
         for base in kind.__mro__:
             if _is_users(base) and (base is kind or id(base) not in self._seen):
                 self._seen[id(base)] = base
-                yield from self._container(name, vars(base))
+                yield from self._container(name, vars(base), _PYTHONS)
 
     def _function(self, name: str, function: types.FunctionType) -> Iterator[tuple[str, Any, Any, Any]]:
         names = function.__code__.co_freevars
@@ -289,6 +293,9 @@ class Watch:
                 with torch.no_grad():
                     t.copy_(bits.copy)
 
+
+_PYTHONS = frozenset(("__slotnames__", "__annotations__", "__annotations_cache__"))
+"""What Python writes on a class when an object of it is copied, or its annotations are read."""
 
 _BOOKKEEPING = frozenset(
     key for key in nn.Module().__dict__ if key.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import pathlib
 import types
 
@@ -287,3 +288,27 @@ def test_what_only_some_calls_write_makes_nothing_stale():
     model.layer.weight.data.mul_(2)
     with pytest.raises(StaleError):
         op @ V
+
+
+class Settings:
+    """As the configuration that a model of a library holds."""
+
+    scale = 2.0
+
+
+def test_what_python_writes_on_a_class_when_a_model_is_copied_is_no_change():
+    settings = Settings()
+    net = Scaled(lambda module: module.settings.scale, settings=settings)
+    problem = Problem(net, nn.MSELoss(), (torch.randn(4, 3).double(), torch.randn(4, 2).double()))
+    operator = registry.build("hessian").lower(problem)
+    expected = operator @ torch.ones(6, dtype=torch.float64)
+    assert "__slotnames__" not in vars(Settings)
+    copy.deepcopy(settings)
+    assert "__slotnames__" in vars(Settings)
+    assert torch.equal(operator @ torch.ones(6, dtype=torch.float64), expected)
+    Settings.scale = 3.0
+    try:
+        with pytest.raises(StaleError, match=r"Settings\.scale"):
+            operator @ torch.ones(6, dtype=torch.float64)
+    finally:
+        Settings.scale = 2.0
