@@ -112,6 +112,18 @@ def test_probing_is_written_and_read_back():
             build("hessian_diagonal", **options)
 
 
-def test_the_route_is_explained(problem_of):
-    op = build("ggn_diagonal").lower(problem_of("lstm")).prepare()
+class Bent(torch.nn.Module):
+    """A weight that is used in a function that is not linear in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last((x @ self.first.weight.exp().T).tanh())
+
+
+def test_the_route_is_explained():
+    data = (torch.randn(5, 3), torch.randn(5, 2))
+    op = build("ggn_diagonal").lower(Problem(Bent(), torch.nn.MSELoss(), data)).prepare()
     assert "gradients of every row of" in op.explain() and "layer inputs and deltas of" in op.explain()

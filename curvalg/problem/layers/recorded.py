@@ -287,8 +287,7 @@ class RecordedLayers:
     @property
     def _silently_routed(self) -> bool:
         """Whether inputs of a layer are in other rows than their number says."""
-        dense = [use for use in self._uses if isinstance(use, DenseUse)]
-        return any(use.routing is not None and use.fits(self.rows) for use in dense)
+        return any(use.routing is not None and use.fits(self.rows) for use in self._uses)
 
     def _in_order(self, records: list[LayerRecord]) -> list[LayerRecord]:
         order = {name: i for i, name in enumerate(self.problem.layout.names)}

@@ -111,8 +111,17 @@ def _case(name, samples):
         module = model().double()
     cuts = [0, 1, 4, 7]
     batches = [(inputs[a:b], target[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    positions = (lambda z, y: unreduced(z, y).reshape(-1)) if samples == "position" else rows(unreduced)
+    positions = (lambda z, y: unreduced(z, y).reshape(-1)) if samples != "item" else rows(unreduced)
     return Case(module, loss, batches, positions, denominator, options={"samples": samples})
+
+
+def _samples(name):
+    """A row, and the finest that a sample of a loss can be."""
+    elementwise = not name.startswith("callable") and name.split(",")[0] in (
+        *("mse", "bce", "poisson", "huber"),
+        "smooth l1",
+    )
+    return ["item", "element" if elementwise else "position"]
 
 
 def _count(name, samples, target):
@@ -122,9 +131,10 @@ def _count(name, samples, target):
     return None
 
 
-@pytest.mark.parametrize("samples", ["item", "position"])
+@pytest.mark.parametrize("finest", [0, 1])
 @pytest.mark.parametrize("name", CASES)
-def test_terms_equal_dense(name, samples, vectors):
+def test_terms_equal_dense(name, finest, vectors):
+    samples = _samples(name)[finest]
     if name.startswith("callable") and samples == "position":
         with pytest.raises(LossError, match="where its positions are"):
             Problem(_case(name, samples).model, CASES[name][3], (X, REAL), samples=samples)
@@ -143,8 +153,9 @@ def test_terms_equal_dense(name, samples, vectors):
 @pytest.mark.parametrize(
     "name", ["weights and smoothing", "padded tokens", "bce, weights and pos_weight", "poisson", "mse"]
 )
-@pytest.mark.parametrize("samples", ["item", "position"])
-def test_monte_carlo_is_built_from_its_draws_and_ignores_batch_splits(name, samples, vectors):
+@pytest.mark.parametrize("finest", [0, 1])
+def test_monte_carlo_is_built_from_its_draws_and_ignores_batch_splits(name, finest, vectors):
+    samples = _samples(name)[finest]
     case = _case(name, samples)
     J = Dense(case).jacobian
     problem = Problem(case.model, case.loss, case.batches, samples=samples)

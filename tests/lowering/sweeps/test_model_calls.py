@@ -62,7 +62,7 @@ def test_a_refusal_comes_before_the_data_are_read_again(problem_of, monkeypatch)
     """Parameters without Kronecker factors are told after one row, not after a pass."""
     from curvalg import ProblemError
 
-    problem = problem_of("lstm")
+    problem = problem_of("encoder_layer")
     problem.value()
     read = []
     source = problem.data.source
@@ -75,5 +75,5 @@ def test_a_refusal_comes_before_the_data_are_read_again(problem_of, monkeypatch)
 
     monkeypatch.setattr(problem.data, "source", Counting(source))
     with pytest.raises(ProblemError, match="no Kronecker factors"):
-        B("kfac").lower(problem).prepare()
+        B("kfac", rest="refuse").lower(problem).prepare()
     assert len(read) <= 1
