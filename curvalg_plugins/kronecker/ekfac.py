@@ -84,7 +84,7 @@ class EKFAC(LayerFactors):
         from curvalg_plugins.kronecker import factors  # needs torch
 
         blocks = self.blocks_of_others(prepared["others"], layout)
-        for parts, (weight, *bias), missing in self.weights(prepared["layers"], layout):
+        for parts, (weight, *bias), missing in self.weights(prepared["layers"], prepared["others"], layout):
             bases = [self._bases(prepared["layers"][part]) for part in parts]
             output, inputs = (factors.extended(list(stack), missing, unit=True) for stack in zip(*bases, strict=True))
 

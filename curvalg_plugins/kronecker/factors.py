@@ -171,6 +171,14 @@ def output_factors(deltas: Tensor, approximation: Approximation) -> Tensor:
     return torch.stack([output_factor(d, approximation) for d in deltas])
 
 
+def apart(orders: list[Tensor | None], size: int) -> bool:
+    """Whether parts are different numbers; None stands for all."""
+    if any(order is None for order in orders):
+        return len(orders) == 1
+    found = torch.cat([order for order in orders if order is not None])
+    return len(found) <= size and len(found.unique()) == len(found)
+
+
 def completed(orders: list[Tensor], size: int) -> Tensor | None:
     """The numbers of several parts one after the other, and then those that are in none; None where they are in order."""
     found = torch.cat(orders)

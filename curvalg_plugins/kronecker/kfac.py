@@ -90,7 +90,7 @@ class KFAC(LayerFactors):
         from curvalg_plugins.kronecker import factors  # needs torch
 
         blocks = self.blocks_of_others(stats["others"], layout)
-        for parts, (weight, *bias), missing in self.weights(stats["layers"], layout):
+        for parts, (weight, *bias), missing in self.weights(stats["layers"], stats["others"], layout):
             means = [self.means(stats["layers"][part]) for part in parts]
             output, inputs = (factors.extended(list(stack), missing) for stack in zip(*means, strict=True))
             blocks.append(weight.block(weight.kronecker(*self._damped(output, inputs))))
@@ -145,7 +145,7 @@ class FOOF(LayerFactors):
         from curvalg_plugins.kronecker import factors  # needs torch
 
         blocks = self.blocks_of_others(stats["others"], layout)
-        for parts, (weight, *bias), missing in self.weights(stats["layers"], layout):
+        for parts, (weight, *bias), missing in self.weights(stats["layers"], stats["others"], layout):
             means = [self.means(stats["layers"][part]) for part in parts]
             inputs = factors.extended([a for _, a in means], missing)
             ones = factors.units(len(inputs), means[0][0].shape[-1], inputs)

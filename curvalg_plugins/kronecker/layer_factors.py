@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -181,7 +182,8 @@ class LayerFactors(MatrixTerm):
             for name, square in record.squares().items():
                 yield (name,), square.reshape(-1)
             return
-        flat = {name: g.flatten(0, 1).flatten(1) for name, g in record.explicit().items()}
+        rows = record.columns * record.rows
+        flat = {name: g.reshape(rows, record.shapes[name].numel()) for name, g in record.explicit().items()}
         for group in [record.params] if self.joint else [(name,) for name in record.params]:
             yield group, factors.gram(factors.side_by_side([flat[name] for name in group]))
 
@@ -201,12 +203,16 @@ class LayerFactors(MatrixTerm):
             )
         return [Block(params, Diagonal(square)) for params, square in others.items()]
 
-    def weights(self, layers: Mapping[Layer, Stats], layout: Layout) -> Iterator[tuple[list[Layer], list[Place], int]]:
+    def weights(
+        self, layers: Mapping[Layer, Stats], others: Mapping[tuple[str, ...], Tensor], layout: Layout
+    ) -> Iterator[tuple[list[Layer], list[Place], int]]:
         """The parts of each weight, its place (with its bias, or one for each), and how many parts no batch has used."""
         parts: dict[tuple[str, ...], list[Layer]] = {}
         for layer in sorted(layers):
             parts.setdefault(layer.params, []).append(layer)
+        self._require_one_way([*parts, *others])
         for params, every in parts.items():
+            self._require_same_parts(every, layers, layout)
             outputs = layers[every[0]]["outputs"]
             groups = [params] if self.joint else [(name,) for name in params]
             places = [Place.of(every, group, layout, outputs.device) for group in groups]
@@ -214,6 +220,28 @@ class LayerFactors(MatrixTerm):
             size = outputs.shape[-1] * (layers[every[0]]["inputs"].shape[-1])
             whole = sum(layout.shapes[name].numel() for name in places[0].params)
             yield every, places, whole // size - known
+
+    def _require_one_way(self, groups: Sequence[tuple[str, ...]]) -> None:
+        """Raise ProblemError for a parameter that has its block beside one parameter here, and otherwise there."""
+        count = Counter(name for group in groups for name in group)
+        if several := [name for name, times in count.items() if times > 1]:
+            raise self._changing(several)
+
+    def _require_same_parts(self, every: Sequence[Layer], layers: Mapping[Layer, Stats], layout: Layout) -> None:
+        """Raise ProblemError for a weight whose matrices lie otherwise in one batch than in another."""
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        shapes = {(layers[k]["outputs"].shape[1:], layers[k]["inputs"].shape[1:]) for k in every}
+        weight = every[0].weight
+        orders = [layer.arrangement.order((weight,), "cpu") for layer in every]
+        if len(shapes) > 1 or not (len(every) == 1 or factors.apart(orders, layout.shapes[weight].numel())):
+            raise self._changing(every[0].params)
+
+    def _changing(self, names: Sequence[str]) -> ProblemError:
+        return ProblemError(
+            f"{self.label} has no Kronecker factors for {', '.join(names)}: used in one way in some batches and in another in "
+            "others (transposed, another part, with and without a bias). Choose the other parameters with Problem(params=...)"
+        )
 
     @staticmethod
     def means(layer: Stats) -> tuple[Tensor, Tensor]:

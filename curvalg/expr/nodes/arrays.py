@@ -94,6 +94,11 @@ class ArrayLeaf(Expr):
         """The arrays of the leaf."""
         raise NotImplementedError
 
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """Its arrays but those that only say where numbers lie."""
+        return self.arrays
+
     def describe(self) -> str:
         """The description that stands in ``Name<...>`` when the leaf is printed."""
         return f"{self.size}, {_dtype(self.arrays[0])}"
@@ -232,6 +237,10 @@ class Kronecker(ArrayLeaf):
     def arrays(self) -> tuple[Any, ...]:
         return self.factors if self.order is None else (*self.factors, self.order)
 
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        return self.factors
+
     def describe(self) -> str:
         stacked = "" if self.count is None else f"{self.count} of "
         return f"{stacked}{' x '.join(str(f.shape[-1]) for f in self.factors)}, {_dtype(self.factors[0])}"
@@ -321,6 +330,11 @@ class Eigenbasis(ArrayLeaf):
     @property
     def arrays(self) -> tuple[Any, ...]:
         basis = self.basis.arrays if isinstance(self.basis, Kronecker) else (self.basis,)
+        return (self.values, *basis)
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        basis = self.basis.numbers if isinstance(self.basis, Kronecker) else (self.basis,)
         return (self.values, *basis)
 
     def facts(self, loss: LossFacts | None = None) -> Facts:

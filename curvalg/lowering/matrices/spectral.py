@@ -68,17 +68,22 @@ class Spectral(Structure):
     @cached_property
     def _inverse(self) -> Spectral:
         """The inverse, found to exist once for all solves."""
-        zero = self.values.abs() <= torch.finfo(self.values.dtype).eps * self._spectrum().abs().max()
+        zero = self.values.abs() <= torch.finfo(self.values.dtype).eps * self._largest()
         zeros = int(zero.sum()) + (self._complement if not self.rest else 0)
         if zeros:
             raise singular(self.what, zeros)
         return self._function(torch.reciprocal)
 
+    def _largest(self) -> float:
+        """The largest eigenvalue by magnitude; 0 where there is none."""
+        spectrum = self._spectrum()
+        return float(spectrum.abs().max()) if len(spectrum) else 0.0
+
     def mapped(self, function: Function, name: str) -> Structure:
         if name == "sqrt":
             spectrum = self._spectrum()
-            noise = self.size * torch.finfo(spectrum.dtype).eps * float(spectrum.abs().max())
-            if bool((spectrum < -max(noise, 1e-12 * float(spectrum.abs().max()))).any()):
+            noise = self.size * torch.finfo(spectrum.dtype).eps * self._largest()
+            if bool((spectrum < -max(noise, 1e-12 * self._largest())).any()):
                 raise FactsError(
                     f"{self.what} has the eigenvalue {float(spectrum.min()):.3g}, so it has no real square root; add "
                     "damping, c * Identity"

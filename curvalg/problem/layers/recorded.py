@@ -331,7 +331,7 @@ class RecordedLayers:
         if self.notes.batched is None and len(cotangents) > 1:
             self.notes.batched = measured.choices[choice] = batched
         pairs = zip(needed, gradients, strict=True)
-        return {i: g.reshape(g.shape[0], *uses[i].output_shape) for i, g in pairs if g is not None}
+        return {i: g.reshape(g.shape[0], *uses[i].output_shape) for i, g in pairs if g is not None and g.numel()}
 
     def _held(self, indices: tuple[int, ...], rows: int) -> GuardedInput | LinearMap:
         """The inputs of some uses, made once for all chunks of columns."""

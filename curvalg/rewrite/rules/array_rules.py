@@ -24,8 +24,7 @@ def _kind(leaf: ArrayLeaf) -> Hashable | None:
     """Library, dtype and device of a leaf's arrays; None where they differ or are not of single or double precision."""
     kinds = {
         (type(a).__module__.partition(".")[0], str(a.dtype).removeprefix("torch."), str(getattr(a, "device", "")))
-        for a in leaf.arrays
-        if "int" not in str(a.dtype)  # orders of rows
+        for a in leaf.numbers
     }
     kind = kinds.pop()
     return None if kinds or kind[1] not in ("float32", "float64") else kind

@@ -7,10 +7,13 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from curvalg.problem.layers.kinds.arrangement import Lying
-from curvalg.problem.layers.origin import Origin
+from curvalg.problem.layers.kinds.embedding import TABLE_LIMIT
+from curvalg.problem.layers.kinds.scaling import Shift, table_pairs
+from curvalg.problem.layers.origin import Origin, PathStep
 from curvalg.problem.model.layer_record import FactorPairs, LayerRecord, ParameterGroup
 
 
@@ -38,6 +41,10 @@ class Joint(LayerRecord):
 
     def factor_pairs(self) -> list[FactorPairs] | str:
         found: list[FactorPairs] = []
+        if (positions := self._positions()) is not None:
+            return [positions]
+        if len(self._parts) == 1 and any("slice(" in step.label for step in self._steps):
+            return "a part of it is used, which may be another one in another batch"
         for part in self._parts:
             pairs = part.factor_pairs()
             if isinstance(pairs, str):
@@ -52,6 +59,28 @@ class Joint(LayerRecord):
         if any(self.shapes[pair.weight].numel() % (out * n) for pair in found for out, n in sizes):
             return "only some of its numbers are used"
         return found
+
+    @property
+    def _steps(self) -> list[PathStep]:
+        return [step for part in self._parts for own in part.params for step in self._origin(own).steps]
+
+    def _positions(self) -> FactorPairs | None:
+        """The pairs of some rows of a table of positions, as of the whole table: other batches may be longer."""
+        if len(self._parts) > 1 or not isinstance(shift := self._parts[0], Shift) or shift.kind != "shift":
+            return None
+        (own,) = shift.params
+        origin = self._origin(own)
+        shape = self.shapes[origin.name]
+        long = [length for length in shape if length > 1]
+        if len(long) != 2 or long[0] > TABLE_LIMIT or shift.shapes[own].numel() % long[1]:
+            return None
+        size, width = long
+        entries = origin.entries(shape, shift.deltas.device).reshape(-1, width)
+        rows = entries[:, 0] // width
+        if not torch.equal(entries, rows[:, None] * width + torch.arange(width, device=entries.device)):
+            return None
+        d = shift.deltas.sum(2).reshape(self.columns, self.rows, -1, width)
+        return table_pairs(origin.name, shape, d, F.one_hot(rows, size).to(d.dtype))
 
     def _placed(self, pair: FactorPairs) -> FactorPairs:
         """The pair of a record, of the parameters of the place."""

@@ -95,17 +95,31 @@ class Shift(VectorRecord):
             lying = Lying(((name, shape),), WeightForm(torch.Size((*long, 1))), way)
             return [FactorPairs(name, None, d.new_ones(1, self.rows, d.shape[2], 1), d[None], lying)]
         # As a table of positions that are all picked for every row.
-        reshaped = Origin(name).then(PathStep(f"reshape{long}", lambda t: t.reshape(long)))
         d = self._vectors(name).reshape(self.columns, self.rows, *long)
-        hot = torch.eye(long[0], dtype=d.dtype, device=d.device).expand(1, self.rows, -1, -1)
-        way = Origin(name) if len(shape) == 2 else reshaped
-        lying = Lying(((name, shape),), WeightForm(torch.Size(long), transposed=True), way)
-        return [FactorPairs(name, None, hot, d[None], lying)]
+        hot = torch.eye(long[0], dtype=d.dtype, device=d.device)
+        return [table_pairs(name, shape, d, hot)]
 
     def _vectors(self, name: str) -> Tensor:
         if self._sum is None:
             self._sum = self._deltas[:, :, 0] if self._deltas.shape[2] == 1 else self._deltas.sum(2)
         return self._sum
+
+
+def table_pairs(name: str, shape: torch.Size, deltas: Tensor, hot: Tensor) -> FactorPairs:
+    """The pairs of a table of positions of which the same rows are added for every row of the batch.
+
+    Args:
+        name: of the table.
+        shape: of the table: (size, width) between axes of one.
+        deltas: (K, n, T, width).
+        hot: which of its rows are added (T, size), zeros and ones.
+    """
+    size, width = (length for length in shape if length > 1)
+    way = Origin(name)
+    if len(shape) > 2:
+        way = way.then(PathStep(f"reshape{(size, width)}", lambda t: t.reshape(size, width)))
+    lying = Lying(((name, shape),), WeightForm(torch.Size((size, width)), transposed=True), way)
+    return FactorPairs(name, None, hot.expand(1, deltas.shape[1], -1, -1), deltas[None], lying)
 
 
 class Explicit(Shift):

@@ -56,7 +56,8 @@ def _layered(
     batch_first: bool = False,
 ) -> tuple[Tensor, ...]:
     """All layers and directions, one step after the other."""
-    if not isinstance(params, (list, tuple)) or (dropout and train):
+    packed = not isinstance(has_biases, bool)  # the arguments of packed sequences lie one place further
+    if packed or not isinstance(params, (list, tuple)) or (dropout and train):
         raise Declined("it is used in a recurrent network on packed sequences, or with dropout")
     x = input if batch_first else input.transpose(0, 1)
     first = hx if isinstance(hx, (list, tuple)) else (hx,)
