@@ -48,18 +48,13 @@ def multi_head_attention(
     if (dropout_p and training) or static_k is not None or static_v is not None:
         raise Declined("it is used in an attention with dropout, or with keys or values that are given")
     single = query.ndim == 2
-    same = key is query and value is query
-    q, k, v = (t[None] if single else t.transpose(0, 1) for t in (query, key, value))
-    if use_separate_proj_weight or not same:
-        weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
-        if not use_separate_proj_weight:
-            assert in_proj_weight is not None
-            weights = in_proj_weight.chunk(3)
-        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (F.linear(t, w, b) for t, w, b in zip((q, k, v), weights, biases, strict=True))
-    else:
+    given = [t[None] if single else t.transpose(0, 1) for t in (query, key, value)]
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else None
+    if separate is None and key is query and value is query:
         assert in_proj_weight is not None
-        q, k, v = F.linear(q, in_proj_weight, in_proj_bias).chunk(3, -1)
+        q, k, v = F.linear(given[0], in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        q, k, v = _projected(given, in_proj_weight, in_proj_bias, separate)
     rows, _, width = q.shape
     masks = [m for m in (_additive(attn_mask, q), _per_row(key_padding_mask, q, rows)) if m is not None]
     if bias_k is not None and bias_v is not None:
@@ -80,6 +75,15 @@ def multi_head_attention(
     if single:
         return output[0], None if shown is None else shown[0]
     return output.transpose(0, 1), shown
+
+
+def _projected(given: list[Tensor], packed: Tensor | None, bias: Tensor | None, separate: Any) -> list[Tensor]:
+    """Queries, keys and values of different inputs: by a third of a packed weight each, or by weights of their own."""
+    if separate is None:
+        assert packed is not None
+        separate = packed.chunk(3)
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return [F.linear(t, w, b) for t, w, b in zip(given, separate, biases, strict=True)]
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
