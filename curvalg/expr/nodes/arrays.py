@@ -96,7 +96,7 @@ class ArrayLeaf(Expr):
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """Its arrays but those that only say where numbers lie."""
+        """The arrays of the leaf but those that only say where its numbers lie."""
         return self.arrays
 
     def describe(self) -> str:
