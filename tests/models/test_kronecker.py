@@ -49,7 +49,7 @@ WITHOUT = {
     "bart": ("model.shared.weight",),
     "whisper": ("model.decoder.embed_tokens.weight",),
     "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"),
-    "torch_geometric": ("first.bias", "second.eps"),
+    "torch_geometric": ("second.eps",),
     "torchani": FORCES,
 }
 """What has no Kronecker factors, beside normalisations: tables at both ends, what is no matrix, biases of attention."""

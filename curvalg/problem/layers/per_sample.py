@@ -67,15 +67,24 @@ def row_gradients(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gr
     if notes.route is None:
         gradients, notes.route, notes.declined = _choose(evaluation, batch, cotangent)
         return gradients
-    gradients = ROUTES[notes.route](evaluation, batch, cotangent)
-    if notes.route != LAST:
-        try:  # which row is which may depend on the data
-            _verify(evaluation, batch, cotangent, gradients)
-        except _Declined as reason:
-            notes.declined.append(f"{notes.route}: {reason}")
-            notes.route = LAST
-            return ROUTES[LAST](evaluation, batch, cotangent)
+    if notes.route == LAST:
+        return ROUTES[LAST](evaluation, batch, cotangent)
+    try:
+        gradients = ROUTES[notes.route](evaluation, batch, cotangent)
+        _verify(evaluation, batch, cotangent, gradients)  # which row is which may depend on the data
+    except CurvalgError:
+        raise
+    except Exception as error:  # it was right on a batch before, of one row perhaps
+        notes.declined.append(_why(notes.route, error))
+        notes.route = LAST
+        return ROUTES[LAST](evaluation, batch, cotangent)
     return gradients
+
+
+def _why(route: str, error: Exception) -> str:
+    """Why a route is not taken, in a line."""
+    first = str(error).strip().splitlines()[0] if str(error) else ""
+    return f"{route}: {first}" if isinstance(error, _Declined) else f"{route}: {type(error).__name__}: {first}"
 
 
 def refuse_batch_statistics(model: Model) -> None:
@@ -94,14 +103,12 @@ def _choose(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> tuple[Gr
             gradients = route(evaluation, batch, cotangent)
             if name != LAST:
                 _verify(evaluation, batch, cotangent, gradients)
-        except _Declined as reason:
-            notes.append(f"{name}: {reason}")
         except CurvalgError:
             raise
         except Exception as error:
             if name == LAST:
                 raise
-            notes.append(f"{name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            notes.append(_why(name, error))
         else:
             return gradients, name, notes
     raise AssertionError("unreachable: the last route either returns or raises")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import ProblemError, registry
+from curvalg import Problem, ProblemError, registry
 from curvalg.problem.layers import PerSampleNotes
 from tests.support.zoo import ZOO, make
 
@@ -123,3 +123,30 @@ def test_backpack_leaves_the_users_modules_alone(problem_of):
         assert not module._forward_hooks and not module._backward_hooks and not module._forward_pre_hooks
     for p in case.model.parameters():
         assert p.grad is None and not hasattr(p, "grad_batch")
+
+
+class Neighbours(torch.nn.Module):
+    """Two rows of pairs beside the data, which are no samples although a batch may have two."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 2).double()
+
+    def forward(self, given):
+        x, pairs = given
+        return (x + pairs[1].double()) @ self.layer.weight.exp().T
+
+
+def test_a_route_that_fails_on_a_later_batch_is_replaced():
+    x, y = torch.randn(3, 3).double(), torch.randn(3, 2).double()
+    pairs = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    problem = Problem(Neighbours(), torch.nn.MSELoss(), [((x[:1], pairs), y[:1]), ((x[1:], pairs), y[1:])])
+    with problem.batches() as batches:
+        got = torch.cat([batch.per_sample_gradients()["layer.weight"].flatten(1) for batch in batches])
+    model = problem.model.module
+    losses = (model((x, pairs)) - y).square().sum(1) / y.numel()
+    expected = [torch.autograd.grad(loss, model.layer.weight, retain_graph=True)[0].flatten() for loss in losses]
+    assert (got - torch.stack(expected)).norm() <= 1e-12
+    notes = problem.noted(PerSampleNotes)
+    assert notes.route == "one backward per sample" and any("torch.func" in reason for reason in notes.declined)
