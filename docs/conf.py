@@ -17,6 +17,14 @@ from curvalg_docs.gallery import stage  # noqa: E402
 
 import curvalg  # noqa: E402
 
+# A torchvision that was built for another torch comes with BackPACK and cannot be imported; libraries that a page uses would try.
+try:
+    import torchvision  # noqa: F401
+except Exception:
+    for _name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[_name]
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+
 project = "curvalg"
 author = "the curvalg developers"
 copyright = author
