@@ -17,7 +17,7 @@ from curvalg_docs.gallery import stage  # noqa: E402
 
 import curvalg  # noqa: E402
 
-# A torchvision that was built for another torch comes with BackPACK and cannot be imported; libraries that a page uses would try.
+# A torchvision that was built for another torch comes with BackPACK and cannot be imported; libraries that pages use try to.
 try:
     import torchvision  # noqa: F401
 except Exception:
