@@ -168,7 +168,9 @@ def _by_backpack(evaluation: Evaluation, batch: Batch, cotangent: Tensor) -> Gra
         if not isinstance(z, Tensor):
             raise _Declined("the model has several outputs")
         with backpack(BatchGrad()):
-            (z * cotangent.to(z)).sum().backward()
+            # Of the copy alone: what else the forward reaches (a teacher, the user's own model) keeps the gradients it has.
+            leaves = [p for p in twin.parameters() if p.requires_grad]
+            torch.autograd.backward((z * cotangent.to(z)).sum(), inputs=leaves)
     if any(calls[module] != 1 for module in calls):
         raise _Declined("a layer with parameters is used more than once, or never")
     own = dict(twin.named_parameters())

@@ -150,3 +150,14 @@ def test_a_route_that_fails_on_a_later_batch_is_replaced():
     assert (got - torch.stack(expected)).norm() <= 1e-12
     notes = problem.noted(PerSampleNotes)
     assert notes.route == "one backward per sample" and any("torch.func" in reason for reason in notes.declined)
+
+
+def test_no_gradients_are_left_on_anything_that_the_forward_reaches():
+    torch.manual_seed(0)
+    model, teacher = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    data = (torch.randn(4, 3).double(), torch.randn(4, 2).double())
+    problem = Problem(model, nn.MSELoss(), data, forward=lambda m, batch: m(batch[0]) * teacher(batch[0]))
+    with problem.batches() as batches:
+        next(iter(batches)).per_sample_gradients()
+    assert problem.noted(PerSampleNotes).route == "BackPACK"
+    assert all(p.grad is None for p in (*model.parameters(), *teacher.parameters()))
