@@ -18,6 +18,8 @@ class Sizes:
         products: of a trace.
         damping: of an inverse, relative residuals to ``rtol``.
         rank: of a Nyström preconditioner.
+        queries: rows that ask for influence scores.
+        asked: rows whose outputs a posterior is asked for.
     """
 
     eigenvalues: int = 10
@@ -28,6 +30,8 @@ class Sizes:
     damping: float = 1e-2
     rtol: float = 1e-5
     rank: int = 50
+    queries: int = 128
+    asked: int = 64
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import library_models
 
 Built = tuple[nn.Module, tuple[Tensor, Tensor]]
-Group = Literal["default", "memory", "large", "device", "library", "test"]
+Group = Literal["default", "posterior", "memory", "large", "device", "library", "test"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,12 @@ def small_mlp() -> Built:
     """20-32-32-3 on 64 rows: what Python costs."""
     net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
     return net, (torch.randn(64, 20), torch.randint(0, 3, (64,)))
+
+
+def posterior_mlp() -> Built:
+    """20-100-100-10 on 512 rows: ten outputs, and Jacobians that still fit."""
+    net = nn.Sequential(nn.Linear(20, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 10))
+    return net, (torch.randn(512, 20), torch.randint(0, 10, (512,)))
 
 
 def mlp() -> Built:
@@ -227,6 +233,7 @@ MODELS = {
     "MLP": Model("MLP 784-512-512-10, 512 rows", mlp),
     "CNN": Model("CNN 3-32-64-64, 128 images", cnn),
     "GPT": Model("GPT, 3 layers, 8 × 64 tokens", gpt),
+    "MLP 13k": Model("MLP 20-100-100-10, 512 rows", posterior_mlp, "posterior"),
     "GPT 64": Model("GPT, 3 layers, 64 × 64 tokens", lambda: gpt(64), "memory"),
     "vocabulary": Model("language model, vocabulary 50k, 4 × 256 tokens", vocabulary, "memory"),
     "GPT-2": Model("GPT-2-sized, 8 × 256 tokens", gpt2, "large"),

@@ -53,5 +53,11 @@ QUESTIONS = {
         "the spectral density of the Hessian by Lanczos quadrature; its second moment", 0.1, random=True
     ),
     "trace ggn": Question("the trace of the GGN by a given number of products", 0.1, random=True),
+    "influence scores": Question("scores of all samples for the first rows, EKFAC of the covariance at hand", 1e-2),
+    "self influence": Question("the influence of every sample on itself, EKFAC of the covariance at hand", 1e-2),
+    "functional variance": Question(
+        "covariances of the outputs of single rows under a posterior, KFAC of the GGN at hand"
+    ),
+    "posterior draws": Question("draws of the parameters from that posterior; their total variance", 0.1, random=True),
     "trace hessian": Question("the trace of the Hessian by a given number of products", 0.1, random=True),
 }

@@ -20,6 +20,10 @@ WIDEST = 8192
 """Inputs or outputs of a layer whose Kronecker factors are still taken."""
 
 
+DRAWS = 100
+"""Draws from a posterior."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One model with its data, on one device.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.base import Peer, Run, answers
-from benchmarks.workload import Workload
+from benchmarks.workload import DRAWS, Workload
 from curvalg import Expr, Identity, Problem, inverse, nystrom, registry
-from curvalg.estimate import eigsh, spectral_density, trace
+from curvalg.estimate import eigsh, influence, self_influence, spectral_density, trace
+from curvalg_plugins.laplace import laplace
 
 
 def matrix(name: str) -> Expr:
@@ -111,6 +112,37 @@ class Curvalg(Peer):
         chosen = preconditioners[question]
         damped = inverse(ggn + shift, solver="cg", rtol=sizes.rtol, preconditioner=chosen, on_fail="warn")
         return lambda: damped.lower(self.problem(workload)) @ workload.vectors
+
+    @answers("influence scores", "self influence")
+    def influence(self, workload: Workload, question: str) -> Run:
+        """The matrix is made already, its check is inside."""
+        problem, queries = self.problem(workload), self.queries(workload)
+        damped = registry.build("ekfac", fisher="empirical") + workload.sizes.damping * Identity
+        op = inverse(damped).lower(problem).prepare()
+        if question == "self influence":
+            return lambda: self_influence(op)
+
+        def run() -> Tensor:
+            scores = influence(op, queries).scores
+            assert isinstance(scores, Tensor)
+            return scores
+
+        return run
+
+    def queries(self, workload: Workload) -> Problem:
+        """The first rows of the data as a problem."""
+        (X, y), *_ = workload.data
+        count = workload.sizes.queries
+        return Problem(workload.model, workload.loss, (X[:count], y[:count]), **self.options)
+
+    @answers("functional variance", "posterior draws")
+    def posterior(self, workload: Workload, question: str) -> Run:
+        """The matrix is made already."""
+        (X, _), *_ = workload.data
+        made, asked = laplace(self.problem(workload), "kfac(joint=False)"), X[: workload.sizes.asked]
+        if question == "functional variance":
+            return lambda: made.functional_variance(asked)
+        return lambda: made.sample(DRAWS).var(0).sum()
 
     @answers("eigenvalues")
     def eigenvalues(self, workload: Workload, question: str) -> Run:

@@ -17,12 +17,16 @@ from curvalg.estimate import (
     diagonal,
     effective_dimension,
     eigsh,
+    functional_variance,
     gradient_noise,
     gradient_norms,
     influence,
+    influence_stream,
     logdet,
     matrix_function,
     norm,
+    saliency,
+    self_influence,
     spectral_density,
     svds,
     tic,
@@ -64,6 +68,13 @@ def solvers() -> dict[str, Expr]:
 Estimator = Callable[[Problem], Any]
 
 
+def _streamed(problem: Problem, damped: Expr) -> Tensor:
+    """All scores of all samples for one another, one below the other."""
+    (first, *others) = (part.scores for part in influence_stream(inverse(damped).lower(problem)))
+    assert not others  # a few samples are one part
+    return first
+
+
 def estimators() -> dict[str, Estimator]:
     """A number or a tensor of each estimator; random vectors are the same on every device."""
     ggn, hessian = registry.build("ggn"), registry.build("hessian")
@@ -83,6 +94,10 @@ def estimators() -> dict[str, Estimator]:
         "spectral_density": lambda p: spectral_density(hessian.lower(p), probes=2, steps=5).density,
         "matrix_function": lambda p: matrix_function(damped.lower(p), "log", _vector(p), steps=8).value,
         "influence": lambda p: influence(inverse(damped).lower(p), p.gradient()),
+        "influence_stream": lambda p: _streamed(p, damped),
+        "self_influence": lambda p: self_influence(inverse(damped).lower(p)),
+        "functional_variance": lambda p: functional_variance(inverse(damped).lower(p), p),
+        "saliency": lambda p: saliency(damped.lower(p), "parameter").value,
         "tic": lambda p: tic(p, damping=0.1).value,
         "gradient_norms": gradient_norms,
         "gradient_noise": lambda p: gradient_noise(p).simple,
