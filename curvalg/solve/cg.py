@@ -8,6 +8,7 @@ from torch import Tensor
 from curvalg.solve.open_columns import OpenColumns, ended
 from curvalg.solve.solve_result import Matmul, SolveResult
 from curvalg.solve.trail import Trail
+from curvalg.tensors.spaces import VectorSpace
 
 NON_POSITIVE = "non-positive curvature: the matrix is not positive definite"
 PRECONDITIONER = "the preconditioner is not positive definite, or not finite"
@@ -27,6 +28,7 @@ def cg(
     maxiter: int,
     trail: Trail | None = None,
     noise: float = 0.0,
+    space: VectorSpace | None = None,
 ) -> SolveResult:
     """Solve A X = B for symmetric positive definite A (Hestenes and Stiefel, 1952).
 
@@ -43,23 +45,25 @@ def cg(
         maxiter: the most iterations.
         trail: where to start from, and where to leave marks; with one, an interruption ends the solve at the last of them.
         noise: relative error of products; what it leaves, ‖b − A x‖ ≤ noise ‖A‖ ‖x‖, counts as converged, too.
+        space: that the columns are in; by default they are whole.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([1.0000, 0.5000, 0.2500])
     """
-    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise)
+    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise, space)
     return ended(columns, trail, lambda: _iterate(columns, maxiter, trail), maxiter)
 
 
 def _iterate(columns: OpenColumns, maxiter: int, trail: Trail | None) -> None:
+    space = columns.space
     if trail is not None and trail.start is not None:
         first, (x, r, p, rz) = columns.resume(trail.start), columns.own(trail.start, "x", "r", "p", "rz")
     else:
         first, (_, x, r) = 0, columns.start()
         z = columns.apply(r)
-        p, rz = z.clone(), (r * z).sum(0)
+        p, rz = z.clone(), space.dots(r, z)
     for iteration in range(first, maxiter + 1):
         if trail is not None:
             # As they come from a file: sums along columns depend in their last bits on how these lie in memory.
@@ -68,12 +72,11 @@ def _iterate(columns: OpenColumns, maxiter: int, trail: Trail | None) -> None:
         if not len(columns.active) or iteration == maxiter:
             return
         columns.count()
-        q = columns.matmul(p)
-        curvature = (p * q).sum(0)
+        q, curvature = columns.matmul.along(p)
         step = rz / curvature
         x = x + step * p
         r = r - step * q
-        norms = r.norm(dim=0)
+        norms = space.norms(r)
         claims = norms <= columns.tolerance[columns.active]
         # All that is asked of a device in an iteration, by one wait; NaN is no positive curvature, either.
         asked = torch.stack([(curvature > 0) & (rz > 0), rz > 0, claims, columns.better(norms)])
@@ -99,7 +102,7 @@ def _iterate(columns: OpenColumns, maxiter: int, trail: Trail | None) -> None:
             if not len(columns.active):
                 continue
         z = columns.apply(r)
-        new = (r * z).sum(0)
+        new = space.dots(r, z)
         ratio = new / rz
         if restart is not None:
             # After a refuted claim the recurrence has lost the residual: such columns start anew from the true one.

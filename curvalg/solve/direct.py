@@ -1,4 +1,4 @@
-"""Dense factorisations, kept and used for many right-hand sides."""
+"""Dense factorisations: of a matrix for many right-hand sides, and of symmetric ones by their eigenvectors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvalg.errors import FactsError
+from curvalg.tensors.memory import widest
 
 Solve = Callable[[Tensor], Tensor]
 """B (n, K) -> A⁻¹ B (n, K)."""
@@ -37,3 +38,15 @@ def factorize(matrix: Tensor, *, positive_definite: bool | None) -> Solve:
             "no inverse; add damping, c * Identity"
         )
     return lambda b: torch.linalg.lu_solve(lu, pivots, b)
+
+
+def eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and orthonormal eigenvectors of symmetric matrices (..., n, n), always found in float64.
+
+    In float32 the vectors of eigenvalues that nearly coincide come out less orthogonal, and small eigenvalues beside large ones
+    are rounding. A device without float64 leaves the work to the CPU. Both come back in the dtype and on the device of the
+    matrices.
+    """
+    able = widest(matrices.device) == torch.float64
+    values, vectors = torch.linalg.eigh((matrices if able else matrices.cpu()).double())
+    return values.to(matrices), vectors.to(matrices)

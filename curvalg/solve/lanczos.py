@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvalg.solve.orthogonal import complete, grown, orthonormalise, small
+from curvalg.solve.orthogonal import complete, grown, orthonormalise
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import Matmul
-from curvalg.tensors.long_vectors import vacant
+from curvalg.tensors.memory import small
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.long_vectors import vacant
+from curvalg.tensors.spaces.vector_space import space_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Krylov:
         coupling: B (p, a), float64 on the CPU.
         seed: of the random directions.
         draws: how many times random directions were drawn.
+        space: that the rows are in.
     """
 
     basis: Tensor
@@ -38,6 +42,7 @@ class Krylov:
     coupling: Tensor
     seed: int
     draws: int
+    space: VectorSpace
 
     @property
     def multiplied(self) -> int:
@@ -84,7 +89,9 @@ class Ritz:
         return float(self.values.abs().max()) if len(self.values) else 0.0
 
 
-def begin(locked: Tensor, start: Tensor, width: int, *, seed: int, capacity: int) -> Krylov:
+def begin(
+    locked: Tensor, start: Tensor, width: int, *, seed: int, capacity: int, space: VectorSpace | None = None
+) -> Krylov:
     """An empty decomposition with a block to begin with.
 
     Args:
@@ -93,9 +100,10 @@ def begin(locked: Tensor, start: Tensor, width: int, *, seed: int, capacity: int
         width: rows of the block; fewer where there is no room.
         seed: of random directions.
         capacity: of the basis, locked vectors included.
+        space: that the rows are in, which are whole by default.
     """
     none = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
-    krylov = Krylov(locked, len(locked), none, none, seed, 0)
+    krylov = Krylov(locked, len(locked), none, none, seed, 0, space_of(locked, space))
     return _pend(krylov, start, width, capacity)
 
 
@@ -104,7 +112,7 @@ def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
 
     Directions that collapse, in an invariant subspace, are replaced by random ones as long as there is room.
     """
-    block = krylov.pending
+    block, space = krylov.pending, krylov.space
     product = matmul(block.T.contiguous()).T
     scale = float(krylov.projected.abs().max()) if krylov.multiplied else 0.0
     a, p = krylov.multiplied, len(block)
@@ -112,8 +120,11 @@ def extend(krylov: Krylov, matmul: Matmul, width: int, capacity: int) -> Krylov:
     coupled = krylov.coupling.any(0).nonzero()
     first = int(coupled[0]) if len(coupled) else a
     before = krylov.coupling[:, first:].to(product.dtype).to(product.device, non_blocking=True)
-    known = torch.cat([before, product @ block.T], 1)
-    directions, coefficients, coupling = orthonormalise(product, krylov.basis, scale, known, krylov.locked + first)
+    norms, with_block = space.joined(space.norms_part(product, 1), space.gram_part(product, block))
+    known = torch.cat([before, with_block], 1)
+    directions, coefficients, coupling = orthonormalise(
+        product, krylov.basis, scale, known, krylov.locked + first, norms=norms, space=space
+    )
     columns = coefficients[:, krylov.locked :]
     projected = torch.zeros(a + p, a + p, dtype=torch.float64, device="cpu")
     projected[:a, :a] = krylov.projected
@@ -160,21 +171,22 @@ def rebuild(krylov: Krylov, kept: Tensor, products: Tensor, start: Tensor, width
         width: rows of the block.
         capacity: of the basis.
     """
-    projected = small(products @ kept.T)
+    projected = small(krylov.space.gram(products, kept))
     basis = grown(krylov.basis[: krylov.locked].clone(), kept, capacity)
     none = torch.zeros(0, len(kept), dtype=torch.float64, device="cpu")
     new = replace(krylov, basis=basis, projected=(projected + projected.T) / 2, coupling=none)
     new = _pend(new, start, width, capacity)
-    return replace(new, coupling=small(new.pending @ products.T))
+    return replace(new, coupling=small(new.space.gram(new.pending, products)))
 
 
 def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
     """The decomposition with a pending block from given rows, filled up with random ones; there is none before."""
-    room = krylov.basis.shape[1] - krylov.basis.shape[0]
+    space = krylov.space
+    room = space.size - krylov.basis.shape[0]
     if len(start) and room:
-        start = scaled(start, -exponents(start.T)[:, None])
-        lengths = start.norm(dim=1, keepdim=True)
-        directions, _, _ = orthonormalise(start / lengths.clamp_min(torch.finfo(start.dtype).tiny), krylov.basis, 0.0)
+        start = scaled(start, -exponents(start.T, space)[:, None])
+        lengths = space.norms(start, 1)[:, None].clamp_min(torch.finfo(start.dtype).tiny)
+        directions, _, _ = orthonormalise(start / lengths, krylov.basis, 0.0, space=space)
         krylov = replace(krylov, basis=grown(krylov.basis, directions[:room], capacity))
     coupling = torch.zeros(len(krylov.pending), krylov.multiplied, dtype=torch.float64, device="cpu")
     return _drawn(replace(krylov, coupling=coupling), width - len(krylov.pending), capacity)
@@ -182,14 +194,13 @@ def _pend(krylov: Krylov, start: Tensor, width: int, capacity: int) -> Krylov:
 
 def _drawn(krylov: Krylov, count: int, capacity: int) -> Krylov:
     """The decomposition with as many random directions in the pending block as there is room for; V is not coupled to them."""
-    count = min(count, krylov.basis.shape[1] - krylov.basis.shape[0])
+    count = min(count, krylov.space.size - krylov.basis.shape[0])
     if count <= 0:
         return krylov
     # Other numbers than in the search that found the locked vectors: in a multiple eigenspace those are what the numbers of
     # that search left there, so that the same ones again would have no part in the rest of it.
-    key = (krylov.seed * 1_000_003 + krylov.draws) * 1_000_003 + krylov.locked
-    generator = torch.Generator(device="cpu").manual_seed(key % 2**63)
-    rows = complete(krylov.basis, count, generator)
+    key = f"Lanczos {krylov.seed} {krylov.draws} {krylov.locked}"
+    rows = complete(krylov.basis, count, key, space=krylov.space)
     coupling = torch.cat([krylov.coupling, torch.zeros(count, krylov.multiplied, dtype=torch.float64, device="cpu")])
     basis = grown(krylov.basis, rows, capacity)
     return replace(krylov, basis=basis, coupling=coupling, draws=krylov.draws + 1)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvalg.solve.open_columns import RUNAWAY, STAGNATED, OpenColumns, ended, same
+from curvalg.solve.open_columns import RUNAWAY, STAGNATED, OpenColumns, ScaledMap, ended, same
 from curvalg.solve.solve_result import Matmul, SolveResult
 from curvalg.solve.trail import Trail
+from curvalg.tensors.spaces import VectorSpace
 
 AUDIT = 25
 """Iterations between two looks at the true residual."""
@@ -19,10 +20,10 @@ NOT_DEFINITE = "the preconditioner is not positive definite"
 class _Recurrence:
     """The three-term recurrences of one restart; every array has one entry or column per active right-hand side."""
 
-    def __init__(self, r: Tensor, apply: Matmul) -> None:
+    def __init__(self, r: Tensor, apply: Matmul, space: VectorSpace) -> None:
         self.v_old, self.v = torch.zeros_like(r), r
         self.z = apply(r)
-        self.gamma = (self.z * r).sum(0).clamp_min(0).sqrt()
+        self.gamma = space.dots(self.z, r).clamp_min(0).sqrt()
         self.gamma_old = torch.ones_like(self.gamma)
         self.eta = self.gamma.clone()
         self.w_old, self.w = torch.zeros_like(r), torch.zeros_like(r)
@@ -32,7 +33,7 @@ class _Recurrence:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> _Recurrence:
         """Make the recurrences from the tensors of a mark."""
-        state = cls(torch.zeros(0, 0, device="cpu"), same)
+        state = _nothing()
         for name in vars(state):
             setattr(state, name, tensors[name].to(device))
         return state
@@ -47,14 +48,13 @@ class _Recurrence:
         for name, value in vars(self).items():
             setattr(self, name, value[..., kept])
 
-    def step(self, matmul: Matmul, apply: Matmul) -> Tensor:
+    def step(self, matmul: ScaledMap, apply: Matmul, space: VectorSpace) -> Tensor:
         """Make one Lanczos step and one Givens rotation, and update x. ``eta`` becomes the residual's estimate."""
         z = self.z / self.gamma
-        az = matmul(z)
-        delta = (az * z).sum(0)
+        az, delta = matmul.along(z)
         v_new = az - (delta / self.gamma) * self.v - (self.gamma / self.gamma_old) * self.v_old
         z_new = apply(v_new)
-        gamma_new = (z_new * v_new).sum(0).clamp_min(0).sqrt()
+        gamma_new = space.dots(z_new, v_new).clamp_min(0).sqrt()
         a0 = self.c * delta - self.c_old * self.s * self.gamma
         a1 = (a0.square() + gamma_new.square()).sqrt().clamp_min(torch.finfo(a0.dtype).tiny)
         a2 = self.s * delta + self.c_old * self.c * self.gamma
@@ -70,7 +70,12 @@ class _Recurrence:
         return update
 
 
-MARKED = ("x", "target", *vars(_Recurrence(torch.zeros(0, 0, device="cpu"), same)))
+def _nothing() -> _Recurrence:
+    """The recurrences of no right-hand side."""
+    return _Recurrence(torch.zeros(0, 0, device="cpu"), same, VectorSpace(0))
+
+
+MARKED = ("x", "target", *vars(_nothing()))
 """Tensors of a mark, besides those of the book-keeping."""
 
 
@@ -85,6 +90,7 @@ def minres(
     maxiter: int,
     trail: Trail | None = None,
     noise: float = 0.0,
+    space: VectorSpace | None = None,
 ) -> SolveResult:
     """Solve A X = B for symmetric A by minimal residuals (Paige and Saunders, SIAM J. Numer. Anal. 1975).
 
@@ -96,26 +102,26 @@ def minres(
         rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
         atol: absolute tolerance.
         maxiter: the most iterations.
-        trail, noise: as of :func:`curvalg.solve.cg`.
+        trail, noise, space: as of :func:`curvalg.solve.cg`.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
     >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise)
+    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise, space)
     return ended(columns, trail, lambda: _iterate(columns, preconditioner, maxiter, trail), maxiter)
 
 
 def _iterate(columns: OpenColumns, preconditioner: Matmul | None, maxiter: int, trail: Trail | None) -> None:
-    apply = columns.apply
+    apply, space = columns.apply, columns.space
     if trail is not None and trail.start is not None:
         first, (x, target) = columns.resume(trail.start), columns.own(trail.start, "x", "target")
         state = _Recurrence.of(trail.start.tensors, x.device)
     else:
         first, (_, x, r) = 0, columns.start()
-        state = _Recurrence(r, apply)
-        target = state.eta * columns.tolerance[columns.active] / r.norm(dim=0)
+        state = _Recurrence(r, apply, space)
+        target = state.eta * columns.tolerance[columns.active] / space.norms(r)
     sound = False
     """Whether γ is known to be positive in every column."""
     for iteration in range(first, maxiter + 1):
@@ -133,7 +139,7 @@ def _iterate(columns: OpenColumns, preconditioner: Matmul | None, maxiter: int, 
             state.select(kept)
             continue
         columns.count()
-        x = x + state.step(columns.matmul, apply)
+        x = x + state.step(columns.matmul, apply, space)
         columns.record(state.eta.abs() * columns.tolerance[columns.active] / target)
         if (iteration + 1) % AUDIT == 0:
             # In exact arithmetic eta is the residual; on (nearly) singular matrices it goes on falling while x blows up.
@@ -165,11 +171,11 @@ def _restarted(
     state: _Recurrence, r: Tensor, restart: Tensor, target: Tensor, columns: OpenColumns, apply: Matmul
 ) -> Tensor:
     """Start the recurrences of refuted columns anew from their true residuals; the new targets."""
-    fresh = _Recurrence(r[:, restart], apply)
+    fresh = _Recurrence(r[:, restart], apply, columns.space)
     for name, value in vars(fresh).items():
         whole = getattr(state, name).clone()
         whole[..., restart] = value
         setattr(state, name, whole)
     target = target.clone()
-    target[restart] = fresh.eta * columns.tolerance[columns.active[restart]] / r[:, restart].norm(dim=0)
+    target[restart] = fresh.eta * columns.tolerance[columns.active[restart]] / columns.space.norms(r[:, restart])
     return target

@@ -10,6 +10,8 @@ from torch import Tensor
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import CONVERGED, Matmul, SolveResult
 from curvalg.solve.trail import INTERRUPTED, Mark, Trail
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.vector_space import space_of
 
 STAGNATED = "stagnated: the true residual no longer falls (raise rtol= or use float64)"
 RUNAWAY = "the true residual left its estimate: the matrix is singular or nearly so"
@@ -29,11 +31,12 @@ class ScaledMap:
 
     Args:
         matmul: X -> A X.
+        space: that the columns are in.
         measured: whether to keep a lower bound of ‖A‖.
     """
 
-    def __init__(self, matmul: Matmul, measured: bool = False) -> None:
-        self._matmul, self._measured = matmul, measured
+    def __init__(self, matmul: Matmul, space: VectorSpace, measured: bool = False) -> None:
+        self._matmul, self._space, self._measured = matmul, space, measured
         self._size: Tensor | float = 0.0
         self.exponent: int | None = None
         """e, once it is known: calls give 2^−e A X."""
@@ -48,16 +51,32 @@ class ScaledMap:
         self._size = value
 
     def __call__(self, x: Tensor) -> Tensor:
-        product = self._matmul(x)
-        if self.exponent is None and bool((some := (product != 0).any(0)).any()):
-            self.exponent = int((exponents(product) - exponents(x))[some].amax())
+        product = self._scaled(x)
+        if self._measured:
+            self._compare(*self._space.joined(self._space.norms_part(product), self._space.norms_part(x)))
+        return product
+
+    def along(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The products A x with columns, and xᵀAx of each, (K,)."""
+        product, space = self._scaled(x), self._space
+        measures = (space.norms_part(product), space.norms_part(x)) if self._measured else ()
+        inner, *norms = space.joined(space.dots_part(x, product), *measures)
+        if norms:
+            self._compare(*norms)
+        return product, inner
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        product, space = self._matmul(x), self._space
+        if self.exponent is None and bool((some := space.anywhere(product != 0)).any()):
+            self.exponent = int((exponents(product, space) - exponents(x, space))[some].amax())
         if self.exponent:
             half = self.exponent // 2  # in two steps, as the power itself may be out of range
             product = product * 2.0**-half * 2.0 ** (half - self.exponent)
-        if self._measured:
-            ratio = product.norm(dim=0) / x.norm(dim=0)
-            self._size = ratio.nan_to_num(0.0, 0.0).amax().clamp_min(self._size)
         return product
+
+    def _compare(self, of_product: Tensor, of_vector: Tensor) -> None:
+        ratio = of_product / of_vector
+        self._size = ratio.nan_to_num(0.0, 0.0).amax().clamp_min(self._size)
 
 
 _COUNTED = ("best", "residual", "iterations", "refuted", "active")
@@ -81,6 +100,7 @@ class OpenColumns:
         atol: absolute; a column has converged when ‖b − A x‖ ≤ atol + rtol ‖b‖.
         preconditioner: R -> P⁻¹ R, if there is one.
         noise: relative error of products, whose part in a residual, noise ‖A‖ ‖x‖, does not count.
+        space: that the columns are in, which are whole by default.
     """
 
     MOST_CONFIRMATIONS = 5
@@ -95,20 +115,23 @@ class OpenColumns:
         atol: float,
         preconditioner: Matmul | None = None,
         noise: float = 0.0,
+        space: VectorSpace | None = None,
     ) -> None:
-        self.unit = exponents(b)
-        self.matmul, self.apply = ScaledMap(matmul, measured=noise > 0), ScaledMap(preconditioner or same)
+        self.space = space = space_of(b, space, 0)
+        self.unit = exponents(b, space)
+        self.matmul, self.apply = ScaledMap(matmul, space, measured=noise > 0), ScaledMap(preconditioner or same, space)
         self.noise = noise
         self.b = scaled(b, -self.unit)
-        self.tolerance = scaled(torch.full_like(self.b[:1], atol), -self.unit)[0] + rtol * self.b.norm(dim=0)
+        self.residual = space.norms(self.b)
+        self.tolerance = scaled(torch.full_like(self.residual, atol), -self.unit) + rtol * self.residual
         self.best = torch.zeros_like(b)
-        self.residual = self.b.norm(dim=0)
-        if x0 is not None and bool(x0.any()):
-            start = scaled(torch.where((b != 0).any(0), x0, 0.0), -self.unit)  # zero is the solution for zero
+        if x0 is not None and bool(space.anywhere(x0 != 0).any()):
+            # Zero is the solution for zero.
+            start = scaled(torch.where(space.anywhere(b != 0), x0, 0.0), -self.unit)
             product = self.matmul(start)
             exponent = torch.full_like(self.unit, self.matmul.exponent or 0)
             self.best = scaled(start, exponent)
-            self.residual = (self.b - scaled(product, exponent)).norm(dim=0)
+            self.residual = space.norms(self.b - scaled(product, exponent))
         self.iterations = torch.zeros(b.shape[1], dtype=torch.int64, device=b.device)
         self.reasons: list[str | None] = [None] * b.shape[1]
         self.refuted = torch.zeros_like(self.iterations)
@@ -151,14 +174,15 @@ class OpenColumns:
         """Start a solve: (positions kept, x, r) after freezing the columns that need no iteration."""
         kept = self.freeze((self.residual <= self.tolerance) & torch.isfinite(self.residual), CONVERGED)
         x = self.best[:, self.active].clone()
-        r = self.b[:, self.active] if not bool(x.any()) else self.b[:, self.active] - self.matmul(x)
+        began = bool(self.space.anywhere(x != 0).any())
+        r = self.b[:, self.active] - self.matmul(x) if began else self.b[:, self.active]
         return kept, x, r
 
     def meets(self, x: Tensor, norms: Tensor, columns: Tensor, factor: Tensor | float = 1.0) -> Tensor:
         """The mask of residual norms of iterates x that meet the tolerance, times a factor, or are rounding of products."""
         tolerance = factor * self.tolerance[columns]
         if self.noise:
-            tolerance = tolerance + self.noise * self.matmul.size * x.norm(dim=0)
+            tolerance = tolerance + self.noise * self.matmul.size * self.space.norms(x)
         met: Tensor = torch.isfinite(norms) & (norms <= tolerance)
         return met
 
@@ -209,7 +233,7 @@ class OpenColumns:
             (converged, stagnated, true residuals of the claims), the first two boolean over the active columns.
         """
         true = self.b[:, self.active[claims]] - self.matmul(x[:, claims])
-        norms = true.norm(dim=0)
+        norms = self.space.norms(true)
         columns = self.active[claims]
         good = self.meets(x[:, claims], norms, columns)
         # What is known of another iterate may be an estimate that was too small: a confirmed one is kept in any case.
@@ -226,7 +250,7 @@ class OpenColumns:
 
         The best iterates are remembered on the way.
         """
-        norms = (self.b[:, self.active] - self.matmul(x)).norm(dim=0)
+        norms = self.space.norms(self.b[:, self.active] - self.matmul(x))
         before = self.residual[self.active]
         self.observe(x, norms, self.better(norms).tolist())
         lost: Tensor = (norms > 100 * estimates) & (norms > 2 * before)
@@ -242,12 +266,12 @@ class OpenColumns:
     def result(self, rest: str) -> SolveResult:
         """The report; columns still active ended for the reason ``rest``. Residuals are recomputed."""
         self.freeze(torch.ones_like(self.active, dtype=torch.bool), rest)
-        norms = (self.b - self.matmul(self.best)).norm(dim=0)
+        norms = self.space.norms(self.b - self.matmul(self.best))
         x = scaled(self.best, self.unit - (self.matmul.exponent or 0))
         reasons = tuple(reason or rest for reason in self.reasons)
         # A residual that grew by rounding between two evaluations is still a solve; one that was never met is not.
         claimed = torch.tensor([reason == CONVERGED for reason in reasons], device=norms.device)
-        finite = torch.isfinite(norms) & torch.isfinite(x).all(0)
+        finite = torch.isfinite(norms) & torch.isfinite(self.space.peaks(x))
         every = torch.arange(len(norms), device=norms.device)
         converged = finite & self.meets(self.best, norms, every, 1.0 + claimed)
         reasons = tuple(

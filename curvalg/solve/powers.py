@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.vector_space import space_of
 
-def exponents(columns: Tensor) -> Tensor:
-    """The exponents e (K,) with 2^e ≤ max |entry| < 2^(e + 1) of each column (n, K); 0 for zero and non-finite columns."""
-    if not len(columns):
-        return torch.zeros(columns.shape[1], dtype=torch.int32, device=columns.device)
-    largest = columns.abs().amax(0)
+
+def exponents(columns: Tensor, space: VectorSpace | None = None) -> Tensor:
+    """The exponents e (K,) with 2^e ≤ max |entry| < 2^(e + 1) of each column (n, K); 0 for zero and non-finite columns.
+
+    Args:
+        columns: vectors.
+        space: that they are in; they are whole by default.
+    """
+    largest = space_of(columns, space, 0).peaks(columns)
     exponent = torch.frexp(largest).exponent - 1
     return torch.where((largest > 0) & torch.isfinite(largest), exponent, 0)
 
@@ -22,7 +28,8 @@ def scaled(x: Tensor, exponent: Tensor) -> Tensor:
     return x * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
 
 
-def norms(columns: Tensor) -> Tensor:
-    """The norms ‖column‖ (K,), also where squares would overflow or vanish."""
-    unit = exponents(columns)
-    return scaled(scaled(columns, -unit).norm(dim=0), unit)
+def norms(columns: Tensor, space: VectorSpace | None = None) -> Tensor:
+    """The norms ‖column‖ (K,), also where squares would overflow or vanish; arguments as of :func:`exponents`."""
+    space = space_of(columns, space, 0)
+    unit = exponents(columns, space)
+    return scaled(space.norms(scaled(columns, -unit)), unit)

@@ -14,10 +14,12 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from curvalg.solve.orthogonal import grown, small, smalls
+from curvalg.solve.orthogonal import grown
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import Matmul
-from curvalg.tensors.memory import widest
+from curvalg.tensors.memory import small, smalls
+from curvalg.tensors.spaces import Summand, VectorSpace
+from curvalg.tensors.spaces.vector_space import space_of
 
 COARSE = 0.5
 """Share of the steps whose rule a rule is compared with, for an estimate of its error."""
@@ -35,6 +37,7 @@ class Recurrences:
         betas: norms of what was left after each step, (j, p); zero from where a recurrence ended, which is exact there.
         whole: whether the basis is kept, and each vector orthogonalised against all of its own.
         capacity: steps that there should be room for.
+        space: that the rows are in.
     """
 
     basis: Tensor
@@ -42,6 +45,7 @@ class Recurrences:
     betas: Tensor
     whole: bool
     capacity: int
+    space: VectorSpace
 
     @property
     def steps(self) -> int:
@@ -60,13 +64,18 @@ class Recurrences:
 
     def vectors(self) -> Tensor:
         """The vectors V of each recurrence that is kept whole, (p, j, n), a view."""
-        return self.basis.view(-1, self.width, self.basis.shape[1]).transpose(0, 1)[:, : self.steps]
+        return self.held().transpose(0, 1)[:, : self.steps]
+
+    def held(self) -> Tensor:
+        """The rows that are held, those of one step together, (steps, p, n), a view."""
+        rows, n = self.basis.shape
+        return self.basis.view(rows // self.width, self.width, n)
 
 
-def begin(start: Tensor, *, whole: bool, capacity: int) -> Recurrences:
-    """The recurrences that begin at unit rows (p, n)."""
+def begin(start: Tensor, *, whole: bool, capacity: int, space: VectorSpace | None = None) -> Recurrences:
+    """The recurrences that begin at unit rows (p, n) of a space, which are whole by default."""
     none = torch.zeros(0, len(start), dtype=torch.float64, device="cpu")
-    return Recurrences(start.contiguous(), none, none, whole, capacity)
+    return Recurrences(start.contiguous(), none, none, whole, capacity, space_of(start, space))
 
 
 def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
@@ -76,12 +85,12 @@ def advance(old: Recurrences, matmul: Matmul) -> Recurrences:
     product = _product(current, going, matmul)
     both = None if old.whole else torch.empty(2 * p, current.shape[1], dtype=current.dtype, device=current.device)
     out = torch.empty_like(current) if both is None else both[p:]
-    rest, diagonal, beta = _three_term(product, current, previous, old, out)
+    rest, diagonal, norms = _three_term(product, current, previous, old, out)
     if old.whole:
-        vectors = old.basis.view(-1, p, rest.shape[1]).transpose(0, 1)
-        rest, diagonal, beta = _purged(rest, vectors, diagonal, beta)
+        vectors = old.held().transpose(0, 1)
+        rest, diagonal, beta = _purged(rest, vectors, diagonal, norms, old.space)
     else:
-        diagonal, beta = smalls(diagonal, beta)
+        diagonal, beta = smalls(diagonal, *old.space.joined(norms))
     # Diagonals of ended recurrences stay within the spectrum: nothing couples to them, but functions are evaluated there.
     alpha = torch.where(going, diagonal, old.alphas[0] if old.steps else 0.0)
     scale = torch.cat([old.alphas, old.betas, alpha[None]]).abs().amax(0)
@@ -181,56 +190,46 @@ def _product(rows: Tensor, going: Tensor, matmul: Matmul) -> Tensor:
 
 def _three_term(
     product: Tensor, current: Tensor, previous: Tensor, old: Recurrences, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows A v − α v − β v₋₁, written to ``out``, since products may return something they keep; α; the norms.
+) -> tuple[Tensor, Tensor, Summand]:
+    """The rows A v − α v − β v₋₁, written to ``out``, since products may return something they keep; α; what norms are made of.
 
     The numbers stay on their device.
     """
-    alphas, norms, group = [], [], max(1, CACHED // current.shape[1])
+    space = old.space
+    alphas: list[Tensor] = []
+    norms: list[Summand] = []
+    # Between processes all rows at once: of groups each takes an exchange of its own.
+    group = max(1, CACHED // current.shape[1]) if space.whole else len(current)
     for some in range(0, len(current), group):
         rows = slice(some, some + group)
-        alpha = _inner(current[rows], product[rows])
+        alpha = space.dots(current[rows], product[rows], 1)
         rest = torch.addcmul(product[rows], alpha[:, None], current[rows], value=-1, out=out[rows])
         if old.steps:
             rest.addcmul_(_column(old.betas[-1, rows], rest), previous[rows], value=-1)
         alphas.append(alpha)
-        norms.append(_norm(rest))
-    return out, torch.cat(alphas), torch.cat(norms)
+        norms.append(space.squares_part(rest))
+    return out, torch.cat(alphas), Summand(torch.cat([norm.here for norm in norms]), norms[0].finish)
 
 
-def _purged(rest: Tensor, vectors: Tensor, diagonal: Tensor, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _purged(
+    rest: Tensor, vectors: Tensor, diagonal: Tensor, norms: Summand, space: VectorSpace
+) -> tuple[Tensor, Tensor, Tensor]:
     """The rows without their parts along the vectors (p, j, n), twice where the first pass took much away; α; the norms.
 
     What came on a device is read with what the decision needs, by one wait for it.
     """
-    rest = _less(rest, vectors)
-    diagonal, before, after = smalls(diagonal, norms, _norm(rest))
+    rest, former = _less(rest, vectors, space, norms)
+    diagonal, before, after = smalls(diagonal, former, *space.joined(space.squares_part(rest)))
     if bool((after >= 0.7 * before).all()):
         return rest, diagonal, after
-    rest = _less(rest, vectors)
-    return rest, diagonal, small(_norm(rest))
+    rest, _ = _less(rest, vectors, space, norms)
+    return rest, diagonal, small(*space.joined(space.squares_part(rest)))
 
 
-def _less(rest: Tensor, vectors: Tensor) -> Tensor:
-    """The rows without their parts along the vectors (p, j, n)."""
-    coefficients = torch.bmm(vectors, rest[:, :, None])
-    return torch.baddbmm(rest[:, None, :], coefficients.transpose(1, 2), vectors, alpha=-1)[:, 0]
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    # Elementwise first: torch.sum adds in pairs, but dot and vector_norm of long float32 vectors err by 1e-4.
-    return (left * right).sum(1)
-
-
-def _norm(rows: Tensor) -> Tensor:
-    if rows.device.type != "cpu":  # where a sum in double precision is as fast, and a look at the squares is a wait
-        found: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=widest(rows.device))
-        return found
-    squares, info = _inner(rows, rows).double(), torch.finfo(rows.dtype)
-    if bool(((squares < info.tiny / info.eps**2) | (squares > info.max)).any()):  # squares that under- or overflow
-        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
-    norms: Tensor = squares.sqrt()
-    return norms
+def _less(rest: Tensor, vectors: Tensor, space: VectorSpace, norms: Summand) -> tuple[Tensor, Tensor]:
+    """The rows without their parts along the vectors (p, j, n), and the norms, whose sum travels with these parts."""
+    coefficients, found = space.joined(Summand(torch.bmm(vectors, space.weighed(rest)[:, :, None])), norms)
+    return torch.baddbmm(rest[:, None, :], coefficients.transpose(1, 2), vectors, alpha=-1)[:, 0], found
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:

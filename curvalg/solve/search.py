@@ -14,8 +14,10 @@ from torch import Tensor
 
 from curvalg.solve.ends import Which, surpassed, unrivalled, wanted
 from curvalg.solve.lanczos import Krylov, Ritz, begin, compress, extend, rebuild, ritz
-from curvalg.solve.orthogonal import combine, small
+from curvalg.solve.orthogonal import combine
 from curvalg.solve.solve_result import Matmul
+from curvalg.tensors.memory import small
+from curvalg.tensors.spaces import VectorSpace
 
 SEARCH, CHALLENGE, DONE, STAGNATED = "search", "challenge", "done", "stagnated"
 
@@ -76,15 +78,16 @@ class Search:
         return self.phase in (DONE, STAGNATED)
 
 
-def start(aim: Aim, locked: Tensor, rows: Tensor) -> Search:
+def start(aim: Aim, locked: Tensor, rows: Tensor, *, space: VectorSpace | None = None) -> Search:
     """The state before the first product.
 
     Args:
         aim: what is searched.
         locked: orthonormal rows (d, n) to stay orthogonal to.
         rows: to begin with (s, n), random where none are given.
+        space: that the rows are in, which are whole by default.
     """
-    krylov = begin(locked, rows, aim.width, seed=aim.seed, capacity=len(locked) + aim.subspace)
+    krylov = begin(locked, rows, aim.width, seed=aim.seed, capacity=len(locked) + aim.subspace, space=space)
     none = torch.zeros(0, dtype=torch.float64, device="cpu")
     return Search(krylov, SEARCH, none, none, 0, 0)
 
@@ -147,7 +150,7 @@ def _due(krylov: Krylov, aim: Aim) -> bool:
 
 def _full(krylov: Krylov, aim: Aim) -> bool:
     """Whether the next block does not fit into memory."""
-    whole = krylov.basis.shape[0] >= krylov.basis.shape[1]
+    whole = krylov.basis.shape[0] >= krylov.space.size
     return not whole and krylov.used() + aim.width > aim.subspace
 
 
@@ -167,7 +170,7 @@ def _checked(search: Search, aim: Aim, pairs: Ritz, matmul: Matmul) -> Search:
     # In blocks of the width that was found to be the fastest.
     products = torch.cat([matmul(part.T.contiguous()).T for part in rows.split(aim.width)])
     remainder = products - values[:, None].to(rows) * rows
-    residuals = small(remainder.norm(dim=1))
+    residuals = small(krylov.space.norms(remainder, 1))
     search = replace(search, values=values, residuals=residuals, blocks=0)
     if bool((residuals <= aim.tol * pairs.scale).all()):
         phase = DONE if krylov.exhausted else CHALLENGE

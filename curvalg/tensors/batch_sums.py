@@ -1,4 +1,4 @@
-"""Sums over batches: the one place where they are added, and where a data-parallel run needs its one all-reduce."""
+"""Sums over batches: the one place where they are added."""
 
 from __future__ import annotations
 
@@ -45,9 +45,20 @@ class BatchSum:
         return trees.tensor_map(lambda t: t.to(self._dtype) if t.is_floating_point() else t, part)
 
     @property
+    def wide(self) -> Any:
+        """The sum in the dtype that numbers are added in; None of nothing."""
+        return self._value
+
+    @property
     def value(self) -> Any:
         """The sum in the dtypes that its parts had; None of nothing."""
-        if self._dtypes is None:
-            return self._value
+        return self.rounded(self._value)
+
+    def rounded(self, wide: Any, otherwise: torch.dtype | None = None) -> Any:
+        """A sum of such sums in the dtypes that the parts had; in another where nothing was added here."""
+        if self._dtypes is None and self._dtype is not None and wide is not None and otherwise is not None:
+            return trees.tensor_map(lambda t: t.to(otherwise) if t.is_floating_point() else t, wide)
+        if self._dtypes is None or wide is None:
+            return wide
         dtypes = iter(self._dtypes)
-        return trees.tensor_map(lambda t: t.to(next(dtypes)), self._value)
+        return trees.tensor_map(lambda t: t.to(next(dtypes)), wide)

@@ -1,13 +1,14 @@
-"""Tensors compared bit for bit: a fused optimiser step changes neither a version counter nor a pointer."""
+"""Bits of tensors: compared, as a fused optimiser step changes neither a version counter nor a pointer; hashed; and finite."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from curvalg.tensors.distributed import is_part
+from curvalg.tensors.partial_tensors import is_part
 
 
 class Bits:
@@ -127,6 +128,19 @@ def as_integers(t: Tensor) -> Tensor:
     return t.view(_INTEGERS[t.element_size()]) if t.dtype.is_floating_point else t
 
 
+def fingerprint(t: Tensor) -> Tensor:
+    """A hash of the bits of a tensor, as one integer on its device: of sums, which differ where any number does."""
+    bits = as_integers(t.detach().contiguous()).reshape(-1)
+    whole = len(bits) * bits.itemsize // 8 * 8 // bits.itemsize
+    wide = bits[:whole]
+    if wide.storage_offset() * bits.itemsize % 8:
+        wide = wide.clone()
+    wide = wide.view(torch.int64)  # sums of wide integers need no cast: four times as fast
+    half = len(wide) // 2
+    parts = [part.sum(dtype=torch.int64) for part in (wide[:half], wide[half:], wide[::3], bits[whole:])]
+    return 3 * parts[0] + 5 * parts[1] + 7 * parts[2] + 11 * parts[3]
+
+
 class SampledBits:
     """Some elements of a tensor, and whether they are still the same: for data, of which no copy is kept.
 
@@ -160,3 +174,15 @@ class SampledBits:
 
 SAMPLED = 4096
 """Elements of a tensor of data that are compared in every product."""
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
+    return math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all())
+
+
+def finite_columns(columns: Tensor) -> Tensor:
+    """Which columns of (n, K) have no entry that is NaN or infinite (K,)."""
+    found: Tensor = (columns * 0).sum(0) == 0  # 0 · ∞ and 0 · NaN are NaN; a sum of finite numbers may overflow
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,14 @@ def operations(roots: Iterable[Tensor | GradientEdge | None]) -> frozenset[str]:
     return frozenset(node.name() for node in nodes(roots)) - {"ToCopyBackward0"}
 
 
+def numbers_each(z: Tensor) -> float:
+    """How many numbers an operation in the graph of a tensor gives, in the mean: what its calls leave of work."""
+    found: list[int] = [
+        math.prod(data.shape) for node in nodes([z]) for data in getattr(node, "_input_metadata", ())[:1]
+    ]
+    return sum(found) / max(len(found), 1)
+
+
 def coarsest_dtype(z: Tensor) -> torch.dtype:
     """The floating dtype of the largest rounding error among all intermediate results that a graph shows."""
     found = {z.dtype}
@@ -61,3 +70,8 @@ def require_second_derivatives(found: frozenset[str]) -> None:
             "an operation of the model can be differentiated only once (once_differentiable?), but curvature needs its "
             "second derivative; write its backward with differentiable operations"
         )
+
+
+def leaf_tensors(roots: Iterable[Tensor | GradientEdge | None]) -> list[Tensor]:
+    """The tensors that require gradients at the ends of the graphs of some others, each once."""
+    return [node.variable for node in nodes(roots) if hasattr(node, "variable")]

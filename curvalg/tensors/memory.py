@@ -1,4 +1,4 @@
-"""What a device has: free memory, and floats."""
+"""What a device has: free memory and floats; and how tensors come from it to the host."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ def widest(device: torch.device) -> torch.dtype:
 def wide(t: Tensor) -> Tensor:
     """A tensor in the widest float of its device."""
     return t.to(widest(t.device))
+
+
+def small(t: Tensor) -> Tensor:
+    """A tensor for small dense problems: float64 on the CPU."""
+    return t.cpu().to(torch.float64)  # in two steps: some devices have no float64
+
+
+def smalls(*tensors: Tensor) -> list[Tensor]:
+    """Tensors for small dense problems as of :func:`small`, by one wait for the device."""
+    away = [t for t in tensors if t.device.type != "cpu"]
+    if not away:
+        return [small(t) for t in tensors]
+    packed = small(torch.cat([wide(t.reshape(-1)) for t in away]))
+    parts = iter(packed.split([t.numel() for t in away]))
+    return [small(t) if t.device.type == "cpu" else next(parts).reshape(t.shape) for t in tensors]
 
 
 def workspace(device: torch.device, share: float, least: int) -> int:

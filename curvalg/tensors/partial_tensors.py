@@ -5,6 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
+class PartOfVector(Tensor):
+    """A tensor that was computed from this process's part of a vector over sharded parameters, and whatever is made of it."""
+
+
 def is_part(tensor: object) -> bool:
     """Whether something is a DTensor."""
     return type(tensor) not in (Tensor, nn.Parameter) and is_distributed(tensor, "DTensor")

@@ -1,0 +1,1 @@
+"""Processes that hold parts of the parameters."""
