@@ -7,12 +7,14 @@ from curvalg.problem.large_outputs.head import Head
 from curvalg.problem.model.layer_record import FactorPairs, LayerRecord
 from curvalg.problem.model.parameters import Layout
 from curvalg.problem.model.snapshot import Snapshot
+from curvalg.problem.passes.gradient_field import GradientField
 from curvalg.problem.problem import Problem
 
 __all__ = [
     "Batch",
     "Evaluation",
     "FactorPairs",
+    "GradientField",
     "Head",
     "LayerRecord",
     "Layout",

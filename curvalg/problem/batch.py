@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,32 @@ from curvalg.problem.model.outputs import OutputForm
 from curvalg.tensors.random_numbers import uniforms
 
 Samples = Literal["item", "position", "element"]
+
+
+T = TypeVar("T")
+
+
+class lazy(functools.cached_property[T]):
+    """An attribute that is computed once, without the lock that ``functools.cached_property`` holds before Python 3.12.
+
+    A thread that waits for a problem inside of it, and another that has the problem and waits for the attribute of another
+    object, would wait for ever. Here two threads may compute the same value; the last one stays.
+    """
+
+    @overload
+    def __get__(self, instance: None, owner: type[Any] | None = None) -> Self: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type[Any] | None = None) -> T: ...
+
+    def __get__(self, instance: object, owner: type[Any] | None = None) -> Self | T:
+        if instance is None:
+            return self
+        values, name = instance.__dict__, str(self.attrname)
+        if name not in values:
+            values[name] = self.func(instance)
+        value: T = values[name]
+        return value
 
 
 class Layers(Protocol):
@@ -91,7 +117,7 @@ class Batch:
         self._layers = layers
         self._draws: dict[tuple[int, int, bool], Tensor] = {}
 
-    @cached_property
+    @lazy
     def _point(self) -> LossPoint[Any]:
         if self._loss is None:
             raise LossError("this quantity needs a loss, but the problem was made with loss=None")
@@ -128,12 +154,12 @@ class Batch:
             raise LossError(f"{type(self._loss).__name__} has no classes; use a loss such as CrossEntropy")
         return labels
 
-    @cached_property
+    @lazy
     def weights(self) -> Tensor:
         """Weight αₙ of each position, broadcastable to the output."""
         return self._share * self._point.weights
 
-    @cached_property
+    @lazy
     def loss_gradient(self) -> Tensor:
         """Gradient rₙ = ∂cₙ/∂zₙ of the loss, of the output's shape."""
         return self._share * self._form.join(self._point.gradient())
@@ -230,14 +256,18 @@ class Batch:
         classes = None if class_axis is None else class_axis % ndim
         return [axis for axis in range(1, ndim) if axis != classes]
 
-    def gradient_columns(self) -> Tensor:
-        """Columns √s rₙ, one per sample of a row (columns, *output.shape): their outer products make the covariance.
+    def gradient_columns(self, scale: float | None = None) -> Tensor:
+        """Columns c rₙ, one per sample of a row (columns, *output.shape).
+
+        Args:
+            scale: c; None: √s, with which their outer products make the covariance.
 
         Raises:
             LossError: samples have no losses of their own.
         """
         self._require_samples()
-        return self.per_sample_columns(math.sqrt(self.scale) * self.loss_gradient[None])
+        scale = math.sqrt(self.scale) if scale is None else scale
+        return self.per_sample_columns(scale * self.loss_gradient[None])
 
     def per_sample_columns(self, columns: Tensor) -> Tensor:
         """Columns (columns, *output.shape) as they are where a sample is a row, spread where it is a position."""
@@ -250,6 +280,11 @@ class Batch:
         if self.samples == "position" and self.class_axis is None:
             return axes[:-1]  # a position of an elementwise loss is a vector
         return [] if self.samples == "item" else axes
+
+    @property
+    def row_samples(self) -> int:
+        """The samples of a row: 1, or its positions or numbers where these are samples."""
+        return math.prod(self.output.shape[axis] for axis in self._sample_axes)
 
     def spread(self, columns: Tensor, *, elementwise: bool = False) -> Tensor:
         """Every column (of the output's shape) as one column per position of a row, zero at all others.

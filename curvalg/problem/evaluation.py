@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +25,7 @@ from curvalg.problem.verification.reverse import reverse_tangents
 from curvalg.problem.verification.tangent_checks import TangentNotes, random_cotangent, random_directions, wrong_tangent
 from curvalg.problem.verification.verdicts import RouteError, verdict
 from curvalg.tensors.backward import backward
-from curvalg.tensors.graph import operations
+from curvalg.tensors.graph import numbers_each, operations
 
 
 class Evaluation(ModelCall):
@@ -36,7 +37,7 @@ class Evaluation(ModelCall):
         A model that differentiates inside its forward (by its inputs, as forces, or by weights) is called with gradients on.
         """
         structure = self.snapshot.structure
-        if not structure.differentiates:
+        if not structure.found.differentiates:
             try:
                 with torch.no_grad():
                     z, form = self.recordable(self.values())
@@ -45,7 +46,7 @@ class Evaluation(ModelCall):
             except ProblemError as error:
                 if "does not require grad" not in str(error):
                     raise
-                structure.differentiates = True
+                structure.found.differentiates = True
         with torch.enable_grad():
             z, form = self.recordable([p.requires_grad_() for p in self.values()])
         swear_output(self, z.detach())
@@ -69,6 +70,8 @@ class Evaluation(ModelCall):
         with watch(leaves), owned(self):
             z, form = self.recordable(leaves, once=once)
         self.operations = operations([z])
+        if self.problem.verify and self.snapshot.structure.found.work is None:
+            self.snapshot.structure.found.work = numbers_each(z)
         swear_graph(self, z, leaves)
         swear_output(self, z.detach(), earlier)
         if not z.requires_grad:
@@ -99,14 +102,14 @@ class Evaluation(ModelCall):
             lambda: again().loss_point(form.split(z), sample),
             scale=totals.scale,
             count=totals.count,
-            denominator=totals.denominator,
+            denominator=math.inf if self.sample.weightless else totals.denominator,
             samples=problem.samples,
             misaligned=totals.misaligned,
             start=self.sample.start,
             number=lambda: again().problem.number_samples(),
             pullback=lambda u: again().pull(u),
-            per_sample=lambda batch: services.per_sample(again(), batch),
-            layers=layers or (lambda: services.layers(again())),
+            per_sample=lambda batch: services.per_sample(_of_whole(again()), batch),
+            layers=layers or (lambda: services.layers(_of_whole(again()))),
             workspace=problem.workspace,
         )
 
@@ -218,6 +221,20 @@ class Evaluation(ModelCall):
             if tangent is None or tangent._is_zerotensor():
                 tangent = torch.zeros_like(z)
             return self.batch(z, form), tangent.detach()
+
+
+def _of_whole(evaluation: Evaluation) -> Evaluation:
+    """The evaluation, whose model must be whole on this process.
+
+    Raises:
+        ProblemError: its parameters lie in parts on several processes.
+    """
+    if evaluation.problem.group.sharded:
+        raise ProblemError(
+            "gradients of single samples and layer inputs are not offered where parameters are sharded; make the Problem of a "
+            "whole model on every process (group= without shard=) where it fits"
+        )
+    return evaluation
 
 
 FORWARD_AD = "forward AD"

@@ -74,7 +74,10 @@ class ModelCall:
 
     def values(self) -> list[Tensor]:
         """The chosen parameters of the snapshot, detached, in flat order."""
-        return [self.snapshot.state[name].detach() for name in self.problem.model.chosen]
+        tensors = [self.snapshot.state[name].detach() for name in self.problem.model.chosen]
+        if not self.problem.group.sharded:
+            return tensors
+        return [t.to(dtype) for t, dtype in zip(tensors, self.problem.layout.dtypes.values(), strict=True)]
 
     # -- calling --------------------------------------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class ModelCall:
         """Compute z of the user's own module with its own parameters, without a graph, by one model call."""
         problem, state = self.problem, self.snapshot.state
         with (
-            torch.set_grad_enabled(self.snapshot.structure.differentiates),
+            torch.set_grad_enabled(self.snapshot.structure.found.differentiates),
             self.guarding_inputs(self.sample.batch) as batch,
         ):
             raw = self._called(lambda: problem.model.call_live(state, batch))
@@ -210,7 +213,7 @@ class ModelCall:
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Gradients of the chosen parameters as one vector (D,)."""
-        return self.problem.layout.gather(gradients, self.problem.device)
+        return self.problem.as_part(self.problem.layout.gather(gradients, self.problem.device))
 
     def warn_constant(self) -> None:
         """Warn if no batch depends on the parameters; some batches may leave a block of parameters out."""

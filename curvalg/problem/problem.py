@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from curvalg.errors import LossError, ProblemError
+from curvalg.distributed.making import make_group
+from curvalg.errors import LossError, OptionError, ProblemError
 from curvalg.expr.term import Term
 from curvalg.problem.batch import Batch, Samples
 from curvalg.problem.data.batches import Data, OrderError, ReadBatch
+from curvalg.problem.data.parts_of_data import require_whole_data
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard, Randomness
 from curvalg.problem.evaluation import Evaluation
@@ -25,13 +27,19 @@ from curvalg.problem.large_outputs.find_head import is_made_in_chunks
 from curvalg.problem.layers.per_sample import per_sample_gradients
 from curvalg.problem.layers.recorded import record_layers
 from curvalg.problem.model import parameters as params_
-from curvalg.problem.model.model import ModuleModel, make_model
+from curvalg.problem.model.make_model import Shard, make_model
+from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.precision import accumulating, casting, compiler
+from curvalg.problem.model.sharded.sharded_model import ShardedModel
 from curvalg.problem.model.snapshot import Snapshot
 from curvalg.problem.passes.count import count
-from curvalg.problem.passes.first_order import loss_of, pulled
+from curvalg.problem.passes.filling import filled
+from curvalg.problem.passes.first_order import gradient_over, loss_of
+from curvalg.problem.passes.joining import compare, join
+from curvalg.problem.passes.options import one_of, output_bytes, require_parts, settle_options
 from curvalg.problem.setting import Services, Setting
 from curvalg.tensors import trees
+from curvalg.tensors.bits import all_finite
 from curvalg.tensors.memory import free_memory
 
 T = TypeVar("T")
@@ -80,7 +88,15 @@ class Problem(Setting):
             (after some products, where a graph gives the same numbers and is faster, measured once), True (wherever a graph
             gives the same numbers), or False. ``explain()`` says what was captured, or why not. The model is called on a
             stream of the problem's own. On other devices there is nothing to capture.
-        progress: show a progress bar for passes over the data.
+        progress: show a progress bar for passes over the data (on rank 0, where there are several).
+        group: a process group of torch.distributed, as ``torch.distributed.group.WORLD``, or a ``DeviceMesh``: of one
+            dimension, or of two for a model that is sharded along the first and parallelised along the second. Each process
+            then has a part of the batches (:func:`curvalg.distributed.shard`; a part may be empty), L is the loss of all of
+            them, and every process makes the same calls and gets the whole result. None: of this process alone.
+        shard: "parameters": cut the parameters of a whole model over the processes of ``group``, and make them whole one module
+            at a time. Models that ``fully_shard`` has cut stay cut so, without this. Vectors are parts then: ``op @ v`` takes
+            and gives the numbers of this process (``problem.layout`` says which), results of solvers and estimators are of the
+            whole.
 
     A problem is at one state: parameters, buffers, flags, attributes, hooks and submodules of model and loss, the objects of
     your own classes that these hold (and attributes and methods of the classes), variables that their functions close over or
@@ -107,7 +123,7 @@ class Problem(Setting):
     Problem(Linear, MSE, 8 parameters in 2 tensors, torch.float32 on cpu)
     """
 
-    services: ClassVar = Services(count, per_sample_gradients, record_layers)
+    services: ClassVar = Services(count, compare, per_sample_gradients, record_layers)
 
     _columns: Literal["auto", "loop"] | int
 
@@ -133,12 +149,14 @@ class Problem(Setting):
         verify: bool = True,
         graphs: Literal["auto"] | bool = "auto",
         progress: bool = False,
+        group: Any = None,
+        shard: Shard = None,
     ) -> None:
         with LOCK:  # while another problem calls the same model, other tensors stand in it
-            made = make_model(model, params, forward)
+            made = make_model(model, params, forward, shard, group)
         batches = Data(data, target, needs_target=loss is not None)
         super().__init__(made, batches, (loss, reduction), DrawGuard(randomness), Budget(0))
-        self.samples: Samples = _one_of("samples", samples, ("item", "position", "element"))
+        self.samples: Samples = one_of("samples", samples, ("item", "position", "element"))
         if samples != "item" and self.loss is not None and not self.loss.positions:
             raise LossError(
                 f"samples={samples!r} needs a loss that says where its positions are, such as CrossEntropy(class_axis=...) or "
@@ -150,18 +168,24 @@ class Problem(Setting):
                 f"{self.loss.name} are classes of one position. Use samples='position'"
             )
         self.columns = columns
-        self.factored = _one_of("factored", factored, ("auto", True, False))
+        self.factored = one_of("factored", factored, ("auto", True, False))
         self.accumulate = accumulating(accumulate, self.dtype, self.device)
         self.autocast = casting(autocast, self.device)
         self.compiler = compiler(compile)
         self.cache = cache
-        self.output_memory = _output_memory(output_memory)
-        self.verify = _one_of("verify", verify, (True, False))
-        self.capture = _one_of("graphs", graphs, ("auto", True, False))
-        self.progress = _one_of("progress", progress, (True, False))
+        self.output_memory = output_bytes(output_memory)
+        self.verify = self.compares = one_of("verify", verify, (True, False))
+        self.capture = one_of("graphs", graphs, ("auto", True, False))
+        self.progress = one_of("progress", progress, (True, False))
+        grid = made.grid if isinstance(made, ShardedModel) else None
+        self.group = make_group(group, self.device, self.lock, grid=grid)
+        if isinstance(made, ShardedModel):
+            made.join(self.group)
+            settle_options(self)
+        join(self, loss) if not self.group.alone else require_whole_data(model, batches)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._budget = Budget(0)
+        self.budget = Budget(0)
         super().__setstate__(state)
         self.cache = self._cache
 
@@ -179,7 +203,7 @@ class Problem(Setting):
         self._cache = cache
         free = functools.partial(free_memory, self.device) if cache == "auto" else None
         limit = int(cache) if free is None else int(FRACTION * free())
-        self._budget.resize(limit, free)
+        self.budget.resize(limit, free)
 
     @property
     def columns(self) -> Literal["auto", "loop"] | int:
@@ -218,10 +242,88 @@ class Problem(Setting):
         >>> problem.num_samples, problem.refresh().num_samples
         (5, 5)
         """
-        with self._lock:
+        with self.lock:
             self._refreshes += 1
             self._snapshot = None
             self._new_structure()
+        return self
+
+    def with_data(self, data: Any, *, whole: bool = False) -> Problem:
+        """The problem of the same model, loss and options on other data, such as the next minibatch of a training loop.
+
+        What was verified of the model and measured on it holds there as well, so that a problem for every step costs little.
+
+        Args:
+            data: as of :class:`Problem`, read by the same ``forward`` and ``target``.
+            whole: every process has all of these data, rather than a part, where several share the problem.
+
+        >>> import torch
+        >>> from curvalg import Identity, inverse, registry
+        >>> net, (X, y) = torch.nn.Linear(3, 1), (torch.randn(20, 3), torch.randn(20, 1))
+        >>> problem, damped = Problem(net, torch.nn.MSELoss(), (X, y)), registry.build("ggn") + 0.1 * Identity
+        >>> before = problem.value()
+        >>> for rows in torch.arange(20).split(10):
+        ...     batch = problem.with_data((X[rows], y[rows]))
+        ...     _ = batch.step(inverse(damped).lower(batch) @ batch.gradient(), 0.5)
+        >>> problem.value() < before
+        True
+        """
+        if self.whole is not None:
+            return self.whole.with_data(data, whole=whole).restricted(self.layout.names)
+        require_parts(self, whole)
+        read = Data(data, self.data.target, needs_target=self.data.needs_target)
+        with self.lock:
+            twin = self._twin(read, whole=whole)
+        twin.cache = self._cache
+        return twin
+
+    def with_inputs(self, data: Any, *, whole: bool = False) -> Problem:
+        """The problem of the same model and parameters on inputs alone, without a loss: what outputs and Jacobians need.
+
+        Args:
+            data: as of :class:`Problem` with ``loss=None``, read by the same ``forward``.
+            whole: every process has all of these data, rather than a part, where several share the problem.
+
+        >>> import torch
+        >>> from curvalg import Problem, registry
+        >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), (torch.randn(9, 3), torch.randn(9, 1)))
+        >>> registry.build("jacobian").lower(problem.with_inputs(torch.randn(5, 3))).shape
+        (5, 4)
+        """
+        if self.whole is not None:
+            return self.whole.with_inputs(data, whole=whole).restricted(self.layout.names)
+        require_parts(self, whole)
+        read = Data(data, None, needs_target=False)
+        with self.lock:
+            twin = self._twin(read, lossless=True, whole=whole)
+        twin.cache = self._cache
+        return twin
+
+    def step(self, direction: Any, size: float = 1.0) -> Problem:
+        """Move the live parameters: θ − size · direction is written into them, and the state of the problem moves on.
+
+        Args:
+            direction: (D,), of any kind that a product with an operator takes: a tensor, an array, a dict or list of tensors.
+            size: of the step.
+
+        Returns:
+            The problem itself.
+
+        Raises:
+            VectorError: a direction that does not fit, or is not finite.
+            OptionError: a size that is no finite number.
+
+        >>> import torch
+        >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), (torch.randn(9, 3), torch.randn(9, 1)))
+        >>> before = problem.value()
+        >>> problem.step(problem.gradient(), 0.01).value() < before
+        True
+        """
+        if isinstance(size, bool) or not isinstance(size, Real) or not math.isfinite(size):
+            raise OptionError(f"size is a finite number, got {size!r}")
+        with self.lock, LOCK:
+            self.model.update()
+            params_.move(self.model.chosen, self.layout, direction, float(size))
         return self
 
     def close(self) -> None:
@@ -241,7 +343,11 @@ class Problem(Setting):
         order_matters = order_matters or self._strict_order or self.draws.mode == "frozen"
         # Which samples share a batch decides the matrix while they influence each other.
         order_matters = order_matters or bool(self.model.batch_statistics)
+        if not self.group.alone:
+            _ = self.totals  # known to all before any of them reads a batch
         samples: Iterable[ReadBatch] = self.read(order_matters)
+        if self.group.sharded:
+            samples = filled(samples, self.totals)
         if self.progress:
             samples = tqdm(samples, "batches", leave=False)
         try:
@@ -277,16 +383,21 @@ class Problem(Setting):
         """
         if self.whole is not None:  # it does not depend on the parameters
             return self.whole.factor_columns(term)
-        known = self.noted(_FactorColumns)
+        known = self._factor_columns
         if term not in known:
-            with self.differentiating():
-                first = next(iter(self.evaluations(self.snapshot())))
-                if is_made_in_chunks(first, term):
-                    outputs = self.most_classes * sum(t.numel() for t in trees.tensors(first.sample.target))
-                    known[term] = outputs // first.sample.rows
-                else:
-                    known[term] = term.factor_columns(first.evaluate())
+            with self.differentiating(), self.together("the number of columns of a factor"):
+                own = self._factor_columns_here(term)
+                known[term] = own if self.group.alone else int(max(n for (n,) in self.group.numbers(own)))
         return known[term]
+
+    def _factor_columns_here(self, term: Term) -> int:
+        """The columns on the first batch of this process; -1 where there is none."""
+        if (first := next(iter(self.evaluations(self.snapshot())), None)) is None:
+            return -1
+        if not is_made_in_chunks(first, term):
+            return term.factor_columns(first.evaluate())
+        outputs = self.most_classes * sum(t.numel() for t in trees.tensors(first.sample.target))
+        return outputs // first.sample.rows
 
     def value(self) -> float:
         """The loss L(θ) of the whole data set.
@@ -294,13 +405,14 @@ class Problem(Setting):
         Raises:
             ProblemError: it is not finite.
         """
-        with self._lock:
+        with self.lock:
             snapshot = self.snapshot()
             self.need_loss()
             total = 0.0
-            with self.differentiating():
+            with self.differentiating(), self.together("the value of the loss"):
                 for evaluation in self.evaluations(snapshot):
                     total += loss_of(evaluation)
+                total = math.fsum(number for (number,) in self.group.numbers(total))
             return self._finite(total / self.totals.denominator, math.isfinite(total), "value")
 
     def gradient(self) -> Tensor:
@@ -309,15 +421,12 @@ class Problem(Setting):
         Raises:
             ProblemError: it is not finite.
         """
-        with self._lock:
+        with self.lock:
             snapshot = self.snapshot()
             self.need_loss()
-            total = self.sum()
-            with self.differentiating():
-                for evaluation in self.evaluations(snapshot):
-                    total.add(pulled(evaluation, lambda batch: batch.loss_gradient))
-            result: Tensor = total.value
-            return self._finite(result, bool(torch.isfinite(result).all()), "gradient")
+            with self.differentiating(), self.together("the gradient of the loss"):
+                result = gradient_over(self, self.evaluations(snapshot))
+            return self._finite(result, all_finite(result), "gradient")
 
     @staticmethod
     def _finite(result: T, finite: bool, what: str) -> T:
@@ -335,22 +444,3 @@ class Problem(Setting):
             f"Problem({model}, {loss}, {self.size} parameters in {len(self.layout.names)} tensors, {self.dtype} on "
             f"{self.device})"
         )
-
-
-class _FactorColumns(dict[Term, int]):
-    """Numbers of columns of a term's factor for a row, by term."""
-
-
-def _one_of(name: str, value: object, allowed: Sequence[T]) -> T:
-    for known in allowed:
-        if value == known:
-            return known
-    raise ProblemError(f"{name} is one of {list(allowed)}, got {value!r}")
-
-
-def _output_memory(value: Literal["auto"] | float) -> Literal["auto"] | float:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
-        raise ProblemError(f"output_memory is 'auto' or a number of bytes ≥ 0, got {value!r}")
-    return float(value)

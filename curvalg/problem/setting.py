@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,26 +13,34 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import Group
 from curvalg.errors import LossError, ProblemError, StaleError
 from curvalg.expr.facts import LossFacts
+from curvalg.expr.term import Term
 from curvalg.losses import Loss, resolve_loss
-from curvalg.problem.batch import Batch, Layers, Samples
+from curvalg.problem.batch import Batch, Layers, Samples, lazy
 from curvalg.problem.data.batches import Data, ReadBatch
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard
 from curvalg.problem.data.totals import Totals
 from curvalg.problem.kept.cache import WORKSPACE, WORKSPACE_SHARE, Budget, Cache
+from curvalg.problem.kept.circumstances import circumstances
 from curvalg.problem.kept.measured import Measured
 from curvalg.problem.model import parameters as params_
 from curvalg.problem.model.model import Model
 from curvalg.problem.model.parameters import Layout
+from curvalg.problem.model.precision import autocasting, derivatives
+from curvalg.problem.model.same_function import require_same
+from curvalg.problem.model.sharded.sharded_sums import sum_of_parts
 from curvalg.problem.model.snapshot import Configuration, Slot, Snapshot
-from curvalg.tensors import trees
 from curvalg.tensors.batch_sums import BatchSum
 from curvalg.tensors.cuda_graph import SideStream
 from curvalg.tensors.memory import workspace
+from curvalg.tensors.partial_tensors import PartOfVector
+from curvalg.tensors.spaces import VectorSpace
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 OUTPUT_MEMORY, OUTPUT_SHARE = 64 * 2**20, 1 / 32
 """Bytes that outputs may take at a time by default: what suits a host's caches; on a GPU a share of its memory, if more."""
@@ -45,11 +52,13 @@ class Services:
 
     Args:
         count: (setting) -> the totals of the whole data set.
+        compare: (setting) -> nothing; raises where the processes that share it compute different things.
         per_sample: (evaluation, batch) -> the gradients of all shares by parameter.
         layers: (evaluation) -> the recording of the model's layers.
     """
 
     count: Callable[[Any], Totals]
+    compare: Callable[[Any], None]
     per_sample: Callable[[Any, Batch], dict[str, Tensor]]
     layers: Callable[[Any], Layers]
 
@@ -73,18 +82,22 @@ class Setting:
     autocast: torch.dtype | None
     compiler: str | None
     verify: bool
+    compares: bool
     capture: Literal["auto"] | bool
     progress: bool
 
     def __init__(self, model: Model, data: Data, loss: tuple[Any, Any], draws: DrawGuard, budget: Budget) -> None:
-        self.model, self.data, self.draws, self._budget, self._given = model, data, draws, budget, loss
-        self.layout = Layout(model.chosen)
+        self.model, self.data, self.draws, self.budget, self._given = model, data, draws, budget, loss
+        self.layout: Layout = model.layout
         self.device: torch.device = params_.home(model.chosen)
         self.dtype: torch.dtype = self.layout.dtype
         self._kinds = self._find_kinds()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while what the problem shares between operators is made or looked up; one thread at a time."""
         self._side = SideStream(self.device)
         self._refreshes = 0
+        self.group = Group()
+        """The processes that share the problem."""
         self.whole: Self | None = None
         """The problem over all parameters, where this one is over some of them."""
         self.shared: set[Any] = set()
@@ -96,13 +109,12 @@ class Setting:
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_snapshot", "_cached", "_structure", "_budget", "_lock")
+        dropped = ("_snapshot", "_cached", "_structure", "budget", "lock")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._snapshot, self._cached = None, WeakKeyDictionary()
-        self._lock = threading.RLock()
+        self._snapshot, self._cached, self.lock = None, WeakKeyDictionary(), threading.RLock()
         self._structure = self._make_structure()
 
     # -- sizes and facts ------------------------------------------------------------------------------------------------
@@ -113,11 +125,16 @@ class Setting:
         return self.layout.size
 
     @property
+    def vectors(self) -> VectorSpace:
+        """The space of vectors over the chosen parameters."""
+        return self.layout.space(self.group.vectors)
+
+    @property
     def graphs(self) -> Literal["auto"] | bool:
         """Whether products may be captured as CUDA graphs: as asked for, where there are any."""
         return self.capture if self.device.type == "cuda" else False
 
-    @functools.cached_property
+    @lazy
     def most_classes(self) -> int:
         """The most rows of a matrix among the model's tensors: no linear layer has more outputs."""
         return max((owner[key].shape[0] for _, owner, key in self.slots() if owner[key].ndim == 2), default=0)
@@ -137,32 +154,20 @@ class Setting:
     def totals(self) -> Totals:
         """Counts and denominators of the whole data set; the first use at a state reads the data once, without the model
         (with it where the loss is a callable, which is tried on every batch)."""
-        with self._lock:
+        with self.lock:
             structure = self._structure
             if structure.totals is None:
-                structure.totals = self.services.count(self)
-                self.measured.remembered.recall(self.model.given, self._circumstances(structure.totals))
+                with self.together("a pass that counts the data"):
+                    structure.totals = self.services.count(self)
+                    self.services.compare(self)
+                self.measured.remembered.recall(
+                    self.model.given, circumstances(self, structure.totals.rows, structure.totals.loss)
+                )
             return structure.totals
 
-    def _circumstances(self, totals: Totals) -> tuple[Hashable, ...]:
-        """What measured choices depend on besides the model and what their names say: values alone, which hold no model."""
-        source, rule = self.data.source, self.model.rule
-        first = source[0] if isinstance(source, (list, tuple)) and source else ()
-        shapes = tuple(tuple(t.shape) for t in trees.tensors(first))
-        data = (type(source).__name__, shapes, getattr(source, "batch_size", None), self.data.ordered, totals.rows)
-        forward = (getattr(rule, "__qualname__", type(rule).__name__), getattr(self.model.given, "training", None))
-        options = (
-            self.samples,
-            self.factored,
-            self.accumulate,
-            self.autocast,
-            self.compiler,
-            self.capture,
-            self.verify,
-        )
-        memory = self._budget.limit if self._budget.free is None else "auto"
-        place = (str(self.device), tuple(self.layout.dtypes.values()), self.size, torch.get_num_threads())
-        return *data, *forward, *options, memory, self.draws.mode, type(totals.loss).__name__, *place
+    def together(self, what: object) -> AbstractContextManager[None]:
+        """A context around what all processes that share the problem do together; nothing where there is one."""
+        return nullcontext() if self.group.alone else self.group.together(what)
 
     def need_loss(self) -> Loss:
         """The loss, which must be there.
@@ -175,12 +180,22 @@ class Setting:
             raise LossError("the problem was made with loss=None; pass a loss to have a value and a gradient")
         return self.loss
 
-    # -- state ----------------------------------------------------------------------------------------------------------
+    def require_same_function(self, other: Setting, asks: str) -> None:
+        """Raise unless the model of another problem computes the same function of the same parameters, as far as can be seen.
 
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """Held while what the problem shares between operators is made or looked up; one thread at a time."""
-        return self._lock
+        Two problems of one module always do. Of others modules, attributes, flags, hooks, code, buffers and frozen parameters
+        are compared; what cannot be compared is named in a warning. Loss, data and ``forward=`` may differ.
+
+        Args:
+            other: a problem with the same parameters.
+            asks: what the other problem is for, as "influence: queries".
+
+        Raises:
+            ProblemError: it computes another function.
+        """
+        require_same(self.model, other.model, (self.snapshot().state, other.snapshot().state), asks)
+
+    # -- state ----------------------------------------------------------------------------------------------------------
 
     def _make_structure(self) -> Configuration:
         loss, reduction = self._given
@@ -198,6 +213,7 @@ class Setting:
         """Forget the notes about the model, its layers and outputs; all of them are of one structure."""
         self.model.corrected, self.model.composite = None, False
         self._notes: dict[type, Any] = {}
+        self._factor_columns: dict[Term, int] = {}
         self._strict_order = False
 
     def noted(self, kind: type[T]) -> T:
@@ -212,16 +228,23 @@ class Setting:
 
     def snapshot(self) -> Snapshot:
         """The state now, the same object as long as nothing that is watched changes."""
-        with self._lock, LOCK:
+        with self.lock, LOCK:
             if self._snapshot is None or not self._snapshot.intact():
                 if self._update() or not self._structure.intact():
                     self._new_structure()
-                self._snapshot = Snapshot(self._structure, self.slots(), self._lock)
+                self._snapshot = Snapshot(self._structure, self.slots(), self.lock)
+            self._compared(self._snapshot)
             return self._snapshot
+
+    def _compared(self, snapshot: Snapshot) -> None:
+        """Have the next exchange between processes compare the state."""
+        if not self.group.alone:
+            self.group.at(snapshot, lambda: snapshot.digests(self.loss, self.model.divided))
 
     def _update(self) -> bool:
         """Take the parameters that stand in the model now; whether they are on another device than before."""
-        self.model.update()
+        with self.group.telling():  # where one is gone, the other processes must not wait for this one
+            self.model.update()
         self._kinds = self._find_kinds()
         if (device := params_.home(self.model.chosen)) == self.device:
             return False
@@ -250,7 +273,7 @@ class Setting:
         Raises:
             StaleError: it is not.
         """
-        with self._lock, LOCK:
+        with self.lock, LOCK:
             if snapshot.structure.refreshes != self._refreshes:
                 raise StaleError(
                     "the problem was refreshed after the operator was lowered; call operator.refresh() to go on at the new "
@@ -263,16 +286,17 @@ class Setting:
                     self._new_structure(snapshot.structure)
                 self._update()
                 self._snapshot = snapshot
-
-    @property
-    def budget(self) -> Budget:
-        """The memory that recordings share."""
-        return self._budget
+        self._compared(snapshot)
 
     @property
     def workspace(self) -> int:
         """The bytes that a matrix of few directions may take: the budget's or, where nothing is kept, a part of the memory."""
-        return self._budget.limit or workspace(self.device, WORKSPACE_SHARE, WORKSPACE)
+        return self.budget.limit or workspace(self.device, WORKSPACE_SHARE, WORKSPACE)
+
+    @property
+    def common_workspace(self) -> float:
+        """The least workspace of the processes that share the problem, for what all of them have to do alike."""
+        return self.workspace if self.group.alone else self.group.least(self.workspace)
 
     @property
     def output_memory(self) -> float:
@@ -286,14 +310,14 @@ class Setting:
 
     def cached(self, snapshot: Snapshot) -> Cache:
         """Values kept between products at a snapshot; they live as long as it or until :meth:`Problem.close`."""
-        with self._lock:
+        with self.lock:
             if (found := self._cached.get(snapshot)) is None:
-                found = self._cached[snapshot] = Cache(self._budget)
+                found = self._cached[snapshot] = Cache(self.budget)
             return found
 
     def release(self) -> None:
         """Drop everything that is kept between products."""
-        with self._lock:
+        with self.lock:
             # Emptied first: a restriction shares the snapshot, and with it the list that it is in.
             cached, self._cached = self._cached, WeakKeyDictionary()
             for snapshot in cached:
@@ -308,39 +332,32 @@ class Setting:
         The matrix is that of the model in its own dtype; a model that casts inside its forward still does. Where products may
         be captured as CUDA graphs, all runs on a stream of the problem's own.
         """
-        if self.graphs:
-            return self._beside()
-        return self._derivatives()
+        return self._beside() if self.graphs or self.group.sharded else self._derivatives()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        with self._side.entered(), self._derivatives():
+        with self.model.whole() if self.group.sharded else self._side.entered(), self._derivatives():
             yield
 
     def _derivatives(self) -> AbstractContextManager[Any]:
         autocast = any(torch.is_autocast_enabled(kind) for kind in self._kinds)
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast:
             return nullcontext()  # the usual case; on small networks entering contexts is a tenth of a product
-        stack = ExitStack()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in self._kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        return stack
+        return derivatives(self._kinds)
 
     def casting(self) -> AbstractContextManager[Any]:
         """The context of a model call: under autocast if that was asked for."""
-        if self.autocast is None:
-            return nullcontext()
-        stack = ExitStack()
-        for kind in self._kinds:
-            # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
-            stack.enter_context(torch.autocast(kind, self.autocast, cache_enabled=False))
-        return stack
+        return nullcontext() if self.autocast is None else autocasting(self._kinds, self.autocast)
 
     def read(self, order_matters: bool = False) -> Iterator[ReadBatch]:
-        """Read the data once, batch by batch, on the problem's device."""
-        yield from self.data.read(self.device, self.model.entrance, order_matters=order_matters)
+        """Read the data of this process once, batch by batch, on the problem's device.
+
+        Samples and batches are numbered through all processes, once their numbers are known.
+        """
+        totals = self._structure.totals
+        rows, batches = (0, 0) if totals is None else (totals.rows_before, totals.batches_before)
+        for sample in self.data.read(self.device, self.model.entrance, order_matters=order_matters):
+            yield sample.after(rows, batches)
         self._structure.has_read()
 
     def number_samples(self) -> None:
@@ -357,8 +374,45 @@ class Setting:
         self._strict_order = True
 
     def sum(self) -> BatchSum:
-        """An empty sum over batches."""
+        """An empty sum over the batches of this process."""
         return BatchSum(self.accumulate)
+
+    def totalled(self, sums: Mapping[K, BatchSum]) -> dict[K, Any]:
+        """The sums over the batches of all processes, by one exchange."""
+        if self.group.alone:
+            return {key: total.value for key, total in sums.items()}
+        wide = [total.wide for total in sums.values()]
+        if self.group.sharded:
+            return dict(zip(sums, sum_of_parts(self.group, wide, self.size), strict=True))
+        found = self.group.sum(None if all(value is None for value in wide) else wide) or wide
+        return {k: total.rounded(value, self.dtype) for (k, total), value in zip(sums.items(), found, strict=True)}
+
+    def as_part(self, vector: Tensor) -> Tensor:
+        """A vector over the parameters; where they are sharded, marked as a part, which is no summand of another sum."""
+        return vector.as_subclass(PartOfVector) if self.group.sharded else vector
+
+    # -- other data -----------------------------------------------------------------------------------------------------
+
+    def _twin(self, data: Data, *, lossless: bool = False, whole: bool = False) -> Self:
+        """The same model and loss, or none, on other data (maybe all of them), with what is known and a state of its own."""
+        state = self.snapshot()
+        known = state.structure
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        if lossless:
+            twin._given, twin.samples = (None, None), "item"
+        twin.data, twin.model = data, copy.copy(self.model)
+        if whole:
+            twin.group = Group()
+        data.may_be_empty = not twin.group.alone
+        twin.budget, twin._cached = Budget(0), WeakKeyDictionary()
+        twin.lock, twin.shared = threading.RLock(), set()
+        twin.measured = Measured(self.layout.names, self.device, like=self.measured)
+        twin._structure = twin._make_structure()
+        twin._structure.found = copy.deepcopy(known.found) if lossless else known.found
+        twin._factor_columns = {}
+        twin._snapshot = state.on(twin._structure, twin.lock)
+        return twin
 
     # -- some of the parameters -----------------------------------------------------------------------------------------
 
@@ -369,7 +423,7 @@ class Setting:
             ProblemError: a pattern that matches none.
         """
         key = tuple(patterns)
-        with self._lock:
+        with self.lock:
             snapshot = self._snapshot or self.snapshot()
             if key not in snapshot.restrictions:
                 snapshot.restrictions[key] = self._restricted(key, snapshot)
@@ -382,7 +436,7 @@ class Setting:
         twin.__dict__.update(self.__dict__)
         twin.model = copy.copy(self.model)
         twin.model.chosen = {name: self.model.chosen[name] for name in names}
-        twin.layout = Layout(twin.model.chosen)
+        twin.layout = twin.model.layout
         twin.dtype = twin.layout.dtype
         twin.whole, twin.shared = self, set()
         twin.measured = Measured(names, self.device, like=self.measured)

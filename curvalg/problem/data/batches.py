@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class ReadBatch:
         rows: number of samples.
         start: running number of its first sample.
         index: running number of the batch.
+        weightless: whether it counts for nothing: the model is called on it because other processes call it at the same time.
     """
 
     batch: Any
@@ -40,6 +41,11 @@ class ReadBatch:
     rows: int
     start: int
     index: int
+    weightless: bool = False
+
+    def after(self, rows: int, batches: int) -> ReadBatch:
+        """The same batch, numbered behind so many samples and batches of other processes."""
+        return replace(self, start=self.start + rows, index=self.index + batches) if batches else self
 
     def head(self, rows: int) -> ReadBatch:
         """The first rows of every tensor whose leading axis has the length of the batch, or the first graphs."""
@@ -85,6 +91,8 @@ class Data:
         self.needs_target = needs_target
         # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
         self.fixed = isinstance(self.source, list)
+        self.may_be_empty = False
+        """Whether there may be no batch here, as on one of several processes."""
         self._stream = LoaderStream()
         self._reference: list[Fingerprint] | None = None
 
@@ -101,6 +109,15 @@ class Data:
     def contents(self) -> Fingerprint | None:
         """The contents that a loader gave in the first pass, without the order; None before, and for data in memory."""
         return None if self.fixed or self._reference is None else total(self._reference)[:-1]
+
+    def sums(self) -> Fingerprint | None:
+        """The contents, however they are split into batches, without the order; None where there are none."""
+        if self.fixed and self.source:
+            prints = [
+                fingerprint(batch, trees.rows(self._target(batch)) or trees.rows(batch) or 0) for batch in self.source
+            ]
+            return total(prints)[:-1]
+        return self.contents or None
 
     def forget(self) -> None:
         """Compare later passes no longer with what the first one gave."""
@@ -136,7 +153,7 @@ class Data:
             if count:
                 yield ReadBatch(batch, target, count, start, index)
             start += count
-        if not start:
+        if not start and not self.may_be_empty:
             raise ProblemError(
                 _ONCE if self._reference else "the data are empty: there is no batch with a sample in it"
             )

@@ -108,7 +108,7 @@ class Cache:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self._budget = budget
+        self.budget = budget
         self._values: dict[tuple[str, Hashable], Any] = {}
 
     def get(self, kind: str, key: Hashable, make: Callable[[], T], *, budgeted: bool = False) -> T:
@@ -129,12 +129,12 @@ class Cache:
 
     def _within_budget(self, entry: CacheEntry, make: Callable[[], T]) -> T:
         if entry.value is not None:
-            self._budget.touch(entry)
+            self.budget.touch(entry)
             return cast("T", entry.value)
         value = make()
         leaves: list[Any] = optree.tree_leaves(cast("Any", value))
         nbytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
-        if self._budget.reserve(entry, nbytes):
+        if self.budget.reserve(entry, nbytes):
             entry.value = value
         return value
 

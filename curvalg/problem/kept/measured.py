@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from curvalg.problem.kept.expected import Expected
 from curvalg.problem.kept.remembered import Remembered
 
 
@@ -27,6 +28,7 @@ class Measured:
         self.choices: dict[str, Any] = {} if like is None else like.choices
         self.recalled: dict[str, Any] = {} if like is None else like.recalled
         self.remembered: Remembered = Remembered() if like is None else like.remembered
+        self.expected: Expected = Expected() if like is None else like.expected
 
     def name(self, topic: str, subject: object) -> str:
         """The name of a choice about something on these parameters."""

@@ -20,6 +20,8 @@ LONG = 0.05
 """Seconds of a run above which one is enough: what warming up saves is little of it."""
 ENOUGH = 0.5
 """Seconds after which no further turn of a race is run."""
+SPENT = 3.0
+"""Runs of the reference, as wide as the widest way, that a race may take in all: about three gradients where a run is one."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Race(Generic[K]):
         insist: bool = False,
         turns: int = 1,
         enough: Callable[[Mapping[K, float]], bool] = lambda seconds: False,
+        within: float = SPENT,
     ) -> K:
         """Choose the fastest way by measuring.
 
@@ -117,6 +120,7 @@ class Race(Generic[K]):
             insist: take the reference only if no other can be taken.
             turns: how often each is measured, all of them in turn, so that a drift hits all alike.
             enough: by the seconds until now, whether no further way need be measured.
+            within: runs of the reference, as wide as the widest way, that measuring may take; ways left untimed lose.
         """
         first, known = next(iter(candidates)), self.known
 
@@ -134,7 +138,7 @@ class Race(Generic[K]):
         left = others if insist and others else [first, *others]
         self.seconds = {}
         if len(left) > 1:
-            self.seconds = measure({way: candidates[way] for way in left}, turns, enough, self._measured.device)
+            self.seconds = measure({way: candidates[way] for way in left}, turns, enough, self._measured.device, within)
         fastest = min(self.seconds, key=lambda way: self.seconds[way] * candidates[way].handicap, default=left[0])
         return self.decide(fastest, of_the_model=bool(self.seconds))
 
@@ -144,17 +148,28 @@ class Race(Generic[K]):
 
 
 def measure(
-    candidates: Mapping[K, Candidate], turns: int, enough: Callable[[Mapping[K, float]], bool], device: torch.device
+    candidates: Mapping[K, Candidate],
+    turns: int,
+    enough: Callable[[Mapping[K, float]], bool],
+    device: torch.device,
+    within: float = math.inf,
 ) -> dict[K, float]:
     """Seconds by way and column, the least of all rounds.
 
     Every turn of a way begins with a run that is not timed: it makes again what another has pushed out of a memory that is too
-    small for both.
+    small for both. A race that has taken as long as some runs of the first way ends there: ways that were not timed yet lose.
     """
     best: dict[K, float] = {}
-    begin = time.perf_counter()
+    begin, reference = time.perf_counter(), next(iter(candidates))
+    widest = max(candidate.work for candidate in candidates.values())
+
+    def over() -> bool:
+        return time.perf_counter() - begin > within * widest * best.get(reference, math.inf)
+
     for turn in range(turns):
         for way, candidate in candidates.items():
+            if over():
+                return best
             rounds = candidate.rounds
             if turn == 0 and (before := candidate.seconds()) is not None:
                 best[way], rounds = before / candidate.work, rounds - 1
@@ -168,7 +183,7 @@ def measure(
             for _ in range(rounds):
                 seconds = timed(candidate.run, device)[0]
                 best[way] = min(best.get(way, math.inf), seconds / candidate.work)
-                if seconds > LONG:
+                if seconds > LONG or over():
                     break
             if turn == 0 and enough(best):
                 return best

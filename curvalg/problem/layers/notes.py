@@ -14,6 +14,7 @@ class LayerNotes:
         folded: whether rows of the output that lie together are computed together, as many as there are for each row of the
             input; None: it was not asked.
         noise: the rounding of the model's gradients, relative; None before it was measured.
+        operations: names of the operations of the batches that were compared.
         compared: parameter -> rows of the batch that its record was compared on, 2 for any more.
     """
 
@@ -24,4 +25,5 @@ class LayerNotes:
         self.spread: set[str] = set()
         self.folded: bool | None = None
         self.noise: float | None = None
+        self.operations: frozenset[str] = frozenset()
         self.compared: dict[str, int] = {}

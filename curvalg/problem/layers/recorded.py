@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from curvalg.errors import ProblemError
+from curvalg.problem.batch import lazy
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.layers.build import Portion, build, portions
 from curvalg.problem.layers.capture import Capture
@@ -22,7 +23,7 @@ from curvalg.problem.layers.origin import Origin
 from curvalg.problem.layers.per_sample import refuse_batch_statistics, row_gradients
 from curvalg.problem.layers.routing import is_steady
 from curvalg.problem.layers.uses import Declined, EmbeddingUse, Routing, SpreadTableUse, Use
-from curvalg.problem.layers.verify import MISPLACED, misplaced, owners, rounding, settle
+from curvalg.problem.layers.verify import MISPLACED, misplaced, note_unseen, owners, rounding, settle
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
@@ -40,10 +41,18 @@ class RecordedLayers:
         leaves: the tensors that stand for the parameters.
         form: how z came from what the model returned.
         capture: what happened to the leaves.
+        compared: whether records are compared with gradients before they are handed out.
     """
 
     def __init__(
-        self, evaluation: Evaluation, z: Tensor, leaves: list[Tensor], form: OutputForm, capture: Capture
+        self,
+        evaluation: Evaluation,
+        z: Tensor,
+        leaves: list[Tensor],
+        form: OutputForm,
+        capture: Capture,
+        *,
+        compared: bool = True,
     ) -> None:
         # The batch holds no recording that holds the batch: graphs are freed when they are done with.
         alive = ref(self)
@@ -57,7 +66,7 @@ class RecordedLayers:
         self._found = capture.uses
         self.notes.spread |= capture.spread
         self._inputs: dict[tuple[int, ...], GuardedInput | LinearMap] = {}
-        self._settled = False
+        self._settled, self._compared = False, compared
         for name, reason in capture.reasons.items():
             self.notes.reasons.setdefault(name, reason)
 
@@ -83,11 +92,16 @@ class RecordedLayers:
         return self._foldable if self.notes.folded else 1
 
     @property
+    def operations(self) -> frozenset[str]:
+        """The names of the operations that the output was computed by."""
+        return frozenset(self.evaluation.operations)
+
+    @property
     def rows(self) -> int:
         """The rows of the output that are computed apart from each other, or groups of these."""
         return self.z.shape[0] // self.fold
 
-    @cached_property
+    @lazy
     def _foldable(self) -> int:
         """The number of rows of the output for each row of the inputs; 1 where there are not several."""
         rows = self.z.shape[0]
@@ -144,18 +158,30 @@ class RecordedLayers:
             raise ProblemError(
                 f"cotangents must have the shape (columns, {', '.join(map(str, self.z.shape))}), got {tuple(cotangents.shape)}"
             )
-        if not self._settled:
-            settle(self)
-            self._settled = True
+        self._settle()
         fold = self.fold
         found = self.build(self._apart(cotangents.detach(), 1 if independent else fold))
         if self.fold != fold:  # this batch has shown it
             return self.records(cotangents, independent=independent)
         groups = self.notes.groups
-        if not groups:
+        if not self._compared:  # they may still turn out to be others
+            groups = [record.params for record in found]
+        elif not groups:
             groups.extend(record.params for record in found)
         records = [self._in_group(group, found) for group in groups]
         return records if fold == 1 or independent else [Regrouped(record, fold) for record in records]
+
+    def _settle(self) -> None:
+        if not self._settled:
+            settle(self) if self._compared else note_unseen(self)
+            self._settled = True
+
+    def most_bytes(self) -> int:
+        """The bytes that the gradients of one column may take in records, at the most, before any is computed."""
+        self._settle()
+        at_outputs = sum(use.output_shape.numel() for use in self._uses)
+        by_rows = sum(self.leaves[name].numel() for name in self.notes.reasons if name in self.leaves)
+        return self.fold * self.dtype.itemsize * (at_outputs + self.rows * by_rows)
 
     @staticmethod
     def _apart(cotangents: Tensor, fold: int) -> Tensor:
@@ -182,23 +208,25 @@ class RecordedLayers:
         if strange := self._misplaced(cotangents, gradients):
             if self.notes.folded is not False and self._foldable > 1:
                 self.notes.folded = self.notes.folded is None  # groups are tried once
+                uses = self._uses
                 for i in gradients:
-                    self._uses[i].routing = None
+                    uses[i].routing = None
                 return self.build(cotangents)
-            moved = {name for i in strange for name in self._uses[i].names}
+            uses = self._uses
+            moved = {name for i in strange for name in uses[i].names}
             wrong = {name for name in moved if not self.respread(name)} - self.notes.reasons.keys()
             self.notes.reasons.update(dict.fromkeys(wrong, MISPLACED))
             return self.build(cotangents)
-        columns, rows = len(cotangents), self.rows
+        columns, rows, all_uses = len(cotangents), self.rows, self._uses
         found: list[LayerRecord] = []
         for members, indices in self._groups(gradients):
             names = tuple(dict.fromkeys(portion.origin.name for portion in members.values()))
             if not indices:
                 found.append(Zero(self._place(names), columns, rows, self.z.new_zeros((), dtype=self.dtype)))
                 continue
-            uses, at_outputs = [self._uses[i] for i in indices], [gradients[i] for i in indices]
+            uses, at_outputs = [all_uses[i] for i in indices], [gradients[i] for i in indices]
             try:
-                inputs = partial(self._held, indices, rows)
+                inputs = partial(self._held, uses, rows)
                 place = self._place(names, members)
                 found.append(build(place, members, uses, at_outputs, rows, self.dtype, inputs))
             except Declined as reason:
@@ -235,8 +263,8 @@ class RecordedLayers:
 
         A random cotangent u gives a layer deltas δ, and the cotangent with row n times n + 1 gives (n + 1) δ in those of row n.
         """
-        rows = self.rows
-        uses = {i: use for i in gradients if (use := self._uses[i]).routable}
+        rows, every = self.rows, self._uses
+        uses = {i: use for i in gradients if (use := every[i]).routable}
         asked = [i for i, use in uses.items() if use.routing is None and (i in strange or not use.fits(rows))]
         if not asked:
             return list(strange)
@@ -253,7 +281,7 @@ class RecordedLayers:
                 uses[i].routing = Routing.of(owner, rows)
         return [i for i in strange if i not in uses or uses[i].routing is None]
 
-    @cached_property
+    @lazy
     def _steady(self) -> bool:
         return is_steady(self.z)
 
@@ -269,13 +297,15 @@ class RecordedLayers:
         if (key := (sample.index, sample.rows, self.fold)) in checked or self._steady:
             return []
 
+        uses = self._uses
+
         def arranged(found: dict[int, Tensor]) -> dict[int, Tensor]:
-            return {i: self._uses[i].arranged(g) for i, g in found.items()}
+            return {i: uses[i].arranged(g) for i, g in found.items()}
 
         def pull(s: Tensor) -> dict[int, Tensor]:
             return arranged(self._pull(s))
 
-        aligned = {i: g for i, g in gradients.items() if self._uses[i].routing is None}
+        aligned = {i: g for i, g in gradients.items() if uses[i].routing is None}
         strange = self._route(gradients, misplaced(self, cotangents, arranged(aligned), pull))
         # A row without a cotangent shows nothing of its place; and loaders that shuffle give other rows next time. Where
         # inputs lie in other rows, although their number fits, the next recording of the batch has to find that again.
@@ -333,9 +363,8 @@ class RecordedLayers:
         pairs = zip(needed, gradients, strict=True)
         return {i: g.reshape(g.shape[0], *uses[i].output_shape) for i, g in pairs if g is not None and g.numel()}
 
-    def _held(self, indices: tuple[int, ...], rows: int) -> GuardedInput | LinearMap:
+    def _held(self, uses: Sequence[Use], rows: int) -> GuardedInput | LinearMap:
         """The inputs of some uses, made once for all chunks of columns."""
-        uses = [self._uses[i] for i in indices]
         key = tuple(map(id, uses))
         if key not in self._inputs:
             self._inputs[key] = uses[0].joined(uses[1:], rows, self.dtype)
@@ -372,11 +401,12 @@ class RecordedLayers:
         return ParameterGroup(params, owner, dict(model.module.named_modules())[owner], shapes)
 
 
-def record_layers(evaluation: Evaluation) -> RecordedLayers:
+def record_layers(evaluation: Evaluation, *, compared: bool = True) -> RecordedLayers:
     """Call the model once and keep what gives layer inputs and output deltas.
 
     Args:
         evaluation: a batch at a snapshot.
+        compared: whether records are compared with gradients before they are handed out.
 
     Raises:
         ProblemError: rows influence each other through batch statistics; the model fails on the batch.
@@ -385,4 +415,4 @@ def record_layers(evaluation: Evaluation) -> RecordedLayers:
     refuse_batch_statistics(problem.model)
     capture = Capture(problem.layout.names)
     z, leaves, form = evaluation.record(capture.watch)
-    return RecordedLayers(evaluation, z, leaves, form, capture)
+    return RecordedLayers(evaluation, z, leaves, form, capture, compared=compared)

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -214,6 +215,10 @@ class DenseUse(Use):
         return self.deltas(gradient, rows).permute(1, 2, 3, 0, 4).flatten(3)
 
 
+def _as_it_is(source: Tensor) -> Tensor:
+    return source
+
+
 class ElementUse(Use):
     """Parameters that are multiplied or added elementwise, broadcast over positions.
 
@@ -234,7 +239,7 @@ class ElementUse(Use):
         roles: Mapping[str, Origin],
         shape: torch.Size,
         source: Tensor | None,
-        normalise: Callable[[Tensor], Tensor] = lambda source: source,
+        normalise: Callable[[Tensor], Tensor] = _as_it_is,
         sign: int = 1,
     ) -> None:
         super().__init__(call, roles, source)
@@ -373,7 +378,12 @@ def _holds(check: Callable[[], object]) -> bool:
 
 def channels_last(groups: int) -> Callable[[Tensor], Tensor]:
     """Gradients (K, N, channels, ...) with respect to an image as (K, N, ..., groups, channels of one group)."""
-    return lambda gradient: gradient.movedim(2, -1).unflatten(-1, (groups, -1))
+    return partial(_channels_last, groups)
+
+
+def _channels_last(groups: int, gradient: Tensor) -> Tensor:
+    unfolded: Tensor = gradient.movedim(2, -1).unflatten(-1, (groups, -1))
+    return unfolded
 
 
 @dataclass(frozen=True)

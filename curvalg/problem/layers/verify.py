@@ -25,7 +25,7 @@ COLUMNS = 1
 SPARE = 1e2
 """Single gradients may be off by this many times the rounding that was measured."""
 
-ROWS = 8
+ROWS = 4
 """Rows that are enough for a comparison, where they can be computed without the others of a large batch."""
 
 
@@ -59,6 +59,11 @@ class Comparable(Protocol):
         ...
 
     @property
+    def operations(self) -> frozenset[str]:
+        """The names of the operations that the output was computed by."""
+        ...
+
+    @property
     def rows(self) -> int:
         """The rows of the output that are computed apart from each other, or groups of these."""
         ...
@@ -82,9 +87,14 @@ def settle(recorded: Comparable) -> None:
     Raises:
         ProblemError: a parameter's gradients are wrong on every route.
     """
-    _note_unseen(recorded)
+    note_unseen(recorded)
+    notes, met = recorded.notes, recorded.operations
+    if new := met - notes.operations:  # which may mix rows that none did before
+        notes.compared.clear()
     if _unchecked(recorded):
-        recorded = recorded.head(ROWS) or recorded
+        few = recorded.head(ROWS)
+        recorded = few if few is not None and new <= few.operations else recorded
+    notes.operations |= met
     # At worst: the rounding is measured, rows are found to be computed together, each parameter is respread and then noted.
     for _ in range(2 * len(recorded.leaves) + 3):
         if not (unchecked := _unchecked(recorded)) or not _compare(recorded, unchecked):
@@ -103,7 +113,7 @@ def _unchecked(recorded: Comparable) -> list[str]:
     ]
 
 
-def _note_unseen(recorded: Comparable) -> None:
+def note_unseen(recorded: Comparable) -> None:
     """Parameters that reach the output where no torch function shows them (custom autograd functions)."""
     notes = recorded.notes.reasons
     unseen = [name for name in recorded.leaves if name not in recorded.used and name not in notes]

@@ -163,6 +163,10 @@ class LayerRecord(ABC):
         """
 
     @abstractmethod
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        """Shares of the positions t in :meth:`project`, whose sum it is: shape (P, K, n, T); T = 1 where there are none."""
+
+    @abstractmethod
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         """Sums Σₖₙ wₚₖₙ gₖₙ for weights (P, K, n), by parameter (P, *parameter.shape)."""
 
@@ -190,8 +194,12 @@ class LayerRecord(ABC):
         """Squared norms ‖gₖₙ‖² over all parameters of the record, shape (K, n)."""
 
     @abstractmethod
-    def explicit(self) -> dict[str, Tensor]:
-        """Gradients gₖₙ by parameter, (K, n, *parameter.shape): as much memory as K·n gradients."""
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Gradients gₖₙ of some rows by parameter, (K, n, *parameter.shape): as much memory as K·n gradients.
+
+        Args:
+            rows: one after the other, by default all.
+        """
 
     def factor_pairs(self) -> list[FactorPairs] | str:
         """The inputs and deltas whose second moments are Kronecker factors, part by part of a weight, or why there are none."""
@@ -238,6 +246,9 @@ class GuardedInput:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._version = tensor._version
+
+    def __reduce__(self) -> tuple[type[GuardedInput], tuple[Tensor]]:
+        return GuardedInput, (self.tensor,)  # a version is of one process
 
     @property
     def tensor(self) -> Tensor:

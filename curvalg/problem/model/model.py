@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from curvalg.errors import ProblemError, ProblemTypeError
+from curvalg.errors import ProblemError
 from curvalg.problem.data.batches import call_model
 from curvalg.problem.data.process import LOCK
 from curvalg.problem.model import parameters as params_
@@ -42,8 +42,8 @@ def recording(model: Model, *, once: bool = False) -> Iterator[None]:
         if not once:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # Non-reentrant checkpoints recompute in the backward pass, with the live parameters in place of the exchanged ones.
-        # While saved tensors are traced they save what they would recompute.
-        stack.callback(_set_hooks_tracing, _set_hooks_tracing(True))
+        # While saved tensors are traced they save what they would recompute. Where parameters stay exchanged they need not.
+        stack.callback(_set_hooks_tracing, _set_hooks_tracing(not model.recomputes))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
@@ -68,7 +68,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-class _Adapter(nn.Module):
+class RuleModule(nn.Module):
     """Holds the user's module, so that ``forward(model, batch)`` sees it with exchanged parameters."""
 
     def __init__(self, module: nn.Module, rule: Callable[[nn.Module, Any], Any]) -> None:
@@ -92,11 +92,24 @@ class ModuleModel:
         rule: ``forward(model, batch)``.
     """
 
+    divided: frozenset[str] = frozenset()
+    """Names of the slots of which this process has a part only."""
+    recomputes = False
+    """Whether checkpoints recompute, with the right parameters, or save what they would recompute."""
+
+    @property
+    def layout(self) -> params_.Layout:
+        """The places of the chosen parameters in vectors."""
+        return params_.Layout(self.chosen)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A context of model calls and of the passes back through them."""
+        return nullcontext()
+
     def __init__(self, module: nn.Module, params: params_.Selection, rule: Adapter | None) -> None:
-        require_unsharded(module)
         self.module = module
         self.rule = rule
-        self.chosen = params_.select(module, params)
+        self.chosen = self._select(params)
         self.forms = params_.Forms(self.chosen)
         for name, owner, key in self.slots():
             if isinstance(owner[key], (UninitializedParameter, UninitializedBuffer)):
@@ -106,6 +119,10 @@ class ModuleModel:
         """Whether functions with wrong derivatives are used; None before the first call."""
         self.composite = False
         """Whether normalisations are to be written in elementary operations (``corrections``)."""
+
+    def _select(self, params: params_.Selection) -> dict[str, Tensor]:
+        require_unsharded(self.module)
+        return params_.check(params_.selected(self.module, params))
 
     @property
     def given(self) -> object:
@@ -164,7 +181,7 @@ class ModuleModel:
         # Buffers are cloned in every call: batch-norm in training mode writes its running statistics into them.
         buffers = params_.slots(self.module, "_buffers")
         tensors |= {f"module.{name}": state[name].clone() for name, _, _ in buffers}
-        adapter = _Adapter(self.module, self.rule or call_model)
+        adapter = RuleModule(self.module, self.rule or call_model)
         # tie_weights=False with one key per slot: the default leaves plain tensors behind in a module that is reached
         # under two names.
         return functional_call(adapter, tensors, (batch,), tie_weights=False)
@@ -172,13 +189,14 @@ class ModuleModel:
     def call_live(self, state: Mapping[str, Tensor], batch: Any) -> Any:
         """The output on one batch of the user's module itself, with its own parameters; buffers are copies."""
         buffers = {f"module.{n}": state[n].clone() for n, _, _ in params_.slots(self.module, "_buffers")}
-        return functional_call(_Adapter(self.module, self.rule or call_model), buffers, (batch,), tie_weights=False)
+        return functional_call(RuleModule(self.module, self.rule or call_model), buffers, (batch,), tie_weights=False)
 
 
 class CallableModel:
     """A function ``(params, inputs) -> output`` with its parameters in a dict."""
 
-    recurrent = False
+    recurrent = recomputes = False
+    divided: frozenset[str] = frozenset()
     batch_statistics: list[str] = []  # noqa: RUF012
 
     def __init__(self, function: Callable[[dict[str, Tensor], Any], Any], params: Any, rule: Adapter | None) -> None:
@@ -193,6 +211,15 @@ class CallableModel:
         self.forms = params_.Forms(self.chosen)
         self.corrected: bool | None = None
         self.composite = False
+
+    @property
+    def layout(self) -> params_.Layout:
+        """The places of the chosen parameters in vectors."""
+        return params_.Layout(self.chosen)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A context of model calls; see :class:`ModuleModel`."""
+        return nullcontext()
 
     @property
     def given(self) -> object:
@@ -241,25 +268,6 @@ def _entrance(parameters: Iterable[Any]) -> torch.device | None:
     first = next((p for p in parameters if isinstance(p, Tensor)), None)
     # Parameters on the meta device are loaded when they are needed, to wherever that is.
     return None if first is None or first.is_meta else first.device
-
-
-def make_model(model: Any, params: params_.Selection, forward: Adapter | None) -> Model:
-    """The model as a function of its chosen parameters.
-
-    Raises:
-        ProblemError: neither a module nor a function, or a selection that does not fit.
-    """
-    if forward is not None and not callable(forward):
-        raise ProblemTypeError(
-            f"forward is a function of the model and a batch, got {forward!r}; write forward=lambda model, batch: ..."
-        )
-    if isinstance(model, nn.Module):
-        return ModuleModel(unwrap(model), params, forward)
-    if callable(model):
-        return CallableModel(model, params, forward)
-    raise ProblemTypeError(
-        f"model must be an nn.Module or a function (params, inputs) -> output, got {type(model).__name__}"
-    )
 
 
 def called_wrongly(error: TypeError) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.tensors import trees
+from curvalg.tensors.bits import all_finite
 
 
 class OutputForm:
@@ -65,8 +65,7 @@ def _widen(t: Tensor, device: torch.device) -> Tensor:
 
 def require_finite_output(z: Tensor, index: int) -> None:
     """Raise ProblemError for outputs with NaN or infinite entries, of the batch of this number."""
-    # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
-    if not math.isfinite(z.sum().item()) and not bool(torch.isfinite(z).all()):
+    if not all_finite(z):
         raise ProblemError(
             f"the model's output on batch {index} has NaN or infinite entries; check parameters and data (half precision "
             "overflows at 65504)"

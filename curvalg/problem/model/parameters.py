@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.nn.parameter import UninitializedParameter
 from curvalg.errors import ProblemError, ProblemTypeError, VectorError
 from curvalg.problem.model.sharded import require_whole
 from curvalg.problem.model.snapshot import Slot
+from curvalg.tensors.bits import all_finite
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.sharded_space import Exchanger
 
 
 class Layout:
@@ -133,6 +136,18 @@ class Layout:
             if g is not None:
                 total[:, place] += g.reshape(len(total), -1)
 
+    def space(self, exchanger: Exchanger) -> VectorSpace:
+        """The space of vectors, given what sums over the processes that hold parts of them."""
+        return VectorSpace(self.size)
+
+    def places(self) -> Tensor:
+        """The place in a whole vector of each number of this process, int64 on the CPU."""
+        return torch.arange(self.size, device="cpu")
+
+    def once(self, rows: Tensor) -> Tensor:
+        """Rows (K, D) whose sums over all processes count every number once."""
+        return rows
+
     def __repr__(self) -> str:
         return f"Layout({self.size} parameters in {len(self.shapes)} tensors, {self.dtype})"
 
@@ -151,7 +166,7 @@ def slots(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[S
 Selection = None | str | Sequence[str] | Mapping[str, Tensor]
 
 
-def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
+def selected(module: nn.Module, params: Selection) -> dict[str, Tensor]:
     """The chosen parameters of a module, tied ones once, in the order of ``named_parameters()``.
 
     Raises:
@@ -176,7 +191,7 @@ def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
         if not isinstance(params, Iterable):
             raise ProblemTypeError(f"params is None, names or glob patterns, or a dict, got {type(params).__name__}")
         chosen = {id(every[name]) for name in match([params] if isinstance(params, str) else params, list(every))}
-    return check({name: p for name, p in module.named_parameters() if id(p) in chosen})
+    return {name: p for name, p in module.named_parameters() if id(p) in chosen}
 
 
 def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
@@ -201,8 +216,12 @@ def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if name in matched]
 
 
-def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def check(parameters: Mapping[str, Tensor], *, may_be_empty: bool = False) -> dict[str, Tensor]:
     """Return the parameters, tied ones once, if curvature can be computed for all of them.
+
+    Args:
+        parameters: by name.
+        may_be_empty: whether all numbers may lie elsewhere.
 
     Raises:
         ProblemError: complex, integer, uninitialised, sharded or empty parameters.
@@ -227,7 +246,7 @@ def check(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not p.is_floating_point():
             raise ProblemError(f"parameter {name!r} has dtype {p.dtype}; only floating-point parameters have curvature")
         unique.setdefault(id(p), (name, p))
-    if not unique or not math.fsum(p.numel() for _, p in unique.values()):
+    if not unique or not (may_be_empty or math.fsum(p.numel() for _, p in unique.values())):
         raise ProblemError("there are no parameters to compute curvature for")
     chosen = dict(unique.values())
     home(chosen)
@@ -292,3 +311,35 @@ def _form(p: Tensor) -> tuple[torch.Size, torch.dtype]:
 def _shown(form: tuple[torch.Size, torch.dtype]) -> str:
     shape, dtype = form
     return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+
+
+def move(chosen: Mapping[str, Tensor], layout: Layout, direction: object, size: float) -> None:
+    """Write θ − size · direction into the parameters.
+
+    Args:
+        chosen: the live parameters.
+        layout: theirs.
+        direction: one vector: a tensor or array (D,), or tensors by name or in order.
+        size: of the step.
+
+    Raises:
+        VectorError: another shape, or entries that are not finite.
+    """
+    tree = isinstance(direction, Mapping) or (
+        isinstance(direction, (list, tuple)) and all(isinstance(t, Tensor) for t in direction)
+    )
+    flat: Any = direction
+    if tree:
+        flat = layout.flatten(flat)
+    elif not isinstance(direction, Tensor):
+        flat = torch.as_tensor(flat, device="cpu")
+    if flat.shape != (layout.size,) or not flat.is_floating_point():
+        raise VectorError(
+            f"expected a direction of {layout.size} real numbers, got {flat.dtype} of shape {tuple(flat.shape)}"
+        )
+    if not all_finite(flat):
+        raise VectorError("the direction has entries that are not finite; nothing was moved")
+    with torch.no_grad():
+        for parameter, part in zip(chosen.values(), layout.unflatten(flat.detach()).values(), strict=True):
+            moved = parameter.to(part.dtype) - size * part.to(parameter.device)  # before half precision rounds the step
+            parameter.copy_(moved)

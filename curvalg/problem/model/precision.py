@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
 import torch
 
 from curvalg.errors import ProblemError
@@ -57,3 +61,31 @@ def casting(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | No
     raise ProblemError(
         f"autocast is torch.bfloat16, torch.float16 or None, got {dtype!r}; on {device} it casts to no other"
     )
+
+
+def derivatives(kinds: Sequence[str]) -> AbstractContextManager[Any]:
+    """A context with gradients on, inference mode and autocast off.
+
+    Args:
+        kinds: of devices.
+    """
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    for kind in kinds:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def autocasting(kinds: Sequence[str], dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """A context under autocast.
+
+    Args:
+        kinds: of devices.
+        dtype: that is cast to.
+    """
+    stack = ExitStack()
+    for kind in kinds:
+        # Without the cache of cast weights: it outlives the tangents and exchanged parameters of one call.
+        stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+    return stack

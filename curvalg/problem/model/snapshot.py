@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,10 +16,31 @@ from curvalg.losses import Loss
 from curvalg.problem.data.totals import Totals
 from curvalg.problem.model.side_effects import SideEffects
 from curvalg.problem.model.watch import Watch
-from curvalg.tensors.bits import Bits, ManyBits
+from curvalg.tensors.bits import Bits, ManyBits, fingerprint
 
 Slot = tuple[str, Mapping[str, Any], str]
 """A place that holds a tensor: its name, the dict that owns it, the key in that dict."""
+
+
+class Findings:
+    """What was found out of a model and its loss at one structure, whatever the data.
+
+    Attributes:
+        sworn: what has been verified.
+        curved: operations whose second derivatives have been verified.
+        notes: what could not be verified, and why, by topic.
+        differentiates: whether the model takes derivatives in its forward, which fails without gradients.
+        epsilon: the largest rounding error among the dtypes that the model computes in, once a graph has shown them.
+        work: numbers that an operation of the model gives for a batch, in the mean, once a graph has shown them.
+    """
+
+    def __init__(self) -> None:
+        self.sworn: set[str] = set()
+        self.curved: frozenset[str] = frozenset()
+        self.notes: dict[str, str] = {}
+        self.differentiates = False
+        self.epsilon: float | None = None
+        self.work: float | None = None
 
 
 class Configuration:
@@ -42,6 +65,7 @@ class Configuration:
         refreshes: int,
     ) -> None:
         own = [module for _, module in modules]
+        self._names = [name for name, _ in modules[1:]]  # the first is the model, which has none
         self.settings = Watch([(f"attribute of {name}", m) for name, m in modules], exactly=True, modules=own)
         self.functions = Watch(others, exactly=True, modules=own)
         self.data = Watch([("data", getattr(source, "dataset", source))], exactly=False, inside=(Dataset,))
@@ -49,17 +73,8 @@ class Configuration:
         self.loss = loss
         self.refreshes = refreshes
         self.totals: Totals | None = None
-        self.sworn: set[str] = set()
-        """What has been verified at this structure."""
-        self.curved: frozenset[str] = frozenset()
-        """Operations whose second derivatives have been verified."""
+        self.found = Findings()
         self.effects = SideEffects(self.settings, self.functions, own)
-        self.differentiates = False
-        """Whether the model takes derivatives in its forward, which fails without gradients."""
-        self.notes: dict[str, str] = {}
-        """What could not be verified, and why, by topic."""
-        self.epsilon: float | None = None
-        """The largest rounding error among the dtypes that the model computes in, once a graph has shown them."""
         self._read = False
 
     def intact(self, unread: list[Tensor] | None = None) -> bool:
@@ -68,6 +83,16 @@ class Configuration:
             if module.training is not training or tuple(module._modules.values()) != children:
                 return False
         return all(watch.intact(unread) for watch in (self.settings, self.functions, self.data))
+
+    @property
+    def training(self) -> int:
+        """The training flags of all modules, as one number."""
+        return sum(1 << (number % 60) for number, (_, training, _) in enumerate(self._flags) if training)
+
+    @property
+    def submodules(self) -> int:
+        """A hash of the names of all submodules, the same in every process."""
+        return int.from_bytes(hashlib.blake2b("\n".join(self._names).encode(), digest_size=7).digest(), "big")
 
     def has_read(self) -> None:
         """Note that the data were read to the end: what that changed of them (a cache that a data set fills) does not count."""
@@ -113,6 +138,24 @@ class Snapshot:
         self.restrictions: dict[tuple[str, ...], Any] = {}
         """The problem over some of its parameters, at this state."""
 
+    def on(self, structure: Configuration, lock: AbstractContextManager[Any]) -> Snapshot:
+        """The same parameters and buffers, the copies shared, at another structure of the same model, such as on other data."""
+        twin = copy.copy(self)
+        twin.structure, twin.lock, twin._together = structure, lock, ManyBits()
+        twin.sworn, twin.settled, twin.restrictions = {}, set(), {}
+        return twin
+
+    def moved(self, values: Mapping[str, Tensor]) -> Snapshot:
+        """The state with other values of some tensors, by name; names of one tensor keep one value. Nothing live moves.
+
+        It is to compute at, not to be compared with the live model.
+        """
+        instead = {id(self.state[name]): value for name, value in values.items()}
+        twin = copy.copy(self)
+        twin.state = {name: instead.get(id(t), t) for name, t in self.state.items()}
+        twin.restrictions = {}
+        return twin
+
     def intact(self, unread: list[Tensor] | None = None) -> bool:
         """Whether nothing that is watched changed; a fast form of :meth:`changed` that does not say what.
 
@@ -131,6 +174,20 @@ class Snapshot:
         names = sorted(live.keys() ^ self.state.keys())
         names += [n for n, t in live.items() if n in self.state and not Bits(t, self.state[n]).equal(t)]
         return [*names, *self.structure.changed()]
+
+    def digests(self, loss: Loss | None, divided: frozenset[str]) -> dict[str, int]:
+        """Hashes of all that the processes that share a problem must have in common, by name.
+
+        Args:
+            loss: of the problem.
+            divided: names of what each process has a part of.
+        """
+        tensors = {
+            **{name: t for name, t in self.state.items() if name not in divided},
+            **{f"loss.{name}": t for name, t in (loss.tensors() if loss is not None else {}).items()},
+        }
+        found = {name: int(fingerprint(t)) for name, t in tensors.items()}
+        return {**found, "training flags": self.structure.training, "names of submodules": self.structure.submodules}
 
     def stale(self, slots: Callable[[], Sequence[Slot]]) -> StaleError:
         """The error to raise when the state is not intact."""

@@ -206,7 +206,7 @@ class Watch:
     def _function(self, name: str, function: types.FunctionType) -> Iterator[tuple[str, Any, Any, Any]]:
         names = function.__code__.co_freevars
         for variable, cell in zip(names, function.__closure__ or (), strict=True):
-            yield from self._place(f"{name}, variable {variable}", partial(_contents, cell))
+            yield from self._place(f"{name}, variable {variable}", partial(contents, cell))
         for kind in ("__defaults__", "__kwdefaults__"):
             yield from self._place(f"{name}, defaults", partial(getattr, function, kind))
         if function.__dict__:
@@ -333,10 +333,11 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
-def _contents(cell: types.CellType) -> Any:
+def contents(cell: types.CellType) -> Any:
+    """What a variable that a function closes over holds; None before it is assigned."""
     try:
         return cell.cell_contents
-    except ValueError:  # not assigned yet
+    except ValueError:
         return None
 
 

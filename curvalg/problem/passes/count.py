@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 
-from curvalg.errors import ProblemError
-from curvalg.losses import CallableLoss, infer_reduction
+from curvalg.errors import LossError, ProblemError
+from curvalg.losses import CallableLoss, Loss, infer_reduction
 from curvalg.losses.additive import check_additive, check_additive_pair
 from curvalg.losses.loss import Reduction
 from curvalg.problem.data.batches import ReadBatch
+from curvalg.problem.data.row_hashes import Fingerprint
 from curvalg.problem.data.totals import Totals
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import recording
+from curvalg.problem.passes.filling import borrow
 from curvalg.problem.setting import Setting
 from curvalg.tensors import trees
 
@@ -27,16 +31,19 @@ def count(problem: Setting) -> Totals:
         ProblemError: every target is ignored.
         LossError: a callable does not add up over samples.
     """
-    loss, rows, samples, denominator = problem.loss, 0, 0, 0.0
-    before: list[Any] = []
+    loss, rows, batches, calls, samples, denominator = problem.loss, 0, 0, 0, 0, 0.0
+    last: ReadBatch | None = None
+    judged: list[Any] = []
     misaligned: tuple[tuple[int, ...], int] | None = None
     for sample in tqdm(problem.read(), "counting", disable=not problem.progress):
         if type(loss) is CallableLoss:  # subclasses know their denominators
-            loss = _judge(problem, loss, sample, before)
-            z = trees.tensors(before[0])[0]
+            loss = _judge(problem, loss, sample, judged)
+            z = trees.tensors(judged[0])[0]
             if len(z) != sample.rows:
                 misaligned = tuple(z.shape), sample.rows
         rows += sample.rows
+        batches, calls = sample.index + 1, calls + 1
+        last = sample
         if loss is None:
             samples += sample.rows
             continue
@@ -46,11 +53,81 @@ def count(problem: Setting) -> Totals:
         each = used.reshape(used.shape[0], -1).any(1) if problem.samples == "item" else used
         samples += int(each.sum())
         denominator += float(loss.denominator(sample.target))
+    contents = None if problem.group.alone else problem.data.sums()
+    here = _Counted(
+        rows, batches, calls, samples, denominator, None if loss is None else loss.reduction, misaligned, contents
+    )
+    every = problem.group.objects(here)
+    before = every[: problem.group.rank]
+    if problem.verify:
+        _require_parts(every)
+    rows, samples = sum(c.rows for c in every), sum(c.samples for c in every)
+    denominator = sum(c.denominator for c in every)
+    loss = _of_all(loss, every)
+    misaligned = next((c.misaligned for c in every if c.misaligned is not None), None)
+    if not rows:
+        raise ProblemError("the data of all processes are empty: there is no batch with a sample in it")
     mean = loss is not None and loss.reduction == "mean"
     if mean and not denominator:
         raise ProblemError("every target is ignored or has weight 0, so the mean loss has nothing to divide by")
-    scale = float(samples) if mean else 1.0
-    return Totals(rows, samples, scale, denominator if mean else 1.0, loss, misaligned)
+    return Totals(
+        rows,
+        samples,
+        float(samples) if mean else 1.0,
+        denominator if mean else 1.0,
+        loss,
+        sum(c.rows for c in before),
+        sum(c.batches for c in before),
+        here.rows,
+        max(c.calls for c in every),
+        borrow(problem, last, [c.calls for c in every]) if problem.group.sharded else None,
+        misaligned,
+    )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What one process counted of its data."""
+
+    rows: int
+    batches: int
+    calls: int
+    samples: int
+    denominator: float
+    reduction: str | None
+    misaligned: tuple[tuple[int, ...], int] | None
+    contents: Fingerprint | None
+
+
+def _require_parts(every: Sequence[_Counted]) -> None:
+    """Raise where two processes have the same data, which would count twice.
+
+    Raises:
+        ProblemError: they do.
+    """
+    for rank, own in enumerate(every):
+        for other in range(rank):
+            if own.rows and own.contents is not None and own.contents == every[other].contents:
+                raise ProblemError(
+                    f"ranks {other} and {rank} have the same data, which would count twice: with group= each process has "
+                    "a part of the batches. Pass data=curvalg.distributed.shard(dataset, batch_size=...), or leave group= out"
+                )
+
+
+def _of_all(loss: Loss | None, every: Sequence[_Counted]) -> Loss | None:
+    """The loss, with the reduction that processes with data have found.
+
+    Raises:
+        LossError: they do not agree.
+    """
+    found = {c.reduction for c in every if c.rows and c.reduction is not None}
+    if len(found) > 1:
+        raise LossError(
+            "the loss averages over rows on some processes and sums on others; say which, reduction='mean' or 'sum'"
+        )
+    if type(loss) is not CallableLoss or not found:
+        return loss
+    return dataclasses.replace(loss, reduction=cast("Reduction", found.pop()))
 
 
 def _judge(problem: Setting, loss: CallableLoss, sample: ReadBatch, before: list[Any]) -> CallableLoss:

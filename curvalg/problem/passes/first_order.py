@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.problem.batch import Batch
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.large_outputs.find_head import record_head
+from curvalg.problem.setting import Setting
 from curvalg.tensors.backward import backward
 
 
@@ -19,7 +20,8 @@ def loss_of(evaluation: Evaluation) -> float:
         if (found := record_head(evaluation, graph=False, once=True)) is not None:
             return sum(float(batch.value()) for _, batch in found[0].batches())
         z, form = evaluation.output()
-        return float(evaluation.loss_point(form.split(z), evaluation.sample).value())
+        value = float(evaluation.loss_point(form.split(z), evaluation.sample).value())
+        return 0.0 if evaluation.sample.weightless else value
 
 
 def pulled(evaluation: Evaluation, cotangent_of: Callable[[Batch], Tensor]) -> Tensor:
@@ -35,3 +37,12 @@ def pulled(evaluation: Evaluation, cotangent_of: Callable[[Batch], Tensor]) -> T
         gradients = backward([head.hidden], leaves, [cotangent])
         problem.layout.add_(total[None], [g if g is None else g[None] for g in gradients])
     return total
+
+
+def gradient_over(problem: Setting, evaluations: Iterable[Evaluation]) -> Tensor:
+    """The gradient of the loss of all data, shape (D,), over the evaluations of the batches of this process."""
+    total = problem.sum()
+    for evaluation in evaluations:
+        total.add(pulled(evaluation, lambda batch: batch.loss_gradient))
+    result: Tensor = problem.totalled({"gradient": total})["gradient"]
+    return result

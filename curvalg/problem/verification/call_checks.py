@@ -19,7 +19,7 @@ from curvalg.tensors.graph import nodes
 @contextmanager
 def owned(evaluation: ModelCall) -> Iterator[None]:
     """A context around the first recorded call in which live parameters require gradients, so that graphs show them."""
-    problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
+    problem, sworn = evaluation.problem, evaluation.snapshot.structure.found.sworn
     if not problem.verify or "graph" in sworn:
         yield
         return
@@ -39,7 +39,7 @@ def swear_graph(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> N
     Raises:
         ProblemError: a parameter is reached in a way that its exchange does not.
     """
-    problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
+    problem, sworn = evaluation.problem, evaluation.snapshot.structure.found.sworn
     if not problem.verify or "graph" in sworn:
         return
     rounding(evaluation, z)  # the graph shows the dtypes that the model computes in
@@ -69,7 +69,7 @@ def swear_output(evaluation: ModelCall, z: Tensor, earlier: Tensor | None = None
     Raises:
         ProblemError: it does not.
     """
-    problem, sworn = evaluation.problem, evaluation.snapshot.structure.sworn
+    problem, sworn = evaluation.problem, evaluation.snapshot.structure.found.sworn
     if not problem.verify or "output" in sworn:
         return
     sworn.add("output")

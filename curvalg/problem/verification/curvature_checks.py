@@ -41,7 +41,7 @@ gradient that jumps is divided by ever smaller steps. No difference says anythin
 ASIDE = 1e-2
 """How far from such a state, in units of the parameters' own size, derivatives are compared instead."""
 ALLOWED = 1e-4
-"""Relative error of a central difference in float64."""
+"""Relative error of a difference in float64."""
 
 
 def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
@@ -49,8 +49,9 @@ def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
 
     Once more on a batch whose graph has operations that no verified one had, and on all rows where the few lack some.
 
-    Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h for a random cotangent u and a random w, on a
-    few rows. Where they differ, normalisations are written in elementary operations and compared again.
+    Compared are (∂_w J)ᵀu by double backward and (J(θ + hw)ᵀu − J(θ)ᵀu)/h for a random cotangent u and a random w, on a few
+    rows; where they differ (J(θ + hw)ᵀu − J(θ − hw)ᵀu)/2h. Where that differs too, normalisations are written in elementary
+    operations and compared again.
 
     Args:
         evaluation: of the batch.
@@ -61,7 +62,7 @@ def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
     """
     problem, structure = evaluation.problem, evaluation.snapshot.structure
     found = evaluation.operations
-    if not problem.verify or problem.autocast is not None or (found <= structure.curved and not beforehand):
+    if not problem.verify or problem.autocast is not None or (found <= structure.found.curved and not beforehand):
         return
     few = few_rows(evaluation)
     if beforehand and few is evaluation:
@@ -75,7 +76,7 @@ def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
             raise
         few = evaluation  # a model that takes batches of one size
         error = _curvature_error(few)
-    if error is not None and error <= ALLOWED and not found <= few.operations | structure.curved:
+    if error is not None and error <= ALLOWED and not found <= few.operations | structure.found.curved:
         few = evaluation
         error = _curvature_error(few)
     if error is not None and error > ALLOWED and not problem.model.composite:
@@ -83,7 +84,7 @@ def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
         error = _curvature_error(few)
         problem.model.composite = error is None or error <= ALLOWED
     if error is None:
-        structure.notes["second derivatives"] = "no central difference: the model does not run in float64"
+        structure.found.notes["second derivatives"] = "no central difference: the model does not run in float64"
     elif error > ALLOWED:
         raise ProblemError(
             "the second derivatives of the model are wrong: the derivative of its gradient by double backward differs from a "
@@ -91,8 +92,8 @@ def swear_curvature(evaluation: ModelCall, *, beforehand: bool = False) -> None:
             "Function (a straight-through estimator, a checkpoint) gives a gradient that is not a derivative. First-order "
             "matrices (ggn, covariance) need none; Problem(verify=False) leaves this check out"
         )
-    structure.sworn.add("curvature")
-    structure.curved |= few.operations if beforehand else found
+    structure.found.sworn.add("curvature")
+    structure.found.curved |= few.operations if beforehand else found
 
 
 def _curvature_error(evaluation: ModelCall) -> float | None:
@@ -105,7 +106,7 @@ def _curvature_error(evaluation: ModelCall) -> float | None:
         try:
             found = _difference(evaluation, seed, step, hold=hold)
         except FAILURES:
-            if evaluation.problem.dtype == torch.float64:
+            if set(evaluation.problem.layout.dtypes.values()) == {torch.float64}:
                 raise
             return None
         if found is None:
@@ -121,7 +122,7 @@ def _curvature_error(evaluation: ModelCall) -> float | None:
             if (found := _difference(evaluation, seed, STEPS[-1], hold=False, aside=ASIDE)) is not None
         )
         if beside <= ALLOWED:
-            evaluation.snapshot.structure.notes["second derivatives"] = (
+            evaluation.snapshot.structure.found.notes["second derivatives"] = (
                 "the state lies on a kink (activations that are exactly zero before a ReLU), where torch chooses a side; they "
                 "agree with a central difference beside it"
             )
@@ -131,7 +132,7 @@ def _curvature_error(evaluation: ModelCall) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A central difference against double backward.
+    """A difference against double backward, on one side or central.
 
     Args:
         error: relative.
@@ -178,7 +179,8 @@ class Constants(TorchFunctionMode):
 
 
 def _difference(evaluation: ModelCall, seed: int, step: float, *, hold: bool, aside: float = 0.0) -> Difference | None:
-    """The difference along one direction, for one step; None where the model computes in less than float64.
+    """The difference along one direction, for one step, on one side where that agrees; None where the model computes in less
+    than float64.
 
     Args:
         evaluation: the batch.
@@ -206,21 +208,28 @@ def _difference(evaluation: ModelCall, seed: int, step: float, *, hold: bool, as
         return None
     u = random_cotangent(z.detach(), seed)
     gradients = evaluation.differentiate(z, leaves, u)
-    exact = _existing(backward(gradients, leaves, w), leaves)
+    exact, here = _existing(backward(gradients, leaves, w), leaves), _existing(gradients, leaves)
     # Rounding of the gradient is that of its own size or, where it is zero but for rounding, of what cancels in it.
     natural = float(u.norm() * z.detach().norm()) / (size_of(values) or 1.0)
-    noise = FLOOR * torch.finfo(torch.float64).eps / step * (norm_of(_existing(gradients, leaves)) + natural) / ALLOWED
+    noise = FLOOR * torch.finfo(torch.float64).eps / step * (norm_of(here) + natural) / ALLOWED
     del gradients, leaves, z
-    sides = []
-    for sign in (1, -1):
+
+    def beside(sign: int) -> list[Tensor]:
         moved = [(v * (sign * step)).add_(value).requires_grad_() for value, v in zip(values, w, strict=True)]
         with cut.given() if hold else nullcontext():
-            sides.append(_existing(backward([call(moved)], moved, [u]), moved))
-    difference = [(plus - minus).div_(2 * step) for plus, minus in zip(*sides, strict=True)]
-    size = norm_of(difference)
-    scale = norm_of(exact) + size + noise
-    error = norm_of([d.sub_(e) for d, e in zip(difference, exact, strict=True)])
-    return Difference(error / scale if scale else 0.0, size)
+            return _existing(backward([call(moved)], moved, [u]), moved)
+
+    def compared(plus: list[Tensor], minus: list[Tensor], width: float) -> Difference:
+        difference = [(p - m).div_(width) for p, m in zip(plus, minus, strict=True)]
+        size = norm_of(difference)
+        scale = norm_of(exact) + size + noise
+        error = norm_of([d.sub_(e) for d, e in zip(difference, exact, strict=True)])
+        return Difference(error / scale if scale else 0.0, size)
+
+    ahead = beside(1)
+    # The gradient of the state itself is there: the other side is only taken where that difference is not near enough.
+    one_sided = compared(ahead, here, step)
+    return one_sided if one_sided.error <= ALLOWED else compared(ahead, beside(-1), 2 * step)
 
 
 def _existing(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -248,7 +257,7 @@ def swear_symmetric(
     v, w = (random_directions(evaluation, seed) for seed in (4, 5))
     left, left_scale = dot_of([(x, y) for x, y in zip(v, multiply(w), strict=True) if y is not None])
     right, right_scale = dot_of([(x, y) for x, y in zip(w, multiply(v), strict=True) if y is not None])
-    epsilon = evaluation.snapshot.structure.epsilon or torch.finfo(evaluation.problem.dtype).eps
+    epsilon = evaluation.snapshot.structure.found.epsilon or torch.finfo(evaluation.problem.dtype).eps
     tolerance, error = epsilon**0.5, abs(left - right)
     if error <= tolerance * (left_scale + right_scale) or not math.isfinite(error):
         return  # the product itself reports what is not finite

@@ -55,15 +55,15 @@ def verdict(
 def rounding(evaluation: ModelCall, z: Tensor) -> float:
     """The relative error up to which two computations of the model agree: the square root of its coarsest epsilon."""
     structure = evaluation.snapshot.structure
-    if structure.epsilon is None or z.requires_grad:
+    if structure.found.epsilon is None or z.requires_grad:
         dtypes = {z.dtype, *evaluation.problem.layout.dtypes.values(), coarsest_dtype(z)}
         if (autocast := evaluation.problem.autocast) is not None:
             dtypes.add(autocast)
         epsilon = max(torch.finfo(dtype).eps for dtype in dtypes)
         if z.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
             epsilon = max(epsilon, 1e-3)
-        structure.epsilon = max(epsilon, structure.epsilon or 0.0)
-    return float(structure.epsilon**0.5)
+        structure.found.epsilon = max(epsilon, structure.found.epsilon or 0.0)
+    return float(structure.found.epsilon**0.5)
 
 
 FAILURES = (ProblemError, RuntimeError, TypeError, ValueError, NotImplementedError)
@@ -72,13 +72,17 @@ FAILURES = (ProblemError, RuntimeError, TypeError, ValueError, NotImplementedErr
 ROWS = 2
 """Rows of a batch that second derivatives are compared on, where these can be computed alone."""
 SMALL = 2**20
-"""Rows times parameters below which a call costs as much for few rows as for all."""
+"""Rows times parameters from which a call costs less for few rows than for all."""
+WORK = 2**12
+"""Numbers that an operation gives, in the mean, from which it takes longer than its call: convolutions and long sequences work
+much for each row with few parameters."""
 
 
 def few_rows(evaluation: C) -> C:
     """The first rows of a batch, where they can be computed without the others and that saves work; else the batch."""
     problem, sample = evaluation.problem, evaluation.sample
-    if sample.rows <= ROWS or sample.rows * problem.size < SMALL:
+    heavy = (evaluation.snapshot.structure.found.work or 0.0) >= WORK or sample.rows * problem.size >= SMALL
+    if sample.rows <= ROWS or not heavy:
         return evaluation
     if problem.model.batch_statistics or problem.draws.mode != "refuse":
         return evaluation

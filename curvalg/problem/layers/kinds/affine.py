@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvalg.problem.layers.kinds.arrangement import Lying
 from curvalg.problem.layers.kinds.maps import LinearMap
+from curvalg.problem.layers.kinds.multiplied_out import is_cheaper, project_explicit
 from curvalg.problem.layers.kinds.pairs import explicit_gram, pair_flops, pair_gram, passes
 from curvalg.problem.layers.kinds.scaling import Shift
 from curvalg.problem.layers.origin import Origin
@@ -77,18 +78,36 @@ class AffineLayer(LayerRecord):
         count, mine = self._directions(directions)
         d = self._deltas
         groups, columns, rows, positions, out = d.shape
+        width, deltas = self._map.form.width, groups * rows * positions * out
+        if self._weight in mine and is_cheaper(
+            deltas * count * (width + columns), columns * width * (deltas + groups * rows * out * count)
+        ):
+            return project_explicit(self, count, mine)
         result = d.new_zeros(count, columns, rows)
         weight, bias = mine.get(self._weight), mine.get(self._bias or "")
-        for p in steps(count if mine else 0, groups * rows * positions * out, d.dtype):
-            if weight is None:
-                assert bias is not None
-                tangent = self._shift(bias[p]).expand(groups, rows, positions, p.stop - p.start, out)
-            else:
-                tangent = self._map.push(weight[p])
-                if bias is not None:
-                    tangent += self._shift(bias[p])
-            result[p] = _inner(tangent, d)
+        for p in steps(count if mine else 0, deltas, d.dtype):
+            result[p] = _inner(self._tangents(weight, bias, p), d)
         return result
+
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        count, mine = self._directions(directions)
+        d = self._deltas
+        result = d.new_zeros(count, *d.shape[1:4])
+        weight, bias = mine.get(self._weight), mine.get(self._bias or "")
+        for p in steps(count if mine else 0, d[:, 0].numel(), d.dtype):
+            result[p] = torch.einsum("gntpo,gknto->pknt", self._tangents(weight, bias, p), d)
+        return result
+
+    def _tangents(self, weight: Tensor | None, bias: Tensor | None, p: slice) -> Tensor:
+        """What some directions of the weight or the bias, or both, do to the outputs: (groups, n, T, P, out)."""
+        groups, _, rows, positions, out = self._deltas.shape
+        if weight is None:
+            assert bias is not None
+            return self._shift(bias[p]).expand(groups, rows, positions, p.stop - p.start, out)
+        tangent = self._map.push(weight[p])
+        if bias is not None:
+            tangent += self._shift(bias[p])
+        return tangent
 
     def _shift(self, bias: Tensor) -> Tensor:
         """Directions (P, size) of the bias, to be broadcast as tangents (groups, n, T, P, out)."""
@@ -209,13 +228,14 @@ class AffineLayer(LayerRecord):
             total[:, rows] += part.square_().sum((2, 3)).T
         return total if self._bias is None else total.add_(d.sum(3).square_().sum((0, 3)))
 
-    def explicit(self) -> dict[str, Tensor]:
-        h, form = self._map.inputs(), self._map.form
-        every = torch.stack([self._matrices(g, h[g], slice(None)) for g in range(self._groups)], 2)
-        lead = (self.columns, self.rows)
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        h, form = self._map.inputs(rows), self._map.form
+        parts = [self._matrices(g, h[g], rows) for g in range(self._groups)]
+        every = parts[0][:, :, None] if self._groups == 1 else torch.stack(parts, 2)
+        lead = (self.columns, every.shape[0])
         found = {self._weight: form.parameter(every.transpose(0, 1).flatten(0, 1)).reshape(*lead, *form.shape)}
         if self._bias is not None:
-            found[self._bias] = ungrouped(self._deltas).sum(2)
+            found[self._bias] = ungrouped(self._deltas[:, :, rows]).sum(2)
         return {name: found[name] for name in self.params}
 
 

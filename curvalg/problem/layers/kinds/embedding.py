@@ -9,10 +9,13 @@ from torch import Tensor
 
 from curvalg.problem.layers.kinds.arrangement import Lying
 from curvalg.problem.layers.kinds.maps import WeightForm
+from curvalg.problem.layers.kinds.multiplied_out import is_cheaper, project_explicit
 from curvalg.problem.layers.kinds.pairs import pair_gram
 from curvalg.problem.layers.origin import Origin
 from curvalg.problem.model.layer_record import FactorPairs, GuardedInput, LayerRecord, ParameterGroup, bytes_of, steps
 
+MOVED = 16
+"""Multiplications in a matrix product of many columns that take as long as one number that is picked and multiplied alone."""
 TABLE_LIMIT = 4096
 """The most rows of a table whose input factor, rows x rows, is built."""
 
@@ -61,11 +64,24 @@ class Embedding(LayerRecord):
 
     def project(self, directions: Mapping[str, Tensor]) -> Tensor:
         count, mine = self._directions(directions)
+        gathered = self._deltas[0].numel() * count * (1 + self.columns)
+        explicit = self.columns * self.rows * self._size * self._deltas.shape[-1]
+        if mine and count > MOVED and is_cheaper(MOVED * gathered, explicit * (count + MOVED)):
+            return project_explicit(self, count, mine)
         result = self._deltas.new_zeros(count, self.columns, self.rows)
         if self._table in mine:
             indices, table = self._inputs.tensor, mine[self._table]
             for p in steps(count, self._deltas[0].numel(), self._deltas.dtype):
                 result[p] = torch.einsum("pntd,kntd->pkn", table[p][:, indices], self._deltas)
+        return result
+
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        count, mine = self._directions(directions)
+        result = self._deltas.new_zeros(count, *self._deltas.shape[:3])
+        if self._table in mine:
+            indices, table = self._inputs.tensor, mine[self._table]
+            for p in steps(count, self._deltas[0].numel(), self._deltas.dtype):
+                result[p] = torch.einsum("pntd,kntd->pknt", table[p][:, indices], self._deltas)
         return result
 
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
@@ -108,8 +124,8 @@ class Embedding(LayerRecord):
             result[k] = result[k].index_add(1, found // self._size, sums.square_().sum(2))
         return result
 
-    def explicit(self) -> dict[str, Tensor]:
-        d = self._deltas
-        result = d.new_zeros(self.columns, self.rows, self._size, d.shape[-1])
-        index = self._inputs.tensor[None, :, :, None].expand(d.shape)
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        d = self._deltas[:, rows]
+        result = d.new_zeros(*d.shape[:2], self._size, d.shape[-1])
+        index = self._inputs.tensor[None, rows, :, None].expand(d.shape)
         return {self._table: result.scatter_add_(2, index, d)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvalg.errors import ProblemError
+from curvalg.problem.batch import lazy
 from curvalg.problem.layers.kinds.arrangement import Lying
 from curvalg.problem.layers.kinds.embedding import TABLE_LIMIT
 from curvalg.problem.layers.kinds.scaling import Shift, table_pairs
@@ -119,15 +120,26 @@ class Joint(LayerRecord):
         return Joint(place, parts, self._origins) if parts else None
 
     def project(self, directions: Mapping[str, Tensor]) -> Tensor:
-        total: Tensor | None = None
+        first, *others = (part.project(own) for part, own in self._pushed(directions))
+        return sum(others, first)
+
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        first, *others = (part.project_positions(own) for part, own in self._pushed(directions))
+        if any(part.shape != first.shape for part in others):
+            numbers = ", ".join(str(part.shape[-1]) for part in (first, *others))
+            raise ProblemError(
+                f"{', '.join(self.params)}: used in several ways, at {numbers} positions; choose other parameters with "
+                "Problem(params=...)"
+            )
+        return sum(others, first)
+
+    def _pushed(self, directions: Mapping[str, Tensor]) -> Iterator[tuple[LayerRecord, dict[str, Tensor]]]:
+        """The records, each with the directions of its own parameters."""
         for part in self._parts:
             own = {name: self._origin(name) for name in part.params if self._origin(name).name in directions}
             # A record without a direction of its own still has to know how many there are.
-            pushed = {name: origin.push(directions[origin.name]) for name, origin in own.items()} or dict(directions)
-            found = part.project(pushed)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+            pushed = {name: origin.push(directions[origin.name]) for name, origin in own.items()}
+            yield part, pushed or dict(directions)
 
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         return self._gathered([part.combine(weights) for part in self._parts])
@@ -143,9 +155,12 @@ class Joint(LayerRecord):
             return torch.stack([g.square().flatten(2).sum(2) for g in self.explicit().values()]).sum(0)
         return torch.stack([part.square_norms() for part in self._parts]).sum(0)
 
-    def explicit(self) -> dict[str, Tensor]:
-        flat = [{name: g.flatten(0, 1) for name, g in part.explicit().items()} for part in self._parts]
-        return {name: g.unflatten(0, (self.columns, self.rows)) for name, g in self._gathered(flat).items()}
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        flat = [{name: g.flatten(0, 1) for name, g in part.explicit(rows).items()} for part in self._parts]
+        return {
+            name: g.unflatten(0, (self.columns, len(range(self.rows)[rows])))
+            for name, g in self._gathered(flat).items()
+        }
 
     def _gathered(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What the records give for their parameters (P, *shape), added up in the parameters of the place."""
@@ -157,7 +172,7 @@ class Joint(LayerRecord):
                 totals[origin.name] = totals[origin.name] + given if origin.name in totals else given
         return {name: totals[name] for name in self.params}
 
-    @cached_property
+    @lazy
     def _counts(self) -> dict[str, Tensor]:
         """How many numbers of the records each number of a parameter is."""
         like = self._parts[0].deltas
@@ -216,6 +231,9 @@ class Zero(LayerRecord):
         count, _ = self._directions(directions)
         return self._like.new_zeros(count, self.columns, self.rows)
 
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        return self.project(directions)[..., None]
+
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         return {name: self._like.new_zeros(weights.shape[0], *self.place.shapes[name]) for name in self.params}
 
@@ -225,8 +243,9 @@ class Zero(LayerRecord):
     def square_norms(self) -> Tensor:
         return self._like.new_zeros(self.columns, self.rows)
 
-    def explicit(self) -> dict[str, Tensor]:
-        return {name: self._like.new_zeros(self.columns, self.rows, *self.place.shapes[name]) for name in self.params}
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        count = len(range(self.rows)[rows])
+        return {name: self._like.new_zeros(self.columns, count, *self.place.shapes[name]) for name in self.params}
 
     def gram(self, other: LayerRecord) -> Tensor:
         return self._like.new_zeros(self.columns, self.rows, other.columns, other.rows)

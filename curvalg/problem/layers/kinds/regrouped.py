@@ -63,6 +63,9 @@ class Regrouped(LayerRecord):
     def project(self, directions: Mapping[str, Tensor]) -> Tensor:
         return self._apart(self._inner.project(directions), 1)
 
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        return self._apart(self._inner.project_positions(directions), 1)
+
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         return self._inner.combine(self._together(weights))
 
@@ -78,8 +81,11 @@ class Regrouped(LayerRecord):
     def square_norms(self) -> Tensor:
         return self._apart(self._inner.square_norms(), 0)
 
-    def explicit(self) -> dict[str, Tensor]:
-        return {name: self._apart(g, 0) for name, g in self._inner.explicit().items()}
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        first, last, _ = rows.indices(self.rows)
+        groups = slice(first // self._size, -(-last // self._size))
+        own = slice(first - groups.start * self._size, last - groups.start * self._size)
+        return {name: self._apart(g, 0)[:, own] for name, g in self._inner.explicit(groups).items()}
 
     def factor_pairs(self) -> list[FactorPairs] | str:
         return self._inner.factor_pairs()

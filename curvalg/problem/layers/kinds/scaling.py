@@ -33,6 +33,17 @@ class VectorRecord(LayerRecord):
             total += v.reshape(count, -1) @ self._flat(name).T
         return total.reshape(count, self.columns, self.rows)
 
+    def project_positions(self, directions: Mapping[str, Tensor]) -> Tensor:
+        count, mine = self._directions(directions)
+        total = self.deltas.new_zeros(count, *self.deltas.shape[:3])
+        for name, v in mine.items():
+            total += torch.einsum("kntd,pd->pknt", self._at_positions(name), v.reshape(count, -1))
+        return total
+
+    @abstractmethod
+    def _at_positions(self, name: str) -> Tensor:
+        """The shares of the positions in the gradients of one parameter (K, n, T, size)."""
+
     def combine(self, weights: Tensor) -> dict[str, Tensor]:
         count, flat = weights.shape[0], weights.reshape(weights.shape[0], -1)
         return {name: (flat @ self._flat(name)).reshape(count, *self.place.shapes[name]) for name in self.params}
@@ -48,9 +59,9 @@ class VectorRecord(LayerRecord):
     def square_norms(self) -> Tensor:
         return torch.stack([self._vectors(name).square().sum(-1) for name in self.params]).sum(0)
 
-    def explicit(self) -> dict[str, Tensor]:
-        shapes = self.place.shapes
-        return {name: self._vectors(name).reshape(self.columns, self.rows, *shapes[name]) for name in self.params}
+    def explicit(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        some = {name: self._vectors(name)[:, rows] for name in self.params}
+        return {name: v.reshape(*v.shape[:2], *self.place.shapes[name]) for name, v in some.items()}
 
 
 class Shift(VectorRecord):
@@ -98,6 +109,9 @@ class Shift(VectorRecord):
         d = self._vectors(name).reshape(self.columns, self.rows, *long)
         hot = torch.eye(long[0], dtype=d.dtype, device=d.device)
         return [table_pairs(name, shape, d, hot)]
+
+    def _at_positions(self, name: str) -> Tensor:
+        return self._deltas
 
     def _vectors(self, name: str) -> Tensor:
         if self._sum is None:
@@ -181,6 +195,9 @@ class ElementwiseLayer(VectorRecord):
         if weight in names:
             return ElementwiseLayer(place, weight, bias if bias in place.params else None, self._inputs, self._deltas)
         return Shift(place, self._deltas) if bias in place.params else None
+
+    def _at_positions(self, name: str) -> Tensor:
+        return self._deltas * self._inputs.tensor if name == self._names[0] else self._deltas
 
     def _vectors(self, name: str) -> Tensor:
         inputs = self._inputs.tensor

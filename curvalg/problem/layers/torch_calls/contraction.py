@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -70,4 +71,8 @@ def _arranged(origin: Origin, order: list[int], shape: tuple[int, int], before: 
     """The origin of a weight after its axes were put in order and made two."""
     if order == list(range(len(order))) and shape == before:
         return origin
-    return origin.then(PathStep(f"permute{order}.reshape{shape}", lambda w: w.permute(order).reshape(shape)))
+    return origin.then(PathStep(f"permute{order}.reshape{shape}", partial(_permuted, order, shape)))
+
+
+def _permuted(order: list[int], shape: tuple[int, int], weight: Tensor) -> Tensor:
+    return weight.permute(order).reshape(shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +147,38 @@ def convolution(call: Call) -> Use:
         call,
         call.roles("weight", "bias"),
         form,
-        lambda x: grouped(windows(padded(x, before, after), kernel, stride, dilation), groups),
+        partial(_patches, before, after, kernel, stride, dilation, groups),
         channels_last(groups),
         options=options,
     )
+
+
+def _patches(
+    before: Sequence[int],
+    after: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    source: Tensor,
+) -> Tensor:
+    """The windows of an image that a convolution multiplies."""
+    return grouped(windows(padded(source, before, after), kernel, stride, dilation), groups)
+
+
+def _flipped_patches(
+    before: Sequence[int],
+    after: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    source: Tensor,
+) -> Tensor:
+    """The windows of the spread-out image that a transposed convolution multiplies."""
+    axes = len(kernel)
+    patches = windows(padded(spread_out(source, stride), before, after), kernel, [1] * axes, dilation)
+    return grouped(patches.flip(list(range(-axes, 0))), groups)
 
 
 @register(
@@ -168,10 +197,7 @@ def transposed_convolution(call: Call) -> Use:
     groups = call.values.get("groups", 1)
     form = WeightForm(call.values["weight"].shape, groups, transposed=True)
 
-    def unfold(x: Tensor) -> Tensor:
-        patches = windows(padded(spread_out(x, stride), before, after), kernel, [1] * axes, dilation)
-        return grouped(patches.flip(list(range(-axes, 0))), groups)
-
+    unfold = partial(_flipped_patches, before, after, kernel, stride, dilation, groups)
     options = Convolution(*map(tuple, (stride, padding, dilation, extra)))
     return DenseUse(call, call.roles("weight", "bias"), form, unfold, channels_last(groups), options=options)
 
@@ -208,12 +234,13 @@ def picked(call: Call) -> Use:
 def _affine(call: Call, function: Callable[..., Tensor], shape: torch.Size, **changed: Any) -> Use:
     roles = call.roles("weight", "bias")
     without = {k: v for k, v in call.values.items() if k not in ("input", "weight", "bias")} | changed
-
-    def normalise(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return function(x, **without)
-
+    normalise = partial(_normalised, function, without)
     return ElementUse(call, roles, shape, call.values["input"] if "weight" in roles else None, normalise)
+
+
+def _normalised(function: Callable[..., Tensor], options: Mapping[str, Any], source: Tensor) -> Tensor:
+    with torch.no_grad():
+        return function(source, **options)
 
 
 def _channels(call: Call) -> torch.Size:

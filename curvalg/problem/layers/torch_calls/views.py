@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,14 +58,23 @@ def followed(func: Any, origin: Origin, args: tuple[Any, ...], kwargs: dict[str,
     if getattr(func, "__self__", None) is not None:
         label = f"{getattr(func.__self__, '__name__', '')}.{label}"
     if isinstance(output, Tensor):
-        return [(output, origin.then(PathStep(label, lambda t: func(t, *rest, **options))))]
+        return [(output, origin.then(PathStep(label, partial(_made, func, rest, options))))]
     # Each part by its number; iterators are used up by the caller.
     if not isinstance(output, (tuple, list)):
         return None
     return [
-        (part, origin.then(PathStep(f"{label}[{i}]", lambda t, i=i: func(t, *rest, **options)[i])))  # type: ignore[misc]
+        (part, origin.then(PathStep(f"{label}[{i}]", partial(_part_of, i, func, rest, options))))
         for i, part in enumerate(output)
     ]
+
+
+# Functions of the module: a layer of one process can go to another.
+def _made(func: Any, rest: tuple[Any, ...], options: dict[str, Any], t: Tensor) -> Any:
+    return func(t, *rest, **options)
+
+
+def _part_of(number: int, func: Any, rest: tuple[Any, ...], options: dict[str, Any], t: Tensor) -> Any:
+    return func(t, *rest, **options)[number]
 
 
 def _plain(value: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from curvalg.errors import ProblemError
-from curvalg.tensors.distributed import is_distributed, is_part
+from curvalg.tensors.partial_tensors import is_distributed, is_part
 
 
 def require_unsharded(module: nn.Module) -> None:
@@ -36,6 +36,7 @@ def require_whole(name: str, tensor: object, kind: str = "parameter") -> None:
     """
     if is_part(tensor):
         raise ProblemError(
-            f"{kind} {name!r} is a DTensor, a part of a tensor that is spread over processes; gather the full {kind}s first "
-            "(full_tensor(), or the full state dict of FSDP), and make the Problem of an unsharded copy of the model"
+            f"{kind} {name!r} is a DTensor, a part of a tensor that is spread over processes; pass group=, the mesh that "
+            "the model was sharded over by fully_shard or parallelize_module, or make the Problem of an unsharded copy of the "
+            "model (full_tensor(), or the full state dict)"
         )
