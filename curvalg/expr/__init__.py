@@ -14,7 +14,7 @@ from curvalg.expr.nodes.roots import SquareRoot, inv_sqrt, sqrt
 from curvalg.expr.nodes.sums import Sum, add
 from curvalg.expr.nodes.transposes import Transpose, transpose
 from curvalg.expr.scalars import as_coefficient
-from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
+from curvalg.expr.term import DatasetTerm, GradientTerm, MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import (
     ALIASES,
     BUILTIN,
@@ -50,6 +50,7 @@ __all__ = [
     "Eigenbasis",
     "Expr",
     "Facts",
+    "GradientTerm",
     "Fisher",
     "Hessian",
     "Identity",

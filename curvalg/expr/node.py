@@ -216,6 +216,33 @@ class Expr:
         except RecursionError as error:
             raise too_deep() from error
 
+    def bound(self, problem: Problem) -> Expr:
+        """The expression with arrays in the place of everything that is computed from a model, a loss and data.
+
+        What results is of no state, so that it never becomes stale: it may be lowered on the problem after a step, or on
+        another one with the same parameters, added to, inverted, and written to a file by :func:`curvalg.save`. Matrix terms
+        (``kfac``, ``ggn_diagonal``, ...), ``nystrom`` and ``diagonal_part`` become their arrays; terms known by products alone
+        become dense matrices, up to 4096 rows each, as do their blocks.
+
+        Args:
+            problem: at whose present state arrays are made.
+
+        Raises:
+            ExpressionError: a term acts on outputs, or is known by its products alone and too large to be built.
+
+        >>> import torch
+        >>> from curvalg import Identity, Problem, inverse, registry
+        >>> problem = Problem(torch.nn.Linear(3, 2), torch.nn.MSELoss(), (torch.randn(8, 3), torch.randn(8, 2)))
+        >>> print(inverse(registry.build("ggn_diagonal") + 0.1 * Identity).bound(problem))
+        inverse(Diagonal<8, float32> + 0.1*identity)
+        """
+        from curvalg.lowering import bound
+
+        try:
+            return bound(self, problem)
+        except RecursionError as error:
+            raise too_deep() from error
+
     # -- printing -----------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The contract of a curvature term: three base classes that built-in terms and plugins share.
+"""The contract of a curvature term: four base classes that built-in terms and plugins share.
 
 A local term is a pair (u, u̇) in output space; its product with v is (∂_v J)ᵀ u + Jᵀ u̇, where J is the Jacobian of the
 outputs with respect to the parameters and ż = J v the tangent that u̇ is linear in. One file, one frozen dataclass; its
@@ -25,7 +25,7 @@ ActsOn = Literal["positions", "samples", "batch"]
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from curvalg.problem import Batch, Layout
+    from curvalg.problem import Batch, GradientField, Layout
 
     Stats = Any
     """A pytree of tensors whose shapes do not depend on the batch; added leaf by leaf over batches."""
@@ -71,6 +71,11 @@ class NamedExpr(Expr):
 
         if loss is None:
             raise LossError(f"{self.label} needs a loss, but the problem was made with loss=None")
+
+
+def needs_model(expr: Expr) -> bool:
+    """Whether something in an expression is computed from a model, a loss or data."""
+    return any(isinstance(node, NamedExpr) for node in expr.walk())
 
 
 class Term(NamedExpr):
@@ -158,6 +163,14 @@ class MatrixTerm(NamedExpr):
         """Statistics of an optional first pass, added over batches."""
         return None
 
+    def settle(self, prepared: Stats) -> Stats:
+        """What the second pass and ``finish`` get in place of the sums of the first: what is computed of these once.
+
+        Such as the eigenvectors of factors, found by :func:`curvalg.distributed.dealt`: all processes that share a problem call
+        this together, also those without data.
+        """
+        return prepared
+
     def accumulate(self, batch: Batch, prepared: Stats | None = None) -> Stats:
         """Statistics of this batch, added over batches."""
         raise NotImplementedError(f"{type(self).__name__} must define accumulate(batch, prepared)")
@@ -165,7 +178,8 @@ class MatrixTerm(NamedExpr):
     def rehearse(self, batch: Batch) -> None:
         """Raise an error for a model that the matrix cannot be made of.
 
-        Called with one row of the data before a pass over all of them, where the matrix ``uses_layers``.
+        Called with one row of the data before a pass over all of them, where the matrix ``uses_layers``. Layers are
+        compared with gradients only in that pass.
         """
 
     def cost(self, batch: Batch) -> str | None:
@@ -178,3 +192,23 @@ class MatrixTerm(NamedExpr):
     def finish(self, stats: Stats, layout: Layout, prepared: Stats | None = None) -> Expr:
         """The matrix as an expression of array leaves, from the summed statistics."""
         raise NotImplementedError(f"{type(self).__name__} must define finish(stats, layout, prepared)")
+
+
+class GradientTerm(NamedExpr):
+    """A curvature matrix that multiplies by itself, given the gradient of the loss at any parameters.
+
+    For what needs first derivatives of the model alone, such as differences of gradients. A sub-matrix over some parameters is
+    what the term gives where these alone are moved and differentiated.
+    """
+
+    def multiply(self, gradients: GradientField, vector: Tensor) -> Tensor:
+        """The product with one vector v (D,), of its shape.
+
+        Each ``gradients.at(parameters)`` is one pass over the data. Lengths are ``gradients.norm(v)``, which is that of the
+        whole vector where processes hold parts of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define multiply(gradients, vector)")
+
+    def lines(self, gradients: GradientField) -> list[str]:
+        """What ``explain()`` says of the products, a line each, from what is in ``gradients.kept``; no gradient is taken."""
+        return []

@@ -1,5 +1,5 @@
 """Lowering: from expressions and problems to operators."""
 
-from curvalg.lowering.operator import CurvatureOperator, lower
+from curvalg.lowering.operator import CurvatureOperator, bound, lower
 
-__all__ = ["CurvatureOperator", "lower"]
+__all__ = ["CurvatureOperator", "bound", "lower"]

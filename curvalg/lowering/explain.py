@@ -17,6 +17,8 @@ from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
+from curvalg.problem.model.sharded.sharded_layout import whole_layout
+from curvalg.problem.verification.sharded_checks import OATH
 from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.rewrite import Step
 from curvalg.tensors.memory import widest
@@ -87,7 +89,10 @@ def _costs(op: Explained) -> list[str]:
         return []
     with problem.differentiating():
         try:
-            batch = next(iter(problem.evaluations(op.snapshot))).evaluate()
+            first = next(iter(problem.evaluations(op.snapshot)), None)
+            if first is None:  # one of several processes
+                return ["not known to this process, which has no data"]
+            batch = first.evaluate()
             lines = [call(term, "cost", batch) for term in saying]
         except LossError:  # it has none of the columns that the matrix is made of, which the product says better
             return []
@@ -102,6 +107,21 @@ def _layers(problem: Problem) -> list[str]:
     return lines + [f"gradients of every row of {name}, for {reason}" for name, reason in notes.reasons.items()]
 
 
+def _verified_parts(op: Explained) -> list[str]:
+    """The lines on what is whole when, and what was verified, where parameters lie in parts."""
+    problem = op.problem
+    whole, others = whole_layout(problem.layout).size, problem.group.size
+    sizes = f"{problem.size} of {whole} parameters on this process, of {others} with other data"
+    lines = [sizes, "weights are whole where they are used, those of at most two units at a time"]
+    if not problem.compares:
+        return [*lines, "nothing was verified: verify=False"]
+    if any(route == OATH for route in op.snapshot.sworn):
+        lines.append(
+            "verified through all exchanges: tangents by gradients, second derivatives by a central difference"
+        )
+    return lines
+
+
 _OATHS = {
     "graph": "parameters are reached as attributes",
     "output": "two calls give the same output",
@@ -112,15 +132,17 @@ _OATHS = {
 def _verified(op: Explained) -> list[str]:
     """The lines on what was verified, and what was not."""
     problem, structure = op.problem, op.snapshot.structure
+    if problem.group.sharded:
+        return _verified_parts(op)
     if not problem.verify:
         left = "calls, tangents, second derivatives and structured inverses"
         return [f"nothing was verified: {left} are not verified with verify=False"]
     right = [route for (route, _), (wrong, _) in op.snapshot.sworn.items() if wrong is None]
     routes = sorted({str(route if isinstance(route, str) else route[0]) for route in right})
-    found = [text for key, text in _OATHS.items() if key in structure.sworn and key not in structure.notes]
+    found = [text for key, text in _OATHS.items() if key in structure.found.sworn and key not in structure.found.notes]
     found += [{"symmetric": "products are symmetric"}.get(r, f"tangents by {r} agree with gradients") for r in routes]
     lines = [f"verified where each operation occurs first: {'; '.join(found)}"] if found else []
-    return lines + [f"not verified, {topic}: {note}" for topic, note in structure.notes.items()]
+    return lines + [f"not verified, {topic}: {note}" for topic, note in structure.found.notes.items()]
 
 
 _KINDS = {"prepared": "statistics", "matrix": "matrix"}

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import astuple, replace
-from typing import Any, Literal, TypeAlias, TypeGuard, get_args
+from typing import Any
 
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from curvalg.errors import ConvergenceError, ExpressionError, NotFiniteError, OptionError, VectorError
+from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, NotFiniteError, OptionError, VectorError
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr, require_hashable, too_deep
+from curvalg.expr.term import needs_model
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.output_rows import output_sizes
-from curvalg.lowering.composition import TorchOperator, is_real_scalar
 from curvalg.lowering.explain import explain
-from curvalg.lowering.inverses.forms import find
-from curvalg.lowering.inverses.offer import BoundMatrix, Form
 from curvalg.lowering.inverses.preconditioners import has_inverse, preconditioned
 from curvalg.lowering.inverses.rounding import noise
-from curvalg.lowering.matrices import DenseMatrix
+from curvalg.lowering.operators.bound_algebra import BoundAlgebra, Preconditioner, joint_preconditioner
+from curvalg.lowering.operators.structured_operator import StructuredOperator
+from curvalg.lowering.operators.third_order import form_gradient, terms_of
 from curvalg.lowering.plans.algebra_plan import SumPlan
 from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.inverse_plan import InversePlan
@@ -33,10 +35,10 @@ from curvalg.lowering.vectors import (
     Measure,
     Space,
     Vector,
+    first_column,
     largest,
     measured,
     parse,
-    require_finite,
     require_finite_operand,
 )
 from curvalg.problem import Problem, Snapshot
@@ -48,11 +50,8 @@ from curvalg.runs.solve_file import FileTrail
 from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
 
-Quantity: TypeAlias = Literal["trace", "diagonal", "logdet", "eigh"]
-Preconditioner: TypeAlias = Expr | LinearOperator | Callable[..., Any] | None
 
-
-class CurvatureOperator(TorchOperator):
+class CurvatureOperator(StructuredOperator):
     """A curvature expression bound to a problem: a SciPy ``LinearOperator`` computed by torch.
 
     Made by :meth:`curvalg.Expr.lower`. ``op @ x`` takes a NumPy array, a tensor on the problem's device, or a dict or list
@@ -91,13 +90,16 @@ class CurvatureOperator(TorchOperator):
         self.expr = expr
         self.problem = problem
         self.preconditioner = preconditioner
-        with problem.lock:
+        with problem.lock, problem.together(expr):
             self.snapshot: Snapshot = problem.snapshot()
             _ = problem.totals  # counts the data once, so that facts and denominators are known
+            if not problem.group.alone:
+                problem.group.agree({"the expression": str(expr)}, "lower the same expression on all ranks")
             self._lower()
         super().__init__(self._codomain, self._domain)
 
     def _lower(self) -> None:
+        self._needs_model = needs_model(self.expr) or self.preconditioner is not None
         self._steps: list[Step] = []
         self._multiplied = False
         given = self.preconditioner
@@ -124,9 +126,12 @@ class CurvatureOperator(TorchOperator):
     def _space(self, name: str | None, params: tuple[str, ...] | None) -> Space:
         problem = self.problem
         if name == "outputs":
-            return Space(sum(output_sizes(problem, self.snapshot)), None, problem.dtype, problem.device)
+            return Space(output_sizes(problem, self.snapshot).total, None, problem.dtype, problem.device)
         restricted = problem if params is None else problem.restricted(params)
-        return Space(restricted.size, restricted.layout, problem.dtype, problem.device)
+        if not problem.group.sharded:
+            return Space(restricted.size, restricted.layout, problem.dtype, problem.device)
+        vectors = restricted.vectors
+        return Space(vectors.size, restricted.layout, problem.dtype, problem.device, vectors)
 
     # -- what is known --------------------------------------------------------------------------------------------------
 
@@ -143,12 +148,17 @@ class CurvatureOperator(TorchOperator):
         with self.problem.lock:
             return explain(self)
 
+    def _current(self, unread: list[Tensor] | None = None) -> None:
+        """Raise StaleError where what products are computed from has moved; arrays do not."""
+        if self._needs_model:
+            self.problem.check(self.snapshot, unread)
+
     # -- life -----------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> CurvatureOperator:
         """Make now the passes over the data that the first product would make; returns the operator itself."""
-        self.problem.check(self.snapshot)
-        with self.problem.differentiating():
+        with self._together(), self.problem.differentiating():
+            self._current()
             self._bind()
             self._plan.prepare(self.snapshot)
         return self
@@ -170,7 +180,7 @@ class CurvatureOperator(TorchOperator):
     def refresh(self) -> CurvatureOperator:
         """Take model, loss and data as they are now (see :meth:`curvalg.Problem.refresh`); returns the operator itself."""
         problem = self.problem
-        with problem.lock:
+        with problem.lock, problem.together(self.expr):
             if self.snapshot is problem.snapshot():  # nothing that is watched has changed, so it is something else
                 problem.refresh()
             self.snapshot = problem.snapshot()
@@ -186,28 +196,41 @@ class CurvatureOperator(TorchOperator):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Snapshots are of a live process: a restored operator is lowered at the restored model's state.
+        if self._bound and unbound(self.expr):
+            warnings.warn(
+                f"a pickle of {self.expr} holds the expression, the model and the data, but not the matrices that were "
+                "computed; they are computed again at the first product. curvalg.save(operator, path) writes the matrices",
+                CurvalgWarning,
+                stacklevel=2,
+            )
         return CurvatureOperator, (self.expr, self.problem, self.preconditioner)
 
     # -- products -------------------------------------------------------------------------------------------------------
 
+    def _together(self) -> AbstractContextManager[None]:
+        return self.problem.together(self.expr)
+
     def _product(self, x: Vector) -> Any:
-        try:
-            return super()._product(x)
-        except VectorError:
-            # An operand for the device that the model has moved to is right; the operator is of an earlier state.
-            self.problem.check(self.snapshot)
-            raise
+        with self._together():
+            try:
+                return super()._product(x)
+            except VectorError:
+                # An operand for the device that the model has moved to is right; the operator is of an earlier state.
+                self._current()
+                raise
 
     def _apply(self, columns: Tensor) -> Tensor:
-        return self._measured(columns, torch.sum)[0]
+        with self._together():
+            return self._measured(columns, torch.sum)[0]
 
     def _sized(self, columns: Tensor) -> tuple[Tensor, float]:
-        return self._measured(columns, largest)
+        with self._together():
+            return self._measured(columns, largest)
 
     def _measured(self, columns: Tensor, measure: Measure) -> tuple[Tensor, float]:
         # On a device the first product waits for the comparison with the live model; others compute meanwhile.
         unread: list[Tensor] | None = [] if self._multiplied else None
-        self.problem.check(self.snapshot, unread)
+        self._current(unread)
         try:
             with self.problem.differentiating():
                 if not self._bound:
@@ -223,17 +246,57 @@ class CurvatureOperator(TorchOperator):
         except Exception as error:  # for which there may be a reason that has not been looked at yet
             if not isinstance(error, ExpressionError):  # what a blamed term wrote is not a change of the user's
                 require_finite_operand(columns)
-                self.problem.check(self.snapshot)
+                self._current()
             raise
         if moved:
-            self.problem.check(self.snapshot)
+            self._current()
         self._multiplied = True
         return result, number
 
-    def _adjoint(self) -> CurvatureOperator:
-        return self._combine(self.expr.T)
+    def _combine(self, expr: Expr, *others: BoundAlgebra) -> CurvatureOperator:
+        for op in (self, *others):
+            op._current()
+        return CurvatureOperator(expr, self.problem, joint_preconditioner(expr, [self, *others]))
 
-    _transpose = _adjoint
+    def quadratic_form_gradient(self, left: Vector, right: Vector) -> Any:
+        """The gradient ∇θ Σₖ lₖᵀ A(θ) rₖ by the chosen parameters, exact: third-order reverse mode.
+
+        For sums of terms that take one pass over the data (hessian, ggn, fisher, residual, covariance), centered_covariance and
+        the identity. From it follow gradients of eigenvalues (∂λ = vᵀ ∂A v), of tr A, log det A and the like;
+        :mod:`curvalg.differentiable` has them ready, with gradients by all that model and loss depend on. Checked once a state
+        by a central difference.
+
+        Args:
+            left: l, (D,) or (D, K), of any kind that a product takes.
+            right: r, of the same kind and shape.
+
+        Returns:
+            A vector (D,), of the kind of ``left``.
+
+        Raises:
+            ExpressionError: another kind of expression.
+            ProblemError: the model lacks a third derivative, or torch's formula for it is wrong.
+            VectorError: vectors that do not fit.
+
+        >>> import torch
+        >>> from curvalg import Problem, registry
+        >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.BCEWithLogitsLoss(), (torch.randn(6, 3), torch.ones(6, 1)))
+        >>> op = registry.build("hessian").lower(problem)
+        >>> op.quadratic_form_gradient(torch.eye(4), torch.eye(4)).shape  # of the trace
+        torch.Size([4])
+        """
+        with self._together():
+            return self._form_gradient(left, right)
+
+    def _form_gradient(self, left: Vector, right: Vector) -> Any:
+        matrix = terms_of(self.expr)
+        self._require_whole()
+        self._current()
+        one, two = (parse(x, self._codomain, self._domain).columns for x in (left, right))
+        if one.shape != two.shape:
+            raise VectorError(f"expected left and right of one shape, got {tuple(one.shape)} and {tuple(two.shape)}")
+        found = form_gradient(matrix, self.problem, self.snapshot, one, two)
+        return parse(first_column(left, self._domain), self._domain, self._domain).restore(found.parameters[:, None])
 
     # -- inverses -------------------------------------------------------------------------------------------------------
 
@@ -281,9 +344,14 @@ class CurvatureOperator(TorchOperator):
             ConvergenceError: a column did not reach the tolerance (the best iterates are in ``error.result.x``), unless the
                 inverse was made with ``on_fail="warn"``.
         """
-        if checkpoint is not None:
+        with self._together():
             require_place(checkpoint)  # before anything is computed
-        self.problem.check(self.snapshot)
+            return self._solved(b, x0, checkpoint, progress)
+
+    def _solved(
+        self, b: Vector, x0: Vector | None, checkpoint: str | os.PathLike[str] | None, progress: bool
+    ) -> SolveResult:
+        self._current()
         operand = parse(b, self._domain, self._codomain)
         start = None if x0 is None else parse(x0, self._codomain, self._domain).columns
         if start is not None and start.shape != operand.columns.shape:
@@ -297,6 +365,7 @@ class CurvatureOperator(TorchOperator):
             if checkpoint is not None or progress:
                 file = None
                 if checkpoint is not None:
+                    self._require_whole()
                     subject = run_identity(self.expr, self.problem, self.snapshot, noise(self.problem))
                     file = Checkpoint(checkpoint, subject, self.problem.measured)
                 trail = FileTrail(file, node.expr, node.solver.name, operand.columns, start, progress)
@@ -310,136 +379,25 @@ class CurvatureOperator(TorchOperator):
                 trail.close()
         return replace(result, x=operand.restore(scale * result.x))
 
-    def exact(self, quantity: Quantity) -> Any | None:
-        """A quantity of the matrix that its structure gives exactly, or None.
-
-        Structured are diagonals, Kronecker products, eigenbases, low-rank updates, blocks of these, sums of terms with few
-        output directions (through their Gram matrix), inverses and square roots of all these, each damped or not, and
-        matrices of at most 4096 rows.
-
-        Args:
-            quantity: "trace" (a float); "diagonal" (a tensor (D,)); "logdet", log |det A|; or "eigh", an
-                :class:`~curvalg.Eigh` with all eigenvalues, whose eigenvectors are made when asked for. Through a Gram
-                matrix, eigenvalues below its rounding noise (in the problem's precision) count among the rest.
-
-        Raises:
-            ExpressionError: an unknown quantity.
-
-        >>> import torch
-        >>> from curvalg import Identity, Problem, registry
-        >>> problem = Problem(torch.nn.Linear(8, 3), torch.nn.MSELoss(), (torch.eye(4, 8), torch.zeros(4, 3)))
-        >>> op = (registry.build("ggn") + 0.5 * Identity).lower(problem)
-        >>> pairs = op.exact("eigh")
-        >>> pairs.eigenvalues.shape, pairs.rest, pairs.multiplicity
-        (torch.Size([12]), 0.5, 15)
-        """
-        if quantity not in (known := get_args(Quantity)):
-            raise OptionError(f"exact() answers {', '.join(known)}; got {quantity!r}")
-        self.problem.check(self.snapshot)
-        with self.problem.lock:
-            form = self._form()
-            if form is None:
-                return None
-            with self.problem.differentiating():
-                return getattr(form.at(self.snapshot), quantity)()
-
-    def exact_rows(self, quantity: Quantity = "eigh") -> int | None:
-        """The rows of the matrix that :meth:`exact` would build and factorise: what it costs, in products.
-
-        Returns:
-            Rows of the dense or the Gram matrix, or columns whose squares are summed; 0 where the structure is there already;
-            None where there is no exact form.
-        """
-        with self.problem.lock:
-            form = self._form()
-        if form is None:
-            return None
-        return form.diagonal_rows if quantity in ("trace", "diagonal") else form.rows
-
-    def _form(self) -> Form | None:
-        if self.expr.domain != self.expr.codomain or self.expr.domain_params != self.expr.codomain_params:
-            return None
-        with self.problem.differentiating():
-            self._bind()
-            return find(BoundMatrix(self._resolved, self.problem, plan))[0]
-
-    def to_dense(self) -> Tensor:
-        self._require_memory()
-        self.problem.check(self.snapshot)
-        with self.problem.differentiating(), self.problem.lock:
-            self._bind()
-            if self.expr.domain == self.expr.codomain == "outputs":
-                form, _ = find(BoundMatrix(self._resolved, self.problem, plan), asked="kernel")
-                if form is not None and isinstance(structure := form.at(self.snapshot), DenseMatrix):
-                    return structure.matrix.to(self.problem.dtype)
-            if (matrix := self._plan.dense(self.snapshot)) is not None:
-                return require_finite(matrix, self.expr)
-        return super().to_dense()
-
-    to_dense.__doc__ = TorchOperator.to_dense.__doc__
-
-    def _inverse_plan(self) -> tuple[float, InversePlan]:
+    def _scaled_inverse(self) -> tuple[float, InversePlan] | None:
+        """The number c and the solve of an operator that is c A⁻¹; None where it is none."""
         scale, node = 1.0, self._plan
         if isinstance(node, SumPlan) and len(node.parts) == 1 and not node.shift:
             scale, node = node.parts[0]
-        if not isinstance(node, InversePlan):
+        return (scale, node) if isinstance(node, InversePlan) else None
+
+    def _inverse_plan(self) -> tuple[float, InversePlan]:
+        found = self._scaled_inverse()
+        if found is None:
             raise ExpressionError(
                 f"solve() is for operators that are an inverse, but this one is {self.expr}; use op @ b"
             )
-        return scale, node
-
-    # -- algebra of bound operators ---------------------------------------------------------------------------------------
-
-    def _combine(self, expr: Expr, *others: CurvatureOperator) -> CurvatureOperator:
-        for op in (self, *others):
-            op.problem.check(op.snapshot)
-        return CurvatureOperator(expr, self.problem, _joint_preconditioner(expr, [self, *others]))
-
-    def _same(self, other: object) -> TypeGuard[CurvatureOperator]:
-        return isinstance(other, CurvatureOperator) and other.problem is self.problem
-
-    def __add__(self, other: Any) -> Any:
-        if self._same(other):
-            return self._combine(self.expr + other.expr, other)
-        return super().__add__(other) if isinstance(other, LinearOperator) else self._combine(self.expr + other)
-
-    def __sub__(self, other: Any) -> Any:
-        if self._same(other):
-            return self._combine(self.expr - other.expr, other)
-        return super().__sub__(other) if isinstance(other, LinearOperator) else self._combine(self.expr - other)
-
-    def __neg__(self) -> CurvatureOperator:
-        return self._combine(-self.expr)
-
-    def __pow__(self, exponent: int) -> CurvatureOperator:
-        return self._combine(self.expr**exponent)
-
-    def dot(self, x: Any) -> Any:
-        """The product with an operator, a number or a vector: ``op @ x``, ``op * x`` and ``op(x)``."""
-        if self._same(x):
-            return self._combine(self.expr @ x.expr, x)
-        if isinstance(x, Expr):
-            return self._combine(self.expr @ x)
-        return self._combine(self.expr * x) if is_real_scalar(x) else super().dot(x)
-
-    def __truediv__(self, other: Any) -> CurvatureOperator:
-        return self._combine(self.expr / (other.expr if isinstance(other, CurvatureOperator) else other))
-
-    def __repr__(self) -> str:
-        return f"<{self.shape[0]}x{self.shape[1]} CurvatureOperator {self.expr}, {self.dtype} on {self.device}>"
+        return found
 
 
-def _joint_preconditioner(expr: Expr, operators: list[CurvatureOperator]) -> Preconditioner:
-    """The preconditioner of an expression put together from operators."""
-    if not has_inverse(expr):
-        return None
-    given = [op.preconditioner for op in operators if has_inverse(op.expr)]
-    if any(p is not given[0] for p in given):
-        raise ExpressionError(
-            "the operators have inverses with different preconditioners; name them in the expressions, "
-            "inverse(..., preconditioner=...), and combine those"
-        )
-    return given[0] if given else None
+def bound(expr: Expr, problem: Problem) -> Expr:
+    """Arrays of an expression at the present state of a problem; see :meth:`curvalg.Expr.bound`."""
+    return lower(expr, problem).bound_expression()
 
 
 def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None) -> CurvatureOperator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from curvalg.errors import NotFiniteError, VectorError, VectorTypeError
 from curvalg.problem import Layout
+from curvalg.tensors.bits import all_finite
+from curvalg.tensors.spaces import VectorSpace
 from curvalg.tensors.trees import describe
 
 Vector = np.ndarray | Tensor | Mapping[str, Tensor] | Sequence[Tensor]
@@ -41,12 +43,24 @@ class Space:
         layout: layout of the parameters, None for outputs.
         dtype: of the operator.
         device: of the problem.
+        sharded: the space of its vectors where each process holds a part of them; None: this one holds all numbers.
     """
 
     size: int
     layout: Layout | None
     dtype: torch.dtype
     device: torch.device
+    sharded: VectorSpace | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def vectors(self) -> VectorSpace:
+        """The space that sums over the numbers of vectors are taken in."""
+        return VectorSpace(self.size) if self.sharded is None else self.sharded
+
+    @property
+    def local(self) -> int:
+        """How many numbers of a vector this process holds."""
+        return self.size if self.sharded is None else self.sharded.local
 
 
 def parse(x: Vector, domain: Space, codomain: Space, *, unread: bool = False) -> Operand:
@@ -77,18 +91,22 @@ def parse(x: Vector, domain: Space, codomain: Space, *, unread: bool = False) ->
 
 def _require(ok: bool, domain: Space, came: str) -> None:
     if not ok:
-        raise VectorError(f"expected shape ({domain.size},) or ({domain.size}, K), got {came}")
+        n, part = (
+            domain.local,
+            "" if domain.sharded is None else f", the part of {domain.size} numbers that this process holds",
+        )
+        raise VectorError(f"expected shape ({n},) or ({n}, K){part}, got {came}")
 
 
 def require_finite_operand(columns: Tensor) -> Tensor:
     """Raise VectorError for an operand with NaN or infinite entries."""
-    if not math.isfinite(columns.sum().item()) and not bool(torch.isfinite(columns).all()):
+    if not all_finite(columns):
         raise VectorError("the operand has NaN or infinite entries; a product with it would have no meaning")
     return columns
 
 
 def _from_tensor(x: Tensor, domain: Space, unread: bool) -> Operand:
-    _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"a tensor of shape {tuple(x.shape)}")
+    _require(x.ndim in (1, 2) and x.shape[0] == domain.local, domain, f"a tensor of shape {tuple(x.shape)}")
     if x.device != domain.device:
         raise VectorError(
             f"expected a tensor on {domain.device}, got one on {x.device}; move it with x.to({str(domain.device)!r})"
@@ -98,7 +116,7 @@ def _from_tensor(x: Tensor, domain: Space, unread: bool) -> Operand:
     if x.is_complex():
         raise VectorTypeError("complex tensors are not supported; multiply real and imaginary part one after the other")
     dtype = torch.promote_types(x.dtype, domain.dtype)
-    columns = x.detach().to(domain.dtype).reshape(domain.size, -1)
+    columns = x.detach().to(domain.dtype).reshape(domain.local, 1 if x.ndim == 1 else x.shape[1])
     columns = _plain(columns)
     if not unread or columns.device.type == "cpu":
         require_finite_operand(columns)
@@ -111,13 +129,14 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
-    _require(x.ndim in (1, 2) and x.shape[0] == domain.size, domain, f"an array of shape {x.shape}")
+    _require(x.ndim in (1, 2) and x.shape[0] == domain.local, domain, f"an array of shape {x.shape}")
     if x.dtype.kind not in "fiubc":
         raise VectorTypeError(f"expected a numeric array, got dtype {x.dtype}")
     own = numpy_dtype(domain.dtype)
     dtype = np.result_type(own, x.dtype)
     parts = [x.real, x.imag] if x.dtype.kind == "c" else [x]
-    flat = np.concatenate([part.reshape(domain.size, -1) for part in parts], 1).astype(own)
+    columns_each = 1 if x.ndim == 1 else x.shape[1]
+    flat = np.concatenate([part.reshape(domain.local, columns_each) for part in parts], 1).astype(own)
     columns = require_finite_operand(torch.from_numpy(flat)).to(domain.device)
 
     def restore(y: Tensor) -> np.ndarray:
@@ -128,6 +147,19 @@ def _from_numpy(x: np.ndarray, domain: Space) -> Operand:
         return np.asarray((result[:, 0] if x.ndim == 1 else result).astype(dtype, copy=False))
 
     return Operand(columns, restore)
+
+
+def first_column(x: Vector, space: Space) -> Any:
+    """The first column of a vector that was parsed for a space, of its kind; a vector without columns is itself."""
+    if isinstance(x, Mapping) and space.layout is not None:
+        return {name: _first(t, len(space.layout.shapes[name])) for name, t in x.items()}
+    if isinstance(x, (list, tuple)) and space.layout is not None and all(isinstance(t, Tensor) for t in x):
+        return type(x)(_first(t, len(shape)) for t, shape in zip(x, space.layout.shapes.values(), strict=True))
+    return _first(x if isinstance(x, Tensor) else np.asarray(x), 1)
+
+
+def _first(t: Any, ndim: int) -> Any:
+    return t[..., 0] if t.ndim > ndim else t
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
@@ -201,8 +233,7 @@ def measured(
 
 def require_finite(result: Tensor, what: object) -> Tensor:
     """Raise NotFiniteError for a product with NaN or infinite entries."""
-    # The sum is finite where all entries are, and costs no buffer; only if it is not, a closer look is needed.
-    if not math.isfinite(result.sum().item()) and not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         raise NotFiniteError(
             f"the product with {what} has NaN or infinite entries; the loss or a second derivative is not finite there "
             "(half precision overflows in double backward: use float32 or bfloat16)"

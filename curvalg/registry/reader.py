@@ -193,22 +193,35 @@ class Reader:
             return self.calls[name](node)
         if name in self.leaves or name in RESERVED:
             self.fail(node, f"{name!r} takes no options here; {ALLOWED}")
-        self._positional(node, 0, f"{name}(option=value): options are given by name")
+        self._arguments(node, (), f"{name}(option=value): options are given by name")
         options = self._options(node)
         with self.at(node):
             return self.registry.build(name, **options)
 
-    def _positional(self, node: ast.Call, count: int, form: str) -> list[ast.expr]:
-        starred = next((arg for arg in node.args if isinstance(arg, ast.Starred)), None)
-        if starred is not None or len(node.args) != count:
-            wrong = starred or (node.args[count] if len(node.args) > count else node)
-            self.fail(wrong, f"expected {form}")
-        return node.args
+    def _arguments(self, node: ast.Call, names: tuple[str, ...], form: str) -> list[ast.expr]:
+        """What is given for the parameters of these names, by place or by name, as Python's call of the function takes it."""
+        for number, argument in enumerate(node.args):
+            if isinstance(argument, ast.Starred) or number >= len(names):
+                self.fail(argument, f"expected {form}")
+        given = dict(zip(names, node.args, strict=False))
+        for keyword in node.keywords:
+            if keyword.arg in given:
+                self.fail(keyword, f"{keyword.arg!r} is given twice; expected {form}")
+            if keyword.arg in names:
+                given[keyword.arg] = keyword.value
+        if len(given) < len(names):
+            self.fail(node, f"expected {form}")
+        return [given[name] for name in names]
 
-    def _options(self, node: ast.Call, allowed: tuple[str, ...] | None = None) -> dict[str, Any]:
+    def _options(
+        self, node: ast.Call, allowed: tuple[str, ...] | None = None, besides: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """The options by name, without the parameters ``besides``, which :meth:`_arguments` takes."""
         options: dict[str, Any] = {}
         for keyword in node.keywords:
             name = keyword.arg
+            if name in besides:
+                continue
             if name is None or name in options or (allowed is not None and name not in allowed):
                 what = "**" if name is None else name
                 known = f"its options are {', '.join(allowed)}" if allowed else "each option once, as option=value"
@@ -217,62 +230,65 @@ class Reader:
         return options
 
     def _inverse(self, node: ast.Call) -> Expr:
-        (inner,) = self._positional(node, 1, "inverse(expression, option=value)")
+        (inner,) = self._arguments(node, ("expr",), "inverse(expression, option=value)")
         expr = self.read(inner)
-        allowed = ("solver", "rtol", "atol", "maxiter", "preconditioner", "on_fail")
-        options = self._options(node, allowed)
+        allowed = ("solver", "rtol", "atol", "maxiter", "preconditioner", "on_fail", "check")
+        options = self._options(node, allowed, ("expr",))
         with self.at(node):
             return inverse(expr, **options)
 
     def _restrict(self, node: ast.Call) -> Expr:
-        inner, params = self._positional(node, 2, "restrict(expression, 'name') or restrict(expression, ['a', 'b'])")
+        names = "expr", "params"
+        inner, params = self._arguments(node, names, "restrict(expression, 'name') or restrict(expression, ['a', 'b'])")
         expr = self.read(inner)
-        self._options(node, ())
+        self._options(node, (), names)
         patterns = self._literal(params)
         with self.at(params):
             return restrict(expr, patterns)
 
     def _root(self, node: ast.Call) -> Expr:
         name = node.func.id  # type: ignore[attr-defined]
-        (inner,) = self._positional(node, 1, f"{name}(expression)")
+        (inner,) = self._arguments(node, ("expr",), f"{name}(expression)")
         expr = self.read(inner)
-        self._options(node, ())
+        self._options(node, (), ("expr",))
         with self.at(node):
             return sqrt(expr) if name == "sqrt" else inv_sqrt(expr)
 
     def _diagonal_part(self, node: ast.Call) -> Expr:
-        (inner,) = self._positional(node, 1, "diagonal_part(expression, probes=..., seed=...)")
+        (inner,) = self._arguments(node, ("expr",), "diagonal_part(expression, probes=..., seed=...)")
         expr = self.read(inner)
-        options = self._options(node, ("probes", "seed"))
+        options = self._options(node, ("probes", "seed"), ("expr",))
         with self.at(node):
             return diagonal_part(expr, **options)
 
     def _nystrom(self, node: ast.Call) -> Expr:
-        inner, second = self._positional(node, 2, "nystrom(expression, rank, seed=...)")
+        names = "expr", "rank"
+        inner, second = self._arguments(node, names, "nystrom(expression, rank, seed=...)")
         expr, rank = self.read(inner), self._literal(second)
-        options = self._options(node, ("seed",))
+        options = self._options(node, ("seed",), names)
         with self.at(node):
             return nystrom(expr, rank, **options)
 
     def _zero(self, node: ast.Call) -> Expr:
         form = "zero, or zero('codomain', 'domain') of the spaces 'parameters' and 'outputs'"
-        spaces = [self._literal(arg) for arg in self._positional(node, 2, form)]
-        options = self._options(node, ("codomain_params", "domain_params"))
+        names = "codomain", "domain"
+        spaces = [self._literal(arg) for arg in self._arguments(node, names, form)]
+        options = self._options(node, ("codomain_params", "domain_params"), names)
         if not all(space in ("parameters", "outputs") for space in spaces):
             self.fail(node, f"expected {form}")
         with self.at(node):
             return ZeroExpr(spaces[0], spaces[1], **options)
 
     def _term(self, node: ast.Call) -> Expr:
-        (first,) = self._positional(node, 1, "term('distribution/name', option=value)")
+        (first,) = self._arguments(node, ("name",), "term('distribution/name', option=value)")
         name = self._literal(first)
-        options = self._options(node)
+        options = self._options(node, besides=("name",))
         with self.at(first):
             return self.registry.build(name, **options)
 
     def _block_diagonal(self, node: ast.Call) -> Expr:
         form = "block_diagonal(e, by=...), block_diagonal({'name': e}) or block_diagonal([block('name', e)])"
-        (first,) = self._positional(node, 1, form)
+        (first,) = self._arguments(node, ("what",), form)
         what: Any
         if isinstance(first, ast.Dict):
             what = self._mapping(first)
@@ -280,7 +296,7 @@ class Reader:
             what = [self._block(item) for item in first.elts]
         else:
             what = self.read(first)
-        options = self._options(node, ("by",))
+        options = self._options(node, ("by",), ("what",))
         with self.at(node):
             return block_diagonal(what, **options)
 
@@ -296,9 +312,10 @@ class Reader:
     def _block(self, node: ast.expr) -> Block:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "block"):
             self.fail(node, "expected block(['a', 'b'], e) or block('a', e, joint=True)")
-        names, inner = self._positional(node, 2, "block(['a', 'b'], e, joint=True)")
-        patterns, expr = self._literal(names), self.read(inner)
-        joint = self._options(node, ("joint",)).get("joint", False)
+        arguments = "params", "expr"
+        params, inner = self._arguments(node, arguments, "block(['a', 'b'], e, joint=True)")
+        patterns, expr = self._literal(params), self.read(inner)
+        joint = self._options(node, ("joint",), arguments).get("joint", False)
         if not isinstance(joint, bool):
             self.fail(node, f"joint is True or False, got {joint!r}")
         with self.at(node):

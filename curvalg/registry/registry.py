@@ -144,7 +144,7 @@ class Registry:
 
         Args:
             name: a Python identifier that is no word of the expression syntax.
-            factory: a frozen dataclass deriving from Term, DatasetTerm or MatrixTerm, or a function that returns an
+            factory: a frozen dataclass deriving from Term or one of its relatives, or a function that returns an
                 expression; its parameters are the options.
             replace: take over a name that exists.
 

@@ -142,10 +142,11 @@ _PRECISION = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 1e-3, "bfloat16"
 
 def _symmetric(matrix: Any) -> bool:
     """Whether a matrix equals its transpose up to rounding: H Hᵀ as BLAS computes it often does not to the last bit."""
-    if not all(matrix.shape):
+    transposed = matrix.swapaxes(-1, -2)
+    if bool((matrix == transposed).all()):
         return True
     allowed = 8 * _PRECISION.get(_dtype(matrix), 0.0) * float(abs(matrix).max())
-    return bool(float(abs(matrix - matrix.swapaxes(-1, -2)).max()) <= allowed)
+    return bool(float(abs(matrix - transposed).max()) <= allowed)
 
 
 def _facts_of_values(values: Any) -> Facts:

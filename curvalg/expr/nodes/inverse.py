@@ -46,6 +46,7 @@ class Inverse(Reversed):
     maxiter: int | None = None
     preconditioner: Expr | None = None
     on_fail: Literal["raise", "warn"] = "raise"
+    check: bool = True
 
     @property
     def children(self) -> tuple[Expr, ...]:
@@ -54,7 +55,7 @@ class Inverse(Reversed):
     @property
     def options(self) -> dict[str, Any]:
         """The options of the solve, as :func:`inverse` takes them."""
-        names = ("solver", "rtol", "atol", "maxiter", "preconditioner", "on_fail")
+        names = ("solver", "rtol", "atol", "maxiter", "preconditioner", "on_fail", "check")
         return {name: getattr(self, name) for name in names}
 
     def rebuild(self, children: tuple[Expr, ...]) -> Expr:
@@ -82,6 +83,7 @@ def inverse(
     maxiter: int | None = None,
     preconditioner: Expr | None = None,
     on_fail: Literal["raise", "warn"] = "raise",
+    check: bool = True,
 ) -> Expr:
     """The inverse of a square expression: exact where structure allows, iterative otherwise.
 
@@ -94,6 +96,9 @@ def inverse(
         maxiter: the most iterations of an iterative solve; None: chosen from the size.
         preconditioner: an approximation P of the matrix, whose inverse is cheap and is taken here.
         on_fail: "raise" or "warn" when the tolerance is not reached.
+        check: whether a structured inverse is compared with its matrix before it is believed: on random vectors, by the work of
+            some ten products, once at each state. False leaves it out for this inverse, ``Problem(verify=False)`` for all.
+            Residuals of iterative solves and of reports are computed in either case.
 
     Raises:
         ExpressionError: not square, zero, or an option out of range.
@@ -113,6 +118,8 @@ def inverse(
         raise OptionError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if on_fail not in ("raise", "warn"):
         raise OptionError(f"on_fail is 'raise' or 'warn', got {on_fail!r}")
+    if not isinstance(check, bool):
+        raise OptionError(f"check is True or False, got {check!r}")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         real = isinstance(tolerance, numbers.Real) and not isinstance(tolerance, bool)
         if tolerance is not None and not (real and 0 <= tolerance < math.inf):
@@ -125,4 +132,4 @@ def inverse(
             "expr.lower(problem, preconditioner=...)"
         )
     rtol = None if rtol is None else float(rtol)  # a Fraction or a NumPy float would not print as a literal
-    return Inverse(expr, solver, rtol, float(atol), maxiter, preconditioner, on_fail)
+    return Inverse(expr, solver, rtol, float(atol), maxiter, preconditioner, on_fail, check)

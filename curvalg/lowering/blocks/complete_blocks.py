@@ -6,7 +6,7 @@ from curvalg.errors import ExpressionError
 from curvalg.expr import Block, BlockDiagonal, Expr, Restriction, Zero, restrict
 from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import NamedExpr
-from curvalg.lowering.blocks.submatrices import block_problem, inside, is_local, partition, submatrix
+from curvalg.lowering.blocks.submatrices import block_problem, inside, is_inside, partition, submatrix
 from curvalg.problem import Problem
 from curvalg.problem.model import parameters as params_
 from curvalg.rewrite import simplify
@@ -22,13 +22,27 @@ def resolve(expr: Expr, problem: Problem) -> Expr:
         ProblemError: a pattern that matches no parameter.
     """
     if isinstance(expr, BlockDiagonal):
-        return expr if expr.complete and isinstance(expr.what, tuple) else _complete(expr, problem)
+        return _covering(expr, problem) if expr.complete and isinstance(expr.what, tuple) else _complete(expr, problem)
     if not _has_blocks(expr):
         return expr
     if isinstance(expr, Restriction):
-        on = problem.restricted(expr.params) if is_local(expr.expr) else problem
+        restricted = problem.restricted(expr.params)
+        on = restricted if is_inside(expr.expr, restricted, problem) else problem
         return submatrix(resolve(expr.expr, on), expr.params, on)
     return expr.rebuild(tuple(resolve(part, problem) for part in expr.children))
+
+
+def _covering(expr: BlockDiagonal, problem: Problem) -> BlockDiagonal:
+    """Complete blocks, which may have been made on another problem, found to cover this one."""
+    assert isinstance(expr.what, tuple)
+    there, here = {name for block in expr.what for name in block.params}, set(problem.layout.names)
+    if there != here:
+        raise ExpressionError(
+            "the blocks were made over the parameters of another problem, which had in addition "
+            f"{sorted(there - here) or 'none'} and lacked {sorted(here - there) or 'none'}; choose the same ones with params=, "
+            "or make the matrix on this problem"
+        )
+    return expr
 
 
 def _has_blocks(expr: Expr) -> bool:

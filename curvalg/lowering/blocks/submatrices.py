@@ -9,7 +9,7 @@ import curvalg.expr as alg
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, Expr, Partition
 from curvalg.expr.nodes.arrays import ArrayLeaf
-from curvalg.expr.term import MatrixTerm, Term
+from curvalg.expr.term import GradientTerm, MatrixTerm, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.blocks.rows import RowRanges, merged
 from curvalg.problem import Problem
@@ -22,7 +22,7 @@ def is_local(expr: Expr) -> bool:
         return all(map(is_local, expr.children))
     if isinstance(expr, MatrixTerm):
         return expr.local
-    return isinstance(expr, (Term, Jacobian, LossHessian, alg.IdentityExpr, alg.ZeroExpr))
+    return isinstance(expr, (Term, GradientTerm, Jacobian, LossHessian, alg.IdentityExpr, alg.ZeroExpr))
 
 
 def is_inside(expr: Expr, restricted: Problem, problem: Problem) -> bool:

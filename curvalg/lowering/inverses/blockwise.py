@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from curvalg.lowering.blocks.rows import RowRanges, by_blocks
+from curvalg.lowering.inverses.kronecker_spectra import decompose_together
 from curvalg.lowering.inverses.solver import InverseRequest, Solver
+from curvalg.lowering.inverses.structured import Structured
 from curvalg.lowering.inverses.verified import Oath
 from curvalg.lowering.lines import alike
 from curvalg.problem import Snapshot
@@ -39,7 +41,10 @@ class ByBlocks(Solver[list[Any]]):
         self.lines = alike([(label, chain) for _, label, _, chain in parts])
 
     def prepare(self, snapshot: Snapshot) -> list[Any]:
-        return [solver.prepare(snapshot) for _, _, solver, _ in self.parts]
+        solvers = [solver for _, _, solver, _ in self.parts]
+        forms = [solver.form for solver in solvers if isinstance(solver, Structured)]
+        decompose_together(tuple(wanted for form in forms for wanted in form.spectra), snapshot)
+        return [solver.prepare(snapshot) for solver in solvers]
 
     def solve(
         self, state: list[Any], b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True

@@ -29,6 +29,7 @@ from curvalg.expr import (
 from curvalg.expr.affine_form import affine
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
+from curvalg.lowering.inverses.kronecker_spectra import spectrum
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule
 from curvalg.lowering.inverses.priors import damped_by_name
 from curvalg.lowering.inverses.rounding import epsilon, noise
@@ -42,6 +43,7 @@ from curvalg.lowering.matrices import (
     DenseMatrix,
     Inverted,
     KroneckerBasis,
+    KroneckerCholesky,
     KroneckerLU,
     MatrixBasis,
     Spectral,
@@ -54,6 +56,7 @@ from curvalg.lowering.matrices.array_leaves import numbers, tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.rewrite import simplify
+from curvalg.solve import eigenpairs
 from curvalg.tensors.memory import wide, widest
 from curvalg.tensors.random_numbers import normals
 
@@ -106,9 +109,25 @@ def _kronecker(matrix: BoundMatrix) -> Offer:
     shown = " and ".join(f"{n} x {n}" for n in sizes) + (f", {leaf.count} each," if leaf.count is not None else "")
     flops = sum(9 * n**3 for n in sizes) * (leaf.count or 1)
     like = _like(matrix)
+    if leaf.facts().symmetric and leaf.plain and len(sizes) > 1 and not shift and not matrix.spectral:
+        cholesky = sum(n**3 for n in sizes) / 3
+        return Form(
+            "kronecker",
+            f"Cholesky factorisations of {shown} once ({_flops(cholesky)}), and the spectrum where that is asked for",
+            lambda snapshot: KroneckerCholesky(
+                [tensor(f, like.to(matrix.problem.dtype)) for f in leaf.factors],
+                scale,
+                lambda: _kronecker_spectral(matrix, snapshot, leaf, scale, shift),
+            ),
+        )
     if leaf.facts().symmetric:
         cost = f"eigendecompositions of {shown} once ({_flops(flops)}), kept for every damping"
-        return Form("kronecker", cost, lambda snapshot: _kronecker_spectral(matrix, snapshot, leaf, scale, shift))
+        return Form(
+            "kronecker",
+            cost,
+            lambda snapshot: _kronecker_spectral(matrix, snapshot, leaf, scale, shift),
+            spectra=((matrix.problem, leaf, like),),
+        )
     if shift or not leaf.plain:
         return (
             f"its factors are not symmetric, and it is {'damped' if shift else 'one of several products, or reordered'}"
@@ -125,12 +144,7 @@ def _kronecker_spectral(
     matrix: BoundMatrix, snapshot: Snapshot, leaf: Kronecker, scale: float, shift: float
 ) -> Structure:
     like = _like(matrix)
-
-    def decompose() -> list[tuple[Tensor, Tensor]]:
-        factors = [tensor(f, like) for f in leaf.factors]
-        return [torch.linalg.eigh((f + f.mT) / 2) for f in factors]
-
-    pairs = matrix.problem.cached(snapshot).get("eigenpairs", leaf, decompose, budgeted=True)
+    pairs = spectrum(matrix.problem, snapshot, leaf, like)
     values = like.new_ones(*pairs[0][0].shape[:-1], 1)
     for eigenvalues, _ in pairs:
         values = (values[..., :, None] * eigenvalues[..., None, :]).flatten(-2)
@@ -179,6 +193,7 @@ def _blocks(matrix: BoundMatrix) -> Offer:
         f"{len(forms)} blocks, {shown}",
         lambda snapshot: Blocks([(places, form.at(snapshot)) for places, form in forms]),
         spectral=all(form.spectral for _, form in forms),
+        spectra=tuple(wanted for _, form in forms for wanted in form.spectra),
         rows=sum(form.rows for _, form in forms),
         diagonal_rows=sum(form.diagonal_rows for _, form in forms),
     )
@@ -248,7 +263,7 @@ def _low_rank_spectral(matrix: BoundMatrix, updates: Sequence[tuple[float, LowRa
     left, core, _ = _stacked(updates, _like(matrix))
     orthonormal, triangle = torch.linalg.qr(left)
     inner = triangle @ core @ triangle.T
-    values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+    values, vectors = eigenpairs((inner + inner.T) / 2)
     basis = MatrixBasis((orthonormal @ vectors).to(matrix.problem.dtype))
     return Spectral(matrix.size, values + shift, basis, shift, str(matrix.expr))
 
@@ -270,7 +285,7 @@ def _gram(matrix: BoundMatrix) -> Offer:
     columns = sum(problem.factor_columns(term) for _, term in entries) * problem.totals.rows
     if columns >= matrix.size:
         return f"M = {columns} columns are not fewer than D = {matrix.size}"
-    need, limit = 8 * columns**2, problem.workspace
+    need, limit = 8 * columns**2, problem.common_workspace
     if need > limit:
         return f"the Gram matrix of M = {columns} columns needs {_bytes(need)} of a budget of {_bytes(limit)}"
     cost = (
@@ -320,7 +335,7 @@ def _kernel(matrix: BoundMatrix) -> Offer:
         return "the matrix is not J J.T and the identity"
     if problem.model.batch_statistics:
         return "samples influence each other through batch statistics"
-    n, limit = matrix.size, problem.workspace
+    n, limit = matrix.size, problem.common_workspace
     if (need := 8 * n**2) > limit:
         return f"J J.T of M = {n} outputs needs {_bytes(need)} of a budget of {_bytes(limit)}"
 
@@ -357,7 +372,11 @@ def _function(matrix: BoundMatrix) -> Offer:
         return result
 
     return Form(
-        "function", f"by the eigenvalues of a matrix in {form.name} form ({form.cost})", make, spectral=form.spectral
+        "function",
+        f"by the eigenvalues of a matrix in {form.name} form ({form.cost})",
+        make,
+        spectral=form.spectral,
+        spectra=form.spectra,
     )
 
 
@@ -374,18 +393,18 @@ def _dense(matrix: BoundMatrix) -> Offer:
 
 def dense(matrix: BoundMatrix, snapshot: Snapshot) -> Structure:
     """The matrix built by products, float64; kept without its shift, for another damping."""
-    expr, problem = matrix.expr, matrix.problem
-    _, shift = affine(expr)
+    expr, problem, (_, shift) = matrix.expr, matrix.problem, affine(matrix.expr)
     base = matrix.of(expr - shift * Identity) if shift else matrix
     values: Tensor = problem.cached(snapshot).get("dense", base.expr, lambda: _build(base, snapshot), budgeted=True)
     if shift:
-        values = values.clone()
-        values.diagonal().add_(shift)
+        (values := values.clone()).diagonal().add_(shift)
     return DenseMatrix(values, matrix.facts, str(expr), epsilon(problem))
 
 
 def _build(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor:
     problem, n = matrix.problem, matrix.size
+    if (known := matrix.plan.dense(snapshot)) is not None:
+        return (wide(known) + wide(known).T) / 2 if matrix.facts.symmetric else wide(known)
     eye = torch.eye(n, dtype=problem.dtype, device=problem.device)
     columns = [matrix.plan.apply(snapshot, eye[:, at : at + 256]) for at in range(0, n, 256)]
     built = wide(torch.cat(columns, 1))

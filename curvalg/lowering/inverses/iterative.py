@@ -60,14 +60,17 @@ class Iterative(Solver[Operators]):
         self, state: Operators, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
         request = self.request
-        return self.method(
-            state.multiply,
-            b,
-            x0=x0,
-            preconditioner=state.precondition,
-            rtol=request.rtol,
-            atol=float(request.node.atol),
-            maxiter=request.maxiter,
-            trail=trail,
-            noise=request.noise,
-        )
+        expected = request.matrix.problem.measured.expected
+        with expected.at_most(request.maxiter * b.shape[1]):
+            return self.method(
+                state.multiply,
+                b,
+                x0=x0,
+                preconditioner=state.precondition,
+                rtol=request.rtol,
+                atol=float(request.node.atol),
+                maxiter=request.maxiter,
+                trail=trail,
+                noise=request.noise,
+                space=request.matrix.vectors,
+            )

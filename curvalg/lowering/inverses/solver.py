@@ -65,6 +65,13 @@ class InverseRequest:
         return self.node.rtol is not None or self.node.atol > 0
 
     @property
+    def unchecked(self) -> str:
+        """The option by which a structured form is believed without a comparison; empty where it has to prove itself."""
+        if not self.problem.verify:
+            return "verify=False"
+        return "" if self.node.check else "check=False"
+
+    @property
     def maxiter(self) -> int:
         """The largest number of iterations."""
         return self.node.maxiter or min(10 * self.matrix.size, 10_000)

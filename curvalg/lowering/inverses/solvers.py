@@ -91,6 +91,8 @@ def _tri(value: bool | None) -> str:
     return {True: "proved", False: "refuted", None: "not proved"}[value]
 
 
+OF_PARTS = ("diagonal", "cg", "minres")
+"""Solvers that need no whole matrix, nor a part of it that another process has."""
 STRATEGIES: dict[str, Strategy] = {name: _OWN.get(name) or _by_form(name) for name in SOLVERS[1:]}
 """All solvers, in the order in which they are tried."""
 
@@ -106,6 +108,9 @@ def choose(request: InverseRequest) -> tuple[Solver[Any], list[str]]:
     request = replace(request, matrix=request.matrix.localised())
     for name, strategy in STRATEGIES.items():
         if asked not in ("auto", name):
+            continue
+        if request.matrix.problem.group.sharded and name not in OF_PARTS:
+            chain.append(f"{name}: declined, each process has a part of the parameters")
             continue
         outcome = strategy(request)
         if isinstance(outcome, Solver):

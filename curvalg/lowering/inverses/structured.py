@@ -21,6 +21,7 @@ from curvalg.solve.open_columns import OVERFLOW
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.solve_result import CONVERGED, ROUNDING
 from curvalg.solve.trail import Trail
+from curvalg.tensors.bits import finite_columns
 
 LARGE = 1e-2
 """Residuals relative to ‖b‖ above which a solve that rounding excuses is worth a warning."""
@@ -34,12 +35,15 @@ class Prepared:
     Args:
         structure: S.
         multiply: X -> A X, by products of the matrix that it stands for.
-        problem: gives dtype, device and rounding, and whether structures have to prove themselves.
+        problem: gives dtype, device and rounding.
+        unchecked: the option by which the structure is believed without a proof, or empty.
     """
 
-    def __init__(self, structure: Structure, multiply: Callable[[Tensor], Tensor], problem: Problem) -> None:
+    def __init__(
+        self, structure: Structure, multiply: Callable[[Tensor], Tensor], problem: Problem, unchecked: str
+    ) -> None:
         self.structure, self.multiply = structure, multiply
-        self._problem = problem
+        self._problem, self._unchecked = problem, unchecked
         self._oath: Oath | None = None
 
     @property
@@ -53,10 +57,10 @@ class Prepared:
         if self._oath is None:
             problem = self._problem
             like = torch.empty(0, dtype=problem.dtype, device=problem.device)
-            if problem.verify:
-                self._oath = swear(self.structure, self.multiply, like, epsilon(problem), REFINEMENTS)
+            if self._unchecked:
+                self._oath = trusted(self.structure, like, epsilon(problem), self._unchecked)
             else:
-                self._oath = trusted(self.structure, like, epsilon(problem))
+                self._oath = swear(self.structure, self.multiply, like, epsilon(problem), REFINEMENTS)
         return self._oath
 
 
@@ -64,9 +68,9 @@ class Structured(Solver[Prepared]):
     """A structured form, made at the first solve and kept.
 
     At each snapshot it proves itself once, on random vectors (:mod:`curvalg.lowering.inverses.verified`), and is believed
-    then, or at once with ``Problem(verify=False)``: products cost no look at residuals, unless a tolerance was asked for by
-    name. Solves that report refine x against the true residual and are right where that meets the tolerance, or is rounding
-    alone. A form that fails has to meet the tolerance each time.
+    then, or at once with ``inverse(check=False)`` or ``Problem(verify=False)``: products cost no look at residuals, unless a
+    tolerance was asked for by name. Solves that report refine x against the true residual and are right where that meets the
+    tolerance, or is rounding alone. A form that fails has to meet the tolerance each time.
 
     Args:
         request: the inverse.
@@ -82,7 +86,8 @@ class Structured(Solver[Prepared]):
 
     def prepare(self, snapshot: Snapshot) -> Prepared:
         plan = self.request.matrix.plan
-        return Prepared(self.form.at(snapshot), lambda x: plan.apply(snapshot, x), self.request.problem)
+        request, form = self.request, self.form.at(snapshot)
+        return Prepared(form, lambda x: plan.apply(snapshot, x), request.problem, request.unchecked)
 
     def solve(
         self, state: Prepared, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
@@ -92,13 +97,13 @@ class Structured(Solver[Prepared]):
         b = scaled(b, -unit)
         x, iterations = state.structure.solve(b), torch.zeros_like(unit, dtype=torch.int64)
         if not report and self.trusts(state):
-            converged = torch.isfinite(x).all(0)
+            converged = finite_columns(x)
             residual, reason = torch.full_like(b[0], torch.nan), OVERFLOW
         else:
             x, residual, converged = self._refined(state, b, x, unit)
             reason = f"refinement stalled in {b.dtype}"
         x = scaled(x, unit)
-        converged &= torch.isfinite(x).all(0)
+        converged &= finite_columns(x)
         above = residual > self._tolerance(b, unit)  # nowhere where no residual was looked at
         self._warn(converged & above, residual, b)
         reasons = tuple(

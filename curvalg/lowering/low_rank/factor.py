@@ -28,6 +28,11 @@ SMALL = 2**24
 """Bytes of V up to which it may be multiplied out: beyond, reading it takes as long as the layers do."""
 
 
+SPARE = 4
+"""How many times the bytes of the gradients at the outputs of layers must fit for those of records not to be looked at: records
+hold inputs as well, and copies."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some columns of V, from one batch.
@@ -54,6 +59,16 @@ class Chunk:
     def nbytes(self) -> int:
         """The memory of inputs and deltas."""
         return sum(record.nbytes for record in self.records)
+
+    def gram(self, other: Chunk) -> Tensor:
+        """The products of these columns with others, (columns here, columns there)."""
+        block: Tensor | None = None
+        others = {record.params: record for record in other.records}
+        for record in self.records:
+            part = record.gram(others[record.params])
+            block = part if block is None else block.add_(part)
+        assert block is not None
+        return block.reshape(self.stop - self.start, other.stop - other.start)
 
     def split(self, groups: Groups) -> list[tuple[LayerRecord, dict[str, int]]]:
         """The records of each layer by group, with the number of the group of each parameter."""
@@ -122,12 +137,12 @@ class Factor:
     @property
     def owner(self) -> Tensor:
         """The number of the term that each column belongs to (M,)."""
-        return torch.cat(self._owner)
+        return torch.cat(self._owner) if self._owner else torch.zeros(0, dtype=torch.int64, device=self.device)
 
     @property
     def active(self) -> Tensor:
         """The columns that are not zero (M,): a sample of no share has none."""
-        return torch.cat(self._active)
+        return torch.cat(self._active) if self._active else torch.zeros(0, dtype=torch.bool, device=self.device)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -196,11 +211,11 @@ class Factor:
         """Count the columns; keep inputs and deltas if they fit."""
         limit = problem.budget.limit
         if self._sizes is None or not (self.complete or limit in (0, self.refused)):
-            for _ in self._walk(problem, snapshot, 0):
+            for _ in self.walk(problem, snapshot, 0):
                 pass
         problem.budget.touch(self)
 
-    def _walk(self, problem: Problem, snapshot: Snapshot, start: int) -> Iterator[Chunk]:
+    def walk(self, problem: Problem, snapshot: Snapshot, start: int = 0) -> Iterator[Chunk]:
         """All chunks from a column on, kept ones as they are; the first pass keeps what fits."""
         if self.complete:
             problem.budget.touch(self)
@@ -270,7 +285,7 @@ class Factor:
             columns = self.cotangents(batch)
             products = columns * tangent
             parts.append(products.reshape(*columns.shape[:2], -1).sum(2).reshape(-1))
-        return torch.cat(parts).to(x.dtype)
+        return torch.cat(parts).to(x.dtype) if parts else x.new_zeros(0)
 
     def pull(self, problem: Problem, snapshot: Snapshot, y: Tensor) -> Tensor:
         """Products V Y for Y (M, P), shape (D, P)."""
@@ -308,7 +323,7 @@ class Factor:
             weights = y[at : at + count].reshape(*columns.shape[:2], *[1] * (columns.ndim - 2))
             total.add(batch.vjp((weights.to(columns.dtype) * columns).sum(0)))
             at += count
-        return total.value  # type: ignore[no-any-return]
+        return y.new_zeros(problem.size) if total.value is None else total.value
 
     def gram(self, problem: Problem, snapshot: Snapshot) -> Tensor:
         """The Gram matrix Vᵀ V (M, M), computed once and kept.
@@ -325,7 +340,7 @@ class Factor:
         while start < size:
             held: list[Chunk] = []
             used, full, stop = 0, False, start
-            for chunk in self._walk(problem, snapshot, start):
+            for chunk in self.walk(problem, snapshot, start):
                 if chunk.start < start:
                     continue
                 for other in held:
@@ -366,7 +381,7 @@ def _slices(recorded: RecordedLayers, columns: Tensor, limit: int) -> Iterator[t
     """Records of as many columns at a time as fit the limit."""
     count = columns.shape[0]
     width = count
-    if count > 1:
+    if count > 1 and SPARE * count * recorded.most_bytes() > limit:
         # The bytes of one column give those of all: inputs are shared, deltas are not.
         one = recorded.records(columns[:1])
         deltas = sum(record.nbytes - record.input_bytes for record in one)
@@ -379,13 +394,7 @@ def _slices(recorded: RecordedLayers, columns: Tensor, limit: int) -> Iterator[t
 
 def _fill(gram: Tensor, left: Chunk, right: Chunk) -> None:
     """Fill in the blocks of two chunks, and their mirror image."""
-    block: Tensor | None = None
-    others = {record.params: record for record in right.records}
-    for record in left.records:
-        part = record.gram(others[record.params])
-        block = part if block is None else block.add_(part)
-    assert block is not None
-    flat = block.reshape(left.stop - left.start, right.stop - right.start)
+    flat = left.gram(right)
     gram[left.start : left.stop, right.start : right.stop] = flat
     if left is not right:
         gram[right.start : right.stop, left.start : left.stop] = flat.T

@@ -12,7 +12,7 @@ from curvalg.lowering.low_rank.weighted_factor import WeightedFactor
 from curvalg.lowering.matrices import Basis, Eigh, Spectral, Structure, singular
 from curvalg.lowering.matrices.structure import Function
 from curvalg.problem.kept.reads import Reads
-from curvalg.solve import factorize
+from curvalg.solve import eigenpairs, factorize
 from curvalg.tensors.memory import wide, widest
 
 SINGLE = 1e4
@@ -86,9 +86,13 @@ class Gram(Structure):
             self.precision = damped.dtype
         return self._solve
 
-    def solve(self, b: Tensor) -> Tensor:
+    def solve_inner(self, y: Tensor) -> Tensor:
+        """Solutions of (WᵀW + c I) X = Y for Y (M, P), in the precision of the factorisation."""
         inner = self._factorized()
-        y = inner(self.columns.analyse(b).to(self.precision))
+        return inner(y.to(self.precision))
+
+    def solve(self, b: Tensor) -> Tensor:
+        y = self.solve_inner(self.columns.analyse(b))
         return (b - self.columns.synthesise(y.to(b.dtype))) / self.shift
 
     def _values(self) -> Tensor:
@@ -103,7 +107,7 @@ class Gram(Structure):
         """All eigenpairs; a full eigendecomposition of the Gram matrix."""
         if self._spectral is None:
             gram = self.columns.gram()
-            values, vectors = torch.linalg.eigh(wide(gram))
+            values, vectors = eigenpairs(wide(gram))
             keep = values > _noise(gram, float(values[-1]))
             values, vectors = values[keep], vectors[:, keep]
             basis = GramBasis(self.columns, vectors, values)

@@ -12,7 +12,7 @@ from curvalg.expr import Expr, Transpose
 from curvalg.expr.nodes.products import Product
 from curvalg.expr.term import Term
 from curvalg.expr.terms import Jacobian
-from curvalg.lowering.low_rank.factor import factor_of
+from curvalg.lowering.low_rank.all_columns import columns_of
 from curvalg.problem import Batch, Problem, Snapshot
 from curvalg.tensors.memory import wide
 
@@ -42,7 +42,7 @@ def kernel(problem: Problem, snapshot: Snapshot) -> Tensor:
 
 
 def _make(problem: Problem, snapshot: Snapshot) -> Tensor:
-    factor = factor_of(problem, snapshot, (Outputs(),))
+    factor = columns_of(problem, snapshot, (Outputs(),))
     gram = factor.gram(problem, snapshot)
     # Columns lie by output and row, outputs of the data by row and output.
     order, start = [], 0

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curvalg.expr.term import Term
-from curvalg.lowering.low_rank.factor import Factor, factor_of
+from curvalg.lowering.low_rank.all_columns import AllColumns, columns_of
+from curvalg.lowering.low_rank.factor import Factor
 from curvalg.lowering.low_rank.factored_sum import in_order
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.kept.reads import Reads
@@ -30,7 +31,7 @@ class WeightedFactor:
     def __init__(self, problem: Problem, snapshot: Snapshot, entries: Sequence[tuple[float, Term]]) -> None:
         self.entries = in_order(entries)
         self.problem, self.snapshot = problem, snapshot
-        self.factor: Factor = factor_of(problem, snapshot, tuple(term for _, term in self.entries))
+        self.factor: Factor | AllColumns = columns_of(problem, snapshot, tuple(term for _, term in self.entries))
         self._mixing: tuple[Tensor, list[tuple[Tensor, float]]] | None = None
 
     def _mix(self) -> tuple[Tensor, list[tuple[Tensor, float]]]:
@@ -54,6 +55,8 @@ class WeightedFactor:
 
     def reads(self) -> Reads | str:
         """What products read, where inputs and deltas are kept."""
+        if isinstance(self.factor, AllColumns):
+            return "since processes exchange what they computed"
         if not self.factor.complete:
             return "since layer inputs and deltas are not kept"
         return Reads(tuple(self.factor.chunks), (self.factor,))

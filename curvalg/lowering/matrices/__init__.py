@@ -5,6 +5,7 @@ from curvalg.lowering.matrices.block_matrix import Blocks
 from curvalg.lowering.matrices.congruent import Congruent
 from curvalg.lowering.matrices.dense_matrix import DenseMatrix
 from curvalg.lowering.matrices.inverted import Inverted
+from curvalg.lowering.matrices.kronecker_cholesky import KroneckerCholesky
 from curvalg.lowering.matrices.kronecker_lu import KroneckerLU
 from curvalg.lowering.matrices.spectral import Spectral
 from curvalg.lowering.matrices.structure import Eigh, Structure, singular
@@ -16,6 +17,7 @@ __all__ = [
     "Congruent",
     "DenseMatrix",
     "Eigh",
+    "KroneckerCholesky",
     "KroneckerLU",
     "Inverted",
     "KroneckerBasis",

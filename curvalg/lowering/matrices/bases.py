@@ -62,16 +62,16 @@ class UnitBasis(Basis):
 
 
 class MatrixBasis(Basis):
-    """The basis of the columns of a matrix Q (n, r)."""
+    """The basis of the columns of a matrix Q (n, r), whose precision may be higher than that of vectors."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
 
     def analyse(self, x: Tensor) -> Tensor:
-        return self.matrix.T @ x
+        return (self.matrix.T @ x.to(self.matrix.dtype)).to(x.dtype)
 
     def synthesise(self, y: Tensor) -> Tensor:
-        return self.matrix @ y
+        return (self.matrix @ y.to(self.matrix.dtype)).to(y.dtype)
 
     def squares(self, weights: Tensor) -> Tensor:
         return self.matrix.square() @ weights.to(self.matrix.dtype)

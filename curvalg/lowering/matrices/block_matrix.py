@@ -45,15 +45,19 @@ class Blocks(Structure):
         return _total([block.logdet() for _, block in self.parts])
 
     def diagonal(self) -> Tensor | None:
-        parts = [(places, block.diagonal()) for places, block in self.parts]
-        if any(values is None for _, values in parts):
+        return self._placed([block.diagonal() for _, block in self.parts])
+
+    def inverse_diagonal(self) -> Tensor | None:
+        return self._placed([block.inverse_diagonal() for _, block in self.parts])
+
+    def _placed(self, values: Sequence[Tensor | None]) -> Tensor | None:
+        """Numbers for the rows of each block, where these lie."""
+        known = [part for part in values if part is not None]
+        if len(known) < len(values):
             return None
-        first = parts[0][1]
-        assert first is not None
-        result = torch.empty(self.size, dtype=first.dtype, device=first.device)
-        for places, values in parts:
-            assert values is not None
-            places.put(result, values.to(result.dtype))
+        result = torch.empty(self.size, dtype=known[0].dtype, device=known[0].device)
+        for places, part in zip(self._rows, known, strict=True):
+            places.put(result, part.to(result.dtype))
         return result
 
     def eigh(self) -> Eigh | None:

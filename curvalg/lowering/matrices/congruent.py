@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvalg.lowering.matrices.bases import KroneckerBasis, kronecker
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
+from curvalg.solve import eigenpairs
 from curvalg.tensors.memory import wide
 
 
@@ -37,8 +38,8 @@ class Congruent(Structure):
         """The values b aᵀ + 1, flat, and the basis Q_B ⊗ Q."""
         if self._eigen is None:
             root = self.damping.sqrt()
-            b, left = torch.linalg.eigh(self.output)
-            a, right = torch.linalg.eigh(self.inputs / torch.outer(root, root))
+            b, left = eigenpairs(self.output)
+            a, right = eigenpairs(self.inputs / torch.outer(root, root))
             values = torch.outer(b, a).reshape(-1) + 1
             self._zeros = int((values.abs() <= torch.finfo(values.dtype).eps * values.abs().max()).sum())
             self._eigen = values, KroneckerBasis([left, right])
@@ -63,6 +64,17 @@ class Congruent(Structure):
 
     def diagonal(self) -> Tensor:
         return torch.outer(self.output.diagonal(), self.inputs.diagonal()).reshape(-1) + self._weights[:, 0]
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of M⁻ᵀ (b aᵀ + 1)⁻¹ M⁻¹, with M⁻ᵀ = Q_B ⊗ D^{-1/2} Q.
+
+        Raises:
+            FactsError: singular to working precision.
+        """
+        values, basis = self._decomposed()
+        if self._zeros:
+            raise singular(self.what, self._zeros)
+        return basis.squares(values.reciprocal()) / self._weights[:, 0]
 
     def logdet(self) -> float:
         return float(self._decomposed()[0].abs().log().sum() + len(self.output) * self.damping.log().sum())

@@ -12,7 +12,7 @@ from curvalg.expr.facts import Facts
 from curvalg.lowering.matrices.bases import MatrixBasis
 from curvalg.lowering.matrices.spectral import Spectral
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
-from curvalg.solve import factorize
+from curvalg.solve import eigenpairs, factorize
 from curvalg.tensors.memory import wide
 
 
@@ -43,7 +43,7 @@ class DenseMatrix(Structure):
     def spectral(self) -> Spectral | None:
         """The matrix by its eigenvalues, if it is symmetric."""
         if self._spectral is None and self.facts.symmetric:
-            values, vectors = torch.linalg.eigh(self.matrix)
+            values, vectors = eigenpairs(self.matrix)
             self._spectral = Spectral(self.size, values, MatrixBasis(vectors), what=self.what)
         return self._spectral
 

@@ -27,11 +27,15 @@ class Inverted(Structure):
     def mapped(self, function: Function, name: str) -> None:
         return None
 
-    def trace(self) -> None:
-        return None
+    def trace(self) -> float | None:
+        diagonal = self.diagonal()
+        return None if diagonal is None else float(diagonal.sum())
 
-    def diagonal(self) -> None:
-        return None
+    def diagonal(self) -> Tensor | None:
+        return self.inverted.inverse_diagonal()
+
+    def inverse_diagonal(self) -> Tensor | None:
+        return self.inverted.diagonal()
 
     def logdet(self) -> float | None:
         inner = self.inverted.logdet()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.lowering.matrices.bases import Basis
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure, singular
+from curvalg.problem.batch import lazy
 from curvalg.problem.kept.reads import Reads
 from curvalg.tensors.memory import wide
 
@@ -40,7 +40,7 @@ class Spectral(Structure):
             return self.values
         return torch.cat([self.values, self.values.new_tensor([self.rest])])
 
-    @cached_property
+    @lazy
     def _rest_is_largest(self) -> bool:
         """Whether the complement outweighs the basis, as in the inverse of a low-rank matrix with a little damping."""
         return bool((self.values.abs() < abs(self.rest)).any())
@@ -65,7 +65,7 @@ class Spectral(Structure):
     def solve(self, b: Tensor) -> Tensor:
         return self._inverse.multiply(b)
 
-    @cached_property
+    @lazy
     def _inverse(self) -> Spectral:
         """The inverse, found to exist once for all solves."""
         zero = self.values.abs() <= torch.finfo(self.values.dtype).eps * self._largest()

@@ -81,6 +81,11 @@ class Structure(ABC):
     def diagonal(self) -> Tensor | None:
         """The diagonal of the matrix, shape (n,)."""
 
+    def inverse_diagonal(self) -> Tensor | None:
+        """The diagonal of the inverse, shape (n,)."""
+        inverse = self.mapped(torch.reciprocal, "inverse")
+        return None if inverse is None else inverse.diagonal()
+
     @abstractmethod
     def logdet(self) -> float | None:
         """The number log |det A|; −∞ for a singular matrix."""

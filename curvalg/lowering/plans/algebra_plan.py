@@ -5,8 +5,10 @@ A plan is a small tree. Terms of one sum that share their input share a sweep; a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from curvalg.expr.node import Expr
@@ -170,9 +172,85 @@ class ZeroPlan(Plan):
         rows = {
             None: lambda: x.shape[0],
             "parameters": lambda: self.problem.size,
-            "outputs": lambda: sum(output_sizes(self.problem, snapshot)),
+            "outputs": lambda: output_sizes(self.problem, snapshot).total,
         }[self.codomain]()
         return x.new_zeros(rows, x.shape[1])
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         return ["zero"]
+
+
+LARGE = 2**25
+"""Bytes of a product from which its columns travel in parts, each while the next is computed."""
+FEWEST = 8
+"""Columns of a part: fewer are computed less well together."""
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Columns that are multiplied and sent together."""
+    if x.nbytes < LARGE or x.shape[1] < 2 * FEWEST:
+        return (x,)
+    parts: Sequence[Tensor] = x.split(max(FEWEST, x.shape[1] * LARGE // (2 * x.nbytes)), 1)
+    return parts
+
+
+@dataclass(frozen=True)
+class SharedPlan(Plan):
+    """The sum over processes of a plan that is a sum over data; one exchange a product.
+
+    Args:
+        own: the plan on the data of this process.
+        problem: whose processes these are.
+    """
+
+    own: Plan
+    problem: Problem
+
+    @property
+    def inner(self) -> tuple[Plan, ...]:
+        return (self.own,)
+
+    def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        group = self.problem.group
+        with snapshot.lock:  # exchanges of one thread at a time
+            group.multiplying(x)
+            if len(parts := _parts(x)) == 1:
+                return self._summed(self.own.apply(snapshot, x))
+            made = (self._wide(self.own.apply(snapshot, part)) for part in parts)
+            return torch.cat(group.sums(made), 1).to(x.dtype)
+
+    def dense(self, snapshot: Snapshot) -> Tensor | None:
+        with snapshot.lock:
+            found = self.own.dense(snapshot)
+            return self._summed(found) if self.problem.group.every(found is not None) and found is not None else None
+
+    def _wide(self, own: Tensor) -> Tensor:
+        return own if self.problem.accumulate is None else own.to(self.problem.accumulate)
+
+    def _summed(self, own: Tensor) -> Tensor:
+        return self.problem.group.sum(self._wide(own)).to(own.dtype)
+
+    def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
+        return "since processes exchange what they computed"
+
+    def lines(self, snapshot: Snapshot) -> list[str]:
+        group = self.problem.group
+        head = f"sum over {group.size} processes, one exchange a product; on rank {group.rank}:"
+        return [head, *indent(self.own.lines(snapshot))]
+
+
+def shared(plan: Plan, problem: Problem) -> Plan:
+    """A plan that is a sum over data, over the data of all processes; gradients of sharded parameters are such sums already."""
+    return plan if problem.group.alone or problem.group.sharded else SharedPlan(plan, problem)
+
+
+def own_part(plan: Plan) -> Plan:
+    """The part of a plan that is of the data of this process."""
+    return plan.own if isinstance(plan, SharedPlan) else plan
+
+
+def blocks_of(plan: BlocksPlan, problem: Problem) -> Plan:
+    """Blocks that are all sums over data, by one exchange."""
+    if problem.group.alone or not all(isinstance(part, SharedPlan) for part in plan.inner):
+        return plan
+    return shared(BlocksPlan(tuple((rows, own_part(part), label) for rows, part, label in plan.blocks)), problem)

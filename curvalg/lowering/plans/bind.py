@@ -105,7 +105,8 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
     if not (missing := cache.missing("matrix", terms)):
         return
     preparing = [t for t in missing if type(t).prepare is not MatrixTerm.prepare]
-    prepared = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
+    sums = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
+    prepared = {term: call(term, "settle", total) for term, total in sums.items()}
     stats = _sum(missing, problem, snapshot, lambda term, batch: call(term, "accumulate", batch, prepared.get(term)))
     for term in missing:
         matrix = term.finish(stats[term], problem.layout, prepared.get(term))
@@ -126,7 +127,7 @@ def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: 
         batch = evaluation.evaluate() if recorded is None else recorded.batch
         for term in terms:
             sums[term].add(method(term, batch))
-    return {term: total.value for term, total in sums.items()}
+    return problem.totalled(sums)
 
 
 def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation) -> None:
@@ -135,7 +136,8 @@ def _rehearse(terms: list[MatrixTerm], evaluation: Evaluation) -> None:
     if sample.rows == 1 or problem.draws.mode == "frozen" or problem.noted(LayerNotes).compared:  # known already
         return
     try:
-        recorded = record_layers(Evaluation(problem, evaluation.snapshot, sample.head(1)))
+        # One row cannot show that gradients belong to other rows: they are compared where there are several.
+        recorded = record_layers(Evaluation(problem, evaluation.snapshot, sample.head(1)), compared=False)
     except CurvalgError:  # whatever is wrong with the model, the whole batch reports it better
         return
     if recorded.batch.output.shape[0] == 1:

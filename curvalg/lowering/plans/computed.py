@@ -15,7 +15,7 @@ from curvalg.expr.affine_form import affine
 from curvalg.lowering.blocks.submatrices import block_problem, is_local
 from curvalg.lowering.inverses.forms import DENSE_LIMIT, find
 from curvalg.lowering.inverses.offer import BoundMatrix
-from curvalg.lowering.low_rank.factor import factor_of
+from curvalg.lowering.low_rank.all_columns import columns_of
 from curvalg.lowering.low_rank.factored_sum import factored_sum
 from curvalg.problem import Problem, Snapshot
 from curvalg.tensors.memory import wide, widest
@@ -78,7 +78,7 @@ def _by_columns(matrix: BoundMatrix, snapshot: Snapshot) -> Tensor | None:
     if isinstance(found, str) or any(term.centred for term in found.terms):
         return None
     weights = {term: c for c, term in found.entries}
-    squares: Tensor = factor_of(problem, snapshot, found.terms).squares(problem, snapshot, weights)
+    squares: Tensor = columns_of(problem, snapshot, found.terms).squares(problem, snapshot, weights)
     return squares + found.shift
 
 

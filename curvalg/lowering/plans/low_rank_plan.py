@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from curvalg.expr.term import Term
 from curvalg.lowering.low_rank.factor import Factor, Groups, factor_of
 from curvalg.lowering.low_rank.weighted_factor import weighed
 from curvalg.lowering.plans.plan import Plan
+from curvalg.lowering.replayed import differs
 from curvalg.problem import Problem, Snapshot
+from curvalg.problem.batch import lazy
 from curvalg.problem.kept.race import Candidate, Race
 from curvalg.problem.kept.reads import Reads
 from curvalg.tensors.clock import timed
+from curvalg.tensors.random_numbers import normals
 
 MOST_COLUMNS = 64
 """The most columns of a factor, for each row of the data, that a factored product is taken with."""
@@ -80,7 +83,7 @@ class Ways:
         self._measured.choices[self._counted] = self.columns
 
     def due(self, wide: bool, columns: Callable[[], int]) -> bool:
-        """Whether it is worth to measure.
+        """Whether it is worth to measure: by what was multiplied, and no more than is still to come.
 
         Args:
             wide: of products with several columns.
@@ -89,7 +92,8 @@ class Ways:
         race = self.races[wide]
         if race.chosen is not None or race.of_an_earlier_run:
             return race.chosen is None
-        return self.columns > self._patience and self.columns > self._patience * columns() / FEW
+        coming = self._measured.expected.coming(self.columns)
+        return coming > self._patience and coming > self._patience * columns() / FEW
 
     def choose(
         self, ways: Mapping[str, Way], x: Tensor, *, oath: Oath | None = None, insist: bool = False
@@ -135,7 +139,7 @@ class _Comparison:
         self.products: dict[str, Tensor] = {}
         self.estimated = False
 
-    @cached_property
+    @lazy
     def _reference(self) -> Tensor:
         return self._take(next(iter(self._ways)))
 
@@ -243,6 +247,8 @@ class LowRankPlan(Plan):
             return self._apply(snapshot, x)
 
     def _apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        if not self.problem.totals.rows_here:  # the data are those of other processes
+            return self._shifted(torch.zeros_like(x), x)
         problem, ways, candidates = self.problem, self.ways(snapshot), self._ways(snapshot)
         wide = x.shape[1] > 1
         ways.count(x.shape[1])
@@ -262,6 +268,23 @@ class LowRankPlan(Plan):
             return candidates[way or ORDINARY](x)
         except Impossible:  # the budget has shrunk since
             return self.otherwise.apply(snapshot, x)
+
+    def dense(self, snapshot: Snapshot) -> Tensor | None:
+        """The matrix V T² Vᵀ by one product of V with itself, where V may be multiplied out and gives what products give."""
+        with snapshot.lock:
+            try:
+                factor, vectors = self._explicit(snapshot)
+            except Impossible:
+                return None
+            whole = vectors.T @ self._weigh(factor, vectors[None])[0]
+            for names, shift in zip(self.groups, self.shifts, strict=True):
+                for name in names:
+                    whole.diagonal()[self.problem.layout.slices[name]] += shift
+            if self.problem.verify and MULTIPLIED not in self.ways(snapshot).chosen:
+                x = normals((len(whole), 1), 0).to(whole)
+                if differs(whole @ x, self.otherwise.apply(snapshot, x)):
+                    return None
+            return whole
 
     def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
         way, factor = self.ways(snapshot).races[columns > 1].chosen, self.factor(snapshot)
@@ -336,6 +359,12 @@ class LowRankPlan(Plan):
     # -- from V itself ------------------------------------------------------------------------------------------------------
 
     def _multiplied(self, snapshot: Snapshot, x: Tensor) -> Tensor:
+        factor, matrix = self._explicit(snapshot)
+        pushed = self._weigh(factor, (matrix @ x)[None])[0]
+        return self._shifted(matrix.T @ pushed, x)
+
+    def _explicit(self, snapshot: Snapshot) -> tuple[Factor, Tensor]:
+        """The factor, and Vᵀ (M, D) itself."""
         factor = self.factor(snapshot)
         if len(self.groups) > 1:
             raise Impossible("it is for the whole matrix, not for blocks")
@@ -345,8 +374,7 @@ class LowRankPlan(Plan):
         matrix = factor.matrix(self.problem, snapshot)
         if matrix is None:
             raise Impossible("V is too large to be multiplied out")
-        pushed = self._weigh(factor, (matrix @ x)[None])[0]
-        return self._shifted(matrix.T @ pushed, x)
+        return factor, matrix
 
     # -- for people -----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.expr.affine_form import multiple
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
-from curvalg.expr.term import MatrixTerm, NamedExpr, Term
+from curvalg.expr.term import DatasetTerm, GradientTerm, MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
@@ -28,18 +28,24 @@ from curvalg.lowering.plans.algebra_plan import (
     BlocksPlan,
     LeafPlan,
     ProductPlan,
+    SharedPlan,
     SubmatrixPlan,
     SumPlan,
     UnboundPlan,
     ZeroPlan,
+    blocks_of,
+    own_part,
+    shared,
 )
 from curvalg.lowering.plans.bind import unbound
 from curvalg.lowering.plans.computed import Computed
 from curvalg.lowering.plans.inverse_plan import InversePlan, RootPlan
 from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
-from curvalg.lowering.plans.output_plan import OutputPlan
+from curvalg.lowering.plans.of_data.gradient_plan import GradientPlan
+from curvalg.lowering.plans.of_data.output_plan import OutputPlan
+from curvalg.lowering.plans.of_data.sweep_plan import SweepPlan
 from curvalg.lowering.plans.plan import Plan, as_float
-from curvalg.lowering.plans.sweep_plan import SweepPlan
+from curvalg.lowering.plans.sharded_offer import require_offered
 from curvalg.lowering.sweeps.contract import require_defined
 from curvalg.lowering.sweeps.sweep import Sweep
 from curvalg.lowering.sweeps.transposed import transposed
@@ -75,6 +81,8 @@ class Planning:
         self._forms: Found = {}
 
     def __call__(self, expr: Expr, problem: Problem) -> Plan:
+        if problem.group.sharded:
+            require_offered(expr)
         for node in [*self._inverses_in(expr, problem), expr]:
             if (node, problem) not in self._plans:
                 self._plans[node, problem] = _rule(node, problem, self)
@@ -198,6 +206,12 @@ def _(expr: MatrixTerm, problem: Problem, plan: Planning) -> Plan:
     return UnboundPlan(expr)
 
 
+@_rule.register
+def _(expr: GradientTerm, problem: Problem, plan: Planning) -> Plan:
+    _validate(expr, problem)
+    return GradientPlan(problem, expr)
+
+
 @_rule.register(alg.DiagonalPart)
 @_rule.register(alg.DiagonalEstimate)
 @_rule.register(alg.Nystrom)
@@ -236,7 +250,7 @@ def _(expr: alg.Transpose, problem: Problem, plan: Planning) -> Plan:
         return LeafPlan(inner, transpose=True)
     if isinstance(inner, Term):
         _validate(inner, problem)
-        return SweepPlan(problem, Sweep(((1.0, transposed(inner)),)), expr)
+        return shared(SweepPlan(problem, Sweep(((1.0, transposed(inner)),)), expr), problem)
     if isinstance(inner, MatrixTerm):
         _validate(inner, problem)
         return UnboundPlan(expr)
@@ -254,7 +268,8 @@ def _(expr: alg.Sum, problem: Problem, plan: Planning) -> Plan:
     fused: dict[Problem, list[tuple[Expr, Fraction]]] = {}
     parts: list[tuple[float, Plan]] = []
     for child, coefficient in _by_last_factor(expr.coefficients).items():
-        part = plan(child, problem)
+        planned = plan(child, problem)
+        part = planned.own if isinstance(planned, SharedPlan) else planned
         if isinstance(part, LowRankPlan) and isinstance(part.otherwise, SweepPlan):
             part = part.otherwise  # alone it has ways of its own, but fused it costs next to nothing
         if isinstance(part, SweepPlan):  # a restricted term runs on a problem of its own
@@ -262,11 +277,20 @@ def _(expr: alg.Sum, problem: Problem, plan: Planning) -> Plan:
             sweeps.setdefault(part.problem, []).extend(entries)
             fused.setdefault(part.problem, []).append((child, coefficient))
         else:
-            parts.append((as_float(coefficient), part))
+            parts.append((as_float(coefficient), planned))
     parts = [*(_sweep(on, entries, fused[on]) for on, entries in sweeps.items()), *parts]
-    if len(parts) == 1 and parts[0][0] == 1 and not expr.shift:
+    return _sum_of(parts, as_float(expr.shift), problem)
+
+
+def _sum_of(parts: Sequence[tuple[float, Plan]], shift: float, problem: Problem) -> Plan:
+    """The sum of plans and a multiple of the identity; what is a sum over data takes one exchange together."""
+    of_data = [(c, own_part(part)) for c, part in parts if isinstance(part, SharedPlan)]
+    if len(of_data) > 1:
+        together = shared(SumPlan(tuple(of_data), 0.0), problem)
+        parts = [(1.0, together), *((c, part) for c, part in parts if not isinstance(part, SharedPlan))]
+    if len(parts) == 1 and parts[0][0] == 1 and not shift:
         return parts[0][1]
-    return SumPlan(tuple(parts), as_float(expr.shift))
+    return SumPlan(tuple(parts), shift)
 
 
 def _sweep(
@@ -284,14 +308,25 @@ PATIENCE = 16
 def _swept(problem: Problem, sweep: Sweep, expr: Expr) -> Plan:
     """A sweep, with the other ways that terms of few output directions have."""
     ordinary = SweepPlan(problem, sweep, expr)
-    if not _worth_factoring(problem) or why_not_factored(sweep.entries, problem) is not None:
-        return ordinary
-    return LowRankPlan(problem, in_order(sweep.entries), (tuple(problem.layout.names),), (0.0,), ordinary, PATIENCE)
+    if not _worth_factoring(problem, sweep.entries) or why_not_factored(sweep.entries, problem) is not None:
+        return ordinary if problem.group.alone else shared(ordinary, problem)
+    names = tuple(problem.layout.names)
+    factored = LowRankPlan(problem, in_order(sweep.entries), (names,), (0.0,), ordinary, PATIENCE)
+    return factored if problem.group.alone else shared(factored, problem)
 
 
-def _worth_factoring(problem: Problem) -> bool:
+def _worth_factoring(problem: Problem, entries: Sequence[tuple[float, Term]]) -> bool:
     """Whether products by layer inputs and deltas, or by V, are asked for and can be kept."""
-    return bool(problem.factored) and problem.budget.limit > 0 and problem.data.ordered
+    if not (problem.factored and problem.budget.limit > 0 and problem.data.ordered):
+        return False
+    if problem.group.alone:
+        return True
+    if any(isinstance(term, DatasetTerm) for _, term in entries):  # whose totals are of the data of all processes
+        return False
+    for _, term in entries:
+        if type(term).factor is not Term.factor:
+            problem.factor_columns(term)  # found together now, since each process tries its ways when it likes
+    return True
 
 
 def _by_last_factor(coefficients: Mapping[Expr, Fraction]) -> dict[Expr, Fraction]:
@@ -345,7 +380,7 @@ def _(expr: alg.BlockDiagonal, problem: Problem, plan: Planning) -> Plan:
     ]
     _share([part for _, part, _ in plans], blocks, problem)
     if len(factored) < 2:
-        return BlocksPlan(tuple(plans))
+        return blocks_of(BlocksPlan(tuple(plans)), problem)
     return _with_factored(blocks, factored, plans, problem)
 
 
@@ -367,12 +402,12 @@ def _share(plans: Sequence[Plan], blocks: Sequence[alg.Block], problem: Problem)
 
 def _factorable(blocks: Sequence[alg.Block], problem: Problem) -> dict[int, FactoredSum]:
     """The blocks that are of one sum of terms with few output directions, so that their products can be taken together."""
-    if not _worth_factoring(problem):
-        return {}
     sums: dict[tuple[tuple[float, Term], ...], dict[int, FactoredSum]] = {}
     for number, block in enumerate(blocks):
         total = factored_sum(block.expr, problem)
-        if isinstance(total, FactoredSum) and not block.joint:
+        if not isinstance(total, FactoredSum) or block.joint or not _worth_factoring(problem, total.entries):
+            continue
+        if problem.group.alone or not total.shift:  # a shift is added once, not by each process
             sums.setdefault(total.entries, {})[number] = total
     if not sums:
         return {}
@@ -392,13 +427,13 @@ def _with_factored(
     chosen = [name for name in names if any(name in group for group in groups)]
     on = problem if len(chosen) == len(names) else problem.restricted(chosen)
     totals = list(factored.values())
-    alone = tuple((block_places(on, blocks[i]), plans[i][1], plans[i][2]) for i in factored)
+    each = tuple((block_places(on, blocks[i]), own_part(plans[i][1]), plans[i][2]) for i in factored)
     shifts = [total.shift for total in totals]
     # Recording takes a third of a gradient a direction, a product of all blocks at least one gradient a block.
     directions = sum(problem.factor_columns(term) for _, term in totals[0].entries)
     patience = directions // (4 * len(groups))
-    joint = LowRankPlan(on, totals[0].entries, groups, shifts, BlocksPlan(alone), patience)
+    joint = shared(LowRankPlan(on, totals[0].entries, groups, shifts, BlocksPlan(each), patience), problem)
     if len(factored) == len(blocks):
         return joint
     rest = [plans[i] for i in range(len(blocks)) if i not in factored]
-    return BlocksPlan(((places(problem, chosen), joint, f"{len(groups)} groups"), *rest))
+    return blocks_of(BlocksPlan(((places(problem, chosen), joint, f"{len(groups)} groups"), *rest)), problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import optree
@@ -12,7 +13,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from curvalg.errors import ExpressionError
 from curvalg.expr.node import Expr
-from curvalg.expr.term import DatasetTerm, MatrixTerm, NamedExpr, Term
+from curvalg.expr.term import DatasetTerm, GradientTerm, MatrixTerm, NamedExpr, Term
 from curvalg.problem import Batch
 from curvalg.tensors import trees
 
@@ -57,13 +58,12 @@ def require_defined(term: NamedExpr) -> None:
     Raises:
         ExpressionError: it lacks them.
     """
-    kinds = [kind for kind in (DatasetTerm, Term, MatrixTerm) if isinstance(term, kind)]
-    if not kinds:
+    base = next((kind for kind in _NEEDED if isinstance(term, kind)), None)
+    if base is None:
         return
-    base = kinds[0]
-    names = ("accumulate", "finish") if base is MatrixTerm else ("cotangent", "cotangent_dot")
+    names = _NEEDED[base]
     lacking = [name for name in names if getattr(type(term), name) is getattr(base, name)]
-    if not lacking or (base is not MatrixTerm and len(lacking) == 1):
+    if not lacking or (issubclass(base, Term) and len(lacking) == 1):
         return
     raise ExpressionError(
         f"{named(term)} does not define {' or '.join(lacking)}, of which its matrix is made; it defines "
@@ -72,7 +72,14 @@ def require_defined(term: NamedExpr) -> None:
     )
 
 
-_KINDS = NamedExpr, Term, DatasetTerm, MatrixTerm
+_NEEDED: Mapping[type[NamedExpr], tuple[str, ...]] = {
+    DatasetTerm: ("cotangent", "cotangent_dot"),
+    Term: ("cotangent", "cotangent_dot"),
+    MatrixTerm: ("accumulate", "finish"),
+    GradientTerm: ("multiply",),
+}
+"""The methods that a matrix is made of, by kinds of terms, the special ones first; of the two of a local term one is enough."""
+_KINDS = NamedExpr, Term, DatasetTerm, MatrixTerm, GradientTerm
 
 
 def _methods(kind: type) -> list[str]:
@@ -97,26 +104,44 @@ def _version(t: Tensor) -> int:
 
 def named(term: Expr) -> str:
     """The name of a term with the distribution that it comes from."""
-    package = type(term).__module__.partition(".")[0]
-    found = importlib.metadata.packages_distributions().get(package)
+    module = type(term).__module__
+    found = importlib.metadata.packages_distributions().get(module.partition(".")[0])
     label = getattr(term, "label", type(term).__name__)
-    return f"{label} (of the distribution {found[0]})" if found else f"{label} (of the module {type(term).__module__})"
+    known = found is not None and _holds(found[0], module)
+    return f"{label} (of the distribution {found[0]})" if found and known else f"{label} (of the module {module})"
 
 
-def fitting(term: Expr, method: str, value: Any, like: Tensor) -> Tensor:
-    """The tensor that a term returned for a batch, if it fits.
+def _holds(distribution: str, module: str) -> bool:
+    """Whether a module is a file of a distribution: packages called ``tests`` are in many, and in people's own folders."""
+    package, path = module.partition(".")[0], module.replace(".", "/")
+    files = [str(file) for file in importlib.metadata.files(distribution) or ()]
+    own = [file for file in files if file.startswith((f"{package}/", f"{package}."))]
+    # An editable installation lists none of its modules.
+    return not own or any(file in (f"{path}.py", f"{path}/__init__.py") or file.startswith(f"{path}.") for file in own)
+
+
+def fitting(term: Expr, method: str, value: Any, like: Tensor, *, like_what: str = "the output") -> Tensor:
+    """The tensor that a term returned, if it fits.
+
+    Args:
+        term: the term.
+        method: that returned it.
+        value: what it returned.
+        like: a tensor of the right shape, dtype and device.
+        like_what: that tensor, for messages.
 
     Raises:
         ExpressionError: another kind, shape, dtype or device. Autograd broadcasts a wrong shape without an error.
     """
     if not isinstance(value, Tensor) or value.shape != like.shape:
+        none = "" if isinstance(term, GradientTerm) else " or None"
         raise ExpressionError(
-            f"{named(term)}.{method} must return a tensor of the output's shape {tuple(like.shape)} or None, got "
+            f"{named(term)}.{method} must return a tensor of {like_what}'s shape {tuple(like.shape)}{none}, got "
             f"{trees.describe(value)}"
         )
     if value.device != like.device or value.dtype != like.dtype:
         raise ExpressionError(
-            f"{named(term)}.{method} must return {like.dtype} on {like.device} as the output is, got {value.dtype} on "
+            f"{named(term)}.{method} must return {like.dtype} on {like.device} as {like_what} is, got {value.dtype} on "
             f"{value.device}"
         )
     return value

@@ -21,8 +21,9 @@ PRODUCTS = 2
 class Keeping:
     """Whether the recordings of one sweep are worth their memory.
 
-    A fresh product records a batch and multiplies it, a kept one only multiplies: the time of the recording, which is made in
-    either case, says what keeping saves. Products with several columns save less, and are not asked.
+    In a single pass a fresh product records a batch and multiplies it, a kept one only multiplies: the time of the recording,
+    which is made in either case, says what keeping saves. In two stages a fresh product calls the model by forward AD and once
+    more, which is compared where routes are (:mod:`.routes`). Products with several columns save less, and are not asked.
 
     Args:
         problem: the problem.
@@ -54,22 +55,30 @@ class Keeping:
         return result
 
     def multiplying(self, index: int, run: Callable[[], T]) -> T:
-        """Multiply what is kept of a batch by one column, timed."""
-        if index not in self._recorded:
+        """Multiply what is kept of a batch by one column, timed where that is still to be known."""
+        if not self.open:
             return run()
         seconds, result = self.race.timed(run)
         self._multiplied.setdefault(index, []).append(seconds)
         return result
 
+    def multiplied(self, index: int) -> float | None:
+        """The seconds of that for one batch, once it is known."""
+        seconds = self._multiplied.get(index, [])
+        return min(seconds) if len(seconds) >= PRODUCTS else None
+
     def decide(self) -> bool:
-        """Whether it is known from now on that keeping does not pay."""
-        times = self._multiplied.values()
-        if not times or min(map(len, times)) < PRODUCTS:
+        """Whether it is known from now on that keeping does not pay, of a single pass."""
+        times = {index: seconds for index, seconds in self._multiplied.items() if index in self._recorded}
+        if not times or min(map(len, times.values())) < PRODUCTS:
             return False
+        multiplied = sum(min(seconds) for seconds in times.values())
+        return not self.judge(multiplied, multiplied + sum(self._recorded[index] for index in times))
+
+    def judge(self, kept: float, fresh: float) -> bool:
+        """Whether keeping pays, by the seconds of a product from what is kept and of a fresh one."""
         self.open = False
-        multiplied = sum(min(seconds) for seconds in times)
-        recorded = sum(self._recorded[index] for index in self._multiplied)
-        gain = (recorded + multiplied) / multiplied if multiplied else FASTER
+        gain = fresh / kept if kept else FASTER
         pays = self.race.decide(gain >= FASTER, of_the_model=True)
         self._notes["kept"] = f"{'kept' if pays else 'not kept'}: {gain:.3g} times as fast as fresh"
-        return not pays
+        return pays

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 
 from curvalg.errors import CurvalgError
@@ -29,6 +30,7 @@ from curvalg.problem import Batch, Problem, Snapshot
 from curvalg.problem.data.batches import OrderError
 from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.problem.verification.verdicts import RouteError
+from curvalg.tensors.batch_sums import BatchSum
 from curvalg.tensors.columns import chunked, mapped
 
 
@@ -94,9 +96,11 @@ class Linearization:
         before = self.products
         self.products += rows.shape[0]
         problem.measured.choices[self._counted] = self.products
-        if before >= self.routes.after and rows.shape[0] == 1 and not self.routes.tried:
+        if not problem.totals.rows_here:  # the data are those of other processes
+            return self._product(problem, snapshot, rows)
+        if rows.shape[0] == 1 and not self.routes.tried and _due(problem, before, self.routes.after):
             self._try_routes(problem, snapshot)
-        if self.products > self.programs.after and not self.programs.tried:
+        if not self.programs.tried and _due(problem, self.products - 1, self.programs.after):
             self._try_programs(problem, snapshot, rows[:1])
         return self._attempt(problem, snapshot, rows)
 
@@ -157,9 +161,9 @@ class Linearization:
 
     def _product(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> Tensor:
         sweep = self.sweep
+        timing = self.worth.open and len(rows) == 1 and self.products > WARM
         if self._single_pass:
             result = problem.sum()
-            timing = self.worth.open and len(rows) == 1 and self.products > WARM
             for single in self.recordings(problem, snapshot, rows.shape[0]):
                 assert isinstance(single, (SinglePass, ChunkedRecording))
                 chunk = 1 if len(rows) == 1 else self.widths.at_a_time(problem, single, rows)
@@ -170,13 +174,13 @@ class Linearization:
                 del single  # a fresh graph is released before the next batch is recorded
             if timing:
                 self._keep_if_worth(problem)
-            return result.value  # type: ignore[no-any-return]
+            return _value(result, rows)
         total = problem.sum()
         prepared = self._prepared(problem, snapshot)
         reduced = {term: problem.sum() for term in sweep.reduces}
         totals: dict[DatasetTerm, Any] = {}
         for term in sweep.projects:
-            totals[term] = self._project(term, rows, prepared)
+            totals[term] = self._project(problem, term, rows, prepared)
         tangents: dict[int, Tensor] = {}
         if sweep.reduces:
             for recorded in self._staged(problem, snapshot, rows.shape[0], again=self._ordered):
@@ -187,7 +191,7 @@ class Linearization:
                 for term in sweep.reduces:
                     reduced[term].add(self._reduce(term, recorded, tangent, prepared))
                 del recorded
-            totals |= {term: stats.value for term, stats in reduced.items()}
+            totals |= problem.totalled(reduced)
             if not (self._ordered or self.complete):  # the next pass gives other batches
                 tangents.clear()
         for recorded in self._staged(problem, snapshot, rows.shape[0], again=bool(tangents)):
@@ -198,12 +202,21 @@ class Linearization:
                 del recorded
                 continue
             known = tangents.pop(recorded.index, None)
-            pushed = recorded.tangent(rows, chunk) if known is None else known
+            pushed = self._pushed(recorded, rows, chunk) if known is None else known
             rates = self._rates(recorded, pushed, prepared, totals)
             del known, pushed  # released before the last stage, which is the peak
-            total.add(recorded.finish(rows, rates, chunk))
+            finish = partial(recorded.finish, rows, rates, chunk)
+            del rates
+            kept = timing and recorded.index in self.batches
+            total.add(self.worth.multiplying(recorded.index, finish) if kept else finish())
+            del finish
             del recorded
-        return total.value  # type: ignore[no-any-return]
+        return _value(total, rows)
+
+    def _pushed(self, recorded: Staged, rows: Tensor, chunk: int) -> Tensor:
+        """The tangents of a batch, timed where routes are still to be compared."""
+        push = partial(recorded.tangent, rows, chunk)
+        return self.routes.pushing(recorded, self.products, push) if len(rows) == 1 else push()
 
     def _prepared(self, problem: Problem, snapshot: Snapshot) -> dict[DatasetTerm, Any]:
         """Statistics of the terms, by the pass that records all batches if they are to be kept."""
@@ -218,10 +231,13 @@ class Linearization:
         recorded = batches if self.keeping and whole else None
         return prepare(self.sweep.dataset_terms, problem, snapshot, recorded)
 
-    def _project(self, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
-        return chunked(
+    def _project(self, problem: Problem, term: DatasetTerm, rows: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
+        if problem.group.sharded:  # it is linear in v: a sum over the numbers of v, of which each process has some
+            rows = problem.layout.once(rows)
+        found = chunked(
             lambda part: mapped(lambda v: call(term, "project", v, prepared[term]), part), self.widths.unmeasured, rows
         )
+        return problem.group.vectors.sum(found) if problem.group.sharded else found
 
     def _reduce(self, term: DatasetTerm, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
         recorded.batch.evaluate_loss()
@@ -289,10 +305,16 @@ class Linearization:
 
     def _keep_if_worth(self, problem: Problem) -> None:
         """Give up recordings that save next to nothing; not those of others, nor where only what is kept is a matrix."""
+        if self._may_be_dropped(problem) and self.worth.decide():
+            self._keep_no_more()
+
+    def _may_be_dropped(self, problem: Problem) -> bool:
         shared = self._shared or self._sharing or ("sweep", self.sweep.key) in problem.shared
-        if not shared and problem.data.ordered and self.worth.decide():
-            self.drop()
-            self.keeping = False
+        return not shared and problem.data.ordered
+
+    def _keep_no_more(self) -> None:
+        self.drop()
+        self.keeping = False
 
     def _share(self, problem: Problem, snapshot: Snapshot) -> None:
         """Take the recordings of the whole problem, where several blocks have the sweep in common and they are kept."""
@@ -332,9 +354,12 @@ class Linearization:
 
     def _try_routes(self, problem: Problem, snapshot: Snapshot) -> None:
         if self._own_recordings(problem) and not self._sharing:
-            replaced = self.routes.replace(problem, snapshot, self.batches)
+            worth = self.worth if self._may_be_dropped(problem) else None
+            replaced = self.routes.replace(problem, snapshot, self.batches, worth)
             if replaced is not None:
                 self.batches = replaced
+            elif self.worth.declined:
+                self._keep_no_more()
 
     def _try_programs(self, problem: Problem, snapshot: Snapshot, rows: Tensor) -> None:
         if self.programs.race.of_an_earlier_run:  # which had all recordings by now
@@ -343,6 +368,17 @@ class Linearization:
             return
         if (replaced := self.programs.replace(problem, snapshot, self.batches, rows)) is not None:
             self.batches, self.recorder.route = replaced, Linearized.ROUTE
+
+
+def _value(total: BatchSum, rows: Tensor) -> Tensor:
+    """The sum over the batches of this process, which may have none."""
+    value: Tensor | None = total.value
+    return torch.zeros_like(rows) if value is None else value
+
+
+def _due(problem: Problem, made: int, after: int) -> bool:
+    """Whether enough products were made to pay for a race, and as many are still to come."""
+    return made >= after and problem.measured.expected.coming(made) >= after
 
 
 def linearization(problem: Problem, snapshot: Snapshot, sweep: Sweep) -> Linearization:

@@ -72,8 +72,10 @@ class Programs:
             new = Linearized(evaluation, True, compiler)
             if not first:
                 return decline_linearized(new, old, rows) or new
-            runs = {way: Candidate(partial(r.tangent, rows, 1)) for way, r in ((False, old), (True, new))}
-            runs[True] = Candidate(runs[True].run, handicap=1 / 0.9)
+            runs = {  # the one has run in products, the other where the two were compared
+                False: Candidate(partial(old.tangent, rows, 1), rounds=1, warm=True),
+                True: Candidate(partial(new.tangent, rows, 1), rounds=1, warm=True, handicap=1 / 0.9),
+            }
             if race.run(runs, differs=lambda _: decline_linearized(new, old, rows)):
                 return new
         except CurvalgError:

@@ -20,6 +20,7 @@ from curvalg.problem.evaluation import FORWARD_AD
 from curvalg.problem.kept.race import Race
 from curvalg.problem.verification.curvature_checks import swear_curvature, swear_symmetric
 from curvalg.problem.verification.reverse import twice_backward
+from curvalg.problem.verification.sharded_checks import swear_parts
 from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.problem.verification.verdicts import few_rows, verdict
 from curvalg.tensors.backward import backward
@@ -61,7 +62,7 @@ class Recorder:
             columns: of the product it is for.
             keep: whether it is kept after the product.
         """
-        if self.sweep.curved and not evaluation.snapshot.structure.curved:
+        if self.sweep.curved and not evaluation.snapshot.structure.found.curved:
             # Before there is a recording, whose memory would add to that of the comparison; of the few rows' operations.
             swear_curvature(evaluation, beforehand=True)
         recorded = self._recorded(evaluation, columns, keep)
@@ -99,6 +100,14 @@ class Recorder:
 
     def _recorded(self, evaluation: Evaluation, columns: int, keep: bool) -> Recording:
         sweep = self.sweep
+        if evaluation.problem.group.sharded:  # the same calls on all processes, whatever is true on one of them
+            swear_parts(evaluation)
+            single = partial(SinglePass, evaluation, sweep.cotangent, sweep.rate_of, keep=False)
+            return (
+                single()
+                if self._single_pass
+                else TwoStage(evaluation, sweep.cotangent if sweep.curved else None, False)
+            )
         if (headed := record_headed(evaluation, sweep, keep, columns, self.notes)) is not None:
             return headed
         if self._single_pass:

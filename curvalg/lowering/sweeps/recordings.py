@@ -108,11 +108,12 @@ def graph(evaluation: Evaluation) -> Graph:
         evaluation.problem.device,
     )
     alive = ref(z)  # the batch must not hold the graph
+    problem = ref(evaluation.problem)
 
     def pull(u: Tensor) -> Tensor:
-        if (output := alive()) is None:
+        if (output := alive()) is None or (owner := problem()) is None:
             return again().pull(u)
-        return layout.gather(backward([output], leaves, [u], retain_graph=True), device)
+        return owner.as_part(layout.gather(backward([output], leaves, [u], retain_graph=True), device))
 
     batch.pull_by(pull)
     return z, leaves, batch
@@ -217,7 +218,11 @@ class TwoStage(Staged):
         self.z, self.leaves, self.batch = like or graph(evaluation)
         self.curved = cotangent is not None
         self.route: TwiceBackward | Rows
-        if cotangent is None:
+        if (
+            cotangent is None and evaluation.problem.group.sharded
+        ):  # where there is no other way that all processes can take
+            self.route = TwiceBackward(evaluation, self.z, self.leaves)
+        elif cotangent is None:
             self.route = reverse_tangents(evaluation, self.z, self.leaves)
         else:
             self.route = TwiceBackward(evaluation, self.z, self.leaves, cotangent(self.batch).detach())

@@ -131,8 +131,8 @@ def prepare(
         for batch in (e.evaluate() for e in problem.evaluations(snapshot)) if batches is None else batches():
             for term in missing:
                 sums[term].add(call(term, "prepare", batch))
-        for term, total in sums.items():
-            cache.put("prepared", term, total.value)
+        for term, total in problem.totalled(sums).items():
+            cache.put("prepared", term, total)
     return {term: cache.found("prepared", term) for term in terms}
 
 

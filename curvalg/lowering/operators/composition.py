@@ -17,6 +17,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from curvalg.errors import ExpressionError, ProblemError
+from curvalg.expr.node import Expr
 from curvalg.lowering.vectors import Space, Vector, largest, numpy_dtype, parse
 from curvalg.problem import Layout
 from curvalg.tensors.memory import free_memory
@@ -58,7 +59,7 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
     def _product(self, x: Vector) -> Any:
         operand = parse(x, self._domain, self._codomain, unread=True)
         if operand.columns.shape[1] == 0:
-            return operand.restore(operand.columns.new_zeros(self.shape[0], 0))
+            return operand.restore(operand.columns.new_zeros(self._codomain.local, 0))
         return operand.restore(self._apply(operand.columns))
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
@@ -74,7 +75,9 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
 
         Raises:
             ProblemError: it does not fit into the memory that is free.
+            ExpressionError: each process holds a part of the vectors only.
         """
+        self._require_whole()
         self._require_memory()
         rows, columns = self.shape
         result = torch.empty(rows, columns, dtype=self._domain.dtype, device=self.device)
@@ -84,6 +87,13 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
             unit[torch.arange(start, start + width, device=self.device), torch.arange(width, device=self.device)] = 1
             result[:, start : start + width] = self._apply(unit)
         return result
+
+    def _require_whole(self) -> None:
+        if not (self._domain.vectors.whole and self._codomain.vectors.whole):
+            raise ExpressionError(
+                f"this needs whole vectors, but each process holds a part of those of a matrix of shape {self.shape}; use "
+                "products, solves and estimators, or a Problem whose model is not sharded"
+            )
 
     def _require_memory(self) -> None:
         rows, columns = self.shape
@@ -110,15 +120,21 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]  # SciPy ships no typ
 
     def dot(self, x: Any) -> Any:
         """The product with an operator, a number or a vector: ``op @ x``, ``op * x`` and ``op(x)``."""
-        if isinstance(x, TorchOperator):
-            return LazyProduct(self, x)
-        if is_real_scalar(x):
-            return LazySum([(float(x), self)])
+        if isinstance(x, (TorchOperator, Expr)) or is_real_scalar(x):
+            return self._composed(x)
         if isinstance(x, (LinearOperator, numbers.Number)):
             return super().dot(x)
         if isinstance(x, (list, tuple)) and not any(isinstance(t, Tensor) for t in x):
             x = np.asarray(x)
         return self._product(x)
+
+    def _composed(self, other: Any) -> Any:
+        """The operator of the product with an operator, an expression or a number."""
+        if isinstance(other, Expr):
+            raise ExpressionError(
+                f"{self!r} is of several problems; lower {other} on one of them, and multiply by that"
+            )
+        return LazyProduct(self, other) if isinstance(other, TorchOperator) else LazySum([(float(other), self)])
 
     def __matmul__(self, other: Any) -> Any:
         if isinstance(other, numbers.Number):
@@ -207,7 +223,7 @@ class LazySum(TorchOperator):
 
 def _require_same(a: Space, b: Space, what: str) -> None:
     names = [None if space.layout is None else dict(space.layout.shapes) for space in (a, b)]
-    if a.size != b.size or names[0] != names[1]:
+    if (a.size, a.vectors.pieces) != (b.size, b.vectors.pieces) or names[0] != names[1]:
         raise ExpressionError(
             f"{what}: the vectors between them differ, {_describe(a)} and {_describe(b)}; problems must share names and shapes "
             "of their parameters (params=)"

@@ -1,0 +1,1 @@
+"""Plans that go over the data in every product."""
