@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from curvalg import differentiable as differentiable
+    from curvalg import distributed as distributed
     from curvalg import errors as errors
     from curvalg import estimate as estimate
     from curvalg import losses as losses
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from curvalg.errors import CurvalgWarning as CurvalgWarning
     from curvalg.errors import ExpressionError as ExpressionError
     from curvalg.errors import FactsError as FactsError
+    from curvalg.errors import GroupError as GroupError
     from curvalg.errors import LossError as LossError
     from curvalg.errors import LossTypeError as LossTypeError
     from curvalg.errors import NotFiniteError as NotFiniteError
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from curvalg.expr import Eigenbasis as Eigenbasis
     from curvalg.expr import Expr as Expr
     from curvalg.expr import Facts as Facts
+    from curvalg.expr import GradientTerm as GradientTerm
     from curvalg.expr import Identity as Identity
     from curvalg.expr import Kronecker as Kronecker
     from curvalg.expr import LossFacts as LossFacts
@@ -56,10 +60,14 @@ if TYPE_CHECKING:
     from curvalg.expr import nystrom as nystrom
     from curvalg.expr import restrict as restrict
     from curvalg.expr import sqrt as sqrt
+    from curvalg.files import load as load
+    from curvalg.files import save as save
     from curvalg.lowering import CurvatureOperator as CurvatureOperator
     from curvalg.lowering.matrices import Eigh as Eigh
+    from curvalg.lowering.plans.block_view import MatrixBlock as MatrixBlock
     from curvalg.problem import Batch as Batch
     from curvalg.problem import FactorPairs as FactorPairs
+    from curvalg.problem import GradientField as GradientField
     from curvalg.problem import LayerRecord as LayerRecord
     from curvalg.problem import Layout as Layout
     from curvalg.problem import Problem as Problem
@@ -82,6 +90,7 @@ _ERRORS = (
     "VectorTypeError",
     "ConvergenceError",
     "StaleError",
+    "GroupError",
     "CheckpointError",
 )
 _EXPR = (
@@ -93,6 +102,7 @@ _EXPR = (
     "Eigenbasis",
     "Expr",
     "Facts",
+    "GradientTerm",
     "Identity",
     "Kronecker",
     "LossFacts",
@@ -116,15 +126,21 @@ _HOME: dict[str, str] = {
     **dict.fromkeys(_ERRORS, "curvalg.errors"),
     **dict.fromkeys(_EXPR, "curvalg.expr"),
     "parse": "curvalg.registry.parse",
+    "load": "curvalg.files",
+    "save": "curvalg.files",
     "CurvatureOperator": "curvalg.lowering",
     "Eigh": "curvalg.lowering.matrices",
+    "MatrixBlock": "curvalg.lowering.plans.block_view",
     "Batch": "curvalg.problem",
     "FactorPairs": "curvalg.problem",
+    "GradientField": "curvalg.problem",
     "LayerRecord": "curvalg.problem",
     "Layout": "curvalg.problem",
     "Problem": "curvalg.problem",
 }
 _MODULES: dict[str, str] = {
+    "differentiable": "curvalg.differentiable",
+    "distributed": "curvalg.distributed",
     "errors": "curvalg.errors",
     "estimate": "curvalg.estimate",
     "registry": "curvalg.registry",

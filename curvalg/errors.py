@@ -77,6 +77,10 @@ class StaleError(CurvalgError, RuntimeError):
     """Model, loss or data changed after the operator was lowered; ``operator.refresh()`` takes them as they are now."""
 
 
+class GroupError(CurvalgError, RuntimeError):
+    """Processes that share a problem and do not fit together, or of which one failed: raised on all of them."""
+
+
 class CheckpointError(CurvalgError, ValueError):
     """A checkpoint file that is of another run, of something else, or damaged; the message names what differs."""
 

@@ -44,8 +44,8 @@ ProblemName = Annotated[
         "--problem",
         "-p",
         metavar="NAME",
-        help="digits, digits-cnn, or your own as module:function (a function without arguments that returns a "
-        "curvalg.Problem; looked for in the current folder first).",
+        help="digits, digits-cnn, or your own as module:function (a function that returns a curvalg.Problem; "
+        "looked for in the current folder first). Its only argument may be group, the process group under torchrun.",
     ),
 ]
 
@@ -74,7 +74,7 @@ def _global(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    context.obj = Report(show_traceback)
+    context.obj = Report(show_traceback, context.obj)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def explain(context: typer.Context, expression: Expression, problem: ProblemName
     with report.exits(BAD_INPUT):
         expr = parse(expression)
         with report.progress(f"loading {problem}"):
-            op = expr.lower(load_problem(problem))
+            op = expr.lower(load_problem(problem, report.group))
     with report.exits(FAILED):
         typer.echo(f"{expr.tree()}\n\n{op.explain()}")
 
@@ -139,12 +139,12 @@ def eigs(
     report: Report = context.obj
     with report.exits(BAD_INPUT):
         expr = parse(expression)
-        if plot is not None:
+        if plot is not None and report.writes:
             from curvalg.cli.figures import check_path
 
             check_path(plot)
         with report.progress(f"loading {problem}"):
-            op = expr.lower(load_problem(problem))
+            op = expr.lower(load_problem(problem, report.group))
     with report.exits(FAILED):
         options = {
             "which": which.end,
@@ -161,7 +161,9 @@ def eigs(
         if plot is not None:
             from curvalg.cli.figures import draw_pairs
 
-            draw_pairs(op, pairs, problem, which.value).savefig(plot)
+            figure = draw_pairs(op, pairs, problem, which.value)
+            if report.writes:
+                figure.savefig(plot)
             if not as_json:
                 typer.echo(f"picture: {plot}")
     _finish(pairs)
@@ -199,12 +201,12 @@ def density(
     report: Report = context.obj
     with report.exits(BAD_INPUT):
         expr = parse(expression)
-        if plot is not None:
+        if plot is not None and report.writes:
             from curvalg.cli.figures import check_path
 
             check_path(plot)
         with report.progress(f"loading {problem}"):
-            op = expr.lower(load_problem(problem))
+            op = expr.lower(load_problem(problem, report.group))
     with report.exits(FAILED):
         found = spectral_density(
             op,
@@ -223,7 +225,9 @@ def density(
         if plot is not None:
             from curvalg.cli.figures import draw_density
 
-            draw_density(op, found, problem).savefig(plot)
+            figure = draw_density(op, found, problem)
+            if report.writes:
+                figure.savefig(plot)
             if not as_json:
                 typer.echo(f"picture: {plot}")
     _finish(found)
@@ -264,7 +268,7 @@ def estimate(
             raise ExpressionError(f"unknown quantity {quantity!r}{hint}; known are {known}")
         expr = parse(expression)
         with report.progress(f"loading {problem}"):
-            loaded = load_problem(problem)
+            loaded = load_problem(problem, report.group)
     with report.exits(FAILED):
         asked = command.Asked(products, tol, seed, checkpoint, report.on_terminal, damping)
         result = command.QUANTITIES[quantity](expr, loaded, asked)

@@ -8,11 +8,15 @@ caller's random state is used or changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from curvalg.distributed.making import make_group
+from curvalg.distributed.shard import own_batches
 from curvalg.errors import ProblemError
 from curvalg.problem import Problem
 
@@ -20,12 +24,12 @@ from curvalg.problem import Problem
 _BATCHES = (512, 700, 585)
 
 
-def digits() -> Problem:
+def digits(group: Any = None) -> Problem:
     """A 64-32-10 network with tanh on handwritten digits; 2410 parameters, cross-entropy."""
-    return _trained(lambda: nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)), image=(64,), epochs=5)
+    return _trained(lambda: nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)), (64,), 5, group)
 
 
-def digits_cnn() -> Problem:
+def digits_cnn(group: Any = None) -> Problem:
     """Two convolutions and a linear layer with tanh on handwritten digits; 1898 parameters, cross-entropy."""
 
     def build() -> nn.Module:
@@ -40,23 +44,28 @@ def digits_cnn() -> Problem:
             nn.Linear(64, 10),
         )
 
-    return _trained(build, image=(1, 8, 8), epochs=8)
+    return _trained(build, (1, 8, 8), 8, group)
 
 
-BUILT_IN: Mapping[str, Callable[[], Problem]] = MappingProxyType({"digits": digits, "digits-cnn": digits_cnn})
-"""Name on the command line -> function that makes the problem."""
+BUILT_IN: Mapping[str, Callable[..., Problem]] = MappingProxyType({"digits": digits, "digits-cnn": digits_cnn})
+"""Name on the command line -> function that makes the problem, of the processes of a group where it is given one."""
 
 
-def _trained(build: Callable[[], nn.Module], *, image: tuple[int, ...], epochs: int) -> Problem:
+def _trained(build: Callable[[], nn.Module], image: tuple[int, ...], epochs: int, group: Any) -> Problem:
     images, labels = _load_digits()
     images = images.reshape(len(images), *image)
     # Not torch.manual_seed: it would seed the generators of every accelerator too, which the fork leaves alone here.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         model = build()
-        _train(model, images, labels, epochs)
+        processes = make_group(group, torch.device("cpu"), nullcontext())
+        with processes.together("training"):  # on one alone: another kind of processor may round in another way
+            if not processes.rank:
+                _train(model, images, labels, epochs)
+            model.load_state_dict(processes.first(model.state_dict()))
     batches = list(zip(images.split(_BATCHES), labels.split(_BATCHES), strict=True))
-    return Problem(model.eval(), nn.CrossEntropyLoss(), batches)
+    own = [batches[i] for i in own_batches(len(batches), group)]
+    return Problem(model.eval(), nn.CrossEntropyLoss(), own, group=group)
 
 
 def _train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch: int = 64) -> None:

@@ -12,23 +12,30 @@ from types import ModuleType
 from typing import Any
 
 from curvalg.cli.list_problems import BUILT_IN
+from curvalg.distributed.making import process_group
 from curvalg.errors import CurvalgError, ProblemError
 from curvalg.problem import Problem
 
-_EXPECTED = "expected a function without arguments that returns a curvalg.Problem"
+_EXPECTED = "expected a function without arguments, or with group alone, that returns a curvalg.Problem"
+_SHARED = (
+    "def make(group=None): ... return Problem(model, loss, shard(dataset, batch_size=64, group=group), group=group), with "
+    "shard from curvalg.distributed"
+)
 
 
-def load_problem(name: str) -> Problem:
+def load_problem(name: str, group: Any = None) -> Problem:
     """The problem behind a name.
 
     Args:
         name: a built-in one, or ``package.module:function``.
+        group: the process group that shares the problem; None: one process.
 
     Raises:
-        ProblemError: an unknown name, a module that cannot be imported, or a function that does not return a Problem.
+        ProblemError: an unknown name, a module that cannot be imported, a function that does not return a Problem, or one that
+            returns a problem of one process where there are several.
     """
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        return BUILT_IN[name](group)
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
         known = list(BUILT_IN)
@@ -36,7 +43,7 @@ def load_problem(name: str) -> Problem:
             f"no problem is called {name!r}{_guess(name, known)}; expected {' or '.join(known)}, or your own as "
             "module:function"
         )
-    return _call(name, _find(_import(module_name), attribute))
+    return _call(name, _find(_import(module_name), attribute), group)
 
 
 def _import(name: str) -> ModuleType:
@@ -64,29 +71,38 @@ def _find(module: ModuleType, attribute: str) -> Any:
     return found
 
 
-def _call(name: str, function: Any) -> Problem:
+def _call(name: str, function: Any, group: Any) -> Problem:
     if not callable(function):
         raise ProblemError(f"{name} is a {type(function).__name__}; {_EXPECTED}")
-    if needed := _required(function):
+    parameters = _parameters(function)
+    if needed := [p.name for p in parameters if p.default is p.empty and p.name != "group"]:
         raise ProblemError(f"{name} needs {', '.join(needed)}; {_EXPECTED}")
+    wanted = [p for p in parameters if p.name == "group" and (group is not None or p.default is p.empty)]
     try:
-        problem = function()
+        problem = function(**{p.name: group for p in wanted})
     except CurvalgError as error:
         raise ProblemError(f"{name}: {error}") from error
     except Exception as error:
         raise ProblemError(f"calling {name} failed with {_shown(error)}") from error
     if not isinstance(problem, Problem):
         raise ProblemError(f"{name} returned a {type(problem).__name__}; {_EXPECTED}")
+    if group is not None and problem.group.size != (size := process_group(group)[1]):
+        why = "its Problem was made without it" if wanted else "it takes no group"
+        raise ProblemError(
+            f"{name} is run on {size} processes, but {why}, so that each would compute a matrix of its own. Give every process "
+            f"its part of the data: {_SHARED}"
+        )
     return problem
 
 
-def _required(function: Any) -> list[str]:
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """Those that have a name of their own and may be given by it, and those that must be given."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some functions written in C have no signature
         return []
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in starred]
+    return [p for p in parameters if p.kind not in starred]
 
 
 def _shown(error: BaseException) -> str:

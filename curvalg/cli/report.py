@@ -11,8 +11,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.text import Text
 from curvalg.errors import CurvalgError, CurvalgWarning, ExpressionError, FactsError
 
 if TYPE_CHECKING:  # importing it would import torch for every command
+    from curvalg.distributed.launched import Launched
     from curvalg.estimate import Result
 
 FAILED = 1
@@ -46,31 +47,45 @@ class Report:
 
     Args:
         show_traceback: print the traceback of an error before its message.
+        processes: those that run the command together; None: this one alone.
     """
 
-    def __init__(self, show_traceback: bool = False) -> None:
+    def __init__(self, show_traceback: bool = False, processes: Launched | None = None) -> None:
         self.show_traceback = show_traceback
+        self._processes = processes
+
+    @property
+    def group(self) -> Any:
+        """The process group that the command runs on; None: one process."""
+        return None if self._processes is None else self._processes.group
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self._processes is None or self._processes.exchange.rank == 0
 
     @contextmanager
     def exits(self, code: int) -> Iterator[None]:
         """Turn an error of the library inside into its message and this exit code.
 
-        Any other exception was not foreseen: it is named as such, and exits with :data:`FAILED`.
+        Any other exception was not foreseen: it is named as such, and exits with :data:`FAILED`. Other processes are told.
         """
         try:
-            yield
+            with nullcontext() if self._processes is None else self._processes.exchange.telling():
+                yield
         except CurvalgError as error:
-            self._print_error(error, str(error))
+            self.print_error(error, str(error))
             # What an operator or a flag cannot be is known before anything is computed, wherever it is found out.
             raise typer.Exit(BAD_INPUT if isinstance(error, (ExpressionError, FactsError)) else code) from error
         except typer.Exit:
             raise
         except Exception as error:
             hint = "" if self.show_traceback else "\n(where: repeat the command as curvalg --traceback ...)"
-            self._print_error(error, f"unexpected {type(error).__name__}: {error}{hint}")
+            self.print_error(error, f"unexpected {type(error).__name__}: {error}{hint}")
             raise typer.Exit(FAILED) from error
 
-    def _print_error(self, error: Exception, message: str) -> None:
+    def print_error(self, error: Exception, message: str) -> None:
+        """Print a message to stderr, with the traceback where that is asked for."""
         if self.show_traceback:
             traceback.print_exception(error, file=sys.stderr)
         # Text, not markup: messages quote lists and types in square brackets. No wrapping: carets point into lines.

@@ -1,12 +1,19 @@
 """Estimators by products alone, resumable: eigenpairs, densities, traces, functions of operators, each with its error."""
 
+from curvalg.estimate.attribution.influence import influence, influence_stream
+from curvalg.estimate.attribution.influence_scores import InfluenceScores, ScoreBatch
+from curvalg.estimate.attribution.rank_error import RankError
+from curvalg.estimate.attribution.ranking import Ranking
+from curvalg.estimate.attribution.self_influence import self_influence
 from curvalg.estimate.functions.effective_dimension import effective_dimension
 from curvalg.estimate.functions.logdet import logdet
 from curvalg.estimate.functions.matrix_function import FunctionProduct, matrix_function
+from curvalg.estimate.gradients.bilinear import bilinear
+from curvalg.estimate.gradients.functional_variance import functional_variance
 from curvalg.estimate.gradients.gradient_noise import GradientNoise, gradient_noise, gradient_norms
-from curvalg.estimate.gradients.influence import bilinear, influence
 from curvalg.estimate.pictures import heat_map
 from curvalg.estimate.result import Eigenpairs, Estimate, Result
+from curvalg.estimate.saliency import Saliency, saliency
 from curvalg.estimate.spectra.curve import Density
 from curvalg.estimate.spectra.density import spectral_density
 from curvalg.estimate.spectra.eigen import eigsh
@@ -22,19 +29,28 @@ __all__ = [
     "Estimate",
     "FunctionProduct",
     "GradientNoise",
+    "InfluenceScores",
+    "RankError",
+    "Ranking",
     "Result",
+    "Saliency",
+    "ScoreBatch",
     "SingularTriplets",
     "bilinear",
     "diagonal",
     "effective_dimension",
     "eigsh",
+    "functional_variance",
     "gradient_noise",
     "gradient_norms",
     "heat_map",
     "influence",
+    "influence_stream",
     "logdet",
     "matrix_function",
     "norm",
+    "saliency",
+    "self_influence",
     "spectral_density",
     "svds",
     "tic",

@@ -6,8 +6,6 @@ import torch
 
 from curvalg.errors import FactsError
 from curvalg.estimate.target import Target
-from curvalg.tensors.memory import wide
-from curvalg.tensors.random_numbers import normals
 
 
 def require_symmetric(target: Target, seed: int) -> int:
@@ -28,12 +26,13 @@ def require_symmetric(target: Target, seed: int) -> int:
     cure = "write a symmetric expression, such as A.T @ A, or use svds for singular values"
     if target.symmetric is False:
         raise FactsError(f"expected a symmetric operator, but {target.name} is not known to be symmetric; {cure}")
-    x = normals((n, 2), seed).to(target.space.device, target.space.dtype)
+    space = target.vectors
+    rows = space.normals(f"symmetry {seed}", 0, 2).to(target.space.device, target.space.dtype)
     target = target.in_units()  # products of tiny numbers vanish
-    y = target.multiply(x)
-    x, y = wide(x), wide(y)
-    inner = x.T @ y
-    allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(x.norm(dim=0).max() * y.norm(dim=0).max())
+    images = target.multiply(rows.T).T
+    inner = space.inner(rows, images)
+    of_rows, of_images = space.joined(space.lengths_part(rows), space.lengths_part(images))
+    allowed = torch.finfo(target.space.dtype).eps ** 0.5 * float(of_rows.max() * of_images.max())
     if abs(float(inner[0, 1] - inner[1, 0])) > allowed:
         inner = target.back(inner)
         raise FactsError(

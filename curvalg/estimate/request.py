@@ -61,7 +61,7 @@ class Request:
             raise OptionError(f"expected on_fail to be 'raise' or 'warn', got {self.on_fail!r}")
         require_place(self.checkpoint)
 
-    def fail(self, message: str, result: Result, depth: int = 3) -> None:
+    def fail(self, message: str, result: Result, depth: int = 4) -> None:
         """Raise, or warn on behalf of the function that is so many calls above.
 
         Raises:

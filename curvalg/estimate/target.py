@@ -12,19 +12,22 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from curvalg.errors import ExpressionError, FactsError, VectorError
+from curvalg.errors import CheckpointError, ExpressionError, FactsError, VectorError
 from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.composition import TorchOperator
 from curvalg.lowering.inverses.rounding import noise
-from curvalg.lowering.operator import Quantity
+from curvalg.lowering.operators.composition import TorchOperator
+from curvalg.lowering.operators.structured_operator import Quantity
 from curvalg.lowering.vectors import Space, Vector, parse
 from curvalg.problem import Layout, Problem
+from curvalg.problem.kept.expected import Expected
 from curvalg.problem.kept.measured import Measured
-from curvalg.runs.checkpoint import Checkpoint, digest
+from curvalg.runs.checkpoint import Checkpoint
 from curvalg.runs.run_file import FileName
 from curvalg.runs.run_identity import run_identity
 from curvalg.runs.run_state import Options
+from curvalg.runs.sealed import digest
 from curvalg.runs.unit import Finite, PowerOfTwo, sized
+from curvalg.tensors.spaces import VectorSpace
 
 CHEAP = 512
 """Rows of a matrix that is built and factorised whatever is asked for."""
@@ -45,6 +48,7 @@ class Target:
         operator: the curvature operator, if it is one.
         choices: what products with it measure and choose.
         psd: whether positive semi-definite: True or False where known, or where proof is required, else None.
+        codomain: the space of the products; by default that of the vectors, or of a rectangular one whole vectors.
     """
 
     name: str
@@ -61,13 +65,15 @@ class Target:
     """Relative error of products of models in half precision; 0 for others."""
     unit: PowerOfTwo | None = None
     """That products are in; None where they are what they are."""
+    codomain: VectorSpace | None = None
 
     def in_units(self) -> Target:
         """The target with products in a unit of their own, which a run finds out; a target that has one, itself."""
         if self.unit is not None:
             return self
         unit = PowerOfTwo(self.name, self.space.dtype)
-        multiply, adjoint = (unit.measuring(product) for product in (self.multiply, self.adjoint))
+        multiply = unit.measuring(self.multiply, self.vectors, self.images)
+        adjoint = unit.measuring(self.adjoint, self.images, self.vectors)
         return replace(self, multiply=multiply, adjoint=adjoint, unit=unit)
 
     def to(self, x: Tensor) -> Tensor:
@@ -90,9 +96,9 @@ class Target:
             most: rows that it may take.
 
         Returns:
-            None where there is no such structure, or it takes more.
+            None where there is no such structure, it takes more, or it would be of whole vectors that no process holds.
         """
-        rows = None if self.operator is None else self.operator.exact_rows(quantity)
+        rows = None if self.operator is None or not self.vectors.whole else self.operator.exact_rows(quantity)
         if self.operator is None or rows is None or rows > most:
             return None
         found = self.operator.exact(quantity)
@@ -108,12 +114,35 @@ class Target:
         """The file of a run with this operator, and the rest of what the run is about; None for no path."""
         if path is None:
             return None
+        require_whole_states(self.vectors)
         return Checkpoint(path, {**self.subject(), **more}, self.choices, self.unit)
 
     @property
+    def expected(self) -> Expected | None:
+        """What is told how many products are to come; None where nobody asks."""
+        return None if self.choices is None else self.choices.expected
+
+    @property
     def size(self) -> int:
-        """The number n of columns."""
+        """The number n of columns, of all processes together."""
         return self.shape[1]
+
+    @property
+    def local(self) -> int:
+        """How many numbers of a vector this process holds."""
+        return self.vectors.local
+
+    @property
+    def vectors(self) -> VectorSpace:
+        """The space of the vectors that it multiplies: all sums over their numbers."""
+        return self.space.vectors
+
+    @property
+    def images(self) -> VectorSpace:
+        """The space of the products."""
+        if self.codomain is not None:
+            return self.codomain
+        return self.vectors if self.shape[0] == self.shape[1] else VectorSpace(self.shape[0])
 
     @property
     def layout(self) -> Layout | None:
@@ -127,11 +156,24 @@ class Target:
             VectorError: the wrong shape, kind or device, or entries that are not finite.
         """
         if vectors is None:
-            return torch.zeros(0, self.size, dtype=self.space.dtype, device=self.space.device)
+            return torch.zeros(0, self.local, dtype=self.space.dtype, device=self.space.device)
         try:
             return parse(vectors, self.space, self.space).columns.T.contiguous()
         except VectorError as error:
             raise VectorError(f"{what}: {error}") from error
+
+
+def require_whole_states(vectors: VectorSpace) -> None:
+    """Raise where a run has vectors of which each process holds a part.
+
+    Raises:
+        CheckpointError: there is no file of such runs.
+    """
+    if not vectors.whole:
+        raise CheckpointError(
+            "checkpoint= is not offered where parameters are sharded, as each process has a part of every vector; leave it "
+            "out, and ask for fewer steps at a time (v0= goes on from what was found)"
+        )
 
 
 def target(op: Any) -> Target:
@@ -199,10 +241,11 @@ def _of_torch(op: TorchOperator, name: str) -> Target:
         name,
         op.shape,
         space,
-        Finite(op._sized, name),
-        Finite(lambda x: transposed()._sized(x), name),
+        Finite(op._sized, name, op._codomain.vectors),
+        Finite(lambda x: transposed()._sized(x), name, space.vectors),
         None,
         lambda: {"operator": name, "precision": str(space.dtype)},
+        codomain=op._codomain.vectors,
     )
 
 
@@ -212,12 +255,13 @@ def _of_tensor(matrix: Tensor) -> Target:
             f"expected a matrix of real floating-point numbers, got a tensor of shape {tuple(matrix.shape)} and {matrix.dtype}"
         )
     matrix, name = matrix.detach(), f"the {matrix.shape[0]} x {matrix.shape[1]} matrix"
+    space, images = Space(matrix.shape[1], None, matrix.dtype, matrix.device), VectorSpace(matrix.shape[0])
     return Target(
         name,
         (matrix.shape[0], matrix.shape[1]),
-        Space(matrix.shape[1], None, matrix.dtype, matrix.device),
-        Finite(sized(lambda x: matrix @ x), name),
-        Finite(sized(lambda x: matrix.T @ x), name),
+        space,
+        Finite(sized(lambda x: matrix @ x), name, images),
+        Finite(sized(lambda x: matrix.T @ x), name, space.vectors),
         None,
         lambda: {"operator": name, "entries of the matrix": digest(matrix)},
     )
@@ -236,12 +280,13 @@ def _of_scipy(op: LinearOperator, given: Any) -> Target:
         return lambda x: torch.from_numpy(np.ascontiguousarray(apply(x.numpy()), dtype=own))
 
     arrays = (given,) if isinstance(given, np.ndarray) else ()
+    space, images = Space(columns, None, dtype, torch.device("cpu")), VectorSpace(rows)
     return Target(
         name,
         (rows, columns),
-        Space(columns, None, dtype, torch.device("cpu")),
-        Finite(sized(product(op.matmat)), name),
-        Finite(sized(product(_transposed(op, name))), name),
+        space,
+        Finite(sized(product(op.matmat)), name, images),
+        Finite(sized(product(_transposed(op, name))), name, space.vectors),
         None,
         lambda: {"operator": name, "precision": str(dtype), "entries": digest(*map(torch.from_numpy, arrays))},
     )

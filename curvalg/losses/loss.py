@@ -158,6 +158,23 @@ class Loss(ABC):
             LossError: if shapes, data types or ranges do not fit.
         """
 
+    def numerator(self, output: Structure, target: Structure) -> Tensor:
+        """The sum of numerators, with a graph to the output and to every tensor that the loss depends on.
+
+        All else here is closed forms of a detached output; derivatives of curvature are taken of this.
+
+        Raises:
+            LossError: the loss does not give it.
+        """
+        raise LossError(
+            f"{self.name} gives closed forms alone; derivatives of curvature need numerator(output, target), written "
+            "in differentiable operations of torch"
+        )
+
+    def live_denominator(self, target: Structure) -> Tensor | float:
+        """The denominator, with a graph to the tensors of the loss where it depends on them."""
+        return self.denominator(target)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors the loss depends on, such as class weights, by name."""
         return {}

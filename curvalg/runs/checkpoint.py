@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
+from curvalg.distributed.group import active
 from curvalg.errors import CheckpointError, CurvalgWarning
 from curvalg.problem.kept.measured import Measured
 from curvalg.runs.run_file import FileName, RunFile
 from curvalg.runs.run_state import Named, Options, State
+from curvalg.runs.sealed import library_version, read_sealed, write_sealed
 from curvalg.runs.unit import PowerOfTwo
 
-FORMAT = 4
-KEY = "curvalg"
-"""The entry of the file's metadata that holds everything but the tensors, as JSON."""
-SUM = "checksum"
-"""The entry that holds the checksum of that and of the tensors."""
+FORMAT = 5
 INTERVAL = 30.0
 """The least seconds between two writes."""
 FURTHEST = 4096
@@ -58,9 +54,10 @@ class Checkpoint:
         choices: Measured | None = None,
         unit: PowerOfTwo | None = None,
     ) -> None:
-        self.place, self.subject, self._unit = RunFile(path), subject, unit
+        self._group = active()
+        self._place = RunFile(path) if self._group.rank == 0 else None
+        self.subject, self._unit = subject, unit
         self._choices = choices or Measured((), torch.device("cpu"))
-        self.path = self.place.path
         self._marked: tuple[dict[str, Any], int | None] = {}, None
         self._next = time.monotonic() + INTERVAL
 
@@ -70,11 +67,22 @@ class Checkpoint:
         Raises:
             CheckpointError: another run does.
         """
-        return self.place.held()
+        return contextlib.nullcontext() if self._place is None else self._place.held()
+
+    @property
+    def place(self) -> RunFile:
+        """The file itself, on rank 0 of the processes that share the run."""
+        assert self._place is not None
+        return self._place
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies."""
+        return self.place.path
 
     def due(self) -> bool:
         """Whether it is time to write the file again."""
-        return time.monotonic() >= self._next
+        return bool(self._group.first(time.monotonic() >= self._next))
 
     def mark(self) -> None:
         """Remember choices and unit as they are with the state that was just reached; a step that is interrupted may make
@@ -85,23 +93,24 @@ class Checkpoint:
     def save(self, algorithm: Named, state: State, seconds: float) -> None:
         """Write a state. Where that fails, the existing file stays as it is, with only a warning: results count more."""
         begin = time.monotonic()
+        choices = self._group.objects(self._marked[0])
+        if self._place is None:
+            return
         header = json.dumps(
             {
                 "format": FORMAT,
-                "version": _version(),
+                "version": library_version(),
                 "subject": self.subject,
                 "algorithm": algorithm.name,
                 "options": algorithm.options,
                 "numbers": state.numbers,
-                "choices": self._marked[0],
+                "choices": choices,
                 "unit": self._marked[1],
                 "seconds": seconds,
             }
         )
-        tensors = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
-        metadata = {KEY: header, SUM: _checksum(header, tensors)}
         try:
-            self.place.replace(lambda path: save_file(tensors, path, metadata))
+            self.place.replace(lambda path: write_sealed(path, header, state.tensors))
         except (OSError, SafetensorError) as error:
             warnings.warn(
                 f"the checkpoint {self.place.given} could not be written ({error}); the run goes on, but can be resumed only "
@@ -118,42 +127,49 @@ class Checkpoint:
         Raises:
             CheckpointError: the file is no checkpoint, or damaged, or of another run; the message names every difference.
         """
+        found = self._group.first(None if self._place is None else self._loaded(algorithm))
+        if found is None:
+            return None
+        state, header = found
+        choices = header["choices"]  # each process has its own; another number of them gives the same up to rounding
+        self._choices.recalled.update(choices[self._group.rank if len(choices) == self._group.size else 0])
+        if self._unit is not None:
+            self._unit.exponent = header["unit"]
+        return state, float(header["seconds"])
+
+    def _loaded(self, algorithm: Named) -> tuple[State, dict[str, Any]] | None:
+        """The state of the file and its header, once they fit."""
         if not self.place.exists():
             return None
         header, tensors = self._read()
         asked = _described(self.subject, algorithm.name, algorithm.options)
-        differences = list(_differences(_described(header["subject"], header["algorithm"], header["options"]), asked))
-        if differences:
+        found = list(differences(_described(header["subject"], header["algorithm"], header["options"]), asked))
+        if found:
             raise CheckpointError(
-                f"{self.place.given} is the checkpoint of another run: {'; '.join(differences)}. Ask for the same, "
+                f"{self.place.given} is the checkpoint of another run: {'; '.join(found)}. Ask for the same, "
                 "name another file, or delete this one"
             )
         state = State(tensors, header["numbers"])
         if not algorithm.fits(state):
             raise self._foreign(f"it holds no state of {algorithm.name}")
-        self._choices.recalled.update(header["choices"])
-        if self._unit is not None:
-            self._unit.exponent = header["unit"]
-        return state, float(header["seconds"])
+        return state, header
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The header and tensors of a file that is whole."""
         try:
-            with safe_open(self.place.path, "pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                header = json.loads(metadata[KEY])
-                number, version = header["format"], header["version"]
-                # Own memory: tensors of a file lie at any address, and the bits of a sum may depend on that.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            file = read_sealed(self.place.path)
+            header = file.header
+            number, version = header["format"], header["version"]
         except Exception as error:  # whatever a reader trips over, the file is not what was written
             raise self._foreign(f"{type(error).__name__}: {error}") from error
         if type(number) is int and number != FORMAT:
             raise CheckpointError(
                 f"{self.place.given} has checkpoint format {number}, written by curvalg {version}; this is curvalg "
-                f"{_version()}, which reads format {FORMAT}. Use that version, or name another file"
+                f"{library_version()}, which reads format {FORMAT}. Use that version, or name another file"
             )
-        if metadata != {KEY: metadata[KEY], SUM: _checksum(metadata[KEY], tensors)}:
+        if not file.whole:
             raise self._foreign("its checksum is another")
+        tensors = file.tensors
         wrong = [
             name for name in {**FIELDS, **header} if name not in header or not FIELDS.get(name, _never)(header[name])
         ]
@@ -166,16 +182,6 @@ class Checkpoint:
             f"expected a checkpoint of curvalg or no file at all, but {self.place.given} is something else or damaged "
             f"({reason}), and is left as it is; name another file, or delete this one"
         )
-
-
-def _checksum(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    names = sorted(tensors)
-    return digest(*(tensors[name] for name in names), text=json.dumps([header, names]))
-
-
-def _version() -> str:
-    version: str = importlib.import_module("curvalg").__version__  # loaded already, as the parent of this package
-    return version
 
 
 def _never(_: object) -> bool:
@@ -197,7 +203,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "algorithm": _is(str),
     "options": _is(dict),
     "numbers": _is(dict),
-    "choices": _is(dict),
+    "choices": lambda value: isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value),
     "unit": lambda value: value is None or (type(value) is int and abs(value) <= FURTHEST),
     "seconds": _is_seconds,
 }
@@ -208,7 +214,8 @@ def _described(subject: Options, name: str, options: Options) -> dict[str, Any]:
     return {**subject, "algorithm": name, **{f"option {key}": value for key, value in options.items()}}
 
 
-def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    """What two descriptions differ in, a line for each; sums count as the same up to rounding."""
     for name in {**stored, **asked}:
         left, right = stored.get(name), asked.get(name)
         if _are_sums(left) and _are_sums(right):
@@ -237,13 +244,3 @@ def _equal(left: Any, right: Any) -> bool:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def digest(*tensors: torch.Tensor, text: str = "") -> str:
-    """A hash of the contents of tensors, bit for bit, and of a text."""
-    total = hashlib.blake2b(text.encode(), digest_size=16)
-    for t in tensors:
-        plain = t.detach().to("cpu").contiguous()
-        total.update(f"{plain.dtype} {tuple(plain.shape)};".encode())
-        total.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
-    return total.hexdigest()

@@ -11,6 +11,7 @@ they come in change a sum by more than rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -41,7 +42,8 @@ def numbers(problem: Problem) -> Numbers:
         snapshot, total = problem.snapshot(), problem.sum()
         for evaluation in problem.evaluations(snapshot):
             total.add(pulled(evaluation, lambda batch: _take(sums, batch)))
-        _take_derivative(sums, problem.layout, total.value)
+        sums.merge(problem.group.objects(sums.parts()))
+        _take_derivative(sums, problem.layout, problem.totalled({"derivative": total})["derivative"])
     return sums.made()
 
 
@@ -99,6 +101,17 @@ class _Sums:
             old[0] + float(terms.sum(dtype=widest(terms.device))),
             old[1] + float(most.sum(dtype=widest(most.device))),
         ]
+
+    def parts(self) -> tuple[dict[tuple[str, int], list[float]], set[str]]:
+        """The sums, and the names of what is missing."""
+        return self._sums, self.missing
+
+    def merge(self, parts: Sequence[tuple[dict[tuple[str, int], list[float]], set[str]]]) -> None:
+        """Put the sums of several processes together, this one's among them."""
+        keys = {key: None for sums, _ in parts for key in sums}
+        each = {key: [sums[key] for sums, _ in parts if key in sums] for key in keys}
+        self._sums = {key: [sum(pair[i] for pair in pairs) for i in range(2)] for key, pairs in each.items()}
+        self.missing = {name for _, missing in parts for name in missing}
 
     def made(self) -> Numbers:
         """All sums of each name, in the order of their numbers; none of what is missing."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+from curvalg.distributed.group import active
+from curvalg.problem.kept.expected import Expected
 from curvalg.runs.checkpoint import Checkpoint
 from curvalg.runs.run_state import Algorithm, State
 from curvalg.runs.unit import Outgrown
@@ -28,13 +30,20 @@ class Outcome:
     partial: bool
 
 
-def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress: bool = False) -> Outcome:
+def run(
+    algorithm: Algorithm,
+    *,
+    checkpoint: Checkpoint | None = None,
+    progress: bool = False,
+    expected: Expected | None = None,
+) -> Outcome:
     """Run an algorithm to its end, or until Ctrl-C.
 
     Args:
         algorithm: what is run.
         checkpoint: the file that the run is resumed from, where it exists, and written to.
         progress: show products done and expected.
+        expected: is told before each step how many products are still expected.
 
     Returns:
         The last state. After Ctrl-C it is that of the last complete step; an interruption before the first step raises
@@ -44,10 +53,10 @@ def run(algorithm: Algorithm, *, checkpoint: Checkpoint | None = None, progress:
         CheckpointError: the file is of another run, damaged, or written by another run at this moment.
     """
     with contextlib.nullcontext() if checkpoint is None else checkpoint.held():
-        return _run(algorithm, checkpoint, progress)
+        return _run(algorithm, checkpoint, progress, expected or Expected())
 
 
-def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) -> Outcome:
+def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool, expected: Expected) -> Outcome:
     begin, before, partial, whole = time.perf_counter(), 0.0, False, True
     saved = checkpoint.load(algorithm) if checkpoint is not None else None
     if saved is None:
@@ -60,11 +69,12 @@ def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool) ->
     def seconds() -> float:
         return before + time.perf_counter() - begin
 
-    with tqdm(desc=algorithm.name, unit="product", disable=not progress) as bar:
+    with tqdm(desc=algorithm.name, unit="product", disable=not progress or active().rank > 0) as bar:
         try:
             while not algorithm.done(state):
                 try:
-                    state = algorithm.step(state)
+                    with expected.at_most(max(1, algorithm.expected(state) - state.products)):
+                        state = algorithm.step(state)
                 except Outgrown:
                     whole = False  # the state is in the old unit, and the next one is in the making
                     state, whole = _started(algorithm, state.products), True

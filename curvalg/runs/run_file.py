@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from curvalg.distributed.group import active
 from curvalg.errors import CheckpointError
 
 try:
@@ -182,7 +183,7 @@ def require_place(path: FileName | None) -> None:
     Raises:
         CheckpointError: it is one, or another run writes there.
     """
-    if path is not None:
+    if path is not None and active().rank == 0:
         RunFile(path)
 
 

@@ -6,12 +6,12 @@ import torch
 
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
-from curvalg.expr.term import NamedExpr
+from curvalg.expr.term import needs_model
 from curvalg.problem import Problem, Snapshot
-from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint
-from curvalg.runs.checkpoint import digest
+from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint, total
 from curvalg.runs.model_numbers import numbers
 from curvalg.runs.run_state import Options
+from curvalg.runs.sealed import digest
 from curvalg.tensors import trees
 
 
@@ -23,10 +23,18 @@ def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: flo
         problem, snapshot: that it is of, and where.
         rounding: relative error of products of a model in half precision; 0 for others.
     """
-    state = snapshot.state
     return {
         "expression": str(expr),
         "arrays of the expression": _arrays(expr),
+        **state_identity(problem, snapshot),
+        **(_numbers(problem, snapshot, rounding) if needs_model(expr) else {}),
+    }
+
+
+def state_identity(problem: Problem, snapshot: Snapshot) -> Options:
+    """The fingerprint of a problem at a state, without calls of its model: name -> what JSON can hold."""
+    state = snapshot.state
+    return {
         "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.shapes.items()],
         "values of parameters and buffers": digest(*(state[name] for name in sorted(state))),
         "precision": str(problem.dtype),
@@ -36,7 +44,6 @@ def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: flo
         "number of samples": problem.num_samples,
         "rows of the data": problem.totals.rows,
         "what a sample is": problem.samples,
-        **(_numbers(problem, snapshot, rounding) if _needs_model(expr) else {}),
         "contents of the data": _data(problem),
     }
 
@@ -57,12 +64,11 @@ def _numbers(problem: Problem, snapshot: Snapshot, rounding: float) -> Options:
     return {name: _sums(found, tolerance) for name, found in kept.items()}
 
 
-def _needs_model(expr: Expr) -> bool:
-    return any(isinstance(node, NamedExpr) for node in expr.walk())
-
-
 def _data(problem: Problem) -> str | list[list[float]] | None:
-    """The bits of data that lie in memory; of a loader, the sums that its passes are compared by."""
+    """The bits of data that lie in memory; of a loader, and of several processes, the sums that passes are compared by."""
+    if not problem.group.alone:
+        every = [part for part in problem.group.objects(problem.data.sums()) if part]
+        return _sums(total(every), TOLERANCE)
     if problem.data.fixed:
         return digest(*trees.tensors(problem.data.source))
     return None if (found := problem.data.contents) is None else _sums(found, TOLERANCE)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from curvalg.distributed.group import active
 from curvalg.expr import Inverse
-from curvalg.runs.checkpoint import Checkpoint, digest
+from curvalg.runs.checkpoint import Checkpoint
 from curvalg.runs.run_state import Options, State, is_count, sizes
+from curvalg.runs.sealed import digest
 from curvalg.solve.cg import MARKED as CG
 from curvalg.solve.minres import MARKED as MINRES
 from curvalg.solve.powers import scaled
@@ -106,7 +108,8 @@ class FileTrail(Trail):
         self._solve = Solve(options)
         self._file = file
         self._held = contextlib.ExitStack()
-        self._bar = tqdm(desc=f"solve with {method}", unit="iteration", total=node.maxiter, disable=not progress)
+        shown = progress and active().rank == 0
+        self._bar = tqdm(desc=f"solve with {method}", unit="iteration", total=node.maxiter, disable=not shown)
         self._parts: dict[int, Mark] = {}
         self._begin, self._before = time.perf_counter(), 0.0
         saved = None

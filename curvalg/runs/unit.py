@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvalg.errors import ProblemError
 from curvalg.solve.powers import scaled
+from curvalg.tensors.spaces import VectorSpace
 
 Matmul = Callable[[Tensor], Tensor]
 
@@ -31,12 +32,14 @@ class Finite:
     """A product that refuses to be anything else.
 
     Args:
-        raw: x -> the product and its largest magnitude, NaN where an entry is.
+        raw: x -> the product and its largest magnitude here, NaN where an entry is.
         name: of the operator, for messages.
+        images: the space that products are in.
     """
 
     raw: Callable[[Tensor], tuple[Tensor, float]]
     name: str
+    images: VectorSpace
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.sized(x)[0]
@@ -48,6 +51,7 @@ class Finite:
             ProblemError: it is not finite.
         """
         result, largest = self.raw(x)
+        largest = self.images.longest(largest)
         if not math.isfinite(largest):
             raise ProblemError(
                 f"expected finite products, but {self.name} gave NaN or infinite entries for finite vectors; look at the "
@@ -75,14 +79,19 @@ class PowerOfTwo:
         bits = 2 * math.frexp(torch.finfo(dtype).max)[1]
         self._ordinary, self._room = int(ORDINARY * bits), int(ROOM * bits)
 
-    def measuring(self, multiply: Matmul) -> Matmul:
-        """A product whose result is in this unit."""
-        finite = multiply if isinstance(multiply, Finite) else Finite(sized(multiply), self.name)
+    def measuring(self, multiply: Matmul, vectors: VectorSpace, images: VectorSpace) -> Matmul:
+        """A product whose result is in this unit.
+
+        Args:
+            multiply: the product, in true numbers.
+            vectors, images: the spaces that it goes from and to.
+        """
+        finite = multiply if isinstance(multiply, Finite) else Finite(sized(multiply), self.name, images)
 
         def product(x: Tensor) -> Tensor:
             y, largest = finite.sized(x)
             if largest:
-                self._measure(x, _exponent(largest))
+                self._measure(x, _exponent(largest), vectors)
             return self.to(y)
 
         return product
@@ -108,11 +117,11 @@ class PowerOfTwo:
     def _times(self, x: Tensor, sign: int) -> Tensor:
         return scaled(x, torch.tensor(sign * self.exponent, device=x.device)) if self.exponent else x
 
-    def _measure(self, x: Tensor, size: int) -> None:
+    def _measure(self, x: Tensor, size: int, vectors: VectorSpace) -> None:
         """Find the unit, or see that it is still large enough, by a product of such an exponent with x."""
         if self.exponent is not None and size + SMALLEST < self.exponent + self._room:
             return  # without another look at x
-        relative = size - _exponent(_largest(x))
+        relative = size - _exponent(vectors.longest(_largest(x)))
         if self.exponent is None:
             self.exponent = relative if abs(relative) > self._ordinary else 0
         elif relative > self.exponent + self._room:

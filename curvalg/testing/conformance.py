@@ -10,7 +10,7 @@ from curvalg.errors import ConformanceError
 from curvalg.expr import Expr
 from curvalg.problem import Problem
 from curvalg.registry.spec import did_you_mean
-from curvalg.testing.checks.table import BASIC, CHECKS, WITHOUT_NUMBERS
+from curvalg.testing.checks.table import BASIC, WITHOUT_NUMBERS, chosen
 from curvalg.testing.outcome import NotApplicable
 from curvalg.testing.subject import Subject
 
@@ -21,6 +21,7 @@ def check_term(
     problems: Sequence[Problem] | None = None,
     dense: Callable[[Problem], Tensor] | None = None,
     expected_failures: Mapping[str, str] | None = None,
+    processes: bool = False,
 ) -> None:
     """Check that a term keeps the contract of terms; one line in the test suite of a plugin.
 
@@ -28,12 +29,16 @@ def check_term(
     left out.
 
     Args:
-        term: an instance of a Term, DatasetTerm or MatrixTerm, any other expression, the name of a registered term, or an
-            expression as text. Registered terms are also checked for their description and for reading back as they print.
+        term: an instance of a Term, DatasetTerm, MatrixTerm or GradientTerm, any other expression, the name of a registered
+            term, or an expression as text. Registered terms are also checked for their description and for reading back as
+            they print.
         problems: problems to check on, small ones (dense matrices are made); None: the kit's own, which differ in dtype,
             loss, output shape and batches. Problems that the term refuses with LossError or ProblemError are left out.
         dense: ``dense(problem) -> matrix`` of the operator's shape, a reference to compare with.
         expected_failures: check name -> why it fails on purpose. Such a check must fail.
+        processes: also run the check "processes": two processes that share the data, in uneven parts or with none on one of
+            them, give the matrix of one. They are started at the first such check, which takes about five seconds, and end with
+            the program. The term is pickled for them; one that cannot be pickled, or imported there, is left out.
 
     Raises:
         RegistryError: the name is not registered, or its plugin cannot be imported.
@@ -61,7 +66,8 @@ def check_term(
     subject = Subject(term, problems, dense)
     _ = subject.term  # an unknown name is no failure of a check
     failures: dict[str, str] = {}
-    for name in CHECKS:
+    checks = chosen(processes)
+    for name in checks:
         if name not in WITHOUT_NUMBERS and name != BASIC and BASIC in failures:
             continue
         message = run(name, subject)
@@ -72,7 +78,7 @@ def check_term(
                 f"expected to fail ({expected[name]}), but it passed or does not apply. Remove it from expected_failures"
             )
     if failures:
-        raise ConformanceError(_report(subject, failures), failures)
+        raise ConformanceError(_report(subject, failures, len(checks)), failures)
 
 
 def checked_names(expected_failures: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -83,10 +89,9 @@ def checked_names(expected_failures: Mapping[str, str] | None) -> Mapping[str, s
     """
     expected = dict(expected_failures or {})
     for name in expected:
-        if name not in CHECKS:
+        if name not in (known := chosen(processes=True)):
             raise ConformanceError(
-                f"expected_failures: no check is called {name!r}{did_you_mean(name, CHECKS)}; the checks are "
-                f"{', '.join(CHECKS)}"
+                f"expected_failures: no check is called {name!r}{did_you_mean(name, known)}; the checks are {', '.join(known)}"
             )
     return expected
 
@@ -103,7 +108,7 @@ def run(name: str, subject: Subject, *, missing_is_passing: bool = True) -> str 
         NotApplicable: it does not apply, unless that counts as passed.
     """
     try:
-        CHECKS[name](subject)
+        chosen(processes=True)[name](subject)
     except NotApplicable:
         if not missing_is_passing:
             raise
@@ -114,10 +119,10 @@ def run(name: str, subject: Subject, *, missing_is_passing: bool = True) -> str 
     return None
 
 
-def _report(subject: Subject, failures: Mapping[str, str]) -> str:
-    lines = [f"{subject.given} fails {len(failures)} of {len(CHECKS)} checks"]
+def _report(subject: Subject, failures: Mapping[str, str], count: int) -> str:
+    lines = [f"{subject.given} fails {len(failures)} of {count} checks"]
     for name, message in failures.items():
-        what = (CHECKS[name].__doc__ or "").strip().splitlines()[0]
+        what = (chosen(processes=True)[name].__doc__ or "").strip().splitlines()[0]
         lines += [f"{name}: {what}", f"    {message}"]
     if BASIC in failures:
         lines.append(f"Checks of numbers were left out, since {BASIC!r} failed.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from curvalg.errors import ConformanceError, CurvalgError
 from curvalg.expr import Expr
-from curvalg.testing.checks.table import BASIC, CHECKS, WITHOUT_NUMBERS
+from curvalg.testing.checks.table import BASIC, CHECKS, WITHOUT_NUMBERS, chosen
 from curvalg.testing.conformance import checked_names, run
 from curvalg.testing.outcome import NotApplicable
 from curvalg.testing.subject import Subject
@@ -62,16 +62,22 @@ class TermCheck:
         return f"<check {self.name} of {self._subject.given}>"
 
 
-def term_checks(term: Expr | str) -> Iterator[TermCheck]:
-    """Every check of a term; nothing is computed or built before one is called."""
+def term_checks(term: Expr | str, *, processes: bool = False) -> Iterator[TermCheck]:
+    """Every check of a term; nothing is computed or built before one is called.
+
+    Args:
+        term: as :func:`check_term` takes it.
+        processes: whether two processes that share the data are among the checks.
+    """
     subject = Subject(term)
-    return (TermCheck(name, subject) for name in CHECKS)
+    return (TermCheck(name, subject) for name in chosen(processes))
 
 
 def parametrize_terms(
     terms: Sequence[Expr | str],
     *,
     expected_failures: Mapping[str, str] | Callable[[Expr | str], Mapping[str, str]] | None = None,
+    processes: bool = False,
 ) -> pytest.MarkDecorator:
     """Make a decorator that turns a test function into one test for each term and check.
 
@@ -79,6 +85,7 @@ def parametrize_terms(
         terms: as :func:`check_term` takes them. Names are looked up only when a test runs.
         expected_failures: check name -> why it fails on purpose, for all terms, or a function of the term that gives them.
             Such a test is an expected failure; if it passes, it is reported.
+        processes: one more test for each term, of two processes that share the data; see :func:`check_term`.
 
     Returns:
         the decorator; the function takes ``term`` and ``check`` and calls ``check(term)``.
@@ -99,7 +106,7 @@ def parametrize_terms(
     for term in terms:
         given = expected_failures(term) if callable(expected_failures) else expected_failures
         expected = checked_names(given)
-        for check in term_checks(term):
+        for check in term_checks(term, processes=processes):
             # raises: nothing but the failed check itself is expected; strict: a pass is reported.
             reason = expected.get(check.name)
             marks = (

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-import curvalg
 from curvalg import registry
 from curvalg.errors import ConformanceError, ExpressionError, LossError, ProblemError, RegistryError
 from curvalg.expr import Expr, NamedExpr
@@ -21,6 +17,7 @@ from curvalg.registry.parse import parse
 from curvalg.rewrite import simplify
 from curvalg.tensors.random_numbers import normals
 from curvalg.testing.outcome import Failure, NotApplicable
+from curvalg.testing.place import place
 from curvalg.testing.problems import PROBLEMS, make
 from curvalg.testing.variants import variant
 
@@ -194,17 +191,9 @@ def on_problems(check: Callable[[Case], None]) -> Check:
             except Exception as error:
                 raise AssertionError(
                     f"on the problem {case.name!r}: expected no exception; got {type(error).__name__}: {error}"
-                    f"{_place(error)}"
+                    f"{place(error)}"
                 ) from error
         if len(reasons) == len(subject.cases):
             raise NotApplicable(reasons[0])
 
     return every
-
-
-def _place(error: BaseException) -> str:
-    """The place where the author's code raised an exception, or led to it; empty where it did neither."""
-    ours = [str(Path(package.__file__ or "").parent) for package in (curvalg, torch)]
-    frames = traceback.extract_tb(error.__traceback__)
-    foreign = [f for f in frames if not f.filename.startswith(tuple(ours))]
-    return f" ({foreign[-1].filename}, line {foreign[-1].lineno}, in {foreign[-1].name})" if foreign else ""

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvalg.distributed.making import make_group
 from curvalg.problem import Batch, Layout, Problem
 from curvalg.problem.data.batches import Data, call_model
 from curvalg.problem.model.parameters import Forms
+from curvalg.problem.passes.joining import join
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward
 from curvalg.testing.outcome import NotApplicable
@@ -58,6 +60,23 @@ def rebatched(problem: Problem, sizes: Sequence[int]) -> Problem:
         start += size
     twin = variant(problem)
     twin.data = Data([trees.unflatten(form, piece) for piece in pieces], problem.data.target, problem.data.needs_target)
+    return twin
+
+
+def among(problem: Problem, group: Any, cut: int) -> Problem:
+    """The problem as the first of two processes has it, with the batches before the cut, or the other with those from it on.
+
+    Args:
+        problem: with a list of batches; of one process.
+        group: the process group.
+        cut: a number of batches.
+    """
+    _ = problem.totals  # before there are others to count with
+    exchange = make_group(group, problem.device, problem.lock)
+    part = slice(cut, None) if exchange.rank else slice(cut)
+    twin = problem.with_data(problem.data.source[part])
+    twin.group = make_group(group, twin.device, twin.lock)
+    join(twin, twin.loss)
     return twin
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.estimate.functions.spectral_sum import (
     refuse_negative,
     spectral_sum,
@@ -18,9 +19,10 @@ from curvalg.estimate.result import Estimate, exactly
 from curvalg.estimate.target import CHEAP, target
 from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run_file import FileName
-from curvalg.solve.orthogonal import small
+from curvalg.tensors.memory import small
 
 
+@shared_call
 def effective_dimension(
     op: Any,
     damping: float,

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from curvalg.estimate.functions.scalar_functions import Scalar
 from curvalg.estimate.target import Target
-from curvalg.runs.checkpoint import digest
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
+from curvalg.runs.sealed import digest
 from curvalg.solve import quadrature
-from curvalg.solve.orthogonal import small
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.quadrature import Recurrences
-from curvalg.tensors.memory import widest
+from curvalg.tensors.memory import small
 
 LAG = 0.8
 """Share of the steps whose approximation the last one is compared with."""
@@ -53,7 +52,9 @@ class KrylovFunction:
         """The state with the columns, normalised."""
         rows, norms, _ = self._sized()
         unit = rows / norms.to(rows)[:, None]
-        return self._pack(quadrature.begin(unit, whole=True, capacity=self._capacity), self.before)
+        return self._pack(
+            quadrature.begin(unit, whole=True, capacity=self._capacity, space=self.target.vectors), self.before
+        )
 
     def fits(self, state: State) -> bool:
         """Whether basis and tridiagonal matrices belong together, and to these columns."""
@@ -108,9 +109,9 @@ class KrylovFunction:
 
     def _sized(self) -> tuple[Tensor, Tensor, Tensor]:
         """The columns as rows near one, their norms, and the exponents that were taken away."""
-        exponent = exponents(self.rows.T)
+        exponent = exponents(self.rows.T, self.target.vectors)
         rows = scaled(self.rows, -exponent[:, None])
-        return rows, torch.linalg.vector_norm(rows, dim=1, dtype=widest(rows.device)), exponent
+        return rows, self.target.vectors.wide_norms(rows), exponent
 
     @property
     def _capacity(self) -> int:
@@ -134,4 +135,6 @@ class KrylovFunction:
         capacity = self._capacity
         while capacity < len(tensors["alphas"]) + 2:
             capacity *= 2
-        return Recurrences(tensors["basis"].to(device), tensors["alphas"], tensors["betas"], True, capacity)
+        return Recurrences(
+            tensors["basis"].to(device), tensors["alphas"], tensors["betas"], True, capacity, self.target.vectors
+        )

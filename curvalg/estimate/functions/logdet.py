@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.estimate.functions.spectral_sum import (
     refuse_negative,
     spectral_sum,
@@ -19,6 +20,7 @@ from curvalg.estimate.target import CHEAP, target
 from curvalg.runs.run_file import FileName
 
 
+@shared_call
 def logdet(
     op: Any,
     *,

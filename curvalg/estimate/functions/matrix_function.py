@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.errors import ProblemError
 from curvalg.estimate.functions.krylov_function import KrylovFunction
 from curvalg.estimate.functions.scalar_functions import Scalar, scalar
@@ -21,8 +22,8 @@ from curvalg.lowering.matrices import Eigh
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
-from curvalg.solve.orthogonal import small
 from curvalg.solve.powers import norms
+from curvalg.tensors.memory import small
 
 Function = Callable[[Tensor], Tensor] | Literal["sqrt", "inv_sqrt", "exp", "log"]
 
@@ -48,6 +49,7 @@ class FunctionProduct(Result):
     steps: int
 
 
+@shared_call
 def matrix_function(
     op: Any,
     function: Function,
@@ -104,7 +106,7 @@ def matrix_function(
     file = given.checkpoint(checkpoint)
     before = require_symmetric(given, seed)
     rows = (operand := parse(vector, given.space, given.space)).columns.T.contiguous()
-    kept = (rows != 0).any(1)
+    kept = given.vectors.anywhere(rows.T != 0)
     result = torch.zeros_like(rows)
 
     def packed(changes: Tensor, **how: Any) -> FunctionProduct:
@@ -127,7 +129,7 @@ def matrix_function(
         tol=tol if steps == "auto" else None,
         before=before,
     )
-    outcome = run(algorithm, checkpoint=file, progress=progress)
+    outcome = run(algorithm, checkpoint=file, progress=progress, expected=given.expected)
     if not len(outcome.state.tensors["alphas"]):
         raise KeyboardInterrupt
     result[kept] = algorithm.columns(outcome.state).T

@@ -64,7 +64,7 @@ def spectral_sum(
         enough=None if request.tol is None else enough,
         most=probes * steps * 2**DOUBLINGS,
     )
-    outcome = run(algorithm, checkpoint=file, progress=request.progress)
+    outcome = run(algorithm, checkpoint=file, progress=request.progress, expected=given.expected)
     rule = algorithm.result(outcome)
     value, error = measured(rule)
     result = Estimate(
@@ -83,7 +83,7 @@ def spectral_sum(
             f"{name} is {value:.6g} ± {error:.2g} after {result.products} products, which is not yet within "
             f"tol={request.tol}; {cure}"
         )
-        request.fail(message, result, depth=4)
+        request.fail(message, result, depth=5)
     return result
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.errors import ProblemError
 from curvalg.estimate.result import Result
 from curvalg.estimate.target import require_problem
@@ -18,6 +19,7 @@ WIDTH = 32
 """Columns that are taken through the network at a time."""
 
 
+@shared_call
 def gradient_norms(problem: Problem) -> Tensor:
     """Norms ‖∇cₙ‖ of every sample's gradient, in the order of the data (N,), without a gradient per sample.
 
@@ -51,7 +53,9 @@ def gradient_norms(problem: Problem) -> Tensor:
                 for some in columns.split(WIDTH)
             ]
             found.append(torch.cat(parts).T.reshape(-1))
-    return torch.cat(found).sqrt()
+    return problem.group.rows(
+        torch.cat(found).sqrt() if found else torch.zeros(0, dtype=problem.dtype, device=problem.device)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class GradientNoise(Result):
     square: float
 
 
+@shared_call
 def gradient_noise(problem: Problem) -> GradientNoise:
     """The simple gradient noise scale B = tr Σ / |G|²: batches much smaller waste steps, much larger ones samples.
 

@@ -8,9 +8,9 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from curvalg.solve.orthogonal import small
-from curvalg.tensors.long_vectors import parts
-from curvalg.tensors.memory import wide, widest
+from curvalg.tensors.memory import small, wide, widest
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.long_vectors import parts
 
 
 def standard_error(samples: Tensor) -> Tensor:
@@ -48,6 +48,7 @@ class Rest:
         scale: d / ‖ω − Qx‖², (m,).
         samples: uᵀBu, (m,).
         dimension: d.
+        space: that the rows are in.
     """
 
     basis: Tensor = field(repr=False)
@@ -59,6 +60,7 @@ class Rest:
     scale: Tensor
     samples: Tensor
     dimension: int
+    space: VectorSpace = field(repr=False)
 
     def error(self, symmetric: bool | None, shared: Tensor | None = None) -> Tensor:
         """The standard error of the mean of the samples, for use with the factor two of a normal distribution.
@@ -102,11 +104,14 @@ class Rest:
             w.addmm_(of_basis, Q).addmm_(of_images, Z)
             if Y:
                 w.addcmul_(scale, Y[0])
-            gram.addmm_(w, w.T)
+            gram.addmm_(w, self.space.weighed_part(w, part).T)
             if not symmetric:
                 u = scale * (omega - X @ Q)
-                products.addmm_(u, (w + ratio * u).T)
-        return small(gram), None if symmetric else small(products)
+                products.addmm_(u, self.space.weighed_part(w + ratio * u, part).T)
+        if symmetric:
+            return small(self.space.total(gram)), None
+        gram, products = self.space.totals(gram, products)
+        return small(gram), small(products)
 
 
 def _widening(freedom: float) -> float:

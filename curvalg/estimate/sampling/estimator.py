@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.sampling.integrands import Integrand
-from curvalg.estimate.sampling.probes import Probes, inner
+from curvalg.estimate.sampling.probes import Probes
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Form
+from curvalg.tensors.spaces import VectorSpace
 
 Tensors = dict[str, Tensor]
 
@@ -82,7 +83,7 @@ class Estimator(ABC):
     def no_rows(self) -> Tensor:
         """An empty tensor of rows."""
         space = self.target.space
-        return torch.zeros(0, self.target.size, dtype=space.dtype, device=space.device)
+        return torch.zeros(0, self.target.local, dtype=space.dtype, device=space.device)
 
 
 class UnitVectors(Estimator):
@@ -106,9 +107,9 @@ class UnitVectors(Estimator):
         return 0
 
 
-def independent(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def independent(rows: Tensor, images: Tensor, space: VectorSpace) -> tuple[Tensor, Tensor]:
     """Orthonormal combinations of rows, with those of their images; of nearly dependent directions none."""
-    values, vectors = torch.linalg.eigh(inner(rows, rows))
-    clear = values > torch.finfo(rows.dtype).eps ** 0.5 * rows.shape[1]
+    values, vectors = torch.linalg.eigh(space.inner(rows, rows))
+    clear = values > torch.finfo(rows.dtype).eps ** 0.5 * space.size
     weights = (vectors[:, clear] / values[clear].sqrt()).T.to(rows)
     return weights @ rows, weights @ images

@@ -57,10 +57,13 @@ def sampled(
     made = estimator(target.in_units(), integrand, int(request.seed), room)
     sampler = Sampler(made, products, tol, most, price)
     outcome = run(
-        sampler, checkpoint=made.target.checkpoint(request.checkpoint, quantity=quantity), progress=request.progress
+        sampler,
+        checkpoint=made.target.checkpoint(request.checkpoint, quantity=quantity),
+        progress=request.progress,
+        expected=made.target.expected,
     )
     value, error = sampler.result(outcome.state)
-    if not value.numel():
+    if not sampler.begun(outcome.state):
         raise KeyboardInterrupt("interrupted before there was anything to estimate from")
     found = Estimate(
         method="exact" if sampler.exact(outcome.state) else estimator.method,
@@ -75,13 +78,13 @@ def sampled(
     value, error = (made.target.back(_tensor(x)) for x in (finished.value, finished.error))
     result = replace(finished, value=_plain(value), error=_plain(error))
     if not result.converged and not result.partial:
-        of, off = (_tensor(x).norm() for x in (found.value, found.error))
+        of, off = (integrand.size(target, _tensor(x)) for x in (found.value, found.error))
         relative = float(off / of) if of else math.inf
         message = (
             f"the {quantity} of {target.name} has a standard error of {relative:.2g} of its value after {result.products} "
             f"products, more than tol={tol:g}; raise tol= or maxiter="
         )
-        request.fail(message, result, depth=4)
+        request.fail(message, result, depth=5)
     return result
 
 

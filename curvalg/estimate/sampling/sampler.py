@@ -11,6 +11,7 @@ from curvalg.estimate.sampling.estimator import Estimator, Tensors
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Options, State, is_count, sizes
 from curvalg.tensors.memory import wide
+from curvalg.tensors.spaces import VectorSpace
 
 AT_ONCE, WIDEST = 2**24, 256
 """Numbers, and vectors, in one block of products."""
@@ -83,7 +84,7 @@ class Sampler:
             return False
         columns, wanted = state.count("columns"), self._columns(state.count("budget"))
         going = not state.numbers["done"] and not state.numbers["last resort"]
-        shapes = {"nothing": (0,), "value": tuple(self.estimator.integrand.total(none, none).shape)}
+        shapes = {"nothing": (0,), "value": tuple(self.estimator.integrand.total(self.target, none, none).shape)}
         found = {
             name: tuple(t.shape) for name in ("value", "error", "total") if (t := state.tensors.get(name)) is not None
         }
@@ -115,7 +116,13 @@ class Sampler:
         if self.tol is None:
             return self.done(state)
         value, error = state.tensors["value"], state.tensors["error"]
-        return bool(len(error.reshape(-1))) and bool(error.norm() <= self.tol * value.norm())
+        size = self.estimator.integrand.size
+        made = self.done(state) or 0 < self._columns(self.products) <= state.count("columns")
+        return made and bool(size(self.target, error) <= self.tol * size(self.target, value))
+
+    def begun(self, state: State) -> bool:
+        """Whether there is anything to make a value of."""
+        return self.done(state) or state.count("columns") > 0
 
     def exact(self, state: State) -> bool:
         """Whether the value was completed to the exact one."""
@@ -123,10 +130,9 @@ class Sampler:
 
     def result(self, state: State) -> tuple[Tensor, Tensor]:
         """The value and its standard error; of an interrupted run those of the test vectors so far."""
-        columns = state.count("columns")
-        if self.done(state) or not columns:
+        if self.done(state) or not self.begun(state):
             return state.tensors["value"], state.tensors["error"]
-        return self._estimate(self._placed(state).tensors, columns)
+        return self._estimate(self._placed(state).tensors, state.count("columns"))
 
     def _random_step(self, state: State) -> State:
         columns, budget = state.count("columns"), state.count("budget")
@@ -143,18 +149,18 @@ class Sampler:
             return State(tensors, {**numbers, "done": 1})
         if 2 * budget <= min(self.most, self.price * self.target.size):
             return State(tensors, {**numbers, "budget": 2 * budget})
-        if state.products + self.price * (self.target.size - len(self.estimator.known(tensors, stop)[0])) <= self.most:
+        if state.products + self.price * (self.target.size - len(self._known(tensors, stop)[0])) <= self.most:
             return State(tensors, {**numbers, "last resort": 1})
         return State(tensors, {**numbers, "done": 1})
 
     def _completing_step(self, state: State) -> State:
-        rows, images = self.estimator.known(state.tensors, state.count("columns"))
+        rows, images = self._known(state.tensors, state.count("columns"))
         start, missing = state.count("completed"), self.target.size - len(rows)
         stop = min(missing, start + self._width)
-        total = state.tensors["total"] if start else self.estimator.integrand.total(rows, images)
-        new = complement(rows, start, stop)
+        total = state.tensors["total"] if start else self.estimator.integrand.total(self.target, rows, images)
+        new = complement(rows, start, stop, self.target.vectors)
         if len(new):
-            total = total + self.estimator.integrand.total(new, self.estimator.images(new))
+            total = total + self.estimator.integrand.total(self.target, new, self.estimator.images(new))
         tensors = {**state.tensors, "total": total}
         products = state.products + self.price * (stop - start)
         numbers: Options = {**state.numbers, "completed": stop, "products": products}
@@ -162,6 +168,15 @@ class Sampler:
             value = total.clone()  # checkpoints refuse tensors that share memory
             tensors, numbers = {**tensors, "value": value, "error": torch.zeros_like(total)}, {**numbers, "done": 1}
         return State(tensors, numbers)
+
+    def _known(self, tensors: Tensors, columns: int) -> tuple[Tensor, Tensor]:
+        """The rows that a basis begins with, and their products.
+
+        None between processes: the reflections that complete a basis are of whole vectors. Unit vectors are a basis there.
+        """
+        if not self.target.vectors.whole:
+            return self.estimator.no_rows(), self.estimator.no_rows()
+        return self.estimator.known(tensors, columns)
 
     def _estimate(self, tensors: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         value, error = self.estimator.estimate(tensors, columns)
@@ -181,11 +196,10 @@ class Sampler:
         return max(1, min(WIDEST, AT_ONCE // max(1, self.target.size)))
 
 
-def complement(rows: Tensor, start: int, stop: int) -> Tensor:
+def complement(rows: Tensor, start: int, stop: int, space: VectorSpace) -> Tensor:
     """Some of the n − k rows that complete orthonormal rows (k, n) to a basis: unit vectors where there are none."""
-    k, n = rows.shape
-    units = torch.zeros(n, stop - start, dtype=rows.dtype, device=rows.device)
-    units[torch.arange(k + start, k + stop, device=rows.device), torch.arange(stop - start, device=rows.device)] = 1
-    if k and stop > start:
-        units = torch.ormqr(*torch.geqrf(rows.T), units)
-    return units.T.contiguous()
+    k = len(rows)
+    units = space.units(k + start, k + stop, rows)
+    if not k or stop == start:
+        return units
+    return torch.ormqr(*torch.geqrf(rows.T), units.T).T.contiguous()

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.target import Target
-from curvalg.runs.checkpoint import digest
 from curvalg.runs.run import Outcome
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
+from curvalg.runs.sealed import digest
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import GaussRules, Recurrences
-from curvalg.tensors.memory import widest
 
 KEPT = 2**27
 """Numbers that the bases of all probes together may take (0.5 GiB in float32). Where they would take more, only the last two
 vectors of each are kept, and nothing is orthogonalised again: converged eigenvalues then come back as ghosts, which share
 the weight of the first and hardly change a density."""
-SALT = 0x5DEECE66D5D5
-"""Added to seeds: data that a user drew with the same small seed would otherwise be the very probes."""
 WIDEST = 32
 """Probes that are advanced together."""
 
@@ -83,7 +80,7 @@ class StochasticLanczos:
         """Whether the rules so far, and the recurrences that are going on, if there are any, belong together."""
         finished, going = (torch.float64, (self.steps, "probes")), (torch.float64, ("j", "p"))
         tensors: Form = {"finished alphas": finished, "finished betas": finished}
-        running: Form = {"basis": (self.target.space.dtype, ("b", self.target.size)), "alphas": going, "betas": going}
+        running: Form = {"basis": (self.target.space.dtype, ("b", self.target.local)), "alphas": going, "betas": going}
         counts = dict.fromkeys(("products", "round", "wanted"), is_count)
         found = sizes(state, counts, {**tensors, **(running if "basis" in state.tensors else {})})
         if found is None or "basis" not in state.tensors:
@@ -144,21 +141,19 @@ class StochasticLanczos:
         if "basis" not in tensors:
             return None
         basis = tensors["basis"].to(self.target.space.device)
-        return Recurrences(basis, tensors["alphas"], tensors["betas"], self.whole, self.steps + 1)
+        space = self.target.vectors
+        return Recurrences(basis, tensors["alphas"], tensors["betas"], self.whole, self.steps + 1, space)
 
     def _drawn(self, state: State) -> Recurrences:
         """The recurrences of new probes."""
         count = min(WIDEST, state.count("wanted") - self._finished(state))
-        number = SALT + self.seed * 1_000_003 + state.count("round")
-        generator, space = torch.Generator(device="cpu").manual_seed(number % 2**63), self.target.space
-        rows = torch.empty(count, self.target.size, dtype=space.dtype, device=space.device)
-        for i in range(count):
-            # Uniform on the sphere: the same in every basis, so that no matrix is a special case.
-            row = torch.randn(1, self.target.size, generator=generator, dtype=torch.float64, device="cpu").to(rows)
-            for _ in range(2 if len(self.locked) else 0):
-                row = row - (row @ self.locked.T) @ self.locked
-            rows[i] = row[0] / torch.linalg.vector_norm(row, dtype=widest(row.device))
-        return quadrature.begin(rows, whole=self.whole, capacity=self.steps + 1)
+        # Uniform on the sphere: the same in every basis, so that no matrix is a special case.
+        key, space, vectors = f"quadrature {self.seed} {state.count('round')}", self.target.space, self.target.vectors
+        rows = vectors.normals(key, 0, count).to(space.device, space.dtype)
+        for _ in range(2 if len(self.locked) else 0):
+            rows = rows - vectors.gram(rows, self.locked) @ self.locked
+        rows /= vectors.lengths(rows).to(rows)[:, None]
+        return quadrature.begin(rows, whole=self.whole, capacity=self.steps + 1, space=vectors)
 
 
 def _padded(given: Recurrences, steps: int) -> tuple[Tensor, Tensor]:

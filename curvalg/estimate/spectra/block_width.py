@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from curvalg.distributed.group import active
 from curvalg.solve import Matmul
 from curvalg.tensors.clock import synchronize
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.vector_space import space_of
 
 GROWTH = 0.4
 """Blocks of width b need about b^GROWTH times as many products as single vectors (ten eigenvalues of a Hessian: 1.26 times
@@ -19,15 +21,19 @@ WIDEST = 4
 """Wider blocks seldom pay, and measuring them costs products."""
 
 
-def choose_width(matmul: Matmul, start: Tensor, most: int, clock: Callable[[], float] = time.perf_counter) -> int:
+def choose_width(
+    matmul: Matmul, start: Tensor, most: int, clock: Callable[[], float] | None = None, space: VectorSpace | None = None
+) -> int:
     """The width of least predicted time among 1, 2, 4, …; stops where doubling does not pay.
 
     Args:
         matmul: the product, and whatever else belongs to a step.
         start: any columns (n, 1), to multiply.
         most: the widest that makes sense.
-        clock: seconds.
+        clock: seconds; None: those of a process that decides for all.
+        space: that the columns are in, which are whole by default; of processes that hold parts of them the slowest decides.
     """
+    clock, space = clock or active().clock, space_of(start, space, 0)
     matmul(start)  # what is made once, such as a recording, is not a cost of each product
     best, least = 1, float("inf")
     for width in _widths(min(most, WIDEST)):
@@ -38,7 +44,7 @@ def choose_width(matmul: Matmul, start: Tensor, most: int, clock: Callable[[], f
         begin = clock()
         matmul(columns)
         synchronize(columns.device)
-        seconds = clock() - begin
+        seconds = space.longest(clock() - begin)
         if width == 1 and seconds > WORK and columns.device.type == "cpu":
             return 1
         cost = seconds * width ** (GROWTH - 1)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.estimate.proofs import require_symmetric
 from curvalg.estimate.request import (
     Request,
@@ -27,12 +28,14 @@ from curvalg.estimate.target import CHEAP, Target, target
 from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
-from curvalg.solve.orthogonal import orthonormalise, small
+from curvalg.solve.orthogonal import orthonormalise
 from curvalg.solve.quadrature import GaussRules
+from curvalg.tensors.memory import small
 
 Scale = Literal["linear", "log"]
 
 
+@shared_call
 def spectral_density(
     op: Any,
     *,
@@ -113,7 +116,7 @@ def spectral_density(
             raise KeyboardInterrupt
         before, peaks = before + pairs.products, pairs.eigenvalues
         rows = pairs.eigenvectors.T.contiguous()
-        locked = orthonormalise(rows, rows[:0], 1.0)[0]
+        locked = orthonormalise(rows, rows[:0], 1.0, space=given.vectors)[0]
     algorithm = StochasticLanczos(
         target=confined(given, locked),
         probes=probes,
@@ -123,7 +126,7 @@ def spectral_density(
         locked=locked,
         before=before,
     )
-    outcome = run(algorithm, checkpoint=file, progress=progress)
+    outcome = run(algorithm, checkpoint=file, progress=progress, expected=given.expected)
     seconds = max(outcome.seconds, time.perf_counter() - begin)
     made = _made(algorithm.method, outcome.state.products, seconds, outcome.partial)
     return Density.of(algorithm.result(outcome), peaks, look, given.size, made)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.errors import VectorError
 from curvalg.estimate.proofs import require_symmetric
 from curvalg.estimate.request import OnFail, Request, require_block, require_one_of, require_pairs
@@ -24,6 +25,7 @@ from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.search import CHALLENGE, DONE, STAGNATED
 
 
+@shared_call
 def eigsh(
     op: Any,
     k: int = 6,
@@ -131,7 +133,7 @@ def search(
         most=max(1000, 100 * k) if request.maxiter is None else int(request.maxiter),
         before=before,
     )
-    outcome = run(algorithm, checkpoint=file, progress=request.progress)
+    outcome = run(algorithm, checkpoint=file, progress=request.progress, expected=given.expected)
     state = outcome.state if outcome.partial else algorithm.checked(outcome.state)
     values, vectors, residuals = algorithm.pairs(state)
     phase = algorithm.phase(state)
@@ -170,11 +172,11 @@ def _locked(deflate: Vector | Eigenpairs | None, given: Target) -> Tensor:
     rows = given.rows(vectors, "deflate")
     if not len(rows):
         return rows
-    rows = scaled(rows, -exponents(rows.T)[:, None])
-    lengths = rows.norm(dim=1, keepdim=True)
+    rows = scaled(rows, -exponents(rows.T, given.vectors)[:, None])
+    lengths = given.vectors.norms(rows, 1)[:, None]
     if not bool((lengths > 0).all()):
         raise VectorError("deflate: expected vectors that are not zero, but one is; leave it out")
-    return orthonormalise(rows / lengths, rows[:0], 1.0)[0]
+    return orthonormalise(rows / lengths, rows[:0], 1.0, space=given.vectors)[0]
 
 
 def confined(given: Target, locked: Tensor) -> Target:
@@ -184,6 +186,6 @@ def confined(given: Target, locked: Tensor) -> Target:
 
     def multiply(x: Tensor) -> Tensor:
         y = given.multiply(x)
-        return y - locked.T @ (locked @ y)
+        return y - locked.T @ given.vectors.gram(locked, y.T)
 
     return dataclasses.replace(given, multiply=multiply)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from curvalg.estimate.spectra.block_width import choose_width
 from curvalg.estimate.target import Target
-from curvalg.runs.checkpoint import digest
 from curvalg.runs.run_state import Options, State, is_count, sizes
+from curvalg.runs.sealed import digest
 from curvalg.solve import Matmul
 from curvalg.solve import search as searching
 from curvalg.solve.ends import Which
@@ -69,7 +69,11 @@ class Lanczos:
         """Measure the width of the block, if that is asked for, and draw the first one."""
         counter = _Counter(self.target.multiply, self.before)
         width = self._width(counter) if self.block == "auto" else int(self.block)
-        return self._pack(searching.start(self._aim(width), self.locked, self._first(width)), width, counter.products)
+        return self._pack(
+            searching.start(self._aim(width), self.locked, self._first(width), space=self.target.vectors),
+            width,
+            counter.products,
+        )
 
     def fits(self, state: State) -> bool:
         """Whether basis, projected matrix and pairs belong together."""
@@ -82,7 +86,7 @@ class Lanczos:
                 "phase": lambda value: value in (SEARCH, CHALLENGE, DONE, STAGNATED),
             },
             {
-                "basis": (self.target.space.dtype, ("rows", self.target.size)),
+                "basis": (self.target.space.dtype, ("rows", self.target.local)),
                 "projected": (torch.float64, ("a", "a")),
                 "coupling": (torch.float64, ("p", "a")),
                 "values": (torch.float64, ("pairs",)),
@@ -137,15 +141,17 @@ class Lanczos:
 
     def _width(self, counter: _Counter) -> int:
         space = self.target.space
-        start = torch.ones(self.target.size, 1, dtype=space.dtype, device=space.device)
-        basis = torch.full((self._subspace(1) * 3 // 4, self.target.size), 0.0, dtype=space.dtype, device=space.device)
+        start = torch.ones(self.target.local, 1, dtype=space.dtype, device=space.device)
+        basis = torch.full((self._subspace(1) * 3 // 4, self.target.local), 0.0, dtype=space.dtype, device=space.device)
 
         def block(x: Tensor) -> Tensor:
             product = counter(x)
-            orthonormalise(product.T, basis, 0.0)  # on large vectors it takes about as long as the product
+            orthonormalise(
+                product.T, basis, 0.0, space=space.vectors
+            )  # on large vectors it takes about as long as the product
             return product
 
-        return choose_width(block, start, min(self.k, max(1, self.target.size // 8)))
+        return choose_width(block, start, min(self.k, max(1, self.target.size // 8)), space=space.vectors)
 
     def _pack(self, search: Search, width: int, products: int) -> State:
         krylov = search.krylov
@@ -175,6 +181,7 @@ class Lanczos:
             coupling=tensors["coupling"],
             seed=self.seed,
             draws=state.count("draws"),
+            space=self.target.vectors,
         )
         return Search(
             krylov,

@@ -9,7 +9,7 @@ from curvalg.estimate.result import Eigenpairs
 from curvalg.estimate.target import CHEAP, Target
 from curvalg.lowering.matrices import Eigh
 from curvalg.solve.ends import Which, wanted
-from curvalg.solve.orthogonal import small
+from curvalg.tensors.memory import small
 from curvalg.tensors.random_numbers import normals
 
 SHARE = 8

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.estimate.request import OnFail, Request, require_pairs
 from curvalg.estimate.result import Eigenpairs, Result, axes
 from curvalg.estimate.spectra.eigen import search
@@ -18,7 +19,8 @@ from curvalg.estimate.spectra.eigenpair_search import Block
 from curvalg.estimate.target import Target, target
 from curvalg.lowering.vectors import Vector
 from curvalg.runs.run_file import FileName
-from curvalg.solve.orthogonal import complete, orthonormalise, small
+from curvalg.solve.orthogonal import complete, orthonormalise
+from curvalg.tensors.memory import small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class SingularTriplets(Result):
         return ax
 
 
+@shared_call
 def svds(
     op: Any,
     k: int = 6,
@@ -112,7 +115,8 @@ def gram(given: Target) -> Target:
         return second(first(x))
 
     size = min(m, n)
-    space = dataclasses.replace(given.space, size=size, layout=given.layout if n <= m else None)
+    vectors = given.vectors if n <= m else given.images
+    space = dataclasses.replace(given.space, size=size, layout=given.layout if n <= m else None, sharded=vectors)
     name = f"AᵀA of A = {given.name}" if n <= m else f"A Aᵀ of A = {given.name}"
     return dataclasses.replace(
         given,
@@ -124,6 +128,7 @@ def gram(given: Target) -> Target:
         symmetric=True,
         subject=lambda: {**given.subject(), "matrix": "AᵀA" if n <= m else "AAᵀ"},
         operator=None,
+        codomain=vectors,
     )
 
 
@@ -135,15 +140,18 @@ def _triplets(given: Target, pairs: Eigenpairs) -> SingularTriplets:
     images = forward(found)
     # Images of noise have no direction of their own: any orthonormal ones are as good.
     clear = values > torch.finfo(found.dtype).eps ** 0.5 * values.max()
-    rows = orthonormalise(images[:, clear].T, images.T[:0], 0.0)[0] if bool(clear.any()) else images.T[:0]
+    spaces = (given.images, given.vectors) if n <= m else (given.vectors, given.images)
+    space, rows = spaces[0], images.T[:0]
+    if bool(clear.any()):
+        rows = orthonormalise(images[:, clear].T, rows, 0.0, space=space)[0]
     # Orthonormal, and as near to the images as can be: the polar factor undoes the rotation.
-    u, _, vh = torch.linalg.svd(small(rows @ (images[:, clear] / values[clear].to(images))))
-    others = complete(rows, len(values) - len(rows), torch.Generator(device="cpu").manual_seed(0))
+    u, _, vh = torch.linalg.svd(small(space.gram(rows, (images[:, clear] / values[clear].to(images)).T)))
+    others = complete(rows, len(values) - len(rows), "singular vectors", space=space)
     other = images.new_empty(len(images), len(values))
     other[:, clear] = rows.T @ (u @ vh).to(rows)
     other[:, ~clear] = others.T
     s = values.to(found)
-    residuals = small(torch.hypot((images - other * s).norm(dim=0), (back(other) - found * s).norm(dim=0)))
+    residuals = small(torch.hypot(space.norms(images - other * s), spaces[1].norms(back(other) - found * s)))
     left, right = (other, found) if n <= m else (found, other)
     account = {**pairs.account, "method": "lanczos", "products": 2 * pairs.products + 2 * len(values)}
     return SingularTriplets(**account, left=left, values=values, right=right, residuals=residuals)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from curvalg.distributed.group import shared_call
 from curvalg.estimate.proofs import require_square
 from curvalg.estimate.request import OnFail, Request, require_one_of
 from curvalg.estimate.result import Estimate, exactly
@@ -20,6 +21,7 @@ from curvalg.runs.run_file import FileName
 METHODS: Mapping[str, type[Estimator]] = {kind.method: kind for kind in (UnitVectors, RunningMean, XDiag)}
 
 
+@shared_call
 def diagonal(
     op: Any,
     *,

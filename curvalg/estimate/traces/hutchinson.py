@@ -26,7 +26,7 @@ class SampleMean(Estimator):
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """The sketch with more samples; the vectors are forgotten."""
         omega = self.probes.rows(start, stop)
-        samples = self.integrand.samples(omega, self.multiply(omega))
+        samples = self.integrand.samples(self.target, omega, self.multiply(omega))
         return {"samples": torch.cat([sketch["samples"], samples])}, stop - start
 
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class RunningMean(SampleMean):
 
     def form(self, columns: int) -> Form:
         """The mean and the squared deviations."""
-        entries = widest(self.target.space.device), (self.target.size,)
+        entries = widest(self.target.space.device), (self.target.local,)
         return {"mean": entries, "squares": entries}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
@@ -59,7 +59,7 @@ class RunningMean(SampleMean):
         omega = self.probes.rows(start, stop)
         mean, squares = sketch["mean"], sketch["squares"]
         for count, (x, y) in enumerate(zip(omega, self.multiply(omega), strict=True), start + 1):
-            sample = self.integrand.at(x, y)
+            sample = self.integrand.at(self.target, x, y)
             old, mean = mean, mean + (sample - mean) / count
             squares = squares + (sample - old) * (sample - mean)
         return {"mean": mean, "squares": squares}, stop - start

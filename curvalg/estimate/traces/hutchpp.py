@@ -9,7 +9,6 @@ from torch import Tensor
 
 from curvalg.estimate.sampling.error_bar import Rest
 from curvalg.estimate.sampling.estimator import Tensors
-from curvalg.estimate.sampling.probes import inners
 from curvalg.estimate.traces.range_basis import Range
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown
@@ -27,7 +26,7 @@ class HutchPlusPlus(Range):
 
     def form(self, columns: int) -> Form:
         """The basis, and the products of the g."""
-        return {**super().form(columns), "products of samples": (self.target.space.dtype, (columns, self.target.size))}
+        return {**super().form(columns), "products of samples": (self.target.space.dtype, (columns, self.target.local))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """The sketch after both kinds of vectors were multiplied at once."""
@@ -50,13 +49,15 @@ class HutchPlusPlus(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """The estimate from inner products, so that g need not be projected before it is multiplied."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        trace = self.integrand.total(Q, Z)
+        trace = self.integrand.total(self.target, Q, Z)
         if len(R) < columns or len(R) == n:
             return trace, self.noise(R)
         g, images = self.probes.rows(0, 2 * columns)[1::2], sketch["products of samples"]
-        X, T, Y, H = inners((Q, g), (Z, g), (Q, images), (Q, Z))
-        outside = self.integrand.samples(g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
+        X, T, Y, H = self.target.vectors.inners((Q, g), (Z, g), (Q, images), (Q, Z))
+        outside = (
+            self.integrand.samples(self.target, g, images) - (T * X).sum(0) - (X * Y).sum(0) + (X * (H @ X)).sum(0)
+        )
         scale = (n - columns) / (n - X.square().sum(0))
         outside = outside * scale
-        rest = Rest(Q, Z, g, images, X, Y - H @ X, scale, outside, n - columns)
+        rest = Rest(Q, Z, g, images, X, Y - H @ X, scale, outside, n - columns, self.target.vectors)
         return trace + outside.mean(), torch.hypot(rest.error(self.target.symmetric), self.noise(R))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from curvalg.distributed.group import shared_call
 from curvalg.errors import ConvergenceError, FactsError
 from curvalg.estimate.proofs import require_psd
 from curvalg.estimate.request import OnFail, Request, require_auto, require_one_of
@@ -32,6 +33,7 @@ PRODUCTS = 60
 METHODS: Mapping[str, type[Estimator]] = {kind.method: kind for kind in (UnitVectors, SampleMean, XNysTrace)}
 
 
+@shared_call
 def norm(
     op: Any,
     ord: Literal["fro", "spectral", "nuclear", 2] = "fro",
@@ -127,7 +129,7 @@ def _has_adjoint(given: Target) -> bool:
         return True
     space = given.space
     try:
-        given.adjoint(torch.zeros(given.shape[0], 1, dtype=space.dtype, device=space.device))
+        given.adjoint(torch.zeros(given.images.local, 1, dtype=space.dtype, device=space.device))
     except FactsError:
         return False
     return True

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from curvalg.estimate.sampling.estimator import Estimator, Tensors, independent
-from curvalg.estimate.sampling.probes import inner
 from curvalg.runs.run_state import Form
 from curvalg.solve.orthogonal import grown, orthonormalise
 
@@ -22,7 +21,7 @@ class Range(Estimator):
 
     def form(self, columns: int) -> Form:
         """A basis with its images, and a column of the triangle for each test vector."""
-        rows = self.target.space.dtype, ("k", self.target.size)
+        rows = self.target.space.dtype, ("k", self.target.local)
         return {"basis": rows, "images": rows, "triangle": (torch.float64, ("k", columns))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
@@ -38,7 +37,7 @@ class Range(Estimator):
         """The basis with the directions of more products (p, n), all of them multiplied."""
         basis, images, triangle = sketch["basis"], sketch["images"], sketch["triangle"]
         scale = float(triangle.norm(dim=0).max()) if triangle.numel() else 0.0
-        directions, coefficients, coupling = orthonormalise(products, basis, scale)
+        directions, coefficients, coupling = orthonormalise(products, basis, scale, space=self.target.vectors)
         new = len(directions)
         if new:
             room = self.room
@@ -57,9 +56,10 @@ class Range(Estimator):
         """The basis, and the parts of the test vectors that are orthogonal to it."""
         Q, Z = sketch["basis"], sketch["images"]
         omega, products = self.tested(sketch, columns)
-        W = inner(omega, Q).to(Q)
-        rows, images = independent(omega - W @ Q, products - W @ Z)
-        rows = rows - (rows @ Q.T) @ Q
+        space = self.target.vectors
+        W = space.inner(omega, Q).to(Q)
+        rows, images = independent(omega - W @ Q, products - W @ Z, space)
+        rows = rows - space.gram(rows, Q) @ Q
         return torch.cat([Q, rows]), torch.cat([Z, images])
 
     def noise(self, triangle: Tensor) -> Tensor:

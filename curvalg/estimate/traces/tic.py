@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from curvalg.distributed.group import shared_call
 from curvalg.errors import ExpressionError, FactsError
 from curvalg.estimate.request import OnFail, require_positive
 from curvalg.estimate.result import Estimate, exactly
@@ -33,6 +34,7 @@ MOST = 4096
 """The largest number of parameters whose matrices are made where exactness is asked for."""
 
 
+@shared_call
 def tic(
     problem: Problem,
     *,

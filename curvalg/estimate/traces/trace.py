@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from curvalg.distributed.group import shared_call
 from curvalg.estimate.proofs import require_psd, require_square
 from curvalg.estimate.request import OnFail, Request, require_one_of
 from curvalg.estimate.result import Estimate, exactly
@@ -24,6 +25,7 @@ METHODS: Mapping[str, type[Estimator]] = {
 }
 
 
+@shared_call
 def trace(
     op: Any,
     *,

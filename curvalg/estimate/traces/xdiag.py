@@ -10,10 +10,10 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.estimate.sampling.error_bar import standard_error
 from curvalg.estimate.sampling.estimator import Tensors
-from curvalg.estimate.sampling.probes import inner
 from curvalg.estimate.traces.range_basis import Range, left_out
-from curvalg.tensors.long_vectors import parts
 from curvalg.tensors.memory import wide
+from curvalg.tensors.spaces import VectorSpace
+from curvalg.tensors.spaces.long_vectors import parts
 
 
 class XDiag(Range):
@@ -41,10 +41,10 @@ class XDiag(Range):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All leave-one-out estimates, some entries at a time."""
         Q, Z, R, n = sketch["basis"], sketch["images"], sketch["triangle"], self.target.size
-        value, omega = self.integrand.total(Q, Z), self.range_probes(columns)
+        value, omega = self.integrand.total(self.target, Q, Z), self.range_probes(columns)
         if len(R) < columns:
             # Of few entries, the same signs may be drawn twice: then R is singular and still not all of the range is there.
-            kept = distinct(omega)
+            kept = distinct(omega, self.target.vectors)
             R, omega, columns = R[:, kept], omega[kept], int(kept.sum())
         if len(R) < columns or len(R) == n:
             return value, torch.full_like(value, float(self.noise(R)) / n**0.5)
@@ -52,7 +52,7 @@ class XDiag(Range):
         outside = (S * R).sum(0)[:, None].to(value)
         alike = (S.T @ S).square().to(value)
         error = torch.empty_like(value)
-        for part in parts(n, len(Q), Q.device):
+        for part in parts(Q.shape[1], len(Q), Q.device):
             left, right = (S.T.to(value) @ wide(rows[:, part]) for rows in (Q, Z))
             samples = left * (outside * wide(omega[:, part]) - right)
             value[part] += samples.mean(0)
@@ -62,8 +62,8 @@ class XDiag(Range):
         return value, torch.hypot(error, torch.full_like(error, float(self.noise(R)) / n**0.5))
 
 
-def distinct(rows: Tensor) -> Tensor:
+def distinct(rows: Tensor, space: VectorSpace) -> Tensor:
     """The mask (m,) of rows that are no linear combinations of those before them."""
-    triangle = torch.linalg.qr(inner(rows, rows), mode="r").R
+    triangle = torch.linalg.qr(space.inner(rows, rows), mode="r").R
     pivots: Tensor = triangle.diagonal().abs()
-    return pivots > 1e-9 * rows.shape[1]
+    return pivots > 1e-9 * space.size

@@ -10,9 +10,9 @@ from torch import Tensor
 from curvalg.errors import FactsError
 from curvalg.estimate.sampling.error_bar import shared_error, standard_error
 from curvalg.estimate.sampling.estimator import Estimator, Tensors, independent
-from curvalg.estimate.sampling.probes import inner
 from curvalg.runs.run_state import Form
-from curvalg.solve.orthogonal import grown, small
+from curvalg.solve.orthogonal import grown, triangle_of
+from curvalg.tensors.memory import small
 
 
 class XNysTrace(Estimator):
@@ -22,12 +22,12 @@ class XNysTrace(Estimator):
     """
 
     method: ClassVar[str] = "xnystrace"
-    safety: ClassVar[float] = 1.6
+    safety: ClassVar[float] = 1.9
     large: ClassVar[tuple[str, ...]] = ("sketch",)
 
     def form(self, columns: int) -> Form:
         """The products of all test vectors."""
-        return {"sketch": (self.target.space.dtype, (columns, self.target.size))}
+        return {"sketch": (self.target.space.dtype, (columns, self.target.local))}
 
     def extended(self, sketch: Tensors, start: int, stop: int) -> tuple[Tensors, int]:
         """The sketch with more products."""
@@ -38,15 +38,16 @@ class XNysTrace(Estimator):
     def estimate(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All m leave-one-out estimates in O(n m²)."""
         Y, omega, n = sketch["sketch"], self.probes.rows(0, columns), self.target.size
-        size = float(small(Y.norm()))
+        space = self.target.vectors
+        size = float(small(torch.linalg.vector_norm(space.lengths(Y))))
         if not size:
             return torch.zeros((), dtype=torch.float64, device="cpu"), torch.zeros(
                 (), dtype=torch.float64, device="cpu"
             )
-        gram = inner(omega, omega)
-        core, shift = self._shifted(inner(omega, Y), gram, size / n**0.5)
+        gram, inner = space.inners((omega, omega), (omega, Y))
+        core, shift = self._shifted(inner, gram, size / n**0.5)
         C = torch.linalg.cholesky(core, upper=True)
-        R = small(torch.linalg.qr((Y + shift * omega).T, mode="r").R)
+        R = triangle_of(Y + shift * omega, space)
         B = torch.linalg.solve_triangular(C, R, upper=True, left=False)
         inverse = torch.linalg.solve_triangular(C, torch.eye(columns, dtype=torch.float64, device="cpu"), upper=True)
         pivots = 1 / inverse.square().sum(1)  # ωᵢᵀ(A − A⟨Ω₍ᵢ₎⟩)ωᵢ, with A shifted
@@ -60,7 +61,7 @@ class XNysTrace(Estimator):
 
     def known(self, sketch: Tensors, columns: int) -> tuple[Tensor, Tensor]:
         """All test vectors with their products."""
-        return independent(self.probes.rows(0, columns), sketch["sketch"])
+        return independent(self.probes.rows(0, columns), sketch["sketch"], self.target.vectors)
 
     def _shifted(self, core: Tensor, gram: Tensor, scale: float) -> tuple[Tensor, float]:
         """The matrix ΩᵀAΩ with A + shift · I in place of A: rounding must not make it indefinite."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from curvalg.estimate.sampling.error_bar import Rest
 from curvalg.estimate.sampling.estimator import Tensors
-from curvalg.estimate.sampling.probes import inners
 from curvalg.estimate.traces.range_basis import Range, left_out
 
 
@@ -32,9 +31,9 @@ class XTrace(Range):
         if len(R) < columns or len(R) == n:
             # The range is spanned by fewer vectors than were tried, or is everything: nothing is left outside, and R, which
             # the formulas below invert, is singular in the first case.
-            return self.integrand.total(Q, Z), self.noise(R)
-        omega = self.range_probes(columns)
-        W, T, H = inners((Q, omega), (Z, omega), (Q, Z))
+            return self.integrand.total(self.target, Q, Z), self.noise(R)
+        omega, space = self.range_probes(columns), self.target.vectors
+        W, T, H = space.inners((Q, omega), (Z, omega), (Q, Z))
         trace = H.diagonal().sum()
         S = left_out(R)
         X = W - S * (S * W).sum(0)  # coefficients of the projection of ωᵢ onto Q₍ᵢ₎
@@ -44,7 +43,7 @@ class XTrace(Range):
         samples = trace - (S * (H @ S)).sum(0) + outside
         projected = R - H @ X
         projected = projected - S * (S * projected).sum(0)
-        rest = Rest(Q, Z, omega, None, X, projected - R, scale, outside, n - columns + 1)  # AΩ = QR
+        rest = Rest(Q, Z, omega, None, X, projected - R, scale, outside, n - columns + 1, space)  # AΩ = QR
         changes = samples[:, None] - _without_another(trace, W, T, R, H, S, n)
         error = rest.error(self.target.symmetric, (changes * changes.T).fill_diagonal_(0).sum(1))
         return samples.mean(), torch.hypot(error, self.noise(R))

@@ -74,8 +74,8 @@ class BCEWithLogits(ElementwiseLoss):
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """The sum of numerators, by torch."""
-        weight = self._broadcast("weight", self.weight, output)
-        positive = self._broadcast("pos_weight", self.pos_weight, output)
+        weight = self._broadcast("weight", self.weight, output, live=True)
+        positive = self._broadcast("pos_weight", self.pos_weight, output, live=True)
         return F.binary_cross_entropy_with_logits(output, target, weight=weight, pos_weight=positive, reduction="sum")
 
     def first(self, output: Tensor, target: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ class BCEWithLogits(ElementwiseLoss):
         positive = self._broadcast("pos_weight", self.pos_weight, target)
         return torch.ones_like(target) if positive is None else positive
 
-    def _broadcast(self, option: str, weight: Tensor | None, like: Tensor) -> Tensor | None:
+    def _broadcast(self, option: str, weight: Tensor | None, like: Tensor, *, live: bool = False) -> Tensor | None:
         if weight is None:
             return None
         try:
-            return weight.detach().to(like).expand(like.shape)
+            return (weight if live else weight.detach()).to(like).expand(like.shape)
         except RuntimeError:
             raise LossError(
                 f"BCEWithLogits: expected {option} to broadcast to the target {tuple(like.shape)}, got "

@@ -121,6 +121,41 @@ class CrossEntropy(SoftmaxLoss):
         keep, labels = self._labels(target, classes)
         return IndexPoint(self, output, axis, keep, labels)
 
+    def numerator(self, output: Structure, target: Structure) -> Tensor:
+        axis, target = self.axis_of(output), real_target("CrossEntropy", target)
+        if target.is_floating_point():
+            return self.soft_total(output, axis, target.to(output.dtype))
+        return self.index_total(output, axis, *self._labels(target, output.shape[axis]))
+
+    def live_denominator(self, target: Structure) -> Tensor | float:
+        target = real_target("CrossEntropy", target)
+        if self.weight is None or target.is_floating_point():
+            return self.denominator(target)
+        keep, labels = self._labels(target, len(self.weight))
+        return self.weight[labels[keep]].sum()
+
+    def index_total(self, output: Tensor, axis: int, keep: Tensor, labels: Tensor) -> Tensor:
+        """The sum of numerators for class indices; torch's own has no derivative by the class weights."""
+        epsilon, logarithms = self.label_smoothing, output.log_softmax(axis)
+        kept = keep.to(output.dtype)
+        omega = None if self.weight is None else self.weight.to(output)
+        hit = logarithms.gather(axis, labels.unsqueeze(axis)).squeeze(axis) * kept
+        total = -(1 - epsilon) * (hit if omega is None else hit * omega[labels]).sum()
+        if not epsilon:
+            return total
+        spread = logarithms.movedim(axis, -1) * kept.unsqueeze(-1)
+        return total - epsilon / output.shape[axis] * (spread if omega is None else spread * omega).sum()
+
+    def soft_total(self, output: Tensor, axis: int, target: Tensor) -> Tensor:
+        """The sum of numerators for probability targets, by torch."""
+        return F.cross_entropy(
+            output.movedim(axis, 1),
+            target.movedim(axis, 1),
+            weight=None if self.weight is None else self.weight.to(output),
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+
     def class_weights(self, like: Tensor, axis: int = -1, ndim: int = 1) -> Tensor | None:
         """ω with the data type and device of ``like``, laid out along one of ``ndim`` axes."""
         if self.weight is None:
@@ -237,13 +272,7 @@ class SoftTargetPoint(SoftmaxPoint):
 
     def value(self) -> Tensor:
         """The sum of numerators, by torch."""
-        return F.cross_entropy(
-            self.output.movedim(self.axis, 1),
-            self.target.movedim(self.axis, 1),
-            weight=self.loss.class_weights(self.output),
-            label_smoothing=self.loss.label_smoothing,
-            reduction="sum",
-        )
+        return self.loss.soft_total(self.output, self.axis, self.target).detach()
 
     def gradient(self) -> Tensor:
         """m p − ω q'."""

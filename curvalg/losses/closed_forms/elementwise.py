@@ -43,6 +43,9 @@ class ElementwiseLoss(Loss):
         """The number of elements."""
         return float(real_target(self.name, target).numel())
 
+    def numerator(self, output: Structure, target: Structure) -> Tensor:
+        return self.total(output, real_target(self.name, target).to(output.dtype))
+
     def at(self, output: Structure, target: Structure) -> ElementwisePoint:
         """The loss at an output and a target of the same shape."""
         output = floating(self.name, output)
@@ -66,7 +69,7 @@ class ElementwisePoint(LossPoint[Tensor]):
         self.curvature = self.weights * loss.second(output, target)
 
     def value(self) -> Tensor:
-        return self.loss.total(self.output, self.target)
+        return self.loss.total(self.output, self.target).detach()
 
     def gradient(self) -> Tensor:
         """The gradient w ∂ℓ/∂z."""

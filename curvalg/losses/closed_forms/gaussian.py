@@ -75,6 +75,14 @@ class GaussianNLL(Loss):
         """The number of elements of the target."""
         return float(real_target(_NAME, target).numel())
 
+    def numerator(self, output: Structure, target: Structure) -> Tensor:
+        mean, variance = output
+        return self.total(mean, variance, real_target(_NAME, target).to(mean.dtype))
+
+    def total(self, mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
+        """The sum of numerators, by torch."""
+        return F.gaussian_nll_loss(mean, target, variance, full=self.full, eps=self.eps, reduction="sum")
+
     def at(self, output: Structure, target: Structure) -> GaussianPoint:
         """The loss at (μ, v) and a target of μ's shape; v has that shape too, or 1 as its last size."""
         if not isinstance(output, (tuple, list)) or len(output) != 2:
@@ -113,9 +121,7 @@ class GaussianPoint(LossPoint[Structure]):
 
     def value(self) -> Tensor:
         """The sum of numerators, by torch."""
-        return F.gaussian_nll_loss(
-            self.mean, self.target, self.variance, full=self.loss.full, eps=self.loss.eps, reduction="sum"
-        )
+        return self.loss.total(self.mean, self.variance, self.target)
 
     def gradient(self) -> Structure:
         """The gradient (r/v, (1/v − r²/v²)/2)."""

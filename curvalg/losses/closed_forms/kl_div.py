@@ -91,6 +91,13 @@ class KLDivWithLogits(_Divided, SoftmaxLoss):
         q = self._probabilities(target)
         return q.sum(self.axis_of(q))
 
+    def numerator(self, output: Structure, target: Structure) -> Tensor:
+        return self.total(output, self.axis_of(output), real_target("KLDivWithLogits", target).to(output.dtype))
+
+    def total(self, output: Tensor, axis: int, target: Tensor) -> Tensor:
+        """The sum of numerators, by torch."""
+        return F.kl_div(output.log_softmax(axis), target, reduction="sum", log_target=self.log_target)
+
     def at(self, output: Structure, target: Structure) -> SoftmaxPoint:
         """The loss at logits (N, C, d1, …), by class_axis, and a floating-point target of the same shape."""
         output, axis = self.checked_output(output)
@@ -111,13 +118,12 @@ class KLDivWithLogits(_Divided, SoftmaxLoss):
 
 class _KLPoint(SoftmaxPoint):
     def __init__(self, loss: KLDivWithLogits, output: Tensor, axis: int, q: Tensor, target: Tensor) -> None:
-        self.q, self.target, self.log_target = q, target, loss.log_target
+        self.loss, self.q, self.target = loss, q, target
         super().__init__(loss.facts, output, axis, q.sum(axis), q.argmax(axis))
 
     def value(self) -> Tensor:
         """The sum of numerators, by torch."""
-        logarithms = self.output.log_softmax(self.axis)
-        return F.kl_div(logarithms, self.target, reduction="sum", log_target=self.log_target)
+        return self.loss.total(self.output, self.axis, self.target)
 
     def gradient(self) -> Tensor:
         """The gradient m p − q."""

@@ -34,7 +34,8 @@ def additivity(case: Case) -> None:
     whole, split = (rebatched(case.problem, sizes) for sizes in ([case.problem.totals.rows], [1, 2]))
     prepared = _same_sum("prepare", whole, split, term.prepare)
     if isinstance(term, MatrixTerm):
-        _same_sum("accumulate", whole, split, lambda batch: term.accumulate(batch, prepared))
+        settled = term.settle(prepared)
+        _same_sum("accumulate", whole, split, lambda batch: term.accumulate(batch, settled))
 
 
 def _same_sum(method: str, whole: Problem, split: Problem, function: Callable[[Batch], Any]) -> Any:
@@ -61,7 +62,7 @@ def finish(case: Case) -> None:
     if not isinstance(term, MatrixTerm):
         raise NotApplicable("the term is no MatrixTerm")
     problem, calls = counted(case.problem)
-    prepared = _summed(problem, term.prepare)
+    prepared = term.settle(_summed(problem, term.prepare))
     stats = _summed(problem, lambda batch: term.accumulate(batch, prepared))
     made = [term.finish(stats, problem.layout, prepared) for _ in range(2)]
     for expr in made:

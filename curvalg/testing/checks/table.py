@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from curvalg.testing.checks import algebra, execution, identity, statistics
+from curvalg.testing.checks import algebra, execution, identity, shared_data, statistics
 from curvalg.testing.checks import data_order as data
 from curvalg.testing.checks import parts as structure
 from curvalg.testing.subject import Check
@@ -51,3 +51,11 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
     }
 )
 """Check name -> function."""
+
+ON_REQUEST: Mapping[str, Check] = MappingProxyType({"processes": shared_data.processes})
+"""Checks that take seconds, and so are asked for by a keyword of their name."""
+
+
+def chosen(processes: bool) -> Mapping[str, Check]:
+    """The checks to run, with those that are asked for."""
+    return MappingProxyType({**CHECKS, **ON_REQUEST}) if processes else CHECKS
