@@ -1,6 +1,7 @@
-"""Kronecker-factored approximations, found through entry points: KFAC, EKFAC and FOOF."""
+"""Kronecker-factored approximations, found through entry points, and what is done with their factors."""
 
+from curvalg_plugins.kronecker.averages import average_factors, damp_factors
 from curvalg_plugins.kronecker.ekfac import EKFAC
 from curvalg_plugins.kronecker.kfac import FOOF, KFAC
 
-__all__ = ["EKFAC", "FOOF", "KFAC"]
+__all__ = ["EKFAC", "FOOF", "KFAC", "average_factors", "damp_factors"]

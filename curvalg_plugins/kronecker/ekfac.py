@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg import Eigenbasis, Expr, block_diagonal
 from curvalg_plugins.kronecker.layer_factors import Layer, LayerFactors
-from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws
+from curvalg_plugins.kronecker.options import Approximation, Fisher, Rest, Stats, check_draws, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,9 @@ class EKFAC(LayerFactors):
         rest: parameters without Kronecker factors.
         samples: draws per sample, for "mc" alone.
         seed: of the draws, for "mc" alone.
+        eigh_dtype: "own" decomposes the factors in their own precision, "float64" in double (the bases are rounded to their own
+            precision in either case): in float32, eigenvectors of close eigenvalues come out less orthogonal. Inverses, square
+            roots and spectra of KFAC and of all other structured matrices are always found in float64.
 
     Raises:
         ExpressionError: an unknown option.
@@ -42,6 +46,7 @@ class EKFAC(LayerFactors):
     rest: Rest = "small"
     samples: int = 1
     seed: int = 0
+    eigh_dtype: Literal["own", "float64"] = "own"
     passes: ClassVar[int] = 2
     name: ClassVar[str] = "ekfac"
     symbol: ClassVar[str] = r"K_{\mathrm{E}}"
@@ -53,9 +58,24 @@ class EKFAC(LayerFactors):
     def __post_init__(self) -> None:
         self._check()
         check_draws(self.label, *self.columns)
+        check_options(self.label, eigh_dtype=(self.eigh_dtype, ("own", "float64")))
 
     def prepare(self, batch: Batch) -> Stats:
         return self.layer_factors(batch)
+
+    def settle(self, prepared: Any) -> Stats:
+        from curvalg.distributed import dealt
+        from curvalg_plugins.kronecker import factors  # needs torch
+
+        double, layers = self.eigh_dtype == "float64", prepared["layers"]
+        means = [mean for layer in layers.values() for mean in self.means(layer)]
+        costs = [float(len(mean)) * mean.shape[-1] ** 3 for mean in means]
+        bases = iter(dealt([partial(factors.eigenvectors, mean, double) for mean in means], costs))
+        settled = {
+            layer: {**stats, "bases": (next(bases), next(bases)), "unit inputs": factors.is_diagonal(inputs)}
+            for (layer, stats), inputs in zip(layers.items(), means[1::2], strict=True)
+        }
+        return {**prepared, "layers": settled}
 
     def accumulate(self, batch: Batch, prepared: Any = None) -> Stats:
         from curvalg_plugins.kronecker import factors  # needs torch
@@ -63,29 +83,21 @@ class EKFAC(LayerFactors):
         moments: dict[Layer, Stats] = {}
         for records in factors.layers_in_parts(batch, *self.columns):
             for layer, pair in self._sorted(records)[0]:
-                output, inputs = self._bases(prepared["layers"][layer])
-                found = {"weight": factors.group_moments(pair, output, inputs)}
+                output, inputs = prepared["layers"][layer]["bases"]
+                plain = prepared["layers"][layer]["unit inputs"] and inputs.shape[-1] == pair.inputs.shape[-1]
+                found = {"weight": factors.group_moments(pair, output, None if plain else inputs)}
                 if layer.bias is not None and not self.joint:
                     found["bias"] = factors.bias_moments(pair, output)
                 before = moments.get(layer)
                 moments[layer] = found if before is None else {k: before[k] + found[k] for k in found}
         return {"moments": moments}
 
-    def _bases(self, layer: Stats) -> tuple[Tensor, Tensor]:
-        """The bases Q_B and Q_A; found for the first batch and left with the statistics for the others."""
-        if "bases" not in layer:
-            from curvalg_plugins.kronecker import factors  # needs torch
-
-            layer["bases"] = tuple(factors.eigenvectors(matrix) for matrix in self.means(layer))
-        output, inputs = layer["bases"]
-        return output, inputs
-
     def finish(self, stats: Stats, layout: Layout, prepared: Any = None) -> Expr:
         from curvalg_plugins.kronecker import factors  # needs torch
 
         blocks = self.blocks_of_others(prepared["others"], layout)
         for parts, (weight, *bias), missing in self.weights(prepared["layers"], prepared["others"], layout):
-            bases = [self._bases(prepared["layers"][part]) for part in parts]
+            bases = [prepared["layers"][part]["bases"] for part in parts]
             output, inputs = (factors.extended(list(stack), missing, unit=True) for stack in zip(*bases, strict=True))
 
             def moments(of: str, parts: Sequence[Layer] = parts, missing: int = missing) -> Tensor:

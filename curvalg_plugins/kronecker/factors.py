@@ -224,25 +224,45 @@ def split_damping(output: Tensor, inputs: Tensor, damping: float) -> tuple[Tenso
     return damped(output, root / pi), damped(inputs, pi * root)
 
 
-def eigenvectors(matrix: Tensor) -> Tensor:
-    """The eigenvectors of a symmetric matrix; by float64 on the CPU where its own precision does not converge."""
-    try:
-        vectors: Tensor = torch.linalg.eigh(matrix)[1]
-        if bool(torch.isfinite(vectors).all()):
-            return vectors
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        pass
-    double: Tensor = torch.linalg.eigh(matrix.cpu().double())[1]
-    return double.to(matrix)
+def eigenvectors(matrix: Tensor, double: bool = False) -> Tensor:
+    """The eigenvectors of symmetric matrices (groups, n, n), in their own precision.
+
+    Diagonal ones, as of the inputs of a table, have unit vectors, which are not computed.
+
+    Args:
+        matrix: a stack.
+        double: find them in float64; so they are, on the CPU, where their own precision does not converge.
+    """
+    if is_diagonal(matrix):
+        return units(len(matrix), matrix.shape[-1], matrix)
+    if not double:
+        try:
+            vectors: Tensor = torch.linalg.eigh(matrix)[1]
+            if bool(torch.isfinite(vectors).all()):
+                return vectors
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            pass
+    # Of other devices some have no float64.
+    own = matrix if double and matrix.device.type in ("cpu", "cuda") else matrix.cpu()
+    found: Tensor = torch.linalg.eigh(own.double())[1]
+    return found.to(matrix)
+
+
+def is_diagonal(matrices: Tensor) -> bool:
+    """Whether finite matrices (groups, n, n) have nothing beside their diagonals."""
+    return bool(
+        (matrices.count_nonzero() == matrices.diagonal(dim1=1, dim2=2).count_nonzero()) & matrices.isfinite().all()
+    )
 
 
 CHUNK = 2**22
 """Numbers in the gradients that are held at a time."""
 
 
-def group_moments(pair: FactorPairs, output: Tensor, inputs: Tensor) -> Tensor:
+def group_moments(pair: FactorPairs, output: Tensor, inputs: Tensor | None) -> Tensor:
     """The :func:`second_moments` of each group (groups, out, in), in bases (groups, n, n)."""
-    parts = zip(pair.inputs, pair.deltas, output, inputs, strict=True)
+    bases = [None] * len(pair.inputs) if inputs is None else list(inputs)
+    parts = zip(pair.inputs, pair.deltas, output, bases, strict=True)
     return torch.stack([second_moments(h, d, q_b, q_a) for h, d, q_b, q_a in parts])
 
 
@@ -251,37 +271,44 @@ def bias_moments(pair: FactorPairs, output: Tensor) -> Tensor:
     return (pair.deltas.sum(3) @ output[:, None]).square().sum((1, 2))[..., None]
 
 
-def second_moments(h: Tensor, d: Tensor, output: Tensor, inputs: Tensor) -> Tensor:
+def second_moments(h: Tensor, d: Tensor, output: Tensor, inputs: Tensor | None) -> Tensor:
     """Second moments Σ_kn [(Q_Bᵀ dW Q_A)_ij]² with dW = Σ_t δ hᵀ, shape (out, in).
+
+    Each side is rotated before they are multiplied or after, whichever has fewer numbers.
 
     Args:
         h: (n, T, in), followed by a one where Q_A has a row more.
         d: δ (K, n, T, out).
         output: Q_B.
-        inputs: Q_A.
+        inputs: Q_A; None: unit vectors.
     """
     columns, rows, positions, out = d.shape
     if positions == 1:
         return (d[:, :, 0] @ output).square().sum(0).T @ _rotate(h[:, 0], inputs).square()
+    width = h.shape[-1] if inputs is None else len(inputs)
     early = columns * out >= positions  # inputs are fewer to rotate than gradients
     if early:
         h = _rotate(h, inputs)
-    total = d.new_zeros(out, len(inputs))
-    width = max(1, CHUNK // (columns * total.numel()))
-    for at in range(0, rows, width):
-        some = d[:, at : at + width].permute(1, 0, 3, 2).flatten(1, 2)  # (n, K · out, T)
-        gradients = some @ h[at : at + width]
-        if not early:
-            if len(inputs) > h.shape[-1]:
+    if deltas_early := width >= positions:
+        d = d @ output
+    total = d.new_zeros(out, width)
+    step = max(1, CHUNK // (columns * total.numel()))
+    for at in range(0, rows, step):
+        some = d[:, at : at + step].permute(1, 0, 3, 2).flatten(1, 2)  # (n, K · out, T)
+        gradients = some @ h[at : at + step]
+        if not early and inputs is not None:
+            if width > h.shape[-1]:
                 gradients = torch.cat([gradients, some.sum(-1, keepdim=True)], -1)
             gradients = gradients @ inputs
-        stacked = gradients.reshape(-1, out, len(inputs))
-        total += (output.T @ stacked).square_().sum(0)
+        stacked = gradients.reshape(-1, out, width)
+        total += (stacked if deltas_early else output.T @ stacked).square_().sum(0)
     return total
 
 
-def _rotate(h: Tensor, basis: Tensor) -> Tensor:
+def _rotate(h: Tensor, basis: Tensor | None) -> Tensor:
     """The product Q_Aᵀ h for h (..., in), followed by a one where the basis has a row more."""
+    if basis is None:
+        return h
     width = h.shape[-1]
     rotated = h @ basis[:width]
     return rotated if len(basis) == width else rotated.add_(basis[-1])

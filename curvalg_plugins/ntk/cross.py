@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from curvalg import Batch, LayerRecord, Problem, ProblemError
 
 WIDTH = 32
 """Outputs of every row that are taken through the network at a time."""
+Piece: TypeAlias = tuple[tuple[int, int], list[LayerRecord]]
+"""The numbers of a process and of its batch, and the records of some outputs of every row of that."""
 
 
 def cross_kernel(left: Problem, right: Problem) -> Tensor:
@@ -23,11 +27,13 @@ def cross_kernel(left: Problem, right: Problem) -> Tensor:
     arXiv 1806.07572.
 
     Args:
-        left: for example the test data; ``loss=None`` is enough.
+        left: for example the test data; ``loss=None`` is enough. Of processes that share the right problem each has all of
+            these data, or its part of a problem with ``group=``.
         right: for example the training data, with the same model and the same parameters.
 
     Raises:
-        ProblemError: the problems do not have the same parameters; samples influence each other.
+        ProblemError: the problems do not have the same parameters, or their models compute different functions; samples
+            influence each other.
 
     >>> import torch
     >>> from curvalg import Problem, registry
@@ -39,19 +45,56 @@ def cross_kernel(left: Problem, right: Problem) -> Tensor:
     (torch.Size([4, 10]), True)
     """
     _require_same(left, right)
-    rows: list[Tensor] = []
+    if right.group.alone:
+        with left.group.together("cross_kernel"):
+            rows = _rows(_pieces(left), right)
+            return left.group.rows(torch.cat(rows) if rows else None)
+    with right.group.together("cross_kernel"):
+        rows = _rows(_same_pieces(left, right) if left.group.alone else _all_pieces(left, right), right)
+        return right.group.rows(torch.cat(rows), 1)
+
+
+def _rows(pieces: Iterator[Piece], right: Problem) -> list[Tensor]:
+    """Rows of the kernel with the outputs of the right data that this process has, by batches of the left ones."""
+    rows = []
+    for _, batch in itertools.groupby(pieces, lambda piece: piece[0]):
+        whole = torch.cat([_against(records, right) for _, records in batch])
+        rows.append(whole.transpose(0, 1).flatten(0, 1))  # (c, n, M₂): the outputs of a row one after the other
+    return rows
+
+
+def _pieces(problem: Problem) -> Iterator[Piece]:
+    """The records of the batches of this process."""
+    with problem.batches() as batches:
+        for number, batch in enumerate(batches):
+            for records in _records(batch):
+                yield (problem.group.rank, number), records
+
+
+def _same_pieces(left: Problem, right: Problem) -> Iterator[Piece]:
+    """The records of data that all processes have whole, compared among them."""
     with left.batches() as batches:
-        for batch in batches:
-            count, numbers = batch.output.shape[0], math.prod(batch.output.shape[1:])
-            parts = [_against(records, right) for records in _records(batch)]
-            # (c, n, M₂): the outputs of a row one after the other.
-            rows.append(torch.cat(parts).transpose(0, 1).reshape(count * numbers, -1))
-    return torch.cat(rows)
+        for number, batch in enumerate(batches):
+            right.group.alike("data on the left", batch.output)
+            for records in _records(batch):
+                yield (0, number), records
+    right.group.alike("data on the left", None)
+
+
+def _all_pieces(left: Problem, right: Problem) -> Iterator[Piece]:
+    """The records of the batches of all processes on each of them, of one process after the other."""
+    _ = left.num_samples, right.num_samples  # known to all before one of them reads a batch
+    group = right.group
+    for rank in range(group.size):
+        pieces = _pieces(left) if rank == group.rank else iter(())
+        while (piece := group.of(rank, next(pieces, None))) is not None:
+            yield piece
 
 
 def _against(records: list[LayerRecord], right: Problem) -> Tensor:
-    """Inner products (K, n, M₂) of all recorded gradients with those of all outputs of a data set."""
-    found: list[Tensor] = []
+    """Inner products (K, n, M₂) of recorded gradients with those of the outputs of the right data that this process has."""
+    first = records[0]
+    found = [torch.zeros(first.columns, first.rows, 0, dtype=right.dtype, device=right.device)]
     with right.batches() as batches:
         for batch in batches:
             parts = [_products(records, others) for others in _records(batch)]
@@ -96,6 +139,8 @@ def _require_same(left: Problem, right: Problem) -> None:
                 f"a kernel is between the outputs of two problems, got {type(problem).__name__}; write "
                 "Problem(model, None, inputs)"
             )
+    if len({(p.group.rank, p.group.size) for p in (left, right) if not p.group.alone}) > 1:
+        raise ProblemError("a kernel is between problems of the same processes; give both one group=")
     names, others = left.layout.names, right.layout.names
     if list(names) != list(others):
         different = sorted(set(names).symmetric_difference(others)) or list(names)
@@ -110,3 +155,4 @@ def _require_same(left: Problem, right: Problem) -> None:
         a, b = (snapshot.state[name] for snapshot in snapshots)
         if a.shape != b.shape or not torch.equal(a, b):
             raise ProblemError(f"a kernel is between outputs of one model, but the values of {name!r} differ")
+    right.require_same_function(left, "cross_kernel: outputs")
