@@ -31,8 +31,9 @@ from scipy.stats import multivariate_normal, norm
 from sklearn.datasets import load_diabetes
 from torch import nn
 
-from curvalg import Identity, Problem, inverse, registry, restrict
-from curvalg.estimate import bilinear, effective_dimension
+from curvalg import Problem, registry
+from curvalg.estimate import effective_dimension
+from curvalg_plugins.laplace import laplace
 
 measurements, progress = load_diabetes(return_X_y=True)
 X = torch.tensor(measurements / measurements.std(0))
@@ -42,73 +43,49 @@ features, train, test = order[:150], order[150:250], order[250:]
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 1)).double()
-loss = nn.MSELoss(reduction="sum")
+loss = nn.MSELoss()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for _ in range(150):
     optimizer.zero_grad()
-    (loss(model(X[features]), y[features]) / len(features)).backward()
+    loss(model(X[features]), y[features]).backward()
     optimizer.step()
 
-problem = Problem(model, loss, (X[train], y[train]), cache=0)
-N = problem.num_samples
+problem = Problem(model, loss, (X[train], y[train]), params="2.*", cache=0)
+N, D = problem.num_samples, problem.size
 
 # %%
 # The weights of the last layer will be moved many times, and each curvature used once or twice: with ``cache=0`` nothing is
 # recorded for later.
 #
-# With noise of variance :math:`\sigma^2` the negative log likelihood is the sum of squares over :math:`2 \sigma^2` and a
-# constant. So is its curvature, which is a line of algebra. :func:`~curvalg.restrict` makes the matrix of the last layer out
-# of that of the network; in the last layer the outputs are linear, and the GGN is the Hessian.
-
-ggn = restrict(registry.build("ggn"), "2.*")
-D = ggn.lower(problem).shape[0]
-
-
-def precision_matrix(prior, noise):
-    return ggn / (2 * noise) + prior * Identity
-
-
-print(f"{D} of {problem.size} parameters:", precision_matrix(0.1, 0.4))
-hessian = restrict(registry.build("hessian"), "2.*").lower(problem).to_dense()
-torch.testing.assert_close(ggn.lower(problem).to_dense(), hessian)
-
-# %%
 # Fit and evidence
 # ----------------
-# The most probable weights are one Newton step away from any others, since everything is quadratic. The log-determinant is
-# computed exactly from the structure of the matrix; here from a dense factorisation of its 51 rows, on a wide layer from the
-# Gram matrix of the hundred samples.
-
-last = {name: p for name, p in model.named_parameters() if name.startswith("2.")}
-
-
-def weights():
-    return torch.cat([p.detach().reshape(-1) for p in last.values()])
+# :func:`~curvalg_plugins.laplace.laplace` makes the posterior. With noise of variance :math:`\sigma^2` its precision is
+# :math:`N / 2 \sigma^2` times the curvature of the mean squared error, plus :math:`\delta`. In the last layer the outputs are
+# linear, so that the GGN is the Hessian, and the most probable weights are one Newton step away from any others: the covariance
+# of the posterior times the gradient of what it is the curvature of.
 
 
 def fit(prior, noise):
-    """Move the last layer to its most probable weights."""
-    gradient = torch.cat([problem.layout.unflatten(problem.gradient())[name].reshape(-1) for name in last])
-    gradient = gradient / (2 * noise) + prior * weights()
-    step = inverse(precision_matrix(prior, noise)).lower(problem) @ gradient
-    with torch.no_grad():
-        for p, change in zip(last.values(), step.split([p.numel() for p in last.values()]), strict=True):
-            p.sub_(change.reshape(p.shape))
+    """Move the last layer to its most probable weights; the posterior around them."""
+    before = laplace(problem, "ggn", prior=prior, sigma=noise**0.5)
+    gradient = before.likelihood.scale(before.sigma) * problem.gradient() + prior * before.mean
+    problem.step(before.covariance @ gradient)
+    return laplace(problem, "ggn", prior=prior, sigma=noise**0.5)
 
 
 def evidence(prior, noise):
-    fit(prior, noise)
-    likelihood = -problem.value() / (2 * noise) - N / 2 * np.log(2 * np.pi * noise)
-    occam = (D * np.log(prior) - precision_matrix(prior, noise).lower(problem).exact("logdet")) / 2
-    return likelihood - prior / 2 * float(weights().square().sum()) + occam
+    return fit(prior, noise).log_evidence()
 
+
+print(f"{D} parameters of the last layer:", fit(0.1, 0.4))
+hessian, ggn = (registry.build(name).lower(problem) for name in ("hessian", "ggn"))
+torch.testing.assert_close(ggn.to_dense(), hessian.to_dense())
 
 # %%
 # Is that the probability of the data? The outputs are linear in the last layer, :math:`z = \Phi w` with the Jacobian
 # :math:`\Phi`, so the targets are Gaussian with covariance :math:`\sigma^2 I + \Phi \Phi^\top / \delta`.
 
-jacobian = restrict(registry.build("jacobian"), "2.*")
-phi = jacobian.lower(problem).to_dense()
+phi = registry.build("jacobian").lower(problem).to_dense()
 for prior, noise in ((0.01, 0.3), (1.0, 0.5), (30.0, 1.0)):
     covariance = noise * torch.eye(N) + phi @ phi.T / prior
     direct = multivariate_normal(cov=covariance.numpy()).logpdf(y[train, 0].numpy())
@@ -120,16 +97,17 @@ for prior, noise in ((0.01, 0.3), (1.0, 0.5), (30.0, 1.0)):
 # ------------------------
 # Where the evidence is largest, :math:`\delta \lVert \hat w \rVert^2 = \gamma` and :math:`\sigma^2 = \lVert y - \Phi \hat w
 # \rVert^2 / (N - \gamma)`, with the number of weights that the data determine, :math:`\gamma = \operatorname{tr} G (G +
-# \delta I)^{-1}`, which is :func:`~curvalg.estimate.effective_dimension`. Repeating these two lines finds the place.
+# \delta I)^{-1}`. For weights as they are, ``tune_prior`` finds both; the weights move with them, so the two steps are
+# repeated.
 
 prior, noise = 1.0, 1.0
-for _ in range(30):
-    fit(prior, noise)
-    determined = effective_dimension((ggn / (2 * noise)).lower(problem), prior)
-    assert determined.error == 0
-    prior = determined.value / float(weights().square().sum())
-    noise = problem.value() / (N - determined.value)
-print(f"δ = {prior:.3g}, σ² = {noise:.3g}, the data determine {determined.value:.1f} of {D} weights")
+for _ in range(60):
+    tuned = fit(prior, noise).tune_prior(noise=True)
+    prior, noise = tuned.prior["2.weight"], tuned.sigma**2
+ggn = tuned.likelihood.scale(tuned.sigma) * registry.build("ggn")
+determined = effective_dimension(ggn.lower(problem), prior).value
+print(f"δ = {prior:.3g}, σ² = {noise:.3g}, the data determine {determined:.1f} of {D} weights")
+assert abs(prior * float(tuned.mean.square().sum()) - determined) < 1e-6
 
 top = evidence(prior, noise)
 for factor in (0.9, 1.1):
@@ -142,18 +120,12 @@ assert abs(slope) < 1e-3
 # Predictions
 # -----------
 # The prediction for a new patient is Gaussian with variance :math:`\sigma^2 + \phi^\top A^{-1} \phi`: the noise, and what the
-# hundred patients left open about the weights. A problem with the test data gives the rows :math:`\phi`.
-
-elsewhere = Problem(model, loss, (X[test], y[test]))
-phi_test = jacobian.lower(elsewhere).to_dense()
+# hundred patients left open about the weights.
 
 
 def predict(prior, noise):
-    fit(prior, noise)
-    with torch.no_grad():
-        mean = model(X[test])[:, 0]
-    posterior = inverse(precision_matrix(prior, noise)).lower(problem)
-    return mean, noise + bilinear(posterior, phi_test.T, phi_test.T).diagonal()
+    found = fit(prior, noise).predict(X[test])
+    return found.mean[:, 0], found.variance[:, 0]
 
 
 def test_loss(mean, variance):
@@ -167,7 +139,7 @@ def covered(mean, variance, level):
 
 bayes = predict(prior, noise)
 fit(1e-6, 1.0)
-residual = problem.value() / N
+residual = problem.value()
 with torch.no_grad():
     plain = model(X[test])[:, 0], torch.full((len(test),), residual, dtype=torch.float64)
 levels = np.linspace(0.05, 0.95, 19)
@@ -217,6 +189,6 @@ plt.show()
 # %%
 # Classification
 # --------------
-# For a cross-entropy the same lines give the Laplace approximation proper: ``CrossEntropyLoss(reduction="sum")``, no
-# :math:`\sigma^2`, and a fit of the last layer that takes several steps. The evidence is then approximate, and
-# the posterior of a layer that separates its classes perfectly is far from Gaussian: it makes predictions too unsure.
+# For a cross-entropy the same lines give the Laplace approximation proper, without :math:`\sigma^2`, with probabilities,
+# and a fit of the last layer that takes several steps. The evidence is then approximate, and the posterior of a layer that
+# separates its classes perfectly is far from Gaussian: it makes predictions too unsure.

@@ -27,6 +27,8 @@ WHAT = {
     "testing": "conformance kit",
     "cli": "command line",
     "integrations": "other libraries",
+    "files": "expressions and results in files",
+    "differentiable": "curvature with gradients",
     "estimate": "spectra, traces and functions, each with its error",
     "lowering": "from an expression and a problem to an operator",
     "runs": "checkpoints and resuming",
@@ -36,6 +38,7 @@ WHAT = {
     "registry": "names → terms",
     "rewrite": "laws and their engine",
     "expr": "immutable expressions, facts, printing",
+    "distributed": "exchanges between processes",
     "tensors": "helpers of torch",
     "errors": "every exception",
 }

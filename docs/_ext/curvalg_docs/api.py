@@ -14,6 +14,8 @@ from curvalg_docs.files import write
 MODULES: dict[str, str] = {
     "curvalg": "Expressions, problems and operators",
     "curvalg.estimate": "Estimates from products",
+    "curvalg.differentiable": "Curvature with gradients",
+    "curvalg.distributed": "Several processes",
     "curvalg.registry": "Terms by name",
     "curvalg.losses": "Losses with closed forms",
     "curvalg.integrations.huggingface": "Hugging Face models",
@@ -21,8 +23,11 @@ MODULES: dict[str, str] = {
     "curvalg.errors": "Exceptions and warnings",
     "curvalg_plugins.kronecker": "Kronecker-factored matrices",
     "curvalg_plugins.diagonal": "Diagonals",
+    "curvalg_plugins.differences": "The Hessian by differences of gradients",
     "curvalg_plugins.hierarchical": "The hierarchical decomposition",
     "curvalg_plugins.ntk": "Neural tangent kernels",
+    "curvalg_plugins.projections": "Random projections of gradients",
+    "curvalg_plugins.laplace": "Laplace approximations",
 }
 """Public modules, and what each is for."""
 

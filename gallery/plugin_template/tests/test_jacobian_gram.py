@@ -6,7 +6,7 @@ from curvalg import registry
 from curvalg.testing import default_problems, parametrize_terms
 
 
-@parametrize_terms(["jacobian_gram(scale=2)"])
+@parametrize_terms(["jacobian_gram(scale=2)"], processes=True)
 def test_conformance(term, check):
     check(term)
 
