@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ from tests.support.zoo import make
 @functools.cache
 def _dense(name: str) -> Dense:
     return Dense(make(name))
+
+
+@pytest.fixture(autouse=True)
+def _figures():
+    """Pictures of a test are closed after it; pyplot keeps them, and warns where there are many."""
+    yield
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close("all")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -309,3 +310,21 @@ def test_large_models_can_be_built(name):
         model, (X, y) = MODELS[name].make()
         assert model(X).shape[0] == y.shape[0]
     assert 10**7 < sum(p.numel() for p in model.parameters()) < 2 * 10**8
+
+
+def test_several_processes_are_compared_with_one(tmp_path: Path) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "rows.json"
+    page.write_text("<!-- ranks -->\n\n<!-- /ranks -->\n")
+    questions = ["Hessian product", "KFAC, built and multiplied once"]
+    command = [sys.executable, "-m", "benchmarks.ranks", "--models", "tiny", "--batches", "3", "--rounds", "1"]
+    command += ["--questions", ";".join(questions), "--json", str(file), "--write", str(page)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["question"] for row in rows] == questions
+    for row in rows:
+        assert row["difference"] <= 1e-5
+        assert row["efficiency"] == pytest.approx(row["one"] / (2 * row["many"]))
+    parameters = build("tiny", Sizes()).size
+    assert [rows[0][name] for name in ("headers", "payloads", "bytes")] == [1, 1, 4 * parameters]
+    assert page.read_text().count("| tiny | 3 |") == 2

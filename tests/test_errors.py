@@ -106,6 +106,14 @@ VALUES: dict[str, Call] = {
     "spectral_density width": lambda: est.spectral_density(OP, width=0.0),
     "effective_dimension damping": lambda: est.effective_dimension(OP, 0.0),
     "tic damping": lambda: est.tic(PROBLEM, damping=-1.0),
+    "influence by": lambda: est.influence(OP, by="sample"),  # type: ignore[call-overload]
+    "influence topk": lambda: est.influence(OP, topk=0),
+    "influence query_batch": lambda: est.influence(OP, query_batch=0),
+    "influence_stream query_batch": lambda: est.influence_stream(OP, query_batch=0),
+    "saliency groups": lambda: est.saliency(OP, "layer"),
+    "saliency first_order": lambda: est.saliency(
+        inverse(registry.build("ggn") + Identity).lower(PROBLEM), first_order=True
+    ),
     "parse power": lambda: parse("((ggn**1000)**1000)**1000"),
     "parse rank": lambda: parse("nystrom(ggn, 0)"),
     "parse option": lambda: parse("ggn_mc(samples=0)"),
@@ -172,6 +180,10 @@ TYPES: dict[str, Call] = {
     "effective_dimension damping": lambda: est.effective_dimension(OP, "some"),  # type: ignore[arg-type]
     "tic problem": lambda: est.tic("problem"),  # type: ignore[arg-type]
     "tic damping": lambda: est.tic(PROBLEM, damping="some"),  # type: ignore[arg-type]
+    "influence of a string": lambda: est.influence("op"),  # type: ignore[call-overload]
+    "influence_stream of gradients": lambda: est.influence_stream(OP, ONES),  # type: ignore[arg-type]
+    "self_influence of a string": lambda: est.self_influence("op"),  # type: ignore[arg-type]
+    "functional_variance of a string": lambda: est.functional_variance(OP, "test"),  # type: ignore[arg-type]
     "gradient_noise": lambda: est.gradient_noise("problem"),  # type: ignore[arg-type]
     "parse option": lambda: parse("ggn_mc(samples='many')"),
 }
@@ -198,4 +210,4 @@ def test_every_function_that_takes_options_is_asked() -> None:
         assert callable(getattr(curvalg, name))
     for name in est.__all__:
         if callable(function := getattr(est, name)) and not isinstance(function, type):
-            assert name in asked or name in ("bilinear", "influence", "heat_map", "gradient_norms"), name
+            assert name in asked or name in ("bilinear", "heat_map", "gradient_norms"), name

@@ -157,6 +157,17 @@ def test_no_two_classes_share_a_name() -> None:
     assert not shared, f"one word for two classes: {shared}"
 
 
+def test_torch_distributed_is_imported_in_one_place() -> None:
+    """What crosses the border of a process does so in one package, where a fault becomes an error on all ranks."""
+    users = {
+        "/".join(name(path.parent).split("/")[:2])
+        for path in CODE_FILES
+        for module, part in imported(path)
+        if f"{module}.{part}.".startswith("torch.distributed.")
+    }
+    assert users == {"curvalg/distributed"}
+
+
 def test_modules_import_in_circles_in_the_algebra_alone() -> None:
     """Nodes make each other: sums of products, products of inverses. Nothing else needs to."""
     assert counts.in_cycles(counts.modules(), counts.doors()) <= 16

@@ -49,7 +49,7 @@ def test_residuals_are_measured_not_assumed(run, tiny, inside) -> None:
 
 
 def test_the_seed_fixes_everything_but_the_measured_width_of_blocks(run, tiny, inside) -> None:
-    inside(choose_width=lambda *_: 1)
+    inside(choose_width=lambda *_, **__: 1)
     inside(small_eigenproblem=lambda *_: None)
 
     def numbers(seed: int) -> tuple[list[float], int]:

@@ -13,7 +13,7 @@ from tests.support.devices import SIMULATED, agree, both
 if SIMULATED:
     from tests.support import simulated_gpu
 
-RESULTS = {"Density", "Eigenpairs", "Estimate", "FunctionProduct", "GradientNoise", "Result", "SingularTriplets"}
+RESULTS = {name for name in estimate.__all__ if name[0].isupper()}
 TERMS = [name for name in registry.names() if name != "empirical_fisher"]
 
 

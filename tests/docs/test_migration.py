@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from curvalg_docs import pages
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -426,3 +427,24 @@ def test_backpack_kflr_of_a_convolution_is_another_matrix():
         torch.testing.assert_close(kflr(theirs["3.bias"]), block("3.bias"))
         if approximation == "reduce":
             torch.testing.assert_close(kflr(theirs["0.bias"]), block("0.bias"))
+
+
+# -- a first script on both sides -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # of what is deprecated in torch and pandas since
+def test_the_first_script_of_kronfluence(docs, tmp_path, monkeypatch):
+    pytest.importorskip("kronfluence")
+    page = docs / "howto" / "migration.md"
+    namespace = pages.run(page, tmp_path)
+    (theirs,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    here, own = namespace["here"], 50 * namespace["self_influence"](namespace["damped"])
+    by_layer = sum(namespace["influence"](namespace["damped"], namespace["queries"], by="layer").scores.values())
+    exec(compile(theirs, str(page), "exec", dont_inherit=True), namespace)
+    torch.testing.assert_close(namespace["there"], here, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(namespace["there"], 50 * by_layer, rtol=1e-3, atol=1e-4)
+    analyzer, scores = namespace["analyzer"], namespace["ScoreArguments"](damping_factor=0.1)
+    sets = namespace["TensorDataset"](namespace["X"], namespace["y"])
+    analyzer.compute_self_scores("own", "ekfac", sets, score_args=scores)
+    torch.testing.assert_close(analyzer.load_self_scores("own")["all_modules"], own, rtol=1e-3, atol=1e-4)

@@ -31,6 +31,7 @@ from tests.support.spectra import SPECTRA, matrix
 from curvalg.estimate import eigsh
 from curvalg.estimate.spectra import eigenpair_search
 from curvalg.runs import checkpoint
+from safetensors import safe_open
 
 checkpoint.INTERVAL, checkpoint.OVERHEAD, eigenpair_search.MOST = 0.0, 1e9, 20
 A = matrix(SPECTRA["clustered"]).numpy()
@@ -62,7 +63,7 @@ for _ in range(5):
 assert not (folder / "early.pt").exists()
 checkpoint.INTERVAL = 30.0
 run(0.0, "resumed.pt", file)
-with checkpoint.safe_open(file, "pt") as opened:
+with safe_open(file, "pt") as opened:
     width = json.loads(opened.metadata()["curvalg"])["numbers"]["width"]
 run(0.0, "whole.pt", None, width)
 """

@@ -137,6 +137,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no atol": (lambda: inverse(G, atol="0"), "atol"),  # type: ignore[arg-type]
     "maxiter": (lambda: inverse(G, maxiter=0), "maxiter"),
     "on_fail": (lambda: inverse(G, on_fail="ignore"), "on_fail"),  # type: ignore[arg-type]
+    "check": (lambda: inverse(G, check="no"), "check is True or False"),  # type: ignore[arg-type]
     "preconditioner": (lambda: inverse(G, preconditioner=print), "lower"),  # type: ignore[arg-type]
     "root of a jacobian": (lambda: sqrt(J), "square"),
     "root of a number": (lambda: sqrt(2), "takes an expression"),  # type: ignore[arg-type]

@@ -175,6 +175,26 @@ def test_runs_are_raced_in_turns_that_begin_untimed(seconds, order, monkeypatch,
     assert calls == order
 
 
+@pytest.mark.parametrize(
+    ("seconds", "within", "timed"),
+    [
+        ({1: 1e-3, 2: 1.0, 3: 1e-4}, 3.0, {1, 2}),  # what has taken so long leaves nothing for the third
+        ({1: 1e-3, 2: 2.5e-3, 3: 2e-3}, 3.0, {1, 2}),
+        ({1: 1e-3, 2: 1e-4, 3: 1e-4}, 3.0, {1, 2, 3}),
+    ],
+)
+def test_a_race_takes_a_few_runs_of_its_reference(seconds, within, timed, monkeypatch, inside):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def run(number):
+        now[0] += seconds[number]
+
+    runs = {n: inside["candidate"](lambda n=n: run(n), warm=True, rounds=1) for n in seconds}
+    assert set(inside["measure"](runs, 1, lambda seconds: False, torch.device("cpu"), within)) == timed
+    assert now[0] <= within * seconds[1] + max(seconds.values())
+
+
 class Clock:
     """A clock by which one backward pass takes as long as a table says for its number of columns."""
 

@@ -1,4 +1,4 @@
-"""The three plugin contracts, each proved by terms that know only public names."""
+"""The plugin contracts, each proved by terms that know only public names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from curvalg import DatasetTerm, ExpressionError, Identity, MatrixTerm, Term, registry, restrict
+from curvalg import DatasetTerm, ExpressionError, GradientTerm, Identity, MatrixTerm, Term, registry, restrict
 from tests.support.third_party import (
     CenteredTangent,
+    ForwardDifference,
     GradientOuter,
     MeanTangent,
     Skewed,
@@ -154,3 +155,39 @@ def test_covariance_diagonal_comes_in_through_its_entry_point(world, vectors):
         (registry.build("covariance") - term).lower(problem) @ V,
         dense.covariance @ V - dense.covariance.diagonal()[:, None] * V,
     )
+
+
+def test_gradient_terms_multiply_by_gradients_at_other_parameters(world, vectors):
+    dense, problem = world
+    V, op = vectors(dense.D), ForwardDifference().lower(problem)
+    before = problem.gradient()
+    assert (op @ V - dense.hessian @ V).norm() <= 1e-4 * (dense.hessian @ V).norm()
+    assert "a step of 1e-06 on one side" in op.explain()
+    assert torch.equal(problem.gradient(), before)
+    with pytest.raises(ExpressionError, match="transpose of ForwardDifference"):
+        ForwardDifference().T.lower(problem)
+
+
+def test_gradient_terms_are_refused_where_their_product_has_no_meaning(world):
+    @dataclass(frozen=True)
+    class Short(GradientTerm):
+        def multiply(self, gradients, vector):
+            return vector[:1]
+
+    @dataclass(frozen=True)
+    class Writes(GradientTerm):
+        def multiply(self, gradients, vector):
+            return vector.mul_(2)
+
+    @dataclass(frozen=True)
+    class Misspelt(GradientTerm):
+        def mutliply(self, gradients, vector):
+            return vector
+
+    for term, says in (
+        (Short(), "must return a tensor of the vector's shape"),
+        (Writes(), "writes into a tensor"),
+        (Misspelt(), "does not define multiply"),
+    ):
+        with pytest.raises(ExpressionError, match=says):
+            term.lower(world[1]) @ torch.ones(world[0].D).double()

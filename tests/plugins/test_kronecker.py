@@ -269,3 +269,40 @@ def test_a_wrong_choice_is_answered_with_the_choices():
 def test_draws_are_for_draws(name, options, message):
     with pytest.raises(CurvalgError, match=message):
         build(name, **options)
+
+
+@pytest.mark.parametrize("positions", [2, 9])
+def test_second_moments_where_deltas_are_rotated_first_or_last(positions):
+    torch.manual_seed(0)
+    h, d = torch.randn(4, positions, 5).double(), torch.randn(2, 4, positions, 3).double()
+    output, inputs = (torch.linalg.qr(torch.randn(n, n).double())[0] for n in (3, 5))
+    gradients = torch.einsum("knto,nti->knoi", d, h)
+    for basis, given in ((inputs, inputs), (torch.eye(5).double(), None)):
+        expected = (output.T @ gradients @ basis).square().sum((0, 1))
+        assert torch.allclose(factors.second_moments(h, d, output, given), expected, rtol=1e-10)
+
+
+def test_a_table_has_unit_vectors_for_its_inputs_without_an_eigenproblem(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3))
+    problem = Problem(model, nn.CrossEntropyLoss(), (torch.randint(0, 7, (9, 3)), torch.randint(0, 3, (9,))))
+    solved, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: solved.append(a.shape[-1]) or eigh(a))
+    ekfac = registry.build("ekfac").lower(problem).to_dense()
+    assert 7 not in solved
+    monkeypatch.setattr(factors, "is_diagonal", lambda _: False)
+    problem = Problem(model, nn.CrossEntropyLoss(), problem.data.source)
+    assert torch.allclose(
+        torch.as_tensor(registry.build("ekfac").lower(problem).to_dense()), torch.as_tensor(ekfac), atol=1e-6
+    )
+    assert 7 in solved
+
+
+def test_a_rehearsal_is_not_compared(inside):
+    """One row says nothing about which rows gradients belong to: the batch says it, once."""
+    rows, compare = [], inside["compare_layers"]
+    inside(compare_layers=lambda recorded, names: rows.append(len(recorded.z)) or compare(recorded, names))
+    torch.manual_seed(0)
+    problem = Problem(nn.Linear(3, 2), nn.MSELoss(), (torch.randn(6, 3), torch.randn(6, 2)))
+    registry.build("kfac").lower(problem).prepare()
+    assert 1 not in rows and rows

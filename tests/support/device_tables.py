@@ -85,6 +85,10 @@ def _damped(problem: Problem) -> Any:
     return (_build("ggn") + 0.1 * Identity).lower(problem)
 
 
+def _in_eigenbases(problem: Problem) -> Any:
+    return inverse(_build("ekfac") + 0.1 * Identity).lower(problem)
+
+
 def _hessian(problem: Problem) -> Any:
     return _build("hessian").lower(problem)
 
@@ -111,7 +115,7 @@ ESTIMATES: dict[str, Callable[[Problem], Any]] = {
     "nuclear norm": lambda p: estimate.norm(_damped(p), "nuclear", products=12).value,
     "eigsh": lambda p: estimate.eigsh(_hessian(p), 3).eigenvalues,
     "eigsh, both ends": lambda p: estimate.eigsh(_hessian(p), 2, which="BE", block=2).eigenvalues,
-    "svds": lambda p: estimate.svds(_build("jacobian").lower(p), 2).values,
+    "svds": lambda p: estimate.svds(_build("jacobian").lower(p), 2, tol=torch.finfo(p.dtype).eps ** 0.5).values,
     "spectral_density": lambda p: _density(_hessian(p)),
     "spectral_density, outliers": lambda p: _density(_hessian(p), outliers=2),
     "spectral_density, exact": lambda p: _density((_build("kfac") + 0.1 * Identity).lower(p)),
@@ -123,6 +127,17 @@ ESTIMATES: dict[str, Callable[[Problem], Any]] = {
     "tic": lambda p: estimate.tic(p, hessian=_build("ggn"), damping=0.1, products=12).value,
     "bilinear": lambda p: estimate.bilinear(_damped(p), p.gradient(), p.gradient()),
     "influence": lambda p: estimate.influence(_damped(p), p.gradient()),
+    "influence of samples": lambda p: estimate.influence(_damped(p), query_batch=4).scores,
+    "influence of samples, eigenbasis": lambda p: estimate.influence(_in_eigenbases(p), query_batch=4).scores,
+    "influence of samples, extremes": lambda p: estimate.influence(_in_eigenbases(p), topk=2).topk.largest,
+    "influence of gradients": lambda p: estimate.influence(_damped(p), p.gradient()[:, None].repeat(1, 9)),
+    "influence_stream": lambda p: [part.scores for part in estimate.influence_stream(_in_eigenbases(p))],
+    "self_influence": lambda p: estimate.self_influence(_damped(p)),
+    "self_influence, eigenbasis": lambda p: estimate.self_influence(_in_eigenbases(p)),
+    "functional_variance": lambda p: estimate.functional_variance(_damped(p), p),
+    "functional_variance, eigenbasis": lambda p: estimate.functional_variance(_in_eigenbases(p), p),
+    "saliency": lambda p: estimate.saliency(_damped(p)).value,
+    "saliency, groups": lambda p: estimate.saliency(_damped(p), "row").value,
     "gradient_norms": lambda p: estimate.gradient_norms(p),
     "gradient_noise": lambda p: [getattr(estimate.gradient_noise(p), name) for name in ("trace", "square")],
     "nystrom": lambda p: nystrom(_build("ggn"), 5).lower(p) @ p.gradient(),

@@ -38,10 +38,10 @@ PLACES = {
     "candidate": "curvalg.problem.kept.race.Candidate",
     "choose_width": "curvalg.estimate.spectra.eigenpair_search.choose_width",
     "free_memory": "curvalg.problem.problem.free_memory",
-    "free_memory_of_dense": "curvalg.lowering.composition.free_memory",
+    "free_memory_of_dense": "curvalg.lowering.operators.composition.free_memory",
     "lock": "curvalg.runs.run_file._lock",
     "unlock": "curvalg.runs.run_file._unlock",
-    "save_file": "curvalg.runs.checkpoint.save_file",
+    "save_file": "curvalg.runs.sealed.save_file",
     # Tables that a test compares with its own, or with the documentation.
     "loss_modules": "curvalg.losses.from_torch.TABLE",
     "loss_functions": "curvalg.losses.from_torch.FUNCTIONS",
@@ -65,7 +65,7 @@ PLACES = {
     "misplaced": "curvalg.problem.layers.recorded.misplaced",
     "pair_flops": "curvalg.problem.layers.kinds.affine.pair_flops",
     "all_of_numpy": "curvalg.problem.data.randomness._numpy_full",
-    "checksum": "curvalg.runs.checkpoint._checksum",
+    "checksum": "curvalg.runs.sealed._checksum",
     "eigsh_of_commands": "curvalg.cli.run_eigs.eigsh",
     "solve_of_commands": "curvalg.cli.run_eigs.solve",
 }

@@ -9,6 +9,8 @@ from curvalg import Problem, registry
 from curvalg.problem.layers import record_layers
 
 D = torch.float64
+MANY = 200
+"""Directions."""
 
 
 def random(*shape, seed=0):
@@ -69,6 +71,13 @@ def check(problem, columns=3):
             V, W = random(2, problem.size), random(2, columns, n)
             directions = problem.layout.unflatten_rows(V)
             close(sum(r.project(directions) for r in records), torch.einsum("pd,knd->pkn", V, G))
+            half = slice(n // 2, n)
+            close(_joined(problem, [r.explicit(half) for r in records], 2), G[:, half])
+            many = random(MANY, problem.size, seed=7)  # so many that gradients may be multiplied out first
+            rows_of = problem.layout.unflatten_rows(many)
+            close(sum(r.project(rows_of) for r in records), torch.einsum("pd,knd->pkn", many, G))
+            at_positions = [r.project_positions(directions) for r in records]
+            close(sum(p.sum(3) for p in at_positions), torch.einsum("pd,knd->pkn", V, G))
             close(_joined(problem, [r.combine(W) for r in records], 1), torch.einsum("pkn,knd->pd", W, G))
             close(_joined(problem, [r.squares() for r in records], 0), G.square().sum((0, 1)))
             close(torch.stack([r.square_norms() for r in records]).sum(0), G.square().sum(2))

@@ -183,5 +183,6 @@ INVERSE_OPTIONS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "atol": st.floats(0, 1),
         "maxiter": st.integers(1, 999),
         "on_fail": st.just("warn"),
+        "check": st.just(False),
     },
 )

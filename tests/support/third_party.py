@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from curvalg import Block, DatasetTerm, Diagonal, Facts, Kronecker, LowRank, MatrixTerm, Term, block_diagonal
+from curvalg import (
+    Block,
+    DatasetTerm,
+    Diagonal,
+    Facts,
+    GradientTerm,
+    Kronecker,
+    LowRank,
+    MatrixTerm,
+    Term,
+    block_diagonal,
+)
 
 
 @dataclass(frozen=True)
@@ -82,3 +93,20 @@ def dense_weighted_blocks(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
     """The dense matrix of :class:`WeightedBlocks`."""
     blocks = [torch.diag(g.square()) if g.ndim == 1 else torch.kron(g @ g.T, g.T @ g) for g in gradient.values()]
     return torch.block_diag(*blocks)
+
+
+@dataclass(frozen=True)
+class ForwardDifference(GradientTerm):
+    """The Hessian by differences of gradients on one side, with a step that is fixed."""
+
+    step: float = 1e-6
+
+    def multiply(self, gradients, vector):
+        length = gradients.norm(vector)
+        if not length:
+            return vector.clone()
+        ahead = gradients.at(gradients.parameters + self.step / length * vector)
+        return (ahead - gradients.here) * (length / self.step)
+
+    def lines(self, gradients):
+        return [f"a step of {self.step:g} on one side"]

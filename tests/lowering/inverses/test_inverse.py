@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg as sla
 import torch
+from torch import nn
 
 from curvalg import (
     ConvergenceError,
@@ -14,7 +15,9 @@ from curvalg import (
     ExpressionError,
     FactsError,
     Identity,
+    Problem,
     VectorError,
+    estimate,
     inverse,
     registry,
     restrict,
@@ -232,3 +235,16 @@ def test_stale_inverses_raise(problem_of, vectors):
         with pytest.raises(StaleError):
             use()
     assert not torch.allclose(op.refresh() @ V, before)
+
+
+def test_exact_quantities_of_an_inverse_cost_what_its_products_take_anyway():
+    torch.manual_seed(0)
+    X, y = torch.randn(60, 40).double(), torch.randint(13, (60,))
+    problem = Problem(nn.Linear(40, 13).double(), nn.CrossEntropyLoss(), (X, y))
+    damped = registry.build("ggn") + 0.1 * Identity
+    assert damped.lower(problem).exact_rows() == problem.size
+    op = inverse(damped).lower(problem)
+    assert op.exact_rows() == 0
+    found = estimate.trace(op, products=20)
+    assert found.error == 0.0
+    assert found.value == pytest.approx(float(torch.linalg.inv(damped.lower(problem).to_dense()).trace()))

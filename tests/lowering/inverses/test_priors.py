@@ -45,6 +45,8 @@ def test_functions_of_the_sum_are_those_of_its_dense_matrix(sizes: tuple[int, ..
     inverted = inverse(op.expr).lower(problem)
     torch.testing.assert_close(inverted.to_dense(), torch.linalg.inv(expected))
     assert "kronecker" in inverted.explain()
+    torch.testing.assert_close(inverted.exact("diagonal"), torch.linalg.inv(expected).diagonal())
+    assert inverted.exact("trace") == pytest.approx(float(torch.linalg.inv(expected).trace()))
     assert op.exact_rows() == 0
     assert op.exact("trace") == pytest.approx(float(expected.trace()))
     assert op.exact("logdet") == pytest.approx(float(torch.linalg.slogdet(expected)[1]))

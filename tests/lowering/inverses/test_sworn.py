@@ -197,6 +197,25 @@ def test_the_user_may_leave_the_look_out(verify, inside):
     assert torch.equal(op @ b, x) and not calls
 
 
+def test_the_look_may_be_left_out_of_one_inverse(inside):
+    """check=False takes no product of the matrix, and is carried by laws and blocks; others are still looked at."""
+    matrix, b = LowRank(random(N, 3)) + Identity, random(N, 1, seed=4).float()
+    problem, calls = problem_of(True), counting(inside)
+    op = inverse(matrix, check=False).lower(problem)
+    x = op @ b
+    assert not calls and "not verified, as check=False asks" in op.explain()
+    blocks = block_diagonal([Block(("weight",), LowRank(random(21, 3)) + Identity), Block(("bias",), 3 * Identity)])
+    op = inverse(blocks + Identity, check=False).lower(problem)
+    op @ b
+    assert not calls and "not verified, as check=False asks" in op.explain()
+    looked = inverse(matrix).lower(problem)
+    assert torch.equal(looked @ b, x) and calls == [3]
+    assert "verified: products" in looked.explain()
+    multiple = inverse(3 * registry.build("kfac"), check=False)
+    assert str(multiple.simplify()) == "inverse(kfac, check=False) / 3"
+    assert op.solve(b).ok  # a report has residuals in any case
+
+
 def numbers(line: str) -> list[float]:
     return [float(number) for number in re.findall(r"\b(?:inf|[0-9.]+e[+-][0-9]+)", line)]
 

@@ -36,9 +36,9 @@ def net():
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
-def problem():
+def problem(**options):
     torch.manual_seed(1)
-    return Problem(net(), nn.CrossEntropyLoss(), (torch.randn(12, 6), torch.randint(0, 3, (12,))))
+    return Problem(net(), nn.CrossEntropyLoss(), (torch.randn(12, 6), torch.randint(0, 3, (12,))), **options)
 
 
 @pytest.mark.parametrize("name", ["ggn", "covariance"])
@@ -51,6 +51,8 @@ def test_nothing_is_raced_before_products_have_paid_for_it(name, backwards, insi
         costs.append(backwards())
     assert costs[0] <= FIRST
     assert costs[1 : inside["routes_after"]] == [ORDINARY] * (inside["routes_after"] - 1)
+    # Forward AD is verified by one backward pass; how long the other route takes was seen in the products before.
+    assert costs[inside["routes_after"]] == ORDINARY + 1
     assert max(costs[1:]) <= 3 * ORDINARY + 3
     assert sum(costs) <= 40 * ORDINARY + 3 + 3 + FIRST
 
@@ -90,3 +92,37 @@ def _kinds(kind):
 
 def _scaled(found):
     return {name: 1.01 * t for name, t in found.items()} if isinstance(found, dict) else 1.01 * found
+
+
+def test_second_derivatives_are_compared_on_one_side_where_that_agrees():
+    model, calls = net(), []
+    model.register_forward_hook(lambda *_: calls.append(None))
+    torch.manual_seed(1)
+    data = torch.randn(12, 6), torch.randint(0, 3, (12,))
+    op = registry.build("hessian").lower(Problem(model, nn.CrossEntropyLoss(), data))
+    op @ torch.randn(op.shape[1])
+    assert len(calls) <= 4  # recorded, called once more, in double precision at the state, and beside it
+
+
+@pytest.mark.parametrize("rows", [2, 24])
+def test_second_derivatives_of_few_parameters_are_compared_on_few_rows_where_these_save_work(rows):
+    """A convolution has hardly any parameters, and much work for each row."""
+    model, seen = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 2, 3), nn.Flatten()), []
+    model.register_forward_hook(lambda _, given, __: seen.append((given[0].dtype, len(given[0]))))
+    data = torch.randn(rows, 3, 32, 32), torch.randn(rows, 2 * 28 * 28)
+    op = registry.build("hessian").lower(Problem(model, nn.MSELoss(), data))
+    op @ torch.randn(op.shape[1])
+    assert {number for dtype, number in seen if dtype == torch.float64} == {2}
+
+
+def test_columns_that_fit_by_far_are_pulled_without_trying_one(backwards, inside):
+    """Their bytes are known from the outputs of the layers: a column of its own, to be weighed, would cost a backward pass."""
+    inside(measure=last_wins)
+
+    def first(**options):
+        op = block_diagonal(registry.build("ggn"), by="module").lower(problem(**options))
+        backwards()
+        op @ torch.randn(op.shape[1])
+        return backwards()
+
+    assert first(cache=9_000) == first() + 1  # two columns of 576 bytes fit there, but not by far

@@ -113,3 +113,44 @@ def test_products_with_several_columns_do_not_decide(problem_of, vectors, clock)
     for _ in range(DECIDED + 2):
         op @ vectors(problem.size)
     assert problem.budget.used > 0
+
+
+# -- first-order matrices: judged where the routes to tangents are compared ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ggn", "covariance"])
+@pytest.mark.parametrize(
+    ("recording", "kept", "says"),
+    [(0.9, True, "  kept: 1.45 times as fast as fresh"), (0.02, False, "  not kept: 1.01 times as fast as fresh")],
+)
+def test_first_order_matrices_are_kept_where_it_pays(name, recording, kept, says, problem_of, vectors, clock, inside):
+    clock(recording, 1.0)
+    problem = problem_of("mlp")
+    op, v = registry.build(name).lower(problem), vectors(problem.size)[:, 0]
+    first = op @ v
+    for _ in range(inside["routes_after"] + 2):
+        close(op @ v, first)
+    assert says in op.explain()
+    assert (problem.budget.used > 0) == kept
+    close(op @ v, first)
+
+
+def test_first_order_recordings_that_others_share_stay(problem_of, vectors, clock, inside):
+    """Products with the whole matrix judge recordings that its blocks hold as well: what does not pay is kept for these."""
+    clock(0.01, 1.0)
+    problem = problem_of("mlp", factored=False)
+    whole = registry.build("ggn")
+    blocks, v = block_diagonal(whole).lower(problem), vectors(problem.size)[:, 0]
+    first = blocks @ v
+    before, op = problem.budget.used, whole.lower(problem)
+    for _ in range(inside["routes_after"] + 2):
+        op @ v
+    assert problem.budget.used >= before > 0
+    assert "not kept" not in op.explain()
+    assert (blocks @ v).equal(first)
+    alone = problem_of("mlp", factored=False)
+    op = whole.lower(alone)
+    for _ in range(inside["routes_after"] + 2):
+        op @ v
+    assert alone.budget.used == 0
+    assert "not kept" in op.explain()

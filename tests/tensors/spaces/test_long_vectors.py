@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvalg.tensors.long_vectors import ALIGNMENT, dot, lengths, parts, vacant
+from curvalg.tensors.spaces import long_vectors
+
+ALIGNMENT, dot, lengths = long_vectors.ALIGNMENT, long_vectors.dot, long_vectors.lengths
+parts, vacant = long_vectors.parts, long_vectors.vacant
 
 SIZES = (0, 1, 4095, 4096, 4097, 70_000)
 
