@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python -m
-# Two workers on two cores; each test computes on one thread, so that they do not fight over cores.
-TESTS ?= -n 2
+# Two workers on two cores; each test computes on one thread, so that they do not fight over cores. Tests of several processes
+# run on one of them.
+TESTS ?= -n 2 --dist loadgroup
 # What `make benchmark` is asked for; `make benchmark BENCHMARK=--quick` shows that it runs.
 BENCHMARK ?= --json benchmarks/results/local.json --plots benchmarks/results/local
 
