@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 from curvalg.errors import CheckpointError, ExpressionError, FactsError, VectorError
+from curvalg.estimate.request import require_one_of
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.operators.composition import TorchOperator
 from curvalg.lowering.operators.structured_operator import Quantity
-from curvalg.lowering.vectors import Space, Vector, parse
+from curvalg.lowering.vectors import Operand, Space, Vector, parse
 from curvalg.problem import Layout, Problem
 from curvalg.problem.kept.expected import Expected
 from curvalg.problem.kept.measured import Measured
@@ -29,6 +30,8 @@ from curvalg.runs.sealed import digest
 from curvalg.runs.unit import Finite, PowerOfTwo, sized
 from curvalg.tensors.spaces import VectorSpace
 
+Basis = Literal["device", "cpu"]
+"""Where the vectors of a run lie."""
 CHEAP = 512
 """Rows of a matrix that is built and factorised whatever is asked for."""
 
@@ -66,6 +69,31 @@ class Target:
     unit: PowerOfTwo | None = None
     """That products are in; None where they are what they are."""
     codomain: VectorSpace | None = None
+    device: torch.device | None = None
+    """Of the operands that users have, where it is another than that of the vectors here."""
+
+    def on_host(self) -> Target:
+        """The target with vectors in the memory of the host, which only the operands of products leave for the device."""
+        device, host = self.space.device, torch.device("cpu")
+        if device == host:
+            return self
+
+        def visiting(multiply: Callable[[Tensor], Tensor], images: VectorSpace) -> Finite:
+            sized_ = multiply.sized if isinstance(multiply, Finite) else sized(multiply)
+
+            def product(x: Tensor) -> tuple[Tensor, float]:
+                found, largest = sized_(x.to(device))
+                return found.to(host), largest
+
+            return Finite(product, self.name, images)
+
+        return replace(
+            self,
+            space=replace(self.space, device=host),
+            device=device,
+            multiply=visiting(self.multiply, self.images),
+            adjoint=visiting(self.adjoint, self.vectors),
+        )
 
     def in_units(self) -> Target:
         """The target with products in a unit of their own, which a run finds out; a target that has one, itself."""
@@ -149,6 +177,20 @@ class Target:
         """The layout of the parameters that it acts on."""
         return self.space.layout
 
+    def operand(self, vectors: Vector) -> Operand:
+        """Vectors of any kind as columns where the run has its own; what is restored lies where these vectors lie.
+
+        Raises:
+            VectorError: the wrong shape, kind or device, or entries that are not finite.
+        """
+        there = self.space if self.device is None else replace(self.space, device=self.device)
+        if isinstance(vectors, Tensor) and vectors.device == self.space.device:  # such as eigenvectors of another run
+            there = self.space
+        given = parse(vectors, there, there)
+        if there is self.space:
+            return given
+        return Operand(given.columns.to(self.space.device), lambda y: given.restore(y.to(self.device)))
+
     def rows(self, vectors: Vector | None, what: str) -> Tensor:
         """Vectors of any kind as rows (s, n); none of them where there are none.
 
@@ -158,7 +200,7 @@ class Target:
         if vectors is None:
             return torch.zeros(0, self.local, dtype=self.space.dtype, device=self.space.device)
         try:
-            return parse(vectors, self.space, self.space).columns.T.contiguous()
+            return self.operand(vectors).columns.T.contiguous()
         except VectorError as error:
             raise VectorError(f"{what}: {error}") from error
 
@@ -176,15 +218,22 @@ def require_whole_states(vectors: VectorSpace) -> None:
         )
 
 
-def target(op: Any) -> Target:
+def target(op: Any, basis: Basis = "device") -> Target:
     """The target for any operator that estimators take.
 
     Args:
         op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator``, a matrix (array or tensor).
+        basis: where the vectors of a run lie: "device", that of the operator, or "cpu".
 
     Raises:
         ExpressionError: something else, or an operator that is not real.
     """
+    require_one_of(basis, "basis", get_args(Basis))
+    found = _target(op)
+    return found.on_host() if basis == "cpu" else found
+
+
+def _target(op: Any) -> Target:
     if isinstance(op, Target):
         return op
     if isinstance(op, CurvatureOperator):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from curvalg import Problem, registry
+from curvalg.errors import OptionError
+from curvalg.estimate import eigsh, matrix_function
 from curvalg.tensors import trees
 from tests.support.devices import SIMULATED, agree, moved
 from tests.support.zoo import make
@@ -56,3 +58,28 @@ def test_only_pinned_memory_is_uploaded_without_waiting(monkeypatch):
         trees.place(X, torch.device("cuda"))
         trees.place(there, torch.device("cpu"))
     assert {kind for kind, _, _ in seen} == {"upload, async", "sync"}
+
+
+def test_krylov_vectors_may_lie_on_the_host():
+    """Started and deflated by vectors from either side; the same numbers as on the device."""
+    torch.manual_seed(0)
+    X, y = torch.randn(40, 6), torch.randint(0, 3, (40,))
+    net = torch.nn.Sequential(torch.nn.Linear(6, 68), torch.nn.Tanh(), torch.nn.Linear(68, 3)).double().cuda()
+    op = registry.build("hessian").lower(
+        Problem(net, torch.nn.CrossEntropyLoss(), (X.double().cuda(), y.cuda()), factored=False)
+    )
+    v0 = op.problem.gradient()
+    there = eigsh(op, 2, v0=v0, block=1, tol=1e-8)
+    here = eigsh(op, 2, v0=v0, block=1, tol=1e-8, basis="cpu")
+    assert here.method == there.method == "lanczos"
+    assert there.eigenvectors.is_cuda
+    assert here.eigenvectors.device.type == "cpu"
+    agree(there.eigenvalues, here.eigenvalues)
+    rest = [eigsh(op, 1, deflate=pairs, block=1, tol=1e-8, basis="cpu").eigenvalues for pairs in (there, here)]
+    agree(rest[0], rest[1])
+    assert matrix_function(op, "exp", v0, basis="cpu").value.is_cuda
+
+
+def test_a_place_for_the_basis_that_is_none_is_refused():
+    with pytest.raises(OptionError, match="expected basis to be one of 'device', 'cpu'"):
+        eigsh(torch.eye(3), 1, basis="host")

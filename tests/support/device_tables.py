@@ -116,6 +116,13 @@ ESTIMATES: dict[str, Callable[[Problem], Any]] = {
     "eigsh": lambda p: estimate.eigsh(_hessian(p), 3).eigenvalues,
     "eigsh, both ends": lambda p: estimate.eigsh(_hessian(p), 2, which="BE", block=2).eigenvalues,
     "svds": lambda p: estimate.svds(_build("jacobian").lower(p), 2, tol=torch.finfo(p.dtype).eps ** 0.5).values,
+    "eigsh, basis on the host": lambda p: estimate.eigsh(_hessian(p), 3, basis="cpu").eigenvalues,
+    "svds, basis on the host": lambda p: (
+        estimate.svds(_build("jacobian").lower(p), 2, tol=torch.finfo(p.dtype).eps ** 0.5, basis="cpu").values
+    ),
+    "spectral_density, basis on the host": lambda p: _density(_hessian(p), outliers=2, basis="cpu"),
+    "matrix_function, basis on the host": lambda p: _square_root(p, steps=10, basis="cpu"),
+    "logdet, basis on the host": lambda p: estimate.logdet(_damped(p), products=12, basis="cpu").value,
     "spectral_density": lambda p: _density(_hessian(p)),
     "spectral_density, outliers": lambda p: _density(_hessian(p), outliers=2),
     "spectral_density, exact": lambda p: _density((_build("kfac") + 0.1 * Identity).lower(p)),

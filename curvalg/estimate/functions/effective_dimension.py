@@ -16,7 +16,7 @@ from curvalg.estimate.functions.spectral_sum import (
 from curvalg.estimate.proofs import require_definite
 from curvalg.estimate.request import OnFail, Request, require_count, require_positive
 from curvalg.estimate.result import Estimate, exactly
-from curvalg.estimate.target import CHEAP, target
+from curvalg.estimate.target import CHEAP, Basis, target
 from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run_file import FileName
 from curvalg.tensors.memory import small
@@ -32,6 +32,7 @@ def effective_dimension(
     steps: int | None = None,
     seed: int = 0,
     on_fail: OnFail = "raise",
+    basis: Basis = "device",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
@@ -44,7 +45,7 @@ def effective_dimension(
         op: a :class:`~curvalg.CurvatureOperator` that is proved positive semidefinite, another SciPy ``LinearOperator`` or a
             matrix, of which the Ritz values must not be negative.
         damping: λ > 0.
-        products, tol, steps, seed, on_fail, checkpoint, progress: as of :func:`logdet`.
+        products, tol, steps, seed, on_fail, basis, checkpoint, progress: as of :func:`logdet`.
 
     Returns:
         A value between 0 and n, with its error.
@@ -61,7 +62,7 @@ def effective_dimension(
     >>> round(estimate.value, 6)
     5.0
     """
-    begin, given = time.perf_counter(), target(op)
+    begin, given = time.perf_counter(), target(op, basis)
     shift = require_positive(damping, "a damping > 0", "; without any, it is the rank")
     request = Request(seed, checkpoint, progress, on_fail, tol, products=products)
     steps = None if steps is None else require_count(steps, "steps")

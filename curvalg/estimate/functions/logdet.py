@@ -16,7 +16,7 @@ from curvalg.estimate.functions.spectral_sum import (
 from curvalg.estimate.proofs import require_definite
 from curvalg.estimate.request import OnFail, Request, require_count
 from curvalg.estimate.result import Estimate, exactly
-from curvalg.estimate.target import CHEAP, target
+from curvalg.estimate.target import CHEAP, Basis, target
 from curvalg.runs.run_file import FileName
 
 
@@ -29,6 +29,7 @@ def logdet(
     steps: int | None = None,
     seed: int = 0,
     on_fail: OnFail = "raise",
+    basis: Basis = "device",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Estimate:
@@ -45,6 +46,8 @@ def logdet(
         steps: of each probe; by default √(5 products). More for spectra that reach down to zero.
         seed: of the probes.
         on_fail: "raise", or "warn" and return what there is with ``converged=False``.
+        basis: where the Krylov vectors lie: on the "device" of the operator or, where they do not fit there, in the memory of
+            the "cpu", which they leave for products only.
         checkpoint: a file that the run is written to now and then and resumed from, if it is there.
         progress: show products done and expected.
 
@@ -66,7 +69,7 @@ def logdet(
     >>> abs(estimate.value - float(torch.linspace(1, 2, 100).log().sum())) < 4 * estimate.error
     True
     """
-    begin, given = time.perf_counter(), target(op)
+    begin, given = time.perf_counter(), target(op, basis)
     request = Request(seed, checkpoint, progress, on_fail, tol, products=products)
     steps = None if steps is None else require_count(steps, "steps")
     require_definite(given, "logdet", strictly=True)

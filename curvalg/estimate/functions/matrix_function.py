@@ -17,9 +17,9 @@ from curvalg.estimate.functions.scalar_functions import Scalar, scalar
 from curvalg.estimate.proofs import require_symmetric
 from curvalg.estimate.request import OnFail, Request, require_count
 from curvalg.estimate.result import Result
-from curvalg.estimate.target import CHEAP, Target, target
+from curvalg.estimate.target import CHEAP, Basis, Target, target
 from curvalg.lowering.matrices import Eigh
-from curvalg.lowering.vectors import Vector, parse
+from curvalg.lowering.vectors import Vector
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
 from curvalg.solve.powers import norms
@@ -59,6 +59,7 @@ def matrix_function(
     tol: float | None = None,
     seed: int = 0,
     on_fail: OnFail = "raise",
+    basis: Basis = "device",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> FunctionProduct:
@@ -78,6 +79,8 @@ def matrix_function(
         tol: change relative to ‖f(A) v‖ at which "auto" stops; by default 1e-5 in float32, 1e-10 in float64.
         seed: of the vectors that try the symmetry of operators of which nothing is proved.
         on_fail: "raise", or "warn" and return what there is with ``converged=False``.
+        basis: where the Krylov vectors lie: on the "device" of the operator or, where they do not fit there, in the memory of
+            the "cpu", which they leave for products only.
         checkpoint: a file that the run is written to now and then and resumed from, if it is there.
         progress: show products done and expected.
 
@@ -99,13 +102,13 @@ def matrix_function(
     tensor([1., 2., 3.])
     """
     request = Request(seed, checkpoint, progress, on_fail, tol)
-    begin, given, f = time.perf_counter(), target(op).in_units(), scalar(function)
+    begin, given, f = time.perf_counter(), target(op, basis).in_units(), scalar(function)
     steps = steps if steps == "auto" else require_count(steps, "steps")
     default = 1e-5 if given.space.dtype == torch.float32 else 1e-10
     tol = max(default, given.half) if tol is None else float(tol)
     file = given.checkpoint(checkpoint)
     before = require_symmetric(given, seed)
-    rows = (operand := parse(vector, given.space, given.space)).columns.T.contiguous()
+    rows = (operand := given.operand(vector)).columns.T.contiguous()
     kept = given.vectors.anywhere(rows.T != 0)
     result = torch.zeros_like(rows)
 

@@ -24,7 +24,7 @@ from curvalg.estimate.sampling.slq import StochasticLanczos
 from curvalg.estimate.spectra.curve import Density, Look
 from curvalg.estimate.spectra.eigen import confined, eigsh
 from curvalg.estimate.spectra.smooth import SCALES
-from curvalg.estimate.target import CHEAP, Target, target
+from curvalg.estimate.target import CHEAP, Basis, Target, target
 from curvalg.lowering.matrices import Eigh
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
@@ -46,6 +46,7 @@ def spectral_density(
     grid: int | Tensor = 1024,
     width: float | None = None,
     seed: int = 0,
+    basis: Basis = "device",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Density:
@@ -69,6 +70,8 @@ def spectral_density(
         width: σ of the bumps in units of the axis (decades on a log scale); by default Papyan's rule,
             σ = 2 / ((M − 1) √(8 ln κ)) times half the range for M steps and κ = 3 (1.04 on a log scale).
         seed: of the probes.
+        basis: where the Krylov vectors lie: on the "device" of the operator or, where they do not fit there, in the memory of
+            the "cpu", which they leave for products only.
         checkpoint: a file that the run is written to and resumed from; the search for outliers has one beside it, named
             with ".outliers" at the end.
         progress: show products done and expected.
@@ -95,7 +98,7 @@ def spectral_density(
     >>> abs(half.value - 25) < 4 * half.error
     True
     """
-    begin, given = time.perf_counter(), target(op).in_units()
+    begin, given = time.perf_counter(), target(op, basis).in_units()
     request = Request(seed, checkpoint, progress)
     probes, steps = require_count(probes, "probes"), require_count(steps, "steps")
     require_one_of(scale, "scale", SCALES)
@@ -111,7 +114,7 @@ def spectral_density(
     peaks, locked = torch.zeros(0, dtype=torch.float64, device="cpu"), given.rows(None, "outliers")
     if outliers:
         path = None if checkpoint is None else Path(checkpoint).with_name(f"{Path(checkpoint).name}.outliers")
-        pairs = eigsh(op, outliers, which="LM", seed=seed, checkpoint=path, progress=progress)
+        pairs = eigsh(op, outliers, which="LM", seed=seed, basis=basis, checkpoint=path, progress=progress)
         if pairs.partial:
             raise KeyboardInterrupt
         before, peaks = before + pairs.products, pairs.eigenvalues

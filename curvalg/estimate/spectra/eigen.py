@@ -15,7 +15,7 @@ from curvalg.estimate.request import OnFail, Request, require_block, require_one
 from curvalg.estimate.result import Eigenpairs
 from curvalg.estimate.spectra.eigenpair_search import Block, Lanczos
 from curvalg.estimate.spectra.exact import exact
-from curvalg.estimate.target import Target, target
+from curvalg.estimate.target import Basis, Target, target
 from curvalg.lowering.vectors import Vector
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName
@@ -38,6 +38,7 @@ def eigsh(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
+    basis: Basis = "device",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
@@ -67,6 +68,8 @@ def eigsh(
         seed: of random vectors.
         maxiter: the most products (of one vector); by default max(1000, 100 k).
         on_fail: "raise", or "warn" and return what there is with ``converged=False``.
+        basis: where the Krylov vectors lie: on the "device" of the operator or, where they do not fit there, in the memory of
+            the "cpu", which they leave for products only.
         checkpoint: a file that the run is written to now and then and resumed from, if it is there.
         progress: show products done and expected.
 
@@ -90,7 +93,7 @@ def eigsh(
     (tensor([6., 6.], dtype=torch.float64), torch.Size([3, 2]))
     """
     request = Request(seed, checkpoint, progress, on_fail, tol, exactness=True, maxiter=maxiter)
-    given = target(op).in_units()
+    given = target(op, basis).in_units()
     pairs, complaint = search(given, k, which, request, block=block, v0=v0, deflate=deflate)
     pairs = dataclasses.replace(pairs, eigenvalues=given.back(pairs.eigenvalues), residuals=given.back(pairs.residuals))
     if complaint:

@@ -23,6 +23,7 @@ def exact(target: Target, k: int, which: Which, tol: float) -> Eigenpairs | None
         return None
     spectrum: Eigh = known[0]
     values, vectors = chosen(spectrum, k, which, target.size, target.space.dtype)
+    vectors = vectors.to(target.space.device)
     products = target.multiply(vectors)  # first, for it may find the unit
     size = max(float(spectrum.eigenvalues.abs().max()) if len(spectrum.eigenvalues) else 0.0, abs(spectrum.rest))
     values, scale = target.to(values), float(target.to(values.new_tensor(size)))

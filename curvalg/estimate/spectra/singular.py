@@ -16,7 +16,7 @@ from curvalg.estimate.request import OnFail, Request, require_pairs
 from curvalg.estimate.result import Eigenpairs, Result, axes
 from curvalg.estimate.spectra.eigen import search
 from curvalg.estimate.spectra.eigenpair_search import Block
-from curvalg.estimate.target import Target, target
+from curvalg.estimate.target import Basis, Target, target
 from curvalg.lowering.vectors import Vector
 from curvalg.runs.run_file import FileName
 from curvalg.solve.orthogonal import complete, orthonormalise
@@ -62,6 +62,7 @@ def svds(
     seed: int = 0,
     maxiter: int | None = None,
     on_fail: OnFail = "raise",
+    basis: Basis = "device",
     checkpoint: FileName | None = None,
     progress: bool = False,
 ) -> SingularTriplets:
@@ -75,7 +76,7 @@ def svds(
         op: a :class:`~curvalg.CurvatureOperator`, another SciPy ``LinearOperator`` or a matrix, of shape (m, n).
         k: how many, 1 ≤ k ≤ min(m, n).
         tol: as above.
-        block, seed, maxiter, on_fail, checkpoint, progress: as of :func:`eigsh`; each product there is two here.
+        block, seed, maxiter, on_fail, basis, checkpoint, progress: as of :func:`eigsh`; each product there is two here.
         v0: vector(s) to start from, of length min(m, n).
 
     Returns:
@@ -91,7 +92,7 @@ def svds(
     tensor([2., 3.], dtype=torch.float64)
     """
     request = Request(seed, checkpoint, progress, on_fail, tol, exactness=True, maxiter=maxiter)
-    begin, given = time.perf_counter(), target(op).in_units()
+    begin, given = time.perf_counter(), target(op, basis).in_units()
     k = require_pairs(k, min(given.shape), f"{given.name} of shape {given.shape}")
     pairs, complaint = search(gram(given), k, "LA", request, block=block, v0=v0)
     made = _triplets(given, pairs)
