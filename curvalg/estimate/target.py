@@ -12,8 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from curvalg.errors import CheckpointError, ExpressionError, FactsError, VectorError
-from curvalg.estimate.request import require_one_of
+from curvalg.errors import CheckpointError, ExpressionError, FactsError, OptionError, VectorError
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.operators.composition import TorchOperator
@@ -228,7 +227,8 @@ def target(op: Any, basis: Basis = "device") -> Target:
     Raises:
         ExpressionError: something else, or an operator that is not real.
     """
-    require_one_of(basis, "basis", get_args(Basis))
+    if basis not in (known := get_args(Basis)):
+        raise OptionError(f"expected basis to be one of {', '.join(map(repr, known))}, got {basis!r}")
     found = _target(op)
     return found.on_host() if basis == "cpu" else found
 

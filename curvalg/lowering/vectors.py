@@ -12,6 +12,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
+from curvalg.distributed.sharding.tensor_parallel import Spread
 from curvalg.errors import NotFiniteError, VectorError, VectorTypeError
 from curvalg.problem import Layout
 from curvalg.tensors.bits import all_finite
@@ -91,11 +92,11 @@ def parse(x: Vector, domain: Space, codomain: Space, *, unread: bool = False) ->
 
 def _require(ok: bool, domain: Space, came: str) -> None:
     if not ok:
-        n, part = (
-            domain.local,
-            "" if domain.sharded is None else f", the part of {domain.size} numbers that this process holds",
-        )
-        raise VectorError(f"expected shape ({n},) or ({n}, K){part}, got {came}")
+        n, part, cure = domain.local, "", ""
+        if domain.sharded is not None:
+            part = f", the part of {domain.size} numbers that this process holds"
+            cure = "; of a whole vector v the part is v[problem.layout.places()]"
+        raise VectorError(f"expected shape ({n},) or ({n}, K){part}, got {came}{cure}")
 
 
 def require_finite_operand(columns: Tensor) -> Tensor:
@@ -172,14 +173,18 @@ def _from_tree(x: Mapping[str, Tensor] | Sequence[Tensor], domain: Space, codoma
         raise VectorTypeError(
             f"this operator acts on outputs ({domain.size} numbers), not on parameters; pass an array or a tensor"
         )
-    flat = domain.layout.flatten(x)
+    flat, names = domain.layout.flatten(x), domain.layout.names
     inner = _from_tensor(flat, domain, unread)
 
     def restore(y: Tensor) -> Any:
         result = inner.restore(y)
         if codomain.layout is None:
             return result
-        tree = codomain.layout.unflatten(result)
+        given = x if isinstance(x, Mapping) else dict(zip(names, x, strict=True))
+        tree = {
+            name: t if (spread := Spread.like(given.get(name))) is None else spread.of(t)
+            for name, t in codomain.layout.unflatten(result).items()
+        }
         if isinstance(x, Mapping):
             return tree
         return tuple(tree.values()) if isinstance(x, tuple) else list(tree.values())

@@ -180,7 +180,8 @@ class Problem(Setting):
         grid = made.grid if isinstance(made, ShardedModel) else None
         self.group = make_group(group, self.device, self.lock, grid=grid)
         if isinstance(made, ShardedModel):
-            made.join(self.group)
+            made.join(self.group, self.group.vectors)
+            self.layout = made.layout
             settle_options(self)
         join(self, loss) if not self.group.alone else require_whole_data(model, batches)
 

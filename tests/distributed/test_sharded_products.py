@@ -16,6 +16,7 @@ from tests.support.sharded_models import (
     products,
     traffic,
     trained,
+    whole_vectors,
 )
 
 CASES = [
@@ -56,6 +57,21 @@ def test_training_goes_on_as_before(ranks, kind, model):
     assert not [r for r in results if isinstance(r, Failed)], results
     for got, expected in results:
         assert got == expected  # to the bit
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "size"), [("data", "mlp", 3), ("parameters", "mlp", 2), ("tensor", "mlp", 3), ("both", "mlp", 4)]
+)
+def test_vectors_as_users_have_them(ranks, kind, model, size):
+    """Dicts of DTensors go in and come out; whole vectors come together where they are asked for, to the bit."""
+    results = ranks.run(size, whole_vectors, kind, model)
+    assert not [r for r in results if isinstance(r, Failed)], results
+    for found in results:
+        assert found["vector"]
+        assert found["columns"]
+        assert found["error"] <= 1e-10
+        assert all("v[problem.layout.places()]" in said or "is still to be taken" in said for said in found["refused"])
+        assert len(found["refused"]) == (2 if kind == "parameters" else 3)
 
 
 @pytest.mark.parametrize("kind", ["data", "parameters", "tensor"])

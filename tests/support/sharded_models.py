@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import curvalg.estimate as est
 from curvalg import Identity, Problem, inverse, parse
+from curvalg.errors import VectorError
 
 TERMS = (
     "hessian",
@@ -192,6 +193,55 @@ def products(group: Any, kind: str, model: str, terms: Sequence[str]) -> dict[st
 def _error(got: Tensor, whole: Tensor, index: Tensor) -> float:
     assert got.shape == whole[index].shape
     return float((got - whole[index]).norm() / whole.norm())
+
+
+def whole_vectors(group: Any, kind: str, model: str) -> dict[str, Any]:
+    """Vectors put together on the first process, and products with vectors as users have them: dicts of DTensors."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    problem, whole, index = cut(group, kind, model)
+    columns = torch.stack([vector(whole.size), vector(whole.size, 6)], 1)
+    found: dict[str, Any] = {"refused": []}
+    for name, v in {"vector": columns[:, 0], "columns": columns}.items():
+        full = problem.layout.full(v[index])
+        assert (full is None) == (problem.group.vectors.rank > 0)
+        found[name] = full is None or bool(torch.equal(full, v))
+    op = parse("hessian").lower(problem)
+    parameters: Any = dict(problem.model.module.named_parameters())  # type: ignore[union-attr]
+    parts = problem.layout.unflatten(columns[index])
+    given: dict[str, Any] = {
+        name: DTensor.from_local(
+            part.contiguous(),
+            p.device_mesh,
+            p.placements,
+            shape=(*p.shape, 2),
+            stride=(*(2 * n for n in p.stride()), 2),
+        )
+        if isinstance(p := parameters[name], DTensor)
+        else part
+        for name, part in parts.items()
+    }
+    products = op @ given
+    wanted = whole.layout.unflatten(parse("hessian").lower(whole) @ columns)
+    error = torch.tensor(0.0)
+    for name, got in products.items():
+        assert isinstance(got, DTensor) == isinstance(given[name], DTensor)
+        if isinstance(got, DTensor):
+            assert got.placements == given[name].placements
+            error = error.maximum((got.full_tensor() - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-3))
+    found["error"] = float(error)
+    unsummed = {
+        name: DTensor.from_local(t.to_local(), t.device_mesh, [Partial()] * t.device_mesh.ndim)
+        if isinstance(t, DTensor)
+        else t
+        for name, t in given.items()
+    }
+    for wrong in (whole.layout.unflatten(columns), unsummed, columns):
+        try:
+            op @ wrong
+        except VectorError as error_:
+            found["refused"].append(str(error_))
+    return found
 
 
 def trained(group: Any, kind: str, model: str) -> tuple[list[float], list[float]]:

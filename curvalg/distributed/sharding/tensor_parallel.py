@@ -29,6 +29,13 @@ class Spread:
     shape: torch.Size
     stride: tuple[int, ...]
 
+    @staticmethod
+    def like(tensor: Any) -> Spread | None:
+        """How a DTensor lies; None for anything else."""
+        if not is_part(tensor):
+            return None
+        return Spread(tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+
     def of(self, part: Tensor) -> Tensor:
         """A part as the DTensor whose part it is, with its graph."""
         from torch.distributed.tensor import DTensor

@@ -102,12 +102,30 @@ class Layout:
         Raises:
             VectorError: the leading axis is not D.
         """
+        self._require_vector(vector)
+        parts = vector.split(self.sizes)
+        return {n: t.reshape((*s, *t.shape[1:])) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
+
+    def full(self, vector: Tensor) -> Tensor | None:
+        """The whole of a vector (D,) or of columns (D, K), on the CPU.
+
+        Where processes hold parts of vectors, all call this together: the first one has the whole one, the others None.
+        ``layout.whole.unflatten`` has its parameters then.
+
+        Raises:
+            VectorError: the leading axis is not D.
+
+        >>> Layout({"w": torch.zeros(2)}).full(torch.ones(2))
+        tensor([1., 1.])
+        """
+        self._require_vector(vector)
+        return vector.detach().cpu()
+
+    def _require_vector(self, vector: Tensor) -> None:
         if vector.ndim not in (1, 2) or vector.shape[0] != self.size:
             raise VectorError(
                 f"expected a tensor of shape ({self.size},) or ({self.size}, K), got {tuple(vector.shape)}"
             )
-        parts = vector.split(self.sizes)
-        return {n: t.reshape((*s, *t.shape[1:])) for (n, s), t in zip(self.shapes.items(), parts, strict=True)}
 
     def unflatten_rows(self, rows: Tensor) -> dict[str, Tensor]:
         """Vectors (K, D) as one tensor (K, *shape) per parameter, views in the vectors' dtype."""

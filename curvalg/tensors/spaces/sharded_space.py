@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -15,6 +16,13 @@ from curvalg.tensors.spaces.vector_space import Summand, VectorSpace
 
 class Exchanger(Protocol):
     """What processes tell each other. All call the same methods in the same order, with tensors of the same shape and dtype."""
+
+    rank: int
+    """Of this process."""
+
+    def together(self, what: object) -> AbstractContextManager[None]:
+        """A context in which an error of one process is one of all."""
+        ...
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over processes, entry by entry; the same bits on each of them."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from curvalg.errors import VectorError
 from curvalg.problem.model.parameters import Layout
+from curvalg.problem.model.sharded.full_vectors import put_together
 from curvalg.problem.model.sharded.parameter_part import ParameterPart
+from curvalg.tensors.partial_tensors import is_part
 from curvalg.tensors.spaces.sharded_space import Exchanger, ShardedSpace
 
 
@@ -19,12 +23,18 @@ class ShardedLayout(Layout):
 
     Args:
         pieces: name -> the part of this process.
+        foremost: whether this process is the first one of those that have the same data, and so the same numbers of parameters
+            that are not cut among them.
+        exchanger: of all processes; None: not known yet.
     """
 
-    def __init__(self, pieces: Mapping[str, ParameterPart]) -> None:
+    def __init__(
+        self, pieces: Mapping[str, ParameterPart], foremost: bool = True, exchanger: Exchanger | None = None
+    ) -> None:
         super().__init__({name: _form(piece.shape, piece.summed) for name, piece in pieces.items()})
         self.whole = Layout({name: _form(piece.block.full, piece.summed) for name, piece in pieces.items()})
         self._pieces = dict(pieces)
+        self._foremost, self._exchanger = foremost, exchanger
         self._space: ShardedSpace | None = None
 
     @property
@@ -54,6 +64,45 @@ class ShardedLayout(Layout):
     def places(self) -> torch.Tensor:
         runs = [torch.arange(first, first + length, device="cpu") for first, length in self.runs]
         return torch.cat(runs) if runs else torch.arange(0, device="cpu")
+
+    def flatten(self, tree: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = [self._part_of(name, t) for name, t in zip(self.names, self._ordered(tree), strict=True)]
+        return super().flatten(parts)
+
+    def _part_of(self, name: str, tensor: Any) -> torch.Tensor:
+        """This process's part of a DTensor that is cut as its parameter is; any other tensor as it is."""
+        full, shape = self.whole.shapes[name], self.shapes[name]
+        if is_part(tensor):
+            if any(placement.is_partial() for placement in tensor.placements):
+                raise VectorError(
+                    f"{name}: expected a DTensor that is cut as the parameter is, got {tuple(tensor.placements)}, of which the "
+                    "sum is still to be taken; redistribute it as the parameter is"
+                )
+            with torch.no_grad():
+                part: torch.Tensor = tensor.to_local()
+            if tensor.shape[: len(full)] == full and part.shape[: len(shape)] == shape:
+                return part
+            came = f"a DTensor of shape {tuple(tensor.shape)} with placements {tuple(tensor.placements)}"
+        elif full != shape and tensor.shape[: len(full)] == full:
+            came = f"a whole tensor of shape {tuple(tensor.shape)}"
+        else:
+            return tensor  # type: ignore[no-any-return]
+        raise VectorError(
+            f"{name}: expected the part of this process, of shape {tuple(shape)} of {tuple(full)}, or a DTensor that is cut as "
+            f"the parameter is; got {came}. Of a whole vector v the part is v[problem.layout.places()]"
+        )
+
+    def full(self, vector: torch.Tensor) -> torch.Tensor | None:
+        exchanger = self._exchanger
+        assert exchanger is not None  # a problem joins its model to its processes at once
+        with exchanger.together("a whole vector of its parts"):
+            self._require_vector(vector)
+            return put_together(vector, self._own_places(), self.whole.size, exchanger)
+
+    def _own_places(self) -> torch.Tensor:
+        """The places of this process's numbers, with -1 for those that another one hands in as well."""
+        copies, places = self.copies, self.places()
+        return places if copies is None or self._foremost else places.masked_fill(copies > 1, -1)
 
     def once(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if (copies := self.copies) is None else rows / copies.to(rows)

@@ -27,6 +27,7 @@ from curvalg.problem.model.sharded.whole_weights import WholeWeights
 from curvalg.problem.model.snapshot import Slot
 from curvalg.tensors import trees
 from curvalg.tensors.partial_tensors import is_part
+from curvalg.tensors.spaces.sharded_space import Exchanger
 
 
 class PartsOfModule(Mapping[str, Any]):
@@ -80,6 +81,7 @@ class ShardedModel(ModuleModel):
         self._slots = self._find_slots()
         self._members, self._places = self._find_units()
         self._weights: WholeWeights | None = None
+        self._exchanger: Exchanger | None = None
         super().__init__(module, params, rule)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
@@ -151,7 +153,8 @@ class ShardedModel(ModuleModel):
 
     @property
     def layout(self) -> ShardedLayout:
-        return ShardedLayout({name: self.pieces[name] for name in self.chosen})
+        foremost = self.grid.ranks[1].index(_here()) == 0
+        return ShardedLayout({name: self.pieces[name] for name in self.chosen}, foremost, self._exchanger)
 
     def _find_slots(self) -> list[Slot]:
         parameters = [
@@ -212,8 +215,9 @@ class ShardedModel(ModuleModel):
         visit(self.module, None)
         return [list(some.values()) for some in members], places
 
-    def join(self, exchange: Exchange) -> None:
-        """Take the processes that hold the other parts."""
+    def join(self, exchange: Exchange, exchanger: Exchanger) -> None:
+        """Take the processes that hold the other parts: what weights, and what sums over numbers of vectors go through."""
+        self._exchanger = exchanger
         units = [ReshardUnit([self._piece_of(slot) for slot in some]) for some in self._members]
         spreads = [[self._spread(slot) for slot in some] for some in self._members]
         self._weights = WholeWeights(units, spreads, exchange)

@@ -132,7 +132,7 @@ class WholeWeights:
         if is_part(t):
             with torch.no_grad():
                 own = t.to_local()  # type: ignore[attr-defined]
-            spread = Spread(t.device_mesh, t.placements, t.shape, t.stride())  # type: ignore[attr-defined]
+            spread = Spread.like(t)
         if (
             type(own) not in (Tensor, torch.nn.Parameter) or own.layout != torch.strided
         ):  # it has no memory to be known by
