@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from curvalg.errors import CheckpointError, ExpressionError, FactsError, VectorError
+from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.operators.composition import TorchOperator
@@ -114,8 +114,7 @@ class Target:
         """The file of a run with this operator, and the rest of what the run is about; None for no path."""
         if path is None:
             return None
-        require_whole_states(self.vectors)
-        return Checkpoint(path, {**self.subject(), **more}, self.choices, self.unit)
+        return Checkpoint(path, {**self.subject(), **more}, self.choices, self.unit, self.vectors)
 
     @property
     def expected(self) -> Expected | None:
@@ -161,19 +160,6 @@ class Target:
             return parse(vectors, self.space, self.space).columns.T.contiguous()
         except VectorError as error:
             raise VectorError(f"{what}: {error}") from error
-
-
-def require_whole_states(vectors: VectorSpace) -> None:
-    """Raise where a run has vectors of which each process holds a part.
-
-    Raises:
-        CheckpointError: there is no file of such runs.
-    """
-    if not vectors.whole:
-        raise CheckpointError(
-            "checkpoint= is not offered where parameters are sharded, as each process has a part of every vector; leave it "
-            "out, and ask for fewer steps at a time (v0= goes on from what was found)"
-        )
 
 
 def target(op: Any) -> Target:

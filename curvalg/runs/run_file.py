@@ -90,7 +90,7 @@ class RunFile:
         """Whether there is a file yet."""
         return self.path.exists()
 
-    def replace(self, write: Callable[[Path], None]) -> None:
+    def replace(self, write: Callable[[Path], object]) -> None:
         """Put a new file in place, so that there is at any moment either the old one or the new one, whole.
 
         Args:
@@ -102,7 +102,7 @@ class RunFile:
         temporary = self._beside("tmp")  # one name for all writes, so that killed ones do not pile up
         try:
             write(temporary)
-            _flush(temporary)
+            flush(temporary)
             if self._stamp() not in (None, self._seen):
                 raise OSError("another program wrote to it meanwhile")
             os.replace(temporary, self.path)
@@ -112,7 +112,7 @@ class RunFile:
             raise
         self._seen = self._stamp()
         with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            _flush(self.path.parent)
+            flush(self.path.parent)
 
     def _require_kind(self) -> None:
         if not self.path.parent.is_dir():
@@ -201,7 +201,12 @@ def _content(file: IO[str]) -> str:
     return ""
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or folder to its disk.
+
+    Raises:
+        OSError: it could not.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -52,8 +52,10 @@ class ShardedLayout(Layout):
         return self._space
 
     def places(self) -> torch.Tensor:
-        runs = [torch.arange(first, first + length, device="cpu") for first, length in self.runs]
-        return torch.cat(runs) if runs else torch.arange(0, device="cpu")
+        return _joined(self.runs)
+
+    def places_in(self, name: str) -> torch.Tensor:
+        return _joined(self._pieces[name].runs)
 
     def once(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if (copies := self.copies) is None else rows / copies.to(rows)
@@ -65,6 +67,11 @@ class ShardedLayout(Layout):
 def whole_layout(layout: Layout) -> Layout:
     """The layout of the whole parameters."""
     return layout.whole if isinstance(layout, ShardedLayout) else layout
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The places that runs (first, length) consist of."""
+    return torch.cat([torch.arange(first, first + length, device="cpu") for first, length in (*runs, (0, 0))])
 
 
 def _form(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

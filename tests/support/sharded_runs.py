@@ -1,0 +1,165 @@
+"""Runs of models in parts that are interrupted and resumed, on as many processes or on others."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import curvalg.estimate as est
+from curvalg import Identity, Problem, inverse, parse
+from tests.support.rank_faults import at_exchange
+from tests.support.sharded_models import cut, vector
+
+NAME = "run.safetensors"
+Asked = Callable[[Problem, Tensor, Any], dict[str, Any]]
+"""(problem, places of its numbers, file) -> numbers, and vectors as pairs (places, this process's numbers)."""
+
+
+def _estimate(function: Any, term: str, **options: Any) -> Asked:
+    def ask(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
+        found = function(parse(term).lower(problem), checkpoint=path, on_fail="warn", **options)
+        if isinstance(found.value, float):
+            return {"value": torch.tensor([found.value, found.error]), "products": found.products}
+        return {"value": (index, found.value), "error": (index, found.error), "products": found.products}
+
+    return ask
+
+
+def _eigsh(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
+    v0, deflate = vector(_size(problem)), vector(_size(problem), 7)
+    options: dict[str, Any] = {"tol": 1e-10, "block": 2, "on_fail": "warn", "v0": v0[index], "deflate": deflate[index]}
+    found = est.eigsh(parse("hessian").lower(problem), 8, checkpoint=path, **options)
+    vectors = found.eigenvectors  # their signs are those of v0
+    return {"value": found.eigenvalues, "vectors, roughly": (index, vectors), "products": found.products}
+
+
+def _density(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
+    found = est.spectral_density(parse("hessian").lower(problem), probes=4, steps=12, checkpoint=path)
+    return {"value": found.nodes, "density": found.density, "products": found.products}
+
+
+def _function(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
+    v, op = vector(_size(problem))[index], parse("ggn + 0.1*identity").lower(problem)
+    found = est.matrix_function(op, "sqrt", v, steps=14, checkpoint=path)
+    return {"value": (index, found.value), "products": found.products}
+
+
+def _solve(solver: Any) -> Asked:
+    def ask(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
+        b = torch.stack([vector(_size(problem)), vector(_size(problem), 6)], 1)[index]
+        op = inverse(parse("ggn + 0.1*identity"), solver=solver, rtol=1e-11, on_fail="warn").lower(problem)
+        found = op.solve(b, x0=0.1 * b, checkpoint=path)
+        return {"value": (index, found.x), "iterations": found.iterations}
+
+    return ask
+
+
+def _size(problem: Problem) -> int:
+    return int(getattr(problem.layout, "whole", problem.layout).size)
+
+
+MORE = {"products": 12, "tol": 1e-9, "maxiter": 60}
+"""Budgets that are doubled, each in steps of its own."""
+QUESTIONS: dict[str, Asked] = {
+    "eigsh": _eigsh,
+    "density": _density,
+    "hutchinson": _estimate(est.trace, "hessian", method="hutchinson", **MORE),
+    "hutch++": _estimate(est.trace, "hessian", method="hutch++", **MORE),
+    "xtrace": _estimate(est.trace, "hessian", method="xtrace", **MORE),
+    "xnystrace": _estimate(est.trace, "ggn", method="xnystrace", **MORE),
+    "diagonal": _estimate(est.diagonal, "hessian", method="hutchinson", **MORE),
+    "xdiag": _estimate(est.diagonal, "hessian", method="xdiag", **MORE),
+    "norm": _estimate(est.norm, "hessian", **MORE),
+    "logdet": _estimate(est.logdet, "ggn + 0.1*identity", products=64),
+    "function": _function,
+    "cg": _solve("cg"),
+    "minres": _solve("minres"),
+}
+ONLY_IN_PARTS = ("logdet",)
+"""What one process has an exact form of."""
+
+
+def asked(
+    group: Any, kind: str, name: str, path: str | None, stop: float | None = None, frames: int = 0
+) -> dict[str, Any]:
+    """The answer of a run.
+
+    Args:
+        kind: how the model is cut.
+        path: of the file.
+        stop: share of the exchanges after which the last rank is interrupted.
+        frames: exchanges of a whole run.
+    """
+    warnings.simplefilter("ignore")
+    problem, _, index = cut(group, kind, "wide")
+    several = problem.group
+    last = torch.distributed.get_rank(group) == torch.distributed.get_world_size(group) - 1
+    number = int(stop * frames) if stop is not None and last else -1
+    begin = _begun(several)
+    with at_exchange(several, number, lambda: signal.raise_signal(signal.SIGINT)):
+        found = QUESTIONS[name](problem, index, path)
+    return {**found, "exchanges": _begun(several) - begin}
+
+
+def _begun(several: Any) -> int:
+    return int(several.headers)
+
+
+def resumed_alike(
+    group: Any, kind: str, name: str, folder: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Answers of a whole run, of one that was interrupted, and of this one when it was resumed."""
+    whole = asked(group, kind, name, f"{folder}/whole.safetensors")
+    path = f"{folder}/{NAME}"
+    part = asked(group, kind, name, path, 0.7, whole["exchanges"])
+    return whole, part, asked(group, kind, name, path)
+
+
+def stopped(group: Any, kind: str, name: str, folder: str) -> list[str]:
+    """Interrupt a run; the names of its files."""
+    whole = asked(group, kind, name, None)
+    asked(group, kind, name, f"{folder}/{NAME}", 0.75, whole["exchanges"])
+    torch.distributed.barrier(group)
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def alone(name: str) -> dict[str, Any]:
+    """The answer of one process."""
+    warnings.simplefilter("ignore")
+    before = torch.get_default_dtype()
+    try:
+        _, whole, _ = _whole()
+        return QUESTIONS[name](whole, torch.arange(whole.size), None)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _whole() -> Any:
+    raise NotImplementedError
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The answers of all processes as one, with whole vectors."""
+    found: dict[str, Tensor] = {}
+    for name, value in results[0].items():
+        if isinstance(value, tuple):
+            size = 1 + max(int(r[name][0].max()) for r in results if len(r[name][0]))
+            whole = torch.full((size, *value[1].shape[1:]), torch.nan, dtype=value[1].dtype)
+            for r in results:
+                whole[r[name][0]] = r[name][1]
+            found[name] = whole
+        elif name != "exchanges":
+            found[name] = torch.as_tensor(value)
+    return found
+
+
+def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest difference of two answers, relative to what is answered."""
+    scale = float(right["value"].double().norm())
+    return max(float((left[n] - t).double().norm()) / scale for n, t in right.items() if "roughly" not in n)
