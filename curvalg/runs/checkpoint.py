@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from curvalg.distributed.group import active
 from curvalg.errors import CheckpointError, CurvalgWarning
 from curvalg.problem.kept.measured import Measured
-from curvalg.runs.run_file import FileName, RunFile
+from curvalg.runs.run_file import FileName, RunFile, agreed
 from curvalg.runs.run_state import Named, Options, State
 from curvalg.runs.sealed import library_version, read_sealed, write_sealed
 from curvalg.runs.shard_files import SLOTS, Parts, ShardFiles
@@ -84,23 +84,7 @@ class Checkpoint:
         return made
 
     def _agreed(self, own: Callable[[], T]) -> T:
-        """What this process makes of files; where one process cannot, all raise the same.
-
-        Raises:
-            CheckpointError: one cannot.
-        """
-        made: T | None = None
-        failure: CheckpointError | None = None
-        try:
-            made = own()
-        except CheckpointError as error:
-            failure = error
-        if self._group.alone and failure is not None:
-            raise failure
-        said = [text for text in self._group.objects(None if failure is None else str(failure)) if text is not None]
-        if said:
-            raise CheckpointError(said[0]) from failure
-        return made  # type: ignore[return-value]
+        return agreed(self._group, own)
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """A context in which no other run writes the file.

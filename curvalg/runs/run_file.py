@@ -8,9 +8,9 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-from curvalg.distributed.group import active
+from curvalg.distributed.group import Group, active
 from curvalg.errors import CheckpointError
 
 try:
@@ -35,6 +35,7 @@ except ImportError:  # Windows
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
 
 
+T = TypeVar("T")
 FileName = str | os.PathLike[str]
 """The name of a file that a run is written to."""
 Stamp = tuple[int, int, int] | None
@@ -183,8 +184,33 @@ def require_place(path: FileName | None) -> None:
     Raises:
         CheckpointError: it is one, or another run writes there.
     """
-    if path is not None and active().rank == 0:
-        RunFile(path)
+    if path is not None:
+        group = active().vectors
+        agreed(group, lambda: RunFile(path) if group.rank == 0 else None)
+
+
+def agreed(group: Group, own: Callable[[], T]) -> T:
+    """What this process makes of files; where one process cannot, all raise the same.
+
+    Args:
+        group: all processes, which call this together.
+        own: what this one does.
+
+    Raises:
+        CheckpointError: one cannot.
+    """
+    if group.alone:
+        return own()
+    made: list[T] = []
+    failure: CheckpointError | None = None
+    try:
+        made.append(own())
+    except CheckpointError as error:
+        failure = error
+    said = [text for text in group.objects(None if failure is None else str(failure)) if text is not None]
+    if said:
+        raise CheckpointError(said[0]) from failure
+    return made[0]
 
 
 def _same(file: IO[str], path: Path) -> bool:

@@ -125,7 +125,7 @@ class FileTrail(Trail):
         self._solve = Solve(options)
         self._file = file
         self._held = contextlib.ExitStack()
-        shown = progress and active().rank == 0
+        shown = progress and active().vectors.rank == 0
         self._bar = tqdm(desc=f"solve with {method}", unit="iteration", total=node.maxiter, disable=not shown)
         self._parts: dict[int, Mark] = {}
         self._begin, self._before = time.perf_counter(), 0.0

@@ -118,12 +118,12 @@ def _mixed(x: Tensor) -> Tensor:
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """Integers shifted to the right, with zeros from the left."""
-    return (x >> by) & (2 ** (64 - by) - 1)
+    return (x >> by) & ((1 << (64 - by)) - 1)
 
 
 def _inverses(copies: Tensor) -> Tensor:
     """The inverses of small positive integers modulo the prime."""
-    values, index = copies.unique(return_inverse=True)
+    values, index = torch.unique(copies, return_inverse=True)
     inverses: Tensor = torch.tensor([pow(int(value), -1, PRIME) for value in values], device="cpu")[index]
     return inverses
 

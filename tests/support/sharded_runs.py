@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import curvalg.estimate as est
-from curvalg import Identity, Problem, inverse, parse
+from curvalg import CurvalgWarning, Problem, inverse, parse
+from tests.support.inside import Inside
 from tests.support.rank_faults import at_exchange
 from tests.support.sharded_models import cut, vector
 
@@ -33,7 +38,7 @@ def _estimate(function: Any, term: str, **options: Any) -> Asked:
 
 def _eigsh(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
     v0, deflate = vector(_size(problem)), vector(_size(problem), 7)
-    options: dict[str, Any] = {"tol": 1e-10, "block": 2, "on_fail": "warn", "v0": v0[index], "deflate": deflate[index]}
+    options: dict[str, Any] = {"tol": 1e-7, "block": 2, "on_fail": "warn", "v0": v0[index], "deflate": deflate[index]}
     found = est.eigsh(parse("hessian").lower(problem), 8, checkpoint=path, **options)
     vectors = found.eigenvectors  # their signs are those of v0
     return {"value": found.eigenvalues, "vectors, roughly": (index, vectors), "products": found.products}
@@ -86,7 +91,7 @@ ONLY_IN_PARTS = ("logdet",)
 
 
 def asked(
-    group: Any, kind: str, name: str, path: str | None, stop: float | None = None, frames: int = 0
+    group: Any, kind: str, name: str, path: str | None, stop: float | None = None, exchanges: int = 0
 ) -> dict[str, Any]:
     """The answer of a run.
 
@@ -94,54 +99,74 @@ def asked(
         kind: how the model is cut.
         path: of the file.
         stop: share of the exchanges after which the last rank is interrupted.
-        frames: exchanges of a whole run.
+        exchanges: of a whole run.
     """
     warnings.simplefilter("ignore")
     problem, _, index = cut(group, kind, "wide")
-    several = problem.group
+    several = problem.group.vectors if kind == "tensor" else problem.group  # who has the most exchanges
     last = torch.distributed.get_rank(group) == torch.distributed.get_world_size(group) - 1
-    number = int(stop * frames) if stop is not None and last else -1
-    begin = _begun(several)
+    number = int(stop * exchanges) if stop is not None and last else -1
+    begin = several.headers
     with at_exchange(several, number, lambda: signal.raise_signal(signal.SIGINT)):
         found = QUESTIONS[name](problem, index, path)
-    return {**found, "exchanges": _begun(several) - begin}
+    return {**found, "exchanges": several.headers - begin}
 
 
-def _begun(several: Any) -> int:
-    return int(several.headers)
+def resumed(group: Any, kind: str, name: str, folder: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Answers of a whole run, of one that was interrupted, and of this one when it was resumed.
 
-
-def resumed_alike(
-    group: Any, kind: str, name: str, folder: str
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Answers of a whole run, of one that was interrupted, and of this one when it was resumed."""
+    The folder ``stopped`` beside the file keeps the files as they were after the interruption.
+    """
     whole = asked(group, kind, name, f"{folder}/whole.safetensors")
     path = f"{folder}/{NAME}"
     part = asked(group, kind, name, path, 0.7, whole["exchanges"])
+    if torch.distributed.get_rank(group) == 0:
+        kept = Path(folder) / "stopped"
+        kept.mkdir()
+        for file in Path(folder).glob("run.*"):
+            shutil.copy(file, kept)
     return whole, part, asked(group, kind, name, path)
 
 
-def stopped(group: Any, kind: str, name: str, folder: str) -> list[str]:
-    """Interrupt a run; the names of its files."""
-    whole = asked(group, kind, name, None)
-    asked(group, kind, name, f"{folder}/{NAME}", 0.75, whole["exchanges"])
-    torch.distributed.barrier(group)
-    return sorted(path.name for path in Path(folder).iterdir())
-
-
-def alone(name: str) -> dict[str, Any]:
-    """The answer of one process."""
+def of_one_process(group: Any, name: str) -> dict[str, Any]:
+    """The answer of a process that has the whole model."""
     warnings.simplefilter("ignore")
-    before = torch.get_default_dtype()
-    try:
-        _, whole, _ = _whole()
-        return QUESTIONS[name](whole, torch.arange(whole.size), None)
-    finally:
-        torch.set_default_dtype(before)
+    _, whole, _ = cut(group, "parameters", "wide")
+    return QUESTIONS[name](whole, torch.arange(whole.size), None)
 
 
-def _whole() -> Any:
-    raise NotImplementedError
+def often(group: Any, kind: str, name: str, path: str, planted: str | None = None, number: int = 0) -> dict[str, Any]:
+    """The answer of a run that is written after every step; on the last rank a write may go wrong.
+
+    Args:
+        planted: "full": the disk is, from the write of a number on; "killed": the rank is, once it has written its file.
+        number: of the write.
+    """
+    last = torch.distributed.get_rank(group) == torch.distributed.get_world_size(group) - 1
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inside = Inside(patch)
+        inside(file_interval=0.0, file_overhead=1e9)
+        write, count = inside["save_file"], itertools.count(1)
+
+        def save(tensors: Any, path: Any, metadata: Any) -> None:
+            at = next(count)
+            if planted == "full" and at >= number:
+                Path(path).write_bytes(b"the beginning")
+                raise OSError(28, "No space left on device")
+            write(tensors, path, metadata)
+            if planted == "killed" and at == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        if last:
+            inside(save_file=save)
+        problem, _, index = cut(group, kind, "wide")
+        begin = problem.group.headers
+        found = QUESTIONS[name](problem, index, path)
+        said = [
+            str(w.message) for w in caught if issubclass(w.category, CurvalgWarning) and "checkpoint" in str(w.message)
+        ]
+    return {**found, "exchanges": problem.group.headers - begin, "said": said}
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -154,7 +179,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Tensor]:
             for r in results:
                 whole[r[name][0]] = r[name][1]
             found[name] = whole
-        elif name != "exchanges":
+        elif name not in ("exchanges", "said"):
             found[name] = torch.as_tensor(value)
     return found
 
