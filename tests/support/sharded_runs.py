@@ -22,6 +22,8 @@ from tests.support.rank_faults import at_exchange
 from tests.support.sharded_models import cut, vector
 
 NAME = "run.safetensors"
+SEEDS = {"v0": 5, "deflate": 7, "b": 5, "x0": 10}
+"""Of the vectors that are given to runs."""
 Asked = Callable[[Problem, Tensor, Any], dict[str, Any]]
 """(problem, places of its numbers, file) -> numbers, and vectors as pairs (places, this process's numbers)."""
 
@@ -37,8 +39,8 @@ def _estimate(function: Any, term: str, **options: Any) -> Asked:
 
 
 def _eigsh(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
-    v0, deflate = vector(_size(problem)), vector(_size(problem), 7)
-    options: dict[str, Any] = {"tol": 1e-7, "block": 2, "on_fail": "warn", "v0": v0[index], "deflate": deflate[index]}
+    vectors_given = {name: vector(_size(problem), SEEDS[name])[index] for name in ("v0", "deflate")}
+    options: dict[str, Any] = {"tol": 1e-7, "block": 2, "on_fail": "warn", **vectors_given}
     found = est.eigsh(parse("hessian").lower(problem), 8, checkpoint=path, **options)
     vectors = found.eigenvectors  # their signs are those of v0
     return {"value": found.eigenvalues, "vectors, roughly": (index, vectors), "products": found.products}
@@ -57,10 +59,12 @@ def _function(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
 
 def _solve(solver: Any) -> Asked:
     def ask(problem: Problem, index: Tensor, path: Any) -> dict[str, Any]:
-        b = torch.stack([vector(_size(problem)), vector(_size(problem), 6)], 1)[index]
+        b, x0 = (
+            torch.stack([vector(_size(problem), SEEDS[name] + i) for i in range(2)], 1)[index] for name in ("b", "x0")
+        )
         op = inverse(parse("ggn + 0.1*identity"), solver=solver, rtol=1e-11, on_fail="warn").lower(problem)
-        found = op.solve(b, x0=0.1 * b, checkpoint=path)
-        return {"value": (index, found.x), "iterations": found.iterations}
+        found = op.solve(b, x0=x0, checkpoint=path)
+        return {"value": (index, found.x), "iterations, roughly": found.iterations}
 
     return ask
 
@@ -110,6 +114,26 @@ def asked(
     with at_exchange(several, number, lambda: signal.raise_signal(signal.SIGINT)):
         found = QUESTIONS[name](problem, index, path)
     return {**found, "exchanges": several.headers - begin}
+
+
+def asked_otherwise(group: Any, kind: str, name: str, path: str, other: str) -> dict[str, Any]:
+    """The answer of a run with another vector, or of a model of which one number is another."""
+    if other != "weight":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SEEDS, other, 20)
+            return asked(group, kind, name, path)
+    problem, _, index = cut(group, kind, "wide")
+    problem.step((index == _size(problem) // 2).double(), 1e-9)
+    return QUESTIONS[name](problem, index, path)
+
+
+def beside_outliers(group: Any, kind: str, path: str) -> dict[str, Any]:
+    """A density beside eigenvalues that have a file of their own."""
+    problem, _, _ = cut(group, kind, "wide")
+    begin = problem.group.headers
+    op = parse("hessian").lower(problem)
+    found = est.spectral_density(op, probes=3, steps=8, outliers=2, checkpoint=path)
+    return {"value": found.nodes, "outliers": found.outliers, "exchanges": problem.group.headers - begin}
 
 
 def resumed(group: Any, kind: str, name: str, folder: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -185,6 +209,7 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest difference of two answers, relative to what is answered."""
+    """The largest difference of two answers, relative to what is answered; their price may be another."""
     scale = float(right["value"].double().norm())
-    return max(float((left[n] - t).double().norm()) / scale for n, t in right.items() if "roughly" not in n)
+    names = [name for name in right if name != "products" and "roughly" not in name]
+    return max(float((left[name] - right[name]).norm()) / scale for name in names)
