@@ -48,11 +48,13 @@ class Line:
     Attributes:
         number: of exchanges that were begun.
         broken: why there can be no more, or None.
+        stopped: whether Ctrl-C is to be told with the next one, whichever of the exchanges of these processes that is.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.broken: str | None = None
+        self.stopped = False
 
 
 _LINES: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()
@@ -95,7 +97,6 @@ class Processes(Group):
         self._state_hash: int | None = 0
         self._depth = 0
         self._what: object = "nothing"
-        self._stopped = False
         self._lock = lock
 
     def __reduce__(self) -> NoReturn:
@@ -138,17 +139,17 @@ class Processes(Group):
             return
 
         def note(number: int, frame: Any) -> None:
-            if self._stopped:
+            if self._line.stopped:
                 signal.default_int_handler(number, frame)
-            self._stopped = True
+            self._line.stopped = True
 
         signal.signal(signal.SIGINT, note)
         try:
             yield
-            if self._stopped:  # there was no exchange any more: the others have what they wanted
+            if self._line.stopped:  # there was no exchange any more: the others have what they wanted
                 raise Interrupted
         finally:
-            self._stopped = False
+            self._line.stopped = False
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _tell(self, error: BaseException) -> None:
@@ -179,7 +180,7 @@ class Processes(Group):
         self._line.number += 1
         self.headers += 1
         frame = torch.zeros(HEADER + ROOM, dtype=torch.int64, device="cpu")
-        flags = (FAILED if failure is not None else 0) | (STOPPED if self._stopped else 0)
+        flags = (FAILED if failure is not None else 0) | (STOPPED if self._line.stopped else 0)
         if self._state_hash is None:
             text = repr(sorted(self._digests().items()))
             self._state_hash = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
@@ -219,7 +220,7 @@ class Processes(Group):
             raise GroupError(f"rank {rank} of {self._number_told}{others} failed: {said[rank]}")
         if any(word & STOPPED for word in first):
             self._line.number = max(frame[1] for frame in frames)
-            self._stopped = False
+            self._line.stopped = False
             raise Interrupted
         if len({(frame[0], frame[1]) for frame in frames}) > 1:
             where = self._said(f"{_NAMES[first[self._place_told]]} in {self._what}")

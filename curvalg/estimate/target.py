@@ -12,7 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
-from curvalg.errors import CheckpointError, ExpressionError, FactsError, OptionError, VectorError
+from curvalg.errors import ExpressionError, FactsError, OptionError, VectorError
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.operators.composition import TorchOperator
@@ -141,8 +141,7 @@ class Target:
         """The file of a run with this operator, and the rest of what the run is about; None for no path."""
         if path is None:
             return None
-        require_whole_states(self.vectors)
-        return Checkpoint(path, {**self.subject(), **more}, self.choices, self.unit)
+        return Checkpoint(path, {**self.subject(), **more}, self.choices, self.unit, self.vectors)
 
     @property
     def expected(self) -> Expected | None:
@@ -202,19 +201,6 @@ class Target:
             return self.operand(vectors).columns.T.contiguous()
         except VectorError as error:
             raise VectorError(f"{what}: {error}") from error
-
-
-def require_whole_states(vectors: VectorSpace) -> None:
-    """Raise where a run has vectors of which each process holds a part.
-
-    Raises:
-        CheckpointError: there is no file of such runs.
-    """
-    if not vectors.whole:
-        raise CheckpointError(
-            "checkpoint= is not offered where parameters are sharded, as each process has a part of every vector; leave it "
-            "out, and ask for fewer steps at a time (v0= goes on from what was found)"
-        )
 
 
 def target(op: Any, basis: Basis = "device") -> Target:

@@ -361,14 +361,13 @@ class CurvatureOperator(StructuredOperator):
             self._bind()
             scale, node = self._inverse_plan()
             start = None if start is None else start / scale
-            trail = Trail()
+            trail, vectors = Trail(), self._codomain.vectors
             if checkpoint is not None or progress:
                 file = None
                 if checkpoint is not None:
-                    self._require_whole()
                     subject = run_identity(self.expr, self.problem, self.snapshot, noise(self.problem))
-                    file = Checkpoint(checkpoint, subject, self.problem.measured)
-                trail = FileTrail(file, node.expr, node.solver.name, operand.columns, start, progress)
+                    file = Checkpoint(checkpoint, subject, self.problem.measured, vectors=vectors)
+                trail = FileTrail(file, node.expr, node.solver.name, operand.columns, start, vectors, progress)
             try:
                 result = node.solve(self.snapshot, operand.columns, start, trail)
             except ConvergenceError as error:

@@ -11,6 +11,7 @@ they come in change a sum by more than rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.problem.batch import Batch
 from curvalg.problem.data.row_hashes import Fingerprint
-from curvalg.problem.model.parameters import Layout
+from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.problem.passes.first_order import pulled
 from curvalg.problem.problem import Problem
 from curvalg.tensors.memory import wide, widest
@@ -41,15 +42,18 @@ def numbers(problem: Problem) -> Numbers:
     with problem.lock, problem.differentiating():
         snapshot, total = problem.snapshot(), problem.sum()
         for evaluation in problem.evaluations(snapshot):
-            total.add(pulled(evaluation, lambda batch: _take(sums, batch)))
+            weightless = evaluation.sample.weightless  # of a process that only joins in
+            total.add(pulled(evaluation, lambda batch, joins=weightless: _take(sums, batch, joins)))  # type: ignore[misc]
         sums.merge(problem.group.objects(sums.parts()))
-        _take_derivative(sums, problem.layout, problem.totalled({"derivative": total})["derivative"])
+        _take_derivative(sums, problem, problem.totalled({"derivative": total})["derivative"])
     return sums.made()
 
 
-def _take(sums: _Sums, batch: Batch) -> Tensor:
+def _take(sums: _Sums, batch: Batch, weightless: bool) -> Tensor:
     """Add what a batch shows of outputs and loss; returns a cotangent to pull back that the loss has no part in."""
     z, axis = batch.output, batch.class_axis
+    if weightless:
+        return torch.zeros_like(z)
     if axis is None:
         size, axes = z.shape[1:], tuple(range(1, z.ndim))
     else:  # by positions: outputs may be made in chunks of these
@@ -71,11 +75,17 @@ def _take(sums: _Sums, batch: Batch) -> Tensor:
     return torch.cos(z + phases)
 
 
-def _take_derivative(sums: _Sums, layout: Layout, vector: Tensor) -> None:
-    for k, (name, shape) in enumerate(layout.shapes.items(), 1):
-        rows = vector[layout.slices[name]].view(shape[0] if shape else 1, -1)
-        across, down = (torch.cos(torch.arange(1, 1 + n, device=rows.device).to(rows.dtype)) for n in rows.shape)
-        sums.add(DERIVATIVE, 0, k * across[:, None] * rows * down, (1,))
+def _take_derivative(sums: _Sums, problem: Problem, vector: Tensor) -> None:
+    """Add what a vector over the parameters shows, of which each process may hold a part: each number counts once."""
+    layout, space = problem.layout, problem.vectors
+    found = torch.zeros(4, dtype=widest(vector.device), device=vector.device)
+    for k, (name, shape) in enumerate(whole_layout(layout).shapes.items(), 1):
+        places, columns = layout.places_in(name).to(vector.device), max(1, math.prod(shape[1:]))
+        down, across = (torch.cos(1.0 + at) for at in (places // columns, places % columns))
+        terms = wide(k * down.to(vector) * across.to(vector) * vector[layout.slices[name]])
+        every = torch.stack([terms, terms.abs(), terms.square(), terms.square()])
+        found += space.weighed_part(every, layout.slices[name]).sum(1)
+    sums.put(DERIVATIVE, space.total(found))
 
 
 class _Sums:
@@ -94,6 +104,11 @@ class _Sums:
     def add_total(self, name: str, number: int, total: Tensor) -> None:
         """Add a term of which only the sum does not depend on batches."""
         self._add((name, 2 * number), total, total.abs())
+
+    def put(self, name: str, found: Tensor) -> None:
+        """Sums that all processes have: of terms, their magnitudes, their squares and these."""
+        for number, (value, most) in enumerate(found.view(2, 2).tolist()):
+            self._sums[name, number] = [value, most]
 
     def _add(self, key: tuple[str, int], terms: Tensor, most: Tensor) -> None:
         old = self._sums.get(key, [0.0, 0.0])

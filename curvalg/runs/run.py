@@ -69,7 +69,7 @@ def _run(algorithm: Algorithm, checkpoint: Checkpoint | None, progress: bool, ex
     def seconds() -> float:
         return before + time.perf_counter() - begin
 
-    with tqdm(desc=algorithm.name, unit="product", disable=not progress or active().rank > 0) as bar:
+    with tqdm(desc=algorithm.name, unit="product", disable=not progress or active().vectors.rank > 0) as bar:
         try:
             while not algorithm.done(state):
                 try:

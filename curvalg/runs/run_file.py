@@ -8,9 +8,9 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-from curvalg.distributed.group import active
+from curvalg.distributed.group import Group, active
 from curvalg.errors import CheckpointError
 
 try:
@@ -35,6 +35,7 @@ except ImportError:  # Windows
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
 
 
+T = TypeVar("T")
 FileName = str | os.PathLike[str]
 """The name of a file that a run is written to."""
 Stamp = tuple[int, int, int] | None
@@ -90,7 +91,7 @@ class RunFile:
         """Whether there is a file yet."""
         return self.path.exists()
 
-    def replace(self, write: Callable[[Path], None]) -> None:
+    def replace(self, write: Callable[[Path], object]) -> None:
         """Put a new file in place, so that there is at any moment either the old one or the new one, whole.
 
         Args:
@@ -102,7 +103,7 @@ class RunFile:
         temporary = self._beside("tmp")  # one name for all writes, so that killed ones do not pile up
         try:
             write(temporary)
-            _flush(temporary)
+            flush(temporary)
             if self._stamp() not in (None, self._seen):
                 raise OSError("another program wrote to it meanwhile")
             os.replace(temporary, self.path)
@@ -112,7 +113,7 @@ class RunFile:
             raise
         self._seen = self._stamp()
         with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-            _flush(self.path.parent)
+            flush(self.path.parent)
 
     def _require_kind(self) -> None:
         if not self.path.parent.is_dir():
@@ -183,8 +184,33 @@ def require_place(path: FileName | None) -> None:
     Raises:
         CheckpointError: it is one, or another run writes there.
     """
-    if path is not None and active().rank == 0:
-        RunFile(path)
+    if path is not None:
+        group = active().vectors
+        agreed(group, lambda: RunFile(path) if group.rank == 0 else None)
+
+
+def agreed(group: Group, own: Callable[[], T]) -> T:
+    """What this process makes of files; where one process cannot, all raise the same.
+
+    Args:
+        group: all processes, which call this together.
+        own: what this one does.
+
+    Raises:
+        CheckpointError: one cannot.
+    """
+    if group.alone:
+        return own()
+    made: list[T] = []
+    failure: CheckpointError | None = None
+    try:
+        made.append(own())
+    except CheckpointError as error:
+        failure = error
+    said = [text for text in group.objects(None if failure is None else str(failure)) if text is not None]
+    if said:
+        raise CheckpointError(said[0]) from failure
+    return made[0]
 
 
 def _same(file: IO[str], path: Path) -> bool:
@@ -201,7 +227,12 @@ def _content(file: IO[str]) -> str:
     return ""
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the system write a file or folder to its disk.
+
+    Raises:
+        OSError: it could not.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -87,6 +87,10 @@ class Named(Protocol):
         """Everything that decides the result, except the operator."""
         ...
 
+    def axes(self, state: State) -> Mapping[str, int]:
+        """Names of tensors that are vectors -> the axis along which their numbers lie, of which a process may have a part."""
+        ...
+
     def fits(self, state: State) -> bool:
         """Whether a state read from a file can be one of this algorithm."""
         ...

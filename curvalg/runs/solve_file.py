@@ -16,11 +16,14 @@ from curvalg.distributed.group import active
 from curvalg.expr import Inverse
 from curvalg.runs.checkpoint import Checkpoint
 from curvalg.runs.run_state import Options, State, is_count, sizes
-from curvalg.runs.sealed import digest
+from curvalg.runs.vector_digest import vectors_digest
 from curvalg.solve.cg import MARKED as CG
+from curvalg.solve.cg import VECTORS as VECTORS_OF_CG
 from curvalg.solve.minres import MARKED as MINRES
+from curvalg.solve.minres import VECTORS as VECTORS_OF_MINRES
 from curvalg.solve.powers import scaled
 from curvalg.solve.trail import Mark, Trail
+from curvalg.tensors.spaces import VectorSpace
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Solve:
 
     options: Options
     name: str = "solve"
+
+    def axes(self, state: State) -> Mapping[str, int]:
+        """The axis of the tensors that are vectors."""
+        return {name: 0 for name in state.tensors if name.partition("/")[2] in _VECTORS}
 
     def fits(self, state: State) -> bool:
         """Whether there are the same book-keeping and a residual history for each part."""
@@ -70,6 +77,8 @@ _FORMS: dict[str, tuple[torch.dtype | None, tuple[int | str, ...]]] = {
 """What every method marks; None for the dtype of the vectors."""
 _METHODS = CG, MINRES
 """What each method marks besides."""
+_VECTORS = {"best", *VECTORS_OF_CG, *VECTORS_OF_MINRES}
+"""What is marked of the columns' numbers."""
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
@@ -89,6 +98,7 @@ class FileTrail(Trail):
         method: name of the strategy.
         b: right-hand sides (n, K).
         x0: starting point, or None.
+        vectors: the space of the columns.
         progress: show iterations.
 
     Raises:
@@ -96,19 +106,26 @@ class FileTrail(Trail):
     """
 
     def __init__(
-        self, file: Checkpoint | None, node: Inverse, method: str, b: Tensor, x0: Tensor | None, progress: bool
+        self,
+        file: Checkpoint | None,
+        node: Inverse,
+        method: str,
+        b: Tensor,
+        x0: Tensor | None,
+        vectors: VectorSpace,
+        progress: bool,
     ) -> None:
         options: Options = {
             "solver": method,
             "rtol": node.rtol,
             "atol": float(node.atol),
-            "b": digest(b),
-            "x0": None if x0 is None else digest(x0),
+            "b": vectors_digest(b, vectors, 0),
+            "x0": None if x0 is None else vectors_digest(x0, vectors, 0),
         }
         self._solve = Solve(options)
         self._file = file
         self._held = contextlib.ExitStack()
-        shown = progress and active().rank == 0
+        shown = progress and active().vectors.rank == 0
         self._bar = tqdm(desc=f"solve with {method}", unit="iteration", total=node.maxiter, disable=not shown)
         self._parts: dict[int, Mark] = {}
         self._begin, self._before = time.perf_counter(), 0.0

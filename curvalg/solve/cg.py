@@ -15,6 +15,8 @@ PRECONDITIONER = "the preconditioner is not positive definite, or not finite"
 
 MARKED = ("x", "r", "p", "rz")
 """Tensors of a mark, besides those of the book-keeping."""
+VECTORS = ("x", "r", "p")
+"""Those that are columns of numbers."""
 
 
 def cg(

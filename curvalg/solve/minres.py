@@ -77,6 +77,8 @@ def _nothing() -> _Recurrence:
 
 MARKED = ("x", "target", *vars(_nothing()))
 """Tensors of a mark, besides those of the book-keeping."""
+VECTORS = ("x", "v_old", "v", "z", "w_old", "w")
+"""Those that are columns of numbers."""
 
 
 def minres(

@@ -199,7 +199,7 @@ def test_another_format_is_named(file, whole):
     whole("xtrace")
     header, tensors = parts(file)
     save_file(tensors, file, {"curvalg": json.dumps({**header, "format": 2, "version": "0.1"})})
-    with pytest.raises(CheckpointError, match=r"checkpoint format 2, written by curvalg 0\.1; .* reads format 5"):
+    with pytest.raises(CheckpointError, match=r"checkpoint format 2, written by curvalg 0\.1; .* reads format 6"):
         RUNS["xtrace"](operator(), file)
 
 

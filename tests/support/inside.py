@@ -29,7 +29,7 @@ PLACES = {
     "lanczos_steps": "curvalg.estimate.spectra.eigenpair_search.MOST",
     "longest_function": "curvalg.estimate.functions.matrix_function.LONGEST",
     "doublings": "curvalg.estimate.functions.spectral_sum.DOUBLINGS",
-    "file_interval": "curvalg.runs.checkpoint.INTERVAL",
+    "file_due": "curvalg.runs.checkpoint.Checkpoint.due",
     "kronecker_chunk": "curvalg_plugins.kronecker.factors.CHUNK",
     "kernel_width": "curvalg_plugins.ntk.cross.WIDTH",
     # Clocks and gauges, so that choices do not depend on the machine.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -173,6 +173,10 @@ class InfluenceRun:
         sides = (None,) * 4 if own is None else own.sides
         every = [self._training_group.rows(side, 1) for side in sides]
         return joined([Ranking(*every)], topk).sides
+
+    def axes(self, state: State) -> Mapping[str, int]:
+        """Nothing is a vector: scores are of samples, which a process has whole."""
+        return {}
 
     def fits(self, state: State) -> bool:
         numbers, tensors = state.numbers, state.tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from curvalg.estimate.functions.scalar_functions import Scalar
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
-from curvalg.runs.sealed import digest
+from curvalg.runs.vector_digest import vectors_digest
 from curvalg.solve import quadrature
 from curvalg.solve.powers import exponents, scaled
 from curvalg.solve.quadrature import Recurrences
@@ -46,7 +47,11 @@ class KrylovFunction:
     @property
     def options(self) -> Options:
         """All but steps and tolerance, so that a run that stopped can be resumed with more of them."""
-        return {"function": self.function.name, "vector": digest(self.rows)}
+        return {"function": self.function.name, "vector": vectors_digest(self.rows, self.target.vectors)}
+
+    def axes(self, state: State) -> Mapping[str, int]:
+        """The axis of the tensors that are vectors."""
+        return {"basis": 1}
 
     def start(self) -> State:
         """The state with the columns, normalised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -43,8 +44,8 @@ class Estimator(ABC):
     Calibrated over five spectra: at least nine of ten errors are below two of the reported ones."""
     keeps: ClassVar[bool] = True
     """Whether test vectors are needed again."""
-    large: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors that live on the operator's device."""
+    axes: ClassVar[Mapping[str, int]] = {}
+    """Names of tensors that are vectors, which live on the operator's device -> the axis along which their numbers lie."""
 
     @abstractmethod
     def form(self, columns: int) -> Form:

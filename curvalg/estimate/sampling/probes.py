@@ -12,6 +12,10 @@ from torch import Tensor
 from curvalg.lowering.vectors import Space
 from curvalg.solve.orthogonal import grown
 
+TOGETHER = 16
+"""Vectors whose lengths are summed over processes at a time. So few numbers are added in the order of the processes; of more,
+the order depends on how many there are, and a resumed run draws other numbers of vectors at once."""
+
 
 @dataclass(frozen=True)
 class Probes:
@@ -50,5 +54,6 @@ class Probes:
         vectors, key = self.space.vectors, f"probes {self.seed}"
         rows = (vectors.signs if self.kind == "signs" else vectors.normals)(key, start, stop).to(self.space.dtype)
         if self.kind == "sphere":
-            rows *= (vectors.size**0.5 / vectors.lengths(rows).to(rows))[:, None]
+            lengths = torch.cat([vectors.lengths(some) for some in rows.split(TOGETHER)])
+            rows *= (vectors.size**0.5 / lengths.to(rows))[:, None]
         return rows.to(self.space.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,11 @@ class Sampler:
         """Everything that decides the result, except the operator."""
         return {"products": self.products, "tol": self.tol, "seed": self.estimator.seed, "maxiter": self.most}
 
+    def axes(self, state: State) -> Mapping[str, int]:
+        """The axes of vectors in the sketch, and of values that are vectors."""
+        values = dict.fromkeys(("value", "error", "total"), 0) if self.estimator.integrand.entrywise else {}
+        return {**self.estimator.axes, **values}
+
     def start(self) -> State:
         """The state with nothing multiplied yet."""
         nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -70,7 +76,7 @@ class Sampler:
             name: torch.zeros(
                 *(0 if isinstance(size, str) else size for size in shape),
                 dtype=dtype,
-                device=self.target.space.device if name in self.estimator.large else "cpu",
+                device=self.target.space.device if name in self.estimator.axes else "cpu",
             )
             for name, (dtype, shape) in self.estimator.form(0).items()
         }
@@ -188,7 +194,7 @@ class Sampler:
     def _placed(self, state: State) -> State:
         """The state with its vectors on the operator's device, where a checkpoint was read."""
         device = self.target.space.device
-        return State({**state.tensors, **{k: state.tensors[k].to(device) for k in self.estimator.large}}, state.numbers)
+        return State({**state.tensors, **{k: state.tensors[k].to(device) for k in self.estimator.axes}}, state.numbers)
 
     @property
     def _width(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from curvalg.estimate.target import Target
 from curvalg.runs.run import Outcome
 from curvalg.runs.run_state import Form, Options, State, is_count, sizes
-from curvalg.runs.sealed import digest
+from curvalg.runs.vector_digest import span_sums
 from curvalg.solve import quadrature
 from curvalg.solve.quadrature import GaussRules, Recurrences
 
@@ -66,9 +66,13 @@ class StochasticLanczos:
             "probes": self.probes,
             "steps": self.steps,
             "seed": self.seed,
-            "deflate": digest(self.locked),
+            "deflate": span_sums(self.locked, self.target.vectors),
             "orthogonalised": self.whole,
         }
+
+    def axes(self, state: State) -> Mapping[str, int]:
+        """The axis of the tensors that are vectors."""
+        return {"basis": 1}
 
     def start(self) -> State:
         """The state with nothing done yet."""

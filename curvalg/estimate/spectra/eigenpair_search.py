@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from curvalg.estimate.spectra.block_width import choose_width
 from curvalg.estimate.target import Target
 from curvalg.runs.run_state import Options, State, is_count, sizes
-from curvalg.runs.sealed import digest
+from curvalg.runs.vector_digest import span_sums, vectors_digest
 from curvalg.solve import Matmul
 from curvalg.solve import search as searching
 from curvalg.solve.ends import Which
@@ -61,9 +62,13 @@ class Lanczos:
             "tol": self.tol,
             "block": self.block,
             "seed": self.seed,
-            "v0": digest(self.start_rows),
-            "deflate": digest(self.locked),
+            "v0": vectors_digest(self.start_rows, self.target.vectors),
+            "deflate": span_sums(self.locked, self.target.vectors),
         }
+
+    def axes(self, state: State) -> Mapping[str, int]:
+        """The axis of the tensors that are vectors."""
+        return {"basis": 1}
 
     def start(self) -> State:
         """Measure the width of the block, if that is asked for, and draw the first one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -47,7 +48,7 @@ class RunningMean(SampleMean):
     Of a diagonal by signs, the error of entry i is that of the rest of row i.
     """
 
-    large: ClassVar[tuple[str, ...]] = ("mean", "squares")
+    axes: ClassVar[Mapping[str, int]] = {"mean": 0, "squares": 0}
 
     def form(self, columns: int) -> Form:
         """The mean and the squared deviations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ class HutchPlusPlus(Range):
 
     method: ClassVar[str] = "hutch++"
     multiplications: ClassVar[int] = 3
-    large: ClassVar[tuple[str, ...]] = ("basis", "images", "products of samples")
+    axes: ClassVar[Mapping[str, int]] = {"basis": 1, "images": 1, "products of samples": 1}
 
     def form(self, columns: int) -> Form:
         """The basis, and the products of the g."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ class Range(Estimator):
     """An orthonormal basis Q of the range of A Ω, with its images; Q R = A Ω."""
 
     multiplications: ClassVar[int] = 2
-    large: ClassVar[tuple[str, ...]] = ("basis", "images")
+    axes: ClassVar[Mapping[str, int]] = {"basis": 1, "images": 1}
 
     def form(self, columns: int) -> Form:
         """A basis with its images, and a column of the triangle for each test vector."""

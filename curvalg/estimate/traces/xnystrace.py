@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ class XNysTrace(Estimator):
 
     method: ClassVar[str] = "xnystrace"
     safety: ClassVar[float] = 1.9
-    large: ClassVar[tuple[str, ...]] = ("sketch",)
+    axes: ClassVar[Mapping[str, int]] = {"sketch": 1}
 
     def form(self, columns: int) -> Form:
         """The products of all test vectors."""

@@ -102,6 +102,14 @@ class ModuleModel:
         """The places of the chosen parameters in vectors."""
         return params_.Layout(self.chosen)
 
+    def places(self, name: str) -> tuple[Sequence[tuple[int, int]], int] | None:
+        """Where the numbers of a slot lie in the whole tensor.
+
+        Returns:
+            Runs (first place, length), and how many processes hold the same ones; None for what no process has a part of.
+        """
+        return None
+
     def whole(self) -> AbstractContextManager[None]:
         """A context of model calls and of the passes back through them."""
         return nullcontext()
@@ -216,6 +224,9 @@ class CallableModel:
     def layout(self) -> params_.Layout:
         """The places of the chosen parameters in vectors."""
         return params_.Layout(self.chosen)
+
+    def places(self, name: str) -> None:
+        """No process has a part; see :class:`ModuleModel`."""
 
     def whole(self) -> AbstractContextManager[None]:
         """A context of model calls; see :class:`ModuleModel`."""

@@ -162,6 +162,10 @@ class Layout:
         """The place in a whole vector of each number of this process, int64 on the CPU."""
         return torch.arange(self.size, device="cpu")
 
+    def places_in(self, name: str) -> Tensor:
+        """The place in a whole parameter of each number of this process, int64 on the CPU."""
+        return torch.arange(self.shapes[name].numel(), device="cpu")
+
     def once(self, rows: Tensor) -> Tensor:
         """Rows (K, D) whose sums over all processes count every number once."""
         return rows

@@ -74,6 +74,10 @@ class ShardedSpace(VectorSpace):
     def pieces(self) -> tuple[tuple[int, int], ...]:
         return self._pieces
 
+    @property
+    def copies(self) -> Tensor | None:
+        return None if self.weights is None else (1 / self.weights).round().long()
+
     # -- the two exchanges ----------------------------------------------------------------------------------------------
 
     def total(self, part: Tensor) -> Tensor:

@@ -69,6 +69,11 @@ class VectorSpace:
         """The numbers held here: runs (first place in the whole vector, length) that lie one after the other."""
         return ((0, self.size),)
 
+    @property
+    def copies(self) -> Tensor | None:
+        """How many processes hold each number, (local,) integers; None where each is held once."""
+        return None
+
     # -- the two exchanges ----------------------------------------------------------------------------------------------
 
     def total(self, part: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_a_direct_solve_writes_no_file(tmp_path):
 
 
 def test_progress(capsys, tmp_path, inside):
-    inside(file_interval=0.0)
+    inside(file_due=lambda _: True)
     p = problem()
     CASES["cg"].lower(p).solve(right_sides(p), progress=True, checkpoint=tmp_path / "run.safetensors")
     shown = capsys.readouterr().err

@@ -97,7 +97,7 @@ class ConvolutionMap(LinearMap):
             shape = (form.shape[0], width * out, *form.shape[2:])
         else:
             shape = (groups * width * out, *form.shape[1:])
-        like = image.new_zeros(()).expand(shape)  # only its shape counts
+        like = image.new_empty(shape)
         options = (o.stride, o.padding, o.dilation, form.transposed, o.output_padding, groups)
         gradient: Tensor
         _, gradient, _ = torch.ops.aten.convolution_backward(

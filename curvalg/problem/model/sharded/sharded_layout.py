@@ -62,8 +62,10 @@ class ShardedLayout(Layout):
         return self._space
 
     def places(self) -> torch.Tensor:
-        runs = [torch.arange(first, first + length, device="cpu") for first, length in self.runs]
-        return torch.cat(runs) if runs else torch.arange(0, device="cpu")
+        return _joined(self.runs)
+
+    def places_in(self, name: str) -> torch.Tensor:
+        return _joined(self._pieces[name].runs)
 
     def flatten(self, tree: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> torch.Tensor:
         parts = [self._part_of(name, t) for name, t in zip(self.names, self._ordered(tree), strict=True)]
@@ -114,6 +116,11 @@ class ShardedLayout(Layout):
 def whole_layout(layout: Layout) -> Layout:
     """The layout of the whole parameters."""
     return layout.whole if isinstance(layout, ShardedLayout) else layout
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The places that runs (first, length) consist of."""
+    return torch.cat([torch.arange(first, first + length, device="cpu") for first, length in (*runs, (0, 0))])
 
 
 def _form(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -162,6 +162,7 @@ class ShardedModel(ModuleModel):
             for name, owner, key in params_.slots(self.module, "_parameters")
         ]
         pieces = {name: self._pieces[id(owner[key])] for name, owner, key in params_.slots(self.module, "_parameters")}
+        self._parts = pieces
         self._divided = frozenset(name for name, p in pieces.items() if p.ranks > 1 or p.whole != p.block.full)
         return parameters + params_.slots(self.module, "_buffers")
 
@@ -172,6 +173,10 @@ class ShardedModel(ModuleModel):
     @property
     def divided(self) -> frozenset[str]:  # type: ignore[override]
         return self._divided
+
+    def places(self, name: str) -> tuple[list[tuple[int, int]], int] | None:
+        piece = self._parts.get(name)
+        return None if piece is None else (piece.runs, piece.block.copies)
 
     def slots(self) -> list[Slot]:
         return self._slots
