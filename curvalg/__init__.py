@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from curvalg.lowering import CurvatureOperator as CurvatureOperator
     from curvalg.lowering.matrices import Eigh as Eigh
     from curvalg.lowering.plans.block_view import MatrixBlock as MatrixBlock
+    from curvalg.planning import RunPlan as RunPlan
     from curvalg.problem import Batch as Batch
     from curvalg.problem import FactorPairs as FactorPairs
     from curvalg.problem import GradientField as GradientField
@@ -131,6 +132,7 @@ _HOME: dict[str, str] = {
     "CurvatureOperator": "curvalg.lowering",
     "Eigh": "curvalg.lowering.matrices",
     "MatrixBlock": "curvalg.lowering.plans.block_view",
+    "RunPlan": "curvalg.planning",
     "Batch": "curvalg.problem",
     "FactorPairs": "curvalg.problem",
     "GradientField": "curvalg.problem",
