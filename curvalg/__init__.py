@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from curvalg import errors as errors
     from curvalg import estimate as estimate
     from curvalg import losses as losses
+    from curvalg import planning as planning
     from curvalg import registry as registry
     from curvalg.errors import CheckpointError as CheckpointError
     from curvalg.errors import ConvergenceError as ConvergenceError
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from curvalg.lowering import CurvatureOperator as CurvatureOperator
     from curvalg.lowering.matrices import Eigh as Eigh
     from curvalg.lowering.plans.block_view import MatrixBlock as MatrixBlock
-    from curvalg.planning import RunPlan as RunPlan
     from curvalg.problem import Batch as Batch
     from curvalg.problem import FactorPairs as FactorPairs
     from curvalg.problem import GradientField as GradientField
@@ -132,7 +132,6 @@ _HOME: dict[str, str] = {
     "CurvatureOperator": "curvalg.lowering",
     "Eigh": "curvalg.lowering.matrices",
     "MatrixBlock": "curvalg.lowering.plans.block_view",
-    "RunPlan": "curvalg.planning",
     "Batch": "curvalg.problem",
     "FactorPairs": "curvalg.problem",
     "GradientField": "curvalg.problem",
@@ -147,6 +146,7 @@ _MODULES: dict[str, str] = {
     "estimate": "curvalg.estimate",
     "registry": "curvalg.registry",
     "losses": "curvalg.losses",
+    "planning": "curvalg.planning",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])

@@ -123,7 +123,7 @@ def rehearse(
             call(leaves)
         if transient:
             return _transient(counter, call, leaves, pushed, forward[0].flops, columns)
-        saved = Saved(model if sharded else None, [*leaves, *state.values()])
+        saved = Saved(model if isinstance(model, PlannedModel) else None, [*leaves, *state.values()])
         taken = min(columns, 2)
         with counter.stage() as record, saved:
             z = call(leaves)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from curvalg.errors import OptionError
-from curvalg.planning.quantities import parse_bytes, parse_count, parse_rate, shown_bytes, shown_flops, shown_seconds
+from curvalg.planning.amounts import parse_bytes, parse_count, parse_rate, shown_bytes, shown_flops, shown_seconds
 from curvalg.planning.workload import Workload
 
 Shard: TypeAlias = Literal["data", "parameters"]
@@ -21,8 +21,8 @@ MOST_WHOLE = 2
 """Units that are whole at a time."""
 VECTORS = 5
 """Vectors of a product beside the basis: the operand, the gradient, a batch's product, the sum, and what is exchanged."""
-SEARCHED = 2**40
-"""Ranks up to which the smallest number that fits is looked for."""
+SEARCHED = 24
+"""Powers of two, up to which the smallest number of ranks that fits is looked for."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def plan_run(
 ) -> RunPlan:
     """The plan of a product and of a Lanczos run, of numbers alone.
 
-    A rank computes its share of the batches and exchanges after it: seconds = FLOPs / rate + moved bytes / bandwidth + latency ·
-    calls. By ring algorithms an all-reduce of n bytes moves 2 n (R − 1)/R through each link, a gather to n bytes and a
-    reduce-scatter of n bytes (R − 1)/R n.
+    A rank computes its share of the batches and exchanges after it: seconds = FLOPs / rate + moved bytes / bandwidth +
+    latency · calls. By ring algorithms an all-reduce of n bytes moves 2 n (R − 1)/R through each link, a gather to n bytes
+    and a reduce-scatter of n bytes (R − 1)/R n.
 
     Args:
         work: what a product takes.
@@ -208,6 +208,8 @@ def plan_run(
     columns = parse_count(columns, "columns=")
     have = None if device_memory is None else parse_bytes(device_memory, "device_memory=")
     rate, link = parse_rate(flops, "flops="), parse_rate(bandwidth, "bandwidth=")
+    if latency != 0:
+        parse_rate(latency, "latency=")
     if shard is not None and shard not in get_args(Shard):
         raise OptionError(f"shard= is 'data' or 'parameters', got {shard!r}")
 
@@ -305,24 +307,26 @@ def _traffic(work: Workload, shard: Shard, ranks: int, batches: int, columns: in
 
 def _cure(memory: Callable[[Shard, int], MemoryPlan], shard: Shard, work: Workload, ranks: int, have: float) -> str:
     """The smallest number of ranks that fits, or what else would have to be smaller."""
-    if shard == "parameters" or work.divisible:
-        most = ranks if shard == "parameters" else 2
-        while most <= SEARCHED and memory("parameters", most).total > have:
-            most *= 2
-        if most <= SEARCHED:
-            least = max(1, most // 2)
-            while most - least > 1:
-                middle = (least + most) // 2
-                least, most = (least, middle) if memory("parameters", middle).total <= have else (middle, most)
-            return f"{most} ranks with parts of the parameters (fully_shard, or shard='parameters') fit"
-    limit = memory("parameters" if work.divisible else "data", SEARCHED if work.divisible else ranks)
-    largest = max(asdict(limit).items(), key=lambda item: item[1])[0]
-    advice = {
-        "recordings": "smaller batches, or cache=0",
-        "basis": "fewer steps",
-        "vectors": "fewer columns at a time, or products over some of the parameters (restrict)",
-        "whole_units": "fully_shard on smaller modules",
-        "buffers": "fully_shard on smaller modules",
-    }
+    least = memory(shard, ranks)
+    if work.divisible:
+        for power in range(1, SEARCHED):
+            found = memory("parameters", 2**power)
+            if found.total <= have:
+                low, high = 2 ** (power - 1), 2**power
+                while high - low > 1:
+                    middle = (low + high) // 2
+                    low, high = (low, middle) if memory("parameters", middle).total <= have else (middle, high)
+                return f"{high} ranks with parts of the parameters (fully_shard, or shard='parameters') fit"
+            least = min(least, found, key=lambda m: m.total)
+    largest = max(asdict(least).items(), key=lambda item: item[1])[0]
     what = "no number of ranks fits" if work.divisible else "more ranks do not help"
-    return f"{what}: try {advice.get(largest, 'a device with more memory')}"
+    return f"{what}: try {_ADVICE.get(largest, 'a device with more memory')}"
+
+
+_ADVICE = {
+    "recordings": "smaller batches, or cache=0",
+    "basis": "fewer steps",
+    "vectors": "fewer columns at a time, or products over some of the parameters (restrict)",
+    "whole_units": "fully_shard on smaller modules",
+    "buffers": "fully_shard on smaller modules",
+}

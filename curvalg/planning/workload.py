@@ -161,8 +161,8 @@ class Workload:
     ) -> Self:
         """The workload of a stack of dense layers, by counting: a forward takes F = 2 W FLOPs a position of W weights.
 
-        A product takes a multiple of F: of the Hessian 9 F, of the GGN 6 F, from recordings that are kept 6 F and 4 F. Each unit
-        is gathered at most five times, and its gradients are summed and cut twice.
+        A product takes a multiple of F: of the Hessian 9 F, of the GGN 6 F, from recordings that are kept 6 F and 4 F. Each
+        unit is gathered at most five times, and its gradients are summed and cut twice.
 
         Args:
             units: the parameters, by what is whole together.

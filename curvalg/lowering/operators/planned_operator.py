@@ -17,7 +17,7 @@ from curvalg.lowering.plans.of_data.gradient_plan import GradientPlan
 from curvalg.lowering.plans.of_data.output_plan import OutputPlan
 from curvalg.lowering.plans.of_data.sweep_plan import SweepPlan
 from curvalg.lowering.plans.plan import Plan
-from curvalg.planning.quantities import parse_count
+from curvalg.planning.amounts import parse_count
 from curvalg.planning.rehearsal import Rehearsal, Stages, rehearse
 from curvalg.planning.run_plan import RunPlan, Shard, plan_run
 from curvalg.planning.workload import PassWork, StageWork, UnitSizes, Workload
@@ -30,6 +30,8 @@ from curvalg.problem.model.sharded.set_aside import fully_sharded
 from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.problem.model.sharded.sharded_model import ShardedModel
 from curvalg.tensors import trees
+
+UNCUT = "parameters in parts are those of fully_shard; shard='parameters' holds all of them on each rank, too"
 
 
 class PlannedOperator(StructuredOperator):
@@ -51,7 +53,7 @@ class PlannedOperator(StructuredOperator):
 
         The first batch goes through the model on tensors without numbers: FLOPs, the memory of graphs, and which weights are
         gathered when, are those of the operations that a product would take. Nothing is computed. Where that is impossible (a
-        model that branches on numbers), FLOPs are 2 W for each of W weights and position, and ``notes`` says so. Batches count as
+        model that branches on numbers), FLOPs are 2 W a position, of W weights, and ``notes`` says so. Batches count as
         equally large. Memory leaves out what a single operation needs for itself, and torch's own.
 
         Args:
@@ -66,7 +68,7 @@ class PlannedOperator(StructuredOperator):
             latency: seconds of an exchange of nothing.
 
         Returns:
-            A :class:`~curvalg.RunPlan`; printed, a table.
+            A :class:`~curvalg.planning.RunPlan`; printed, a table.
 
         Raises:
             OptionError: a number that is out of its range, or parts of parameters of a model that has no modules.
@@ -131,12 +133,13 @@ class Counted:
     def add(self, plan: Plan) -> None:
         """Count a plan and all inside of it."""
         if isinstance(plan, (SumPlan, BlocksPlan)):
-            of_data = [part for part in plan.inner if isinstance(part, (SweepPlan, LowRankPlan, SharedPlan))]
+            kinds = (SweepPlan, LowRankPlan, SharedPlan)
+            of_data = [part for part in plan.inner if isinstance(part, kinds)]
             before = self.sums
-            for part in of_data:
-                self.add(part)
+            for summand in of_data:
+                self.add(summand)
             self.sums = before + bool(of_data)
-            others = [part for part in plan.inner if part not in of_data]
+            others = [part for part in plan.inner if not isinstance(part, kinds)]
         else:
             others = [*plan.inner]
         if isinstance(plan, SweepPlan):
@@ -155,7 +158,7 @@ class Counted:
             self.notes[f"{plan.expr} by {plan.solver.name}: its structure is made once, which is not counted"] = None
         elif isinstance(plan, UnboundPlan):
             self.notes[
-                f"{plan.expr} takes one pass over the data, once, which is not counted; products exchange nothing"
+                f"{plan.expr} is made by one pass over the data, which is not counted; products exchange nothing"
             ] = None
         elif isinstance(plan, (OutputPlan, GradientPlan)):
             what = plan.kind if isinstance(plan, OutputPlan) else plan.term
@@ -240,8 +243,8 @@ def _model(problem: Problem, kind: Shard) -> Model | PlannedModel:
         return model
     if fully_sharded(model.module):
         raise OptionError(
-            "the model is sharded by fully_shard, so that its plan is with parts of the parameters; pass shard='parameters', or "
-            "plan a model before it is sharded"
+            "the model is sharded by fully_shard, so that its plan is with parts of the parameters; pass shard='parameters', "
+            "or plan a model before it is sharded"
         )
     return ModuleModel(model.module, list(model.chosen), model.rule)
 

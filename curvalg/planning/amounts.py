@@ -41,7 +41,7 @@ def parse_bytes(given: object, name: str) -> float:
 
 
 def parse_rate(given: object, name: str) -> float | None:
-    """A rate a second; None where none is given.
+    """A positive number, in units of a second; None where none is given.
 
     Raises:
         OptionError: no positive number.
@@ -50,7 +50,7 @@ def parse_rate(given: object, name: str) -> float | None:
         return None
     value = float(given) if isinstance(given, (int, float)) and not isinstance(given, bool) else math.nan
     if not (0 < value < math.inf):
-        raise OptionError(f"{name} is a positive number a second, such as 2e14, got {given!r}")
+        raise OptionError(f"{name} is a positive number, such as 2e14, got {given!r}")
     return value
 
 
