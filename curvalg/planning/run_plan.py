@@ -49,7 +49,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The sum of all of these."""
         return sum(asdict(self).values())
 
 
@@ -107,12 +107,12 @@ class RunPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Of one product: computing and exchanging, one after the other; None where a rate is not known."""
+        """The seconds of a product: computing and exchanging, one after the other; None where a rate is not known."""
         return None if self.compute is None or self.exchange is None else self.compute + self.exchange
 
     @property
     def run_seconds(self) -> float | None:
-        """Of all steps, with what keeps the basis orthonormal at the same rate; None where a rate is not known."""
+        """The seconds of all steps, with what keeps the basis orthonormal at the same rate; None where one is not known."""
         if self.seconds is None or self.compute is None:
             return None
         share = self.orthogonalisation / self.flops if self.flops else 0.0

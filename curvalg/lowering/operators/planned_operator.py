@@ -213,7 +213,7 @@ def _sizes(problem: Problem) -> tuple[tuple[UnitSizes, ...], int]:
     pieces = [unit.pieces for unit in _planned(problem).units]
     parameters = {id(p) for p in model.module.parameters()}
     buffers = {id(b): b.nbytes for b in model.module.buffers() if id(b) not in parameters}
-    return tuple(_unit(some) for some in pieces if some), sum(buffers.values())
+    return tuple(_unit(some) for some in pieces), sum(buffers.values())
 
 
 def _unit(pieces: Sequence[ParameterPart]) -> UnitSizes:

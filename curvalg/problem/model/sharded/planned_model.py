@@ -94,9 +94,11 @@ class PlannedModel(ShardedModel):
 
     def __init__(self, module: nn.Module, params: params_.Selection, rule: Adapter | None) -> None:
         super().__init__(module, params, rule, PlannedGrid())
-        self.units = [CountedUnit([self._piece_of(slot) for slot in some]) for some in self._members]
-        spreads = [[None] * len(unit.pieces) for unit in self.units]
-        self._weights = PlannedWeights(self.units, spreads, CountedExchange())
+        units = [CountedUnit([self._piece_of(slot) for slot in some]) for some in self._members]
+        spreads = [[None] * len(unit.pieces) for unit in units]
+        self._weights = PlannedWeights(units, spreads, CountedExchange())
+        self.units = [unit for unit in units if unit.pieces]
+        """Those that have parameters: where fully_shard was called on all layers, nothing is left for the outermost module."""
 
     def _piece(self, name: str, parameter: Tensor) -> ParameterPart:
         shape, axis = parameter.shape, None
