@@ -38,7 +38,8 @@ class Rehearsal:
         forward: FLOPs of the model.
         record: work before the first column.
         first, further: work of the first column, and of each after it.
-        nbytes: that the graph holds for the way back.
+        nbytes: that the graph holds for the way back, parameters aside.
+        reserved: the same with parameters.
         output_bytes: of the outputs.
     """
 
@@ -47,6 +48,7 @@ class Rehearsal:
     first: StageWork
     further: StageWork
     nbytes: int
+    reserved: int
     output_bytes: int
 
 
@@ -130,7 +132,8 @@ def rehearse(
             # A function of z for the Hessian, whose second derivative meets z again; a leaf where tangents are of J alone.
             u = z.clone() if stages == "hessian" else torch.empty_like(z).requires_grad_()
             gradients = backward([z], leaves, [u], create_graph=True)
-        nbytes = saved.nbytes([z, *(g for g in gradients if g is not None)])
+        ends = [z, *(g for g in gradients if g is not None)]
+        nbytes, reserved = saved.nbytes(ends), 0 if sharded else saved_bytes(ends)
         work: list[StageWork] = []
         if stages == "hessian":
             for _ in range(taken):
@@ -157,7 +160,7 @@ def rehearse(
                     backward(ends, leaves, cotangents, retain_graph=True)
                 results += finish
             work = [a + b for a, b in zip(tangents, results, strict=True)]
-    return Rehearsal(forward[0].flops, record[0], work[0], work[-1], nbytes, z.nbytes)
+    return Rehearsal(forward[0].flops, record[0], work[0], work[-1], nbytes, reserved, z.nbytes)
 
 
 def _transient(
@@ -176,7 +179,7 @@ def _transient(
         nbytes = saved_bytes([z], without=leaves)
         backward([z], leaves, [torch.empty_like(z)])
     none = StageWork(0.0, (), ())
-    return Rehearsal(forward, none, push[0] + pull[0], push[0] + pull[0], nbytes, z.nbytes)
+    return Rehearsal(forward, none, push[0] + pull[0], push[0] + pull[0], nbytes, 0, z.nbytes)
 
 
 class Saved:

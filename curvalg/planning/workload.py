@@ -78,6 +78,7 @@ class PassWork:
         record: work before the first column, which is saved where recordings are kept.
         first, further: work of the first column, and of each after it.
         nbytes: memory that the recording of one batch holds; 0: it is not known.
+        reserved: what the budget counts for the recording, parameters that it shares among it; 0: as much.
         fresh: the pass where nothing is kept, if it is another one.
     """
 
@@ -85,6 +86,7 @@ class PassWork:
     first: StageWork
     further: StageWork
     nbytes: int = 0
+    reserved: int = 0
     fresh: PassWork | None = None
 
     def product(self, columns: int, *, kept: bool) -> StageWork:
@@ -190,7 +192,7 @@ class Workload:
 
     def keeps(self, ranks: int) -> bool:
         """Whether recordings of all batches of a process are kept, where every process has all parameters."""
-        needed = [p.nbytes for p in self.passes]
+        needed = [p.nbytes and (p.reserved or p.nbytes) for p in self.passes]
         return all(needed) and bool(needed) and sum(needed) * self.batches(ranks) <= self.budget
 
     def product(self, columns: int, *, kept: bool) -> StageWork:

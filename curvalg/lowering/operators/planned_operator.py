@@ -273,7 +273,7 @@ def _pass(plan: SweepPlan, sample: ReadBatch, kind: Shard, columns: int, notes: 
 
 
 def _work(found: Rehearsal) -> PassWork:
-    return PassWork(found.record, found.first, found.further, found.nbytes)
+    return PassWork(found.record, found.first, found.further, found.nbytes, found.reserved)
 
 
 def _by_formula(
