@@ -154,10 +154,10 @@ def rehearse(
                 record[0] = record[0] + again[0]
             for _ in range(taken):
                 with counter.stage() as finish:
-                    ends, cotangents = (
+                    outputs, cotangents = (
                         ([*gradients, z], [*pushed, u.detach()]) if stages == "both" else ([z], [u.detach()])
                     )
-                    backward(ends, leaves, cotangents, retain_graph=True)
+                    backward(outputs, leaves, cotangents, retain_graph=True)
                 results += finish
             work = [a + b for a, b in zip(tangents, results, strict=True)]
     return Rehearsal(forward[0].flops, record[0], work[0], work[-1], nbytes, reserved, z.nbytes)
