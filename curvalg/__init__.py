@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from curvalg import errors as errors
     from curvalg import estimate as estimate
     from curvalg import losses as losses
+    from curvalg import planning as planning
     from curvalg import registry as registry
     from curvalg.errors import CheckpointError as CheckpointError
     from curvalg.errors import ConvergenceError as ConvergenceError
@@ -145,6 +146,7 @@ _MODULES: dict[str, str] = {
     "estimate": "curvalg.estimate",
     "registry": "curvalg.registry",
     "losses": "curvalg.losses",
+    "planning": "curvalg.planning",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])

@@ -110,6 +110,58 @@ def explain(context: typer.Context, expression: Expression, problem: ProblemName
         typer.echo(f"{expr.tree()}\n\n{op.explain()}")
 
 
+class PlanShard(StrEnum):
+    """What is dealt out over ranks besides the data, by the names of :meth:`curvalg.CurvatureOperator.plan`."""
+
+    data = "data"
+    parameters = "parameters"
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    expression: Expression,
+    problem: ProblemName,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    device_memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Memory of a rank, such as 80e9, 80GB or 80GiB.")
+    ] = None,
+    shard: Annotated[
+        PlanShard | None,
+        typer.Option(help="Deal out the data alone, or the parameters as well; by default what the memory asks for."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a Lanczos run.")] = 100,
+    columns: Annotated[int, typer.Option(min=1, help="Vectors of a product.")] = 1,
+    flops: Annotated[float | None, typer.Option(help="FLOPs a second that a rank sustains.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes a second of a link between ranks.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what products take on many ranks, memory, traffic, work and time, without computing any."""
+    from curvalg import parse
+    from curvalg.cli import show_plan as command
+    from curvalg.cli.load import load_problem
+
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        expr = parse(expression)
+        with report.progress(f"loading {problem}"):
+            op = expr.lower(load_problem(problem, report.group))
+    with report.exits(FAILED):
+        found = op.plan(
+            ranks,
+            device_memory,
+            shard=None if shard is None else shard.value,
+            steps=steps,
+            columns=columns,
+            flops=flops,
+            bandwidth=bandwidth,
+        )
+        if as_json:
+            typer.echo(found.as_json())
+        else:
+            stdout().print(command.table(found, problem))
+
+
 @app.command()
 def eigs(
     context: typer.Context,

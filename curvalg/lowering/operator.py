@@ -23,7 +23,7 @@ from curvalg.lowering.explain import explain
 from curvalg.lowering.inverses.preconditioners import has_inverse, preconditioned
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.operators.bound_algebra import BoundAlgebra, Preconditioner, joint_preconditioner
-from curvalg.lowering.operators.structured_operator import StructuredOperator
+from curvalg.lowering.operators.planned_operator import PlannedOperator
 from curvalg.lowering.operators.third_order import form_gradient, terms_of
 from curvalg.lowering.plans.algebra_plan import SumPlan
 from curvalg.lowering.plans.bind import bind, unbound
@@ -51,7 +51,7 @@ from curvalg.solve import SolveResult
 from curvalg.solve.trail import Trail
 
 
-class CurvatureOperator(StructuredOperator):
+class CurvatureOperator(PlannedOperator):
     """A curvature expression bound to a problem: a SciPy ``LinearOperator`` computed by torch.
 
     Made by :meth:`curvalg.Expr.lower`. ``op @ x`` takes a NumPy array, a tensor on the problem's device, or a dict or list

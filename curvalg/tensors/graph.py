@@ -30,6 +30,36 @@ def nodes(roots: Iterable[Tensor | GradientEdge | None]) -> Iterator[Any]:
                     found.append(parent)
 
 
+def saved_bytes(roots: Iterable[Tensor | GradientEdge], *, without: Iterable[Tensor] = ()) -> int:
+    """Memory that graphs hold, as far as their nodes show it, and that of their ends: distinct storages, each once.
+
+    Args:
+        roots: tensors, or edges where the tensors themselves are not held.
+        without: tensors whose memory does not count.
+    """
+    roots = list(roots)
+    storages: dict[int, int] = {}
+
+    def count(value: object) -> None:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()  # the object that stands for it: there may be no memory behind
+
+    for root in roots:
+        count(root)
+    for node in nodes(roots):
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                try:
+                    value = getattr(node, name)
+                except RuntimeError:  # a saved tensor that was freed or changed in place says nothing
+                    continue
+                for item in value if isinstance(value, (tuple, list)) else (value,):
+                    count(item)
+    held = {t.untyped_storage()._cdata for t in without}
+    return sum(nbytes for key, nbytes in storages.items() if key not in held)
+
+
 def operations(roots: Iterable[Tensor | GradientEdge | None]) -> frozenset[str]:
     """Names of the operations in the graphs of some tensors, but for conversions of dtypes."""
     return frozenset(node.name() for node in nodes(roots)) - {"ToCopyBackward0"}

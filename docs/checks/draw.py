@@ -32,6 +32,7 @@ WHAT = {
     "estimate": "spectra, traces and functions, each with its error",
     "lowering": "from an expression and a problem to an operator",
     "runs": "checkpoints and resuming",
+    "planning": "memory, traffic and work before a run",
     "solve": "CG, MINRES, Lanczos, quadrature",
     "problem": "model, loss and data at one state, and what is kept of them",
     "losses": "closed forms in output space",

@@ -16,7 +16,7 @@ from curvalg.problem import Batch, Evaluation, Layout, Problem
 from curvalg.problem.verification.reverse import Rows, TwiceBackward, reverse_tangents
 from curvalg.tensors.backward import backward, backward_from
 from curvalg.tensors.columns import chunked, grad_columns, mapped
-from curvalg.tensors.graph import nodes
+from curvalg.tensors.graph import saved_bytes
 
 Rate = Callable[[Tensor], Tensor]
 """ż -> u̇, both of the output's shape."""
@@ -293,23 +293,4 @@ class Pushed(Staged):
 
 def graph_bytes(recorded: RecordedBatch) -> int:
     """Memory that the graphs of a recorded batch hold, as far as autograd's nodes show it: distinct storages, each once."""
-    roots = list(recorded.graphs())
-    storages: dict[int, int] = {}
-
-    def count(value: object) -> None:
-        if isinstance(value, Tensor) and value.layout == torch.strided:
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-
-    for root in roots:
-        count(root)
-    for node in nodes(roots):
-        for name in dir(node):
-            if name.startswith("_saved_"):
-                try:
-                    value = getattr(node, name)
-                except RuntimeError:  # a saved tensor that was freed or changed in place says nothing
-                    continue
-                for item in value if isinstance(value, (tuple, list)) else (value,):
-                    count(item)
-    return sum(storages.values())
+    return saved_bytes(recorded.graphs())

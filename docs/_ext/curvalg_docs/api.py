@@ -16,6 +16,7 @@ MODULES: dict[str, str] = {
     "curvalg.estimate": "Estimates from products",
     "curvalg.differentiable": "Curvature with gradients",
     "curvalg.distributed": "Several processes",
+    "curvalg.planning": "Plans of runs",
     "curvalg.registry": "Terms by name",
     "curvalg.losses": "Losses with closed forms",
     "curvalg.integrations.huggingface": "Hugging Face models",

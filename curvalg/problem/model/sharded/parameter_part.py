@@ -79,19 +79,19 @@ class ParameterPart:
         return self.dtype if part.dtype == self.summed else part.dtype
 
     @property
-    def _slices(self) -> int:
+    def slices(self) -> int:
         """The number of slices along the axis."""
         return self.whole.numel() if self.axis is None else self.whole[self.axis]
 
     @property
-    def _slice(self) -> int:
+    def each(self) -> int:
         """The numbers of one slice."""
-        return self.whole.numel() // self._slices if self._slices else 0
+        return self.whole.numel() // self.slices if self.slices else 0
 
     @property
     def most(self) -> int:
         """The most numbers that a process holds."""
-        return -(-self._slices // self.ranks) * self._slice
+        return -(-self.slices // self.ranks) * self.each
 
     def count(self, rank: int) -> int:
         """The numbers that a process holds."""
@@ -103,9 +103,7 @@ class ParameterPart:
         own = self.count(self.rank)
         if self.axis is None:
             return torch.Size([own])
-        return torch.Size(
-            [own // self._slice if i == self.axis and self._slice else n for i, n in enumerate(self.whole)]
-        )
+        return torch.Size([own // self.each if i == self.axis and self.each else n for i, n in enumerate(self.whole)])
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -113,7 +111,7 @@ class ParameterPart:
         if self.axis is None:
             own = self.count(self.rank)
             return [(self.rank * self.most, own)] if own else []
-        starts = [self.rank * self.most // (self._slice or 1) if i == self.axis else 0 for i in range(len(self.whole))]
+        starts = [self.rank * self.most // (self.each or 1) if i == self.axis else 0 for i in range(len(self.whole))]
         return self.block.runs(starts, self.shape)
 
     def of(self, parameter: Tensor) -> Tensor:

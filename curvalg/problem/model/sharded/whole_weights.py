@@ -88,7 +88,7 @@ class WholeWeights:
         self._call: ShardedCall | None = None
         self._leaves: Sequence[tuple[Tensor, ...]] = ()
         self._live: OrderedDict[int, Wholes] = OrderedDict()
-        self._places: dict[int, tuple[weakref.ref[Tensor], int, int, ShardedCall]] = {}
+        self._places: dict[int | None, tuple[weakref.ref[Tensor], int, int, ShardedCall]] = {}
 
     def begin(self, parts: Sequence[tuple[Tensor, ...]]) -> None:
         """Take the parts of this process by unit, which the next call of the model is of."""
@@ -123,8 +123,14 @@ class WholeWeights:
         weights = [t if s is None else s.of(t) for t, s in zip(tensors, self._spreads[unit], strict=True)]
         self._live[unit] = Wholes(call, tensors, tuple(weights), torch.is_grad_enabled())
         for index, whole in enumerate(tensors if together else ()):
-            self._places[whole.untyped_storage().data_ptr()] = (weakref.ref(whole), unit, index, call)
+            self._places[self.address(whole)] = (weakref.ref(whole), unit, index, call)
         return self._live[unit]
+
+    def address(self, t: Tensor) -> int | None:
+        """What the memory of a tensor is known by; None where it has none."""
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
+            return None
+        return t.untyped_storage().data_ptr()
 
     def pack(self, t: Tensor) -> Tensor | Again:
         """What the graph keeps of a tensor."""
@@ -133,11 +139,8 @@ class WholeWeights:
             with torch.no_grad():
                 own = t.to_local()  # type: ignore[attr-defined]
             spread = Spread.like(t)
-        if (
-            type(own) not in (Tensor, torch.nn.Parameter) or own.layout != torch.strided
-        ):  # it has no memory to be known by
-            return t
-        place = self._places.get(own.untyped_storage().data_ptr())
+        address = self.address(own)
+        place = None if address is None else self._places.get(address)
         if place is None or place[0]() is None:  # other numbers may lie there by now
             return t
         _, unit, index, call = place
