@@ -17,7 +17,6 @@ from curvalg.lowering.sweeps.contract import call
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
-from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.problem.verification.sharded_checks import OATH
 from curvalg.problem.verification.tangent_checks import TangentNotes
 from curvalg.rewrite import Step
@@ -110,7 +109,7 @@ def _layers(problem: Problem) -> list[str]:
 def _verified_parts(op: Explained) -> list[str]:
     """The lines on what is whole when, and what was verified, where parameters lie in parts."""
     problem = op.problem
-    whole, others = whole_layout(problem.layout).size, problem.group.size
+    whole, others = problem.layout.whole.size, problem.group.size
     sizes = f"{problem.size} of {whole} parameters on this process, of {others} with other data"
     lines = [sizes, "weights are whole where they are used, those of at most two units at a time"]
     if not problem.compares:

@@ -21,7 +21,6 @@ from torch import Tensor
 from curvalg.errors import CurvalgError
 from curvalg.problem.batch import Batch
 from curvalg.problem.data.row_hashes import Fingerprint
-from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.problem.passes.first_order import pulled
 from curvalg.problem.problem import Problem
 from curvalg.tensors.memory import wide, widest
@@ -79,7 +78,7 @@ def _take_derivative(sums: _Sums, problem: Problem, vector: Tensor) -> None:
     """Add what a vector over the parameters shows, of which each process may hold a part: each number counts once."""
     layout, space = problem.layout, problem.vectors
     found = torch.zeros(4, dtype=widest(vector.device), device=vector.device)
-    for k, (name, shape) in enumerate(whole_layout(layout).shapes.items(), 1):
+    for k, (name, shape) in enumerate(layout.whole.shapes.items(), 1):
         places, columns = layout.places_in(name).to(vector.device), max(1, math.prod(shape[1:]))
         down, across = (torch.cos(1.0 + at) for at in (places // columns, places % columns))
         terms = wide(k * down.to(vector) * across.to(vector) * vector[layout.slices[name]])

@@ -9,7 +9,6 @@ from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import needs_model
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.data.row_hashes import TOLERANCE, Fingerprint, total
-from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.runs.model_numbers import numbers
 from curvalg.runs.run_state import Options
 from curvalg.runs.sealed import digest
@@ -36,7 +35,7 @@ def run_identity(expr: Expr, problem: Problem, snapshot: Snapshot, rounding: flo
 def state_identity(problem: Problem, snapshot: Snapshot) -> Options:
     """The fingerprint of a problem at a state, without calls of its model: name -> what JSON can hold."""
     return {
-        "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in whole_layout(problem.layout).shapes.items()],
+        "chosen parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.whole.shapes.items()],
         "values of parameters and buffers": state_digest(problem, snapshot),
         "precision": str(problem.dtype),
         "precision of sums over batches": str(problem.accumulate),

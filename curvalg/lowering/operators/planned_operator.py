@@ -27,7 +27,6 @@ from curvalg.problem.model.model import Model, ModuleModel
 from curvalg.problem.model.sharded.parameter_part import ParameterPart
 from curvalg.problem.model.sharded.planned_model import PlannedModel
 from curvalg.problem.model.sharded.set_aside import fully_sharded
-from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.problem.model.sharded.sharded_model import ShardedModel
 from curvalg.tensors import trees
 
@@ -190,7 +189,7 @@ def _workload(problem: Problem, plan: Plan, sample: ReadBatch, kind: Shard, colu
         totals.rows,
         sample.rows,
         passes,
-        size=whole_layout(problem.layout).size,
+        size=problem.layout.whole.size,
         buffers=buffers,
         itemsize=problem.dtype.itemsize,
         summed=(problem.accumulate or problem.dtype).itemsize,

@@ -158,6 +158,11 @@ class Layout:
         """The space of vectors, given what sums over the processes that hold parts of them."""
         return VectorSpace(self.size)
 
+    @property
+    def whole(self) -> Layout:
+        """The layout of the whole parameters, where this one is of a process's part of them."""
+        return self
+
     def places(self) -> Tensor:
         """The place in a whole vector of each number of this process, int64 on the CPU."""
         return torch.arange(self.size, device="cpu")

@@ -13,7 +13,6 @@ from curvalg.errors import GroupError, LossError, ProblemError
 from curvalg.problem.data.batches import ReadBatch
 from curvalg.problem.data.parts_of_data import require_shard
 from curvalg.problem.evaluation import Evaluation
-from curvalg.problem.model.sharded.sharded_layout import whole_layout
 from curvalg.problem.setting import Setting
 from curvalg.problem.verification.verdicts import rounding
 
@@ -39,7 +38,7 @@ def join(problem: Setting, loss: Any) -> None:
         problem.progress = problem.progress and not problem.group.rank
         require_shard(problem.data)
         own = {
-            "the parameters": [f"{name} {tuple(shape)}" for name, shape in whole_layout(problem.layout).shapes.items()],
+            "the parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.whole.shapes.items()],
             "the precision": problem.dtype,
             "the loss": None
             if problem.loss is None

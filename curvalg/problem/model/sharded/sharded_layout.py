@@ -18,9 +18,6 @@ from curvalg.tensors.spaces.sharded_space import Exchanger, ShardedSpace
 class ShardedLayout(Layout):
     """Names, shapes and flat positions of this process's parts of the chosen parameters.
 
-    Attributes:
-        whole: the layout of the whole parameters, as one process has it.
-
     Args:
         pieces: name -> the part of this process.
         foremost: whether this process is the first one of those that have the same data, and so the same numbers of parameters
@@ -32,10 +29,14 @@ class ShardedLayout(Layout):
         self, pieces: Mapping[str, ParameterPart], foremost: bool = True, exchanger: Exchanger | None = None
     ) -> None:
         super().__init__({name: _form(piece.shape, piece.summed) for name, piece in pieces.items()})
-        self.whole = Layout({name: _form(piece.block.full, piece.summed) for name, piece in pieces.items()})
+        self._whole = Layout({name: _form(piece.block.full, piece.summed) for name, piece in pieces.items()})
         self._pieces = dict(pieces)
         self._foremost, self._exchanger = foremost, exchanger
         self._space: ShardedSpace | None = None
+
+    @property
+    def whole(self) -> Layout:
+        return self._whole
 
     @property
     def runs(self) -> list[tuple[int, int]]:
@@ -111,11 +112,6 @@ class ShardedLayout(Layout):
 
     def __repr__(self) -> str:
         return f"ShardedLayout({self.size} of {self.whole.size} parameters in {len(self.shapes)} tensors, {self.dtype})"
-
-
-def whole_layout(layout: Layout) -> Layout:
-    """The layout of the whole parameters."""
-    return layout.whole if isinstance(layout, ShardedLayout) else layout
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> torch.Tensor:
