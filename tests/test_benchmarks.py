@@ -328,3 +328,18 @@ def test_several_processes_are_compared_with_one(tmp_path: Path) -> None:
     parameters = build("tiny", Sizes()).size
     assert [rows[0][name] for name in ("headers", "payloads", "bytes")] == [1, 1, 4 * parameters]
     assert page.read_text().count("| tiny | 3 |") == 2
+
+
+def test_memory_of_a_model_in_parts(tmp_path: Path) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "rows.json"
+    page.write_text("<!-- shards -->\n\n<!-- /shards -->\n")
+    command = [sys.executable, "-m", "benchmarks.shards", "--model", "small GPT", "--processes", "2"]
+    command += ["--sequences", "2", "--json", str(file), "--write", str(page)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["question"] for row in rows] == ["a gradient", "a Hessian product", "a density, 6 steps"]
+    for row in rows:
+        assert 2 * row["parameters"] >= row["of"]
+        assert row["bytes"] > 4 * row["parameters"]
+    assert page.read_text().count("| small GPT |") == 3
