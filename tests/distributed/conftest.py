@@ -9,6 +9,7 @@ import pytest
 from tests.support.ranks import Ranks
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All that start processes run one after the other, on one worker: two pools would wait for each other's turns."""
     for item in items:
