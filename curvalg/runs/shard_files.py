@@ -296,7 +296,7 @@ def _cut_together(
         return empty(slices[0]).clone()  # nothing was computed yet
     shape = shapes[0]
     shape[axis] = sum(length for _, _, length in cuts)
-    made, done = torch.empty(shape, dtype=empty(slices[0]).dtype), 0
+    made, done = torch.empty(shape, dtype=empty(slices[0]).dtype, device="cpu"), 0
     for file, at, length in cuts:
         some, there = slice(at, at + length), slice(done, done + length)
         if axis:

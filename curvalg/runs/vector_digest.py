@@ -58,7 +58,7 @@ def state_digest(problem: Problem, snapshot: Snapshot) -> str:
         return whole
     sums = torch.zeros(LIMBS, dtype=torch.float64, device="cpu")
     for number, (name, (runs, copies)) in enumerate(parts.items()):
-        sums += _residues(state[name].detach().reshape(-1), runs, torch.tensor([copies]), number)
+        sums += _residues(state[name].detach().reshape(-1), runs, torch.tensor([copies], device="cpu"), number)
     return f"{whole} {_text(problem.vectors.total(sums))}"
 
 
@@ -70,7 +70,8 @@ def span_sums(rows: Tensor, space: VectorSpace) -> list[list[float]] | str:
     """
     if space.whole:
         return digest(rows)
-    places = torch.cat([torch.arange(0), *(torch.arange(at, at + length) for at, length in space.pieces)]).double()
+    runs = [torch.arange(at, at + length, device="cpu") for at, length in space.pieces]
+    places = torch.cat([torch.arange(0, device="cpu"), *runs]).double()
     waves = torch.stack([torch.cos((1 + wave) * (1 + places)) for wave in range(WAVES)]).to(wide(rows))
     lengths = space.inner(rows, waves.to(rows)).square().sum(0)
     allowed = torch.finfo(rows.dtype).eps ** 0.5
