@@ -21,6 +21,7 @@ from curvalg.lowering.operators.live_form import DifferentiableSum
 from curvalg.lowering.operators.third_order import terms_of
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.problem import Problem
+from curvalg.solve import condition
 from curvalg.tensors.memory import wide
 from curvalg.tensors.random_numbers import normals
 
@@ -129,8 +130,11 @@ def logdet(expr: Expr, problem: Problem, *, damping: Damping = 0.0, probes: int 
     matrix, op, diagonal = _prepared(expr, problem, damping)
     if probes is None:
         eye, _ = _columns(problem, None, seed, "logdet")
-        factor, failed = torch.linalg.cholesky_ex(_dense(op, diagonal))
-        if bool(failed):
+        A = _dense(op, diagonal)
+        factor, failed = torch.linalg.cholesky_ex(A)
+        # Rounding can leave a matrix without an inverse a Cholesky factor.
+        noise = max(len(A) * torch.finfo(A.dtype).eps, epsilon(problem))
+        if bool(failed) or not condition(A, lambda b: torch.cholesky_solve(b, factor)) * noise < 1:
             raise _not_definite("logdet", expr)
         inverted = torch.cholesky_inverse(factor)
         value, error = 2 * factor.diagonal().log().sum(), 0.0

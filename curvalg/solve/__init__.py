@@ -2,7 +2,7 @@
 
 from curvalg.solve import lanczos, quadrature, search
 from curvalg.solve.cg import cg
-from curvalg.solve.direct import eigenpairs, factorize
+from curvalg.solve.direct import condition, eigenpairs, factorize
 from curvalg.solve.ends import SIDES, surpassed, unrivalled, wanted
 from curvalg.solve.minres import minres
 from curvalg.solve.orthogonal import complete, grown, orthonormalise
@@ -18,6 +18,7 @@ __all__ = [
     "Trail",
     "cg",
     "complete",
+    "condition",
     "eigenpairs",
     "exponents",
     "factorize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 
 import pytest
@@ -132,6 +133,20 @@ def test_saturated_probabilities(check, dtype, hot):
     scale = wanted.abs().max()
     torch.testing.assert_close(block / scale, wanted / scale, rtol=1e-5, atol=1e-6)
     assert not factor[:, 1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_probabilities_next_to_nothing(dtype, place):
+    """Below the least normal number 1/p is infinite, and what it is multiplied by can be zero."""
+    least = math.log(torch.finfo(dtype).tiny)
+    gaps = torch.linspace(least - 16, least + 4, 80, dtype=dtype)
+    output = torch.stack([gaps, gaps - 3, gaps + 1], 1)
+    output = torch.cat([output[:, :place], torch.zeros(len(gaps), 1, dtype=dtype), output[:, place:]], 1)
+    factor = CrossEntropy().at(output, torch.zeros(len(gaps), dtype=torch.long)).factor()
+    assert factor.isfinite().all()
+    block = torch.einsum("kni,knj->nij", factor.double(), factor.double())
+    assert float(block.abs().max()) <= 1000 * torch.finfo(dtype).tiny
 
 
 def test_a_class_of_probability_zero_is_never_drawn():

@@ -75,7 +75,8 @@ class SoftmaxPoint(LossPoint[Tensor]):
         number = classes[start:stop, None]
         unit, below = (classes == number).to(p.dtype), (classes > number).to(p.dtype)
         # (…, columns, C): positions first until the last line.
-        columns = pivot.unsqueeze(-1) * (unit - below * _ratio(p.unsqueeze(-2), after.unsqueeze(-1)))
+        # Of the classes above, p divided by a tail that is next to nothing would be infinite.
+        columns = pivot.unsqueeze(-1) * (unit - _ratio(below * p.unsqueeze(-2), after.unsqueeze(-1)))
         return self._root_mass() * columns.movedim(-2, 0).movedim(-1, self.axis + 1)
 
     def pseudo_gradients(self, uniform: Tensor, *, fisher: bool = False) -> Tensor:

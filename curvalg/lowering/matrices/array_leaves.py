@@ -18,6 +18,12 @@ def tensor(array: Any, like: Tensor) -> Tensor:
     return given.detach().to(dtype=like.dtype, device=like.device)
 
 
+def rounding(array: Any) -> float:
+    """The unit of rounding of an array's dtype; 0 of whole numbers, which are exact."""
+    dtype = array.dtype if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu").dtype
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
 def numbers(array: Any, like: Tensor) -> Tensor | None:
     """An array of row numbers as a tensor on the operand's device, or None."""
     return None if array is None else torch.as_tensor(array, device=like.device)

@@ -12,6 +12,7 @@ from curvalg.expr.facts import Facts
 from curvalg.lowering.matrices.bases import MatrixBasis
 from curvalg.lowering.matrices.spectral import Spectral
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
+from curvalg.problem.batch import lazy
 from curvalg.solve import eigenpairs, factorize
 from curvalg.tensors.memory import wide
 
@@ -29,16 +30,17 @@ class DenseMatrix(Structure):
     def __init__(self, matrix: Tensor, facts: Facts, what: str, epsilon: float = 0.0) -> None:
         super().__init__(matrix.shape[0])
         self.matrix, self.facts, self.what, self.epsilon = matrix, facts, what, epsilon
-        self._solve: Callable[[Tensor], Tensor] | None = None
         self._spectral: Spectral | None = None
 
     def multiply(self, x: Tensor) -> Tensor:
         return self.matrix.to(x.dtype) @ x
 
     def solve(self, b: Tensor) -> Tensor:
-        if self._solve is None:
-            self._solve = factorize(self.matrix, positive_definite=self.facts.positive_definite)
-        return self._solve(wide(b)).to(b.dtype)
+        return self._factorized(wide(b)).to(b.dtype)
+
+    @lazy
+    def _factorized(self) -> Callable[[Tensor], Tensor]:
+        return factorize(self.matrix, positive_definite=self.facts.positive_definite, rounding=self.epsilon)
 
     def spectral(self) -> Spectral | None:
         """The matrix by its eigenvalues, if it is symmetric."""
@@ -48,6 +50,8 @@ class DenseMatrix(Structure):
         return self._spectral
 
     def mapped(self, function: Function, name: str) -> Structure | None:
+        if name == "inverse":
+            _ = self._factorized  # raises where there is none
         spectral = self.spectral()
         return None if spectral is None else spectral.mapped(function, name)
 

@@ -35,9 +35,12 @@ class KroneckerCholesky(Structure):
     @lazy
     def _triangles(self) -> list[Tensor] | None:
         """The Cholesky factors, in the order of the factors; None where one is not positive definite to working precision."""
-        found = [_triangle(factor) for factor in self.factors]
+        found = [_triangle(factor, _bearable(factor)) for factor in self.factors]
         if any(triangle is None for triangle in found):
-            found = [_triangle(wide(factor)) for factor in self.factors]
+            # What rounding made of a factor without an inverse has one in double precision: the eigenvalues tell them apart.
+            noise = [torch.finfo(factor.dtype).eps ** 0.5 for factor in self.factors]
+            wider = [wide(factor) for factor in self.factors]
+            found = [_triangle(f, max(_bearable(f), least)) for f, least in zip(wider, noise, strict=True)]
         known = [triangle for triangle in found if triangle is not None]
         return known if len(known) == len(found) else None
 
@@ -74,12 +77,17 @@ class KroneckerCholesky(Structure):
         return self.by_eigenvalues.eigh()
 
 
-def _triangle(factor: Tensor) -> Tensor | None:
-    """The Cholesky factor of a matrix whose condition its precision can bear, or None."""
+def _bearable(factor: Tensor) -> float:
+    """The least ratio of the ends of a Cholesky factor at which its precision can bear the condition of the matrix.
+
+    The ratio is at most the root of the condition number, of which rounding takes a share of eps.
+    """
+    return torch.finfo(factor.dtype).eps ** 0.375  # type: ignore[no-any-return]
+
+
+def _triangle(factor: Tensor, least: float) -> Tensor | None:
+    """The Cholesky factor of a matrix, or None where there is none or the ratio of its ends is less than the least."""
     found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(factor)
     triangle, failed = found
     ends = triangle.diagonal()
-    # The ratio of the ends is at most the root of the condition number, of which rounding takes a share of eps.
-    if int(failed) or not float(ends.min()) > torch.finfo(factor.dtype).eps ** 0.375 * float(ends.max()):
-        return None
-    return triangle
+    return None if int(failed) or not float(ends.min()) > least * float(ends.max()) else triangle

@@ -80,6 +80,8 @@ class Spectral(Structure):
         return float(spectrum.abs().max()) if len(spectrum) else 0.0
 
     def mapped(self, function: Function, name: str) -> Structure:
+        if name == "inverse":
+            return self._inverse
         if name == "sqrt":
             spectrum = self._spectrum()
             noise = self.size * torch.finfo(spectrum.dtype).eps * self._largest()

@@ -8,25 +8,33 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import CurvalgWarning, Identity, Problem, inverse, registry
+from curvalg import CurvalgWarning, FactsError, Identity, Problem, inverse, registry
 
 
-@pytest.fixture
-def problem():
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["double", "single"])
+def problem(request):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    return Problem(model, nn.CrossEntropyLoss(), (torch.randn(20, 4).double(), torch.randint(0, 3, (20,))))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).to(request.param)
+    return Problem(model, nn.CrossEntropyLoss(), (torch.randn(20, 4).to(request.param), torch.randint(0, 3, (20,))))
 
 
 def shifted(problem, by=0.0):
-    """H − λmax I, which is singular."""
+    """H − (λmax + by ‖H‖) I, which is singular for zero."""
     hessian = registry.build("hessian")
-    return hessian - (float(torch.linalg.eigvalsh(hessian.lower(problem).to_dense())[-1]) + by) * Identity
+    values = torch.linalg.eigvalsh(hessian.lower(problem).to_dense())
+    return hessian - (float(values[-1]) + by * float(values.abs().max())) * Identity
 
 
-def test_a_singular_matrix_is_warned_of_once(problem):
+def test_a_singular_matrix_is_refused(problem):
     op = inverse(shifted(problem), solver="dense").lower(problem)
-    b = torch.randn(problem.size, 8, generator=torch.Generator().manual_seed(0)).double()
+    with pytest.raises(FactsError, match=r"singular to working precision .* add damping"):
+        op @ torch.randn(problem.size, dtype=problem.dtype)
+
+
+@pytest.mark.parametrize("problem", [torch.float32], indirect=True, ids=["single"])
+def test_a_nearly_singular_matrix_is_warned_of_once(problem):
+    op = inverse(shifted(problem, by=3 * torch.finfo(torch.float32).eps), solver="dense").lower(problem)
+    b = torch.randn(problem.size, 8, generator=torch.Generator().manual_seed(0))
     with pytest.warns(CurvalgWarning, match="singular to working precision; increase the damping"):
         result = op.solve(b)
     relative = result.residual / b.norm(dim=0)
@@ -40,9 +48,8 @@ def test_a_singular_matrix_is_warned_of_once(problem):
 def test_an_ordinary_matrix_is_not(problem):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = (
-            inverse(shifted(problem, by=1.0), solver="dense").lower(problem).solve(torch.ones(problem.size).double())
-        )
+        ones = torch.ones(problem.size, dtype=problem.dtype)
+        result = inverse(shifted(problem, by=1.0), solver="dense").lower(problem).solve(ones)
     assert result.ok and set(result.reason) == {"converged"}
 
 
