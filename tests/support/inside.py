@@ -34,7 +34,6 @@ PLACES = {
     "kernel_width": "curvalg_plugins.ntk.cross.WIDTH",
     # Clocks and gauges, so that choices do not depend on the machine.
     "clock": "curvalg.problem.kept.race.timed",
-    "clock_of_columns": "curvalg.tensors.backward.timed",
     "measure": "curvalg.problem.kept.race.measure",
     "candidate": "curvalg.problem.kept.race.Candidate",
     "choose_width": "curvalg.estimate.spectra.eigenpair_search.choose_width",
@@ -81,11 +80,6 @@ def first_wins(candidates: Any, *_: Any) -> dict[Any, float]:
 def last_wins(candidates: Any, *_: Any) -> dict[Any, float]:
     """In place of ``measure``: every race is won by its last way."""
     return {way: -float(number) for number, way in enumerate(candidates)}
-
-
-def no_time(run: Any, *_: Any) -> tuple[float, Any]:
-    """In place of ``timed``: nothing takes any time, so that no choice depends on the clock."""
-    return 0.0, run()
 
 
 class Inside:

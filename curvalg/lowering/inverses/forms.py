@@ -29,7 +29,7 @@ from curvalg.expr import (
 from curvalg.expr.affine_form import affine
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
-from curvalg.lowering.inverses.kronecker_spectra import spectrum
+from curvalg.lowering.inverses.kronecker_spectra import eigenvalues, spectrum
 from curvalg.lowering.inverses.offer import BoundMatrix, Form, Offer, OfferRule
 from curvalg.lowering.inverses.priors import damped_by_name
 from curvalg.lowering.inverses.rounding import epsilon, noise
@@ -52,7 +52,7 @@ from curvalg.lowering.matrices import (
     Woodbury,
     placed,
 )
-from curvalg.lowering.matrices.array_leaves import numbers, rounding, tensor
+from curvalg.lowering.matrices.array_leaves import numbers, tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.rewrite import simplify
@@ -145,23 +145,10 @@ def _kronecker_spectral(
 ) -> Structure:
     like = _like(matrix)
     pairs = spectrum(matrix.problem, snapshot, leaf, like)
-    values = like.new_ones(*pairs[0][0].shape[:-1], 1)
-    for factor, (eigenvalues, _) in zip(leaf.factors, pairs, strict=True):
-        if not shift:
-            eigenvalues = _without_rounding(eigenvalues, rounding(factor))
-        values = (values[..., :, None] * eigenvalues[..., None, :]).flatten(-2)
+    values = eigenvalues(leaf, pairs, damped=bool(shift))
     order = numbers(leaf.order, like)
     basis = KroneckerBasis([vectors.to(matrix.problem.dtype) for _, vectors in pairs], order)
     return Spectral(matrix.size, scale * placed(values.reshape(-1), order) + shift, basis, what=str(matrix.expr))
-
-
-def _without_rounding(eigenvalues: Tensor, epsilon: float) -> Tensor:
-    """The eigenvalues of matrices (..., n), zero where they are no larger than the rounding errors of the entries.
-
-    Of a factor in float32 that has no inverse they are some 1e-8 of the largest, and an inverse by them would be made of noise.
-    """
-    sizes = eigenvalues.abs()
-    return torch.where(sizes <= epsilon * sizes.amax(-1, keepdim=True), 0.0, eigenvalues)
 
 
 @_form("eigenbasis")

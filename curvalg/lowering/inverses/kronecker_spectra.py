@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from curvalg.expr import Kronecker
-from curvalg.lowering.matrices.array_leaves import tensor
+from curvalg.lowering.matrices.array_leaves import rounding, tensor
 from curvalg.problem import Problem, Snapshot
 from curvalg.solve import eigenpairs
 
@@ -22,6 +22,21 @@ Spectra: TypeAlias = "tuple[tuple[Problem, Kronecker, Tensor], ...]"
 def spectrum(problem: Problem, snapshot: Snapshot, leaf: Kronecker, like: Tensor) -> Spectrum:
     """The eigenpairs of the factors of a Kronecker product, kept on the problem."""
     return problem.cached(snapshot).get("eigenpairs", leaf, lambda: _decomposed(leaf, like), budgeted=True)
+
+
+def eigenvalues(leaf: Kronecker, pairs: Spectrum, *, damped: bool) -> Tensor:
+    """The eigenvalues (..., n) of a Kronecker product, from the eigenpairs of its factors.
+
+    Without damping those of a factor that are no larger than rounding errors of its entries are zero: of a factor in float32
+    that has no inverse they are some 1e-8 of the largest, and an inverse by them would be made of noise.
+    """
+    values = pairs[0][0].new_ones(*pairs[0][0].shape[:-1], 1)
+    for factor, (own, _) in zip(leaf.factors, pairs, strict=True):
+        sizes = own.abs()
+        noise = 0.0 if damped else rounding(factor)
+        known = own.masked_fill(sizes <= noise * sizes.amax(-1, keepdim=True), 0.0)
+        values = (values[..., :, None] * known[..., None, :]).flatten(-2)
+    return values
 
 
 def decompose_together(wanted: Spectra, snapshot: Snapshot) -> None:

@@ -22,7 +22,7 @@ from curvalg import (
     registry,
 )
 from curvalg.estimate import influence, influence_stream, self_influence
-from tests.support.inside import first_wins, no_time
+from tests.support.inside import first_wins
 from tests.support.scored import (
     MATRICES,
     MODELS,
@@ -170,7 +170,7 @@ def test_solves_are_reported():
 @pytest.mark.parametrize("options", [{}, {"by": "layer"}, {"topk": 3}])
 def test_interrupted_runs_go_on_to_the_same_bits(options, tmp_path, products, inside):
     # The file keeps what the clock has chosen, but the whole run is another one.
-    inside(clock=no_time, clock_of_columns=no_time, measure=first_wins)
+    inside(measure=first_wins, overhead=0.0)
 
     def asked(path):
         problem, queries, _, _ = world("dense")

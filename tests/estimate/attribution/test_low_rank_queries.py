@@ -22,7 +22,7 @@ from curvalg import (
 )
 from curvalg.estimate import influence, influence_stream
 from curvalg.files import load, save
-from tests.support.inside import first_wins, no_time
+from tests.support.inside import first_wins
 from tests.support.scored import MATRICES, MODELS, close, gradients, random, world
 
 build = registry.build
@@ -234,7 +234,7 @@ def test_extremes_and_streams(k):
 @pytest.mark.parametrize("options", [{}, {"by": "layer"}, {"by": "position"}, {"topk": 3}])
 def test_interrupted_runs_go_on_to_the_same_bits(options, tmp_path, monkeypatch, inside):
     # The file keeps what the clock has chosen, but the whole run is another one.
-    inside(clock=no_time, clock_of_columns=no_time, measure=first_wins)
+    inside(measure=first_wins, overhead=0.0)
 
     def asked(path, rank=2, progress=False):
         problem, queries, _, _ = world("images")
