@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -28,7 +28,7 @@ MOST = 4096
 """The most parameters of a group whose block of the inverse is made."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Saliency(Estimate):
     """Scores of single parameters or of groups of them.
 
@@ -44,7 +44,12 @@ class Saliency(Estimate):
     error: Tensor
     names: tuple[str, ...]
     adjusted: bool
-    layout: Layout = field(repr=False)
+    layout: Layout
+
+    @property
+    def findings(self) -> dict[str, str]:
+        of = f"{len(self.names)} groups" if len(self.names) == len(self.value) else f"{len(self.value)} parameters"
+        return {"scores of": of, **super().findings}
 
     def by_parameter(self) -> dict[str, Tensor]:
         """Scores of single parameters in the shapes of the model's; of groups, the score of each by its name."""

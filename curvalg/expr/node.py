@@ -192,27 +192,33 @@ class Expr:
 
     def lower(
         self,
-        problem: Problem,
+        problem: Problem | Any,
+        loss: Any = None,
+        data: Any = None,
         *,
         preconditioner: Expr | LinearOperator | Callable[..., Any] | None = None,
+        **options: Any,
     ) -> CurvatureOperator:
         """Bind the expression to a problem: a ``scipy.sparse.linalg.LinearOperator`` computed by torch.
 
-        Only plans; passes over the data happen at the first product.
+        Only plans; passes over the data happen at the first product. ``expr.lower(model, loss, data, **options)`` is short for
+        ``expr.lower(Problem(model, loss, data, **options))``; several operators share what is known of one Problem.
 
         Args:
-            problem: model, loss, data and parameters.
+            problem: model, loss, data and parameters; or the model alone, with the next two.
+            loss, data, options: of the :class:`~curvalg.Problem` that is made of a model.
             preconditioner: for iterative inverses: an expression P, whose inverse is taken here; or what applies P⁻¹ itself, an
                 operator (as SciPy's ``M``) or a callable ``v -> P⁻¹ v``.
 
         Raises:
             ExpressionError: the expression has no size of its own, or a node that cannot be lowered.
             LossError: a term is not defined for the problem's loss.
+            ProblemError: as of :class:`~curvalg.Problem`, where one is made here.
         """
         from curvalg.lowering import lower
 
         try:
-            return lower(self, problem, preconditioner=preconditioner)
+            return lower(self, problem, loss, data, preconditioner=preconditioner, **options)
         except RecursionError as error:
             raise too_deep() from error
 
@@ -242,6 +248,15 @@ class Expr:
             return bound(self, problem)
         except RecursionError as error:
             raise too_deep() from error
+
+    if not TYPE_CHECKING:  # a checker sees the attributes that there are
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("shape", "dtype", "matvec", "matmat", "rmatvec"):  # what SciPy asks an operator for
+                raise AttributeError(
+                    f"an expression has no {name} before it knows a model and data: pass expr.lower(problem) in its place"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # -- printing -----------------------------------------------------------------------------------------------------
 

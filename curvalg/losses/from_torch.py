@@ -101,7 +101,8 @@ def resolve_loss(loss: object, reduction: str | None = None) -> Loss:
         return _agreed(_from_function(loss, reduction), reduction, loss)
     raise LossTypeError(
         "expected a loss module of torch.nn, a function of torch.nn.functional, a curvalg Loss or a callable "
-        f"(output, target) -> scalar, got {type(loss).__name__}"
+        f"(output, target) -> scalar, got {type(loss).__name__}; write torch.nn.CrossEntropyLoss(), in the order "
+        "Problem(model, loss, data)"
     )
 
 

@@ -14,6 +14,7 @@ from curvalg.lowering.lines import indent
 from curvalg.lowering.plans.bind import unbound
 from curvalg.lowering.replayed import Repeatable
 from curvalg.lowering.sweeps.contract import call
+from curvalg.markup import card, formula
 from curvalg.problem import Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.per_sample import PerSampleNotes
@@ -73,6 +74,20 @@ def explain(op: Explained) -> str:
         sections["cost of what is still to be made"] = costs
     sections["execution"] = _execution(op)
     return "\n".join(line for title, lines in sections.items() for line in [title, *indent(lines)])
+
+
+def operator_card(op: Explained) -> str:
+    """An operator as a card of a notebook: what is known, the route, what is kept, the formula. Nothing is computed for it."""
+    budget = op.problem.budget
+    facts = {
+        "expression": str(op.expr),
+        "size": f"{op.shape[0]} x {op.shape[1]}, {op.dtype} on {op.device}",
+        "facts": ", ".join(f"{name}: {_tri(value)}" for name, value in vars(op.facts).items()),
+        "problem": repr(op.problem),
+        "route": op._repeated.lines(op.snapshot)[0],
+        "kept": f"{budget.used / 2**20:.3g} of at most {budget.limit / 2**20:.4g} MiB",
+    }
+    return card("CurvatureOperator", facts, formula(op.expr._repr_latex_()))
 
 
 def _tri(value: bool | None) -> str:

@@ -19,7 +19,7 @@ from curvalg.expr.node import Expr, require_hashable, too_deep
 from curvalg.expr.term import needs_model
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.output_rows import output_sizes
-from curvalg.lowering.explain import explain
+from curvalg.lowering.explain import explain, operator_card
 from curvalg.lowering.inverses.preconditioners import has_inverse, preconditioned
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.operators.bound_algebra import BoundAlgebra, Preconditioner, joint_preconditioner
@@ -147,6 +147,10 @@ class CurvatureOperator(PlannedOperator):
         """A report on what became of the expression: laws that applied, the plan, routes and what is kept."""
         with self.problem.lock:
             return explain(self)
+
+    def _repr_html_(self) -> str:
+        with self.problem.lock:
+            return operator_card(self)
 
     def _current(self, unread: list[Tensor] | None = None) -> None:
         """Raise StaleError where what products are computed from has moved; arrays do not."""
@@ -399,9 +403,27 @@ def bound(expr: Expr, problem: Problem) -> Expr:
     return lower(expr, problem).bound_expression()
 
 
-def lower(expr: Expr, problem: Problem, *, preconditioner: Preconditioner = None) -> CurvatureOperator:
+def lower(
+    expr: Expr,
+    problem: Problem | Any,
+    loss: Any = None,
+    data: Any = None,
+    *,
+    preconditioner: Preconditioner = None,
+    **options: Any,
+) -> CurvatureOperator:
     """Bind an expression to a problem; see :meth:`curvalg.Expr.lower`."""
-    if not isinstance(problem, Problem):
-        raise ExpressionError(f"expected a curvalg.Problem to lower on, got {type(problem).__name__}")
     require_hashable(expr)
+    if not isinstance(problem, Problem):
+        if data is None:
+            raise ExpressionError(
+                f"expected a curvalg.Problem to lower on, got {type(problem).__name__}; write "
+                "expr.lower(Problem(model, loss, data)), or expr.lower(model, loss, data)"
+            )
+        problem = Problem(problem, loss, data, **options)
+    elif loss is not None or data is not None or options:
+        raise ExpressionError(
+            "a Problem has its loss, data and options already; pass it alone, as expr.lower(problem), or change them with "
+            "Problem(...) or problem.with_data(...)"
+        )
     return CurvatureOperator(expr, problem, preconditioner)

@@ -158,8 +158,9 @@ class ModelCall:
         except CurvalgError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
-            shown = trees.describe(self.sample.batch)
-            raise ProblemError(f"the model failed on batch {self.sample.index}, a {shown}: {error}") from error
+            shown, cure = trees.describe(self.sample.batch), explain_failure(error)
+            more = f". {cure[0].upper()}{cure[1:]}" if cure else ""
+            raise ProblemError(f"the model failed on batch {self.sample.index}, a {shown}: {error}{more}") from error
 
     def in_double(self) -> Callable[[Sequence[Tensor]], Tensor]:
         """A function that computes z in float64 for parameters in float64; every call of it calls the model once."""

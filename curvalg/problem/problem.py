@@ -23,22 +23,21 @@ from curvalg.problem.data.process import LOCK
 from curvalg.problem.data.randomness import DrawGuard, Randomness
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.kept.cache import FRACTION, Budget
-from curvalg.problem.large_outputs.find_head import is_made_in_chunks
+from curvalg.problem.large_outputs.find_head import factor_columns
 from curvalg.problem.layers.per_sample import per_sample_gradients
 from curvalg.problem.layers.recorded import record_layers
 from curvalg.problem.model import parameters as params_
 from curvalg.problem.model.make_model import Shard, make_model
-from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.precision import accumulating, casting, compiler
 from curvalg.problem.model.sharded.sharded_model import ShardedModel
 from curvalg.problem.model.snapshot import Snapshot
 from curvalg.problem.passes.count import count
 from curvalg.problem.passes.filling import filled
-from curvalg.problem.passes.first_order import gradient_over, loss_of
+from curvalg.problem.passes.first_order import finite, gradient_over, gradient_rows, loss_of
 from curvalg.problem.passes.joining import compare, join
 from curvalg.problem.passes.options import one_of, output_bytes, require_parts, settle_options
+from curvalg.problem.passes.shown import PUBLIC, described, problem_card
 from curvalg.problem.setting import Services, Setting
-from curvalg.tensors import trees
 from curvalg.tensors.bits import all_finite
 from curvalg.tensors.memory import free_memory
 
@@ -53,7 +52,8 @@ class Problem(Setting):
         loss: a torch loss module, a function of ``torch.nn.functional``, a :class:`~curvalg.losses.Loss`, or any callable
             ``(output, target) -> scalar``; None suffices for the Jacobian.
         data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of batches.
-        params: the parameters: None (all that require gradients), names or glob patterns, or a dict.
+        params: the parameters: None (all that require gradients), names or glob patterns, parameters of the model themselves
+            (``params=model.head.parameters()``), or a dict.
         forward: ``forward(model, batch) -> output`` for batches that are neither pairs nor mappings.
         target: ``target(batch) -> target`` for such batches.
         reduction: "mean" or "sum", how a callable loss reduces a batch; found from its values where possible. Means of batches
@@ -269,12 +269,16 @@ class Problem(Setting):
         >>> problem.value() < before
         True
         """
-        if self.whole is not None:
-            return self.whole.with_data(data, whole=whole).restricted(self.layout.names)
-        require_parts(self, whole)
         read = Data(data, self.data.target, needs_target=self.data.needs_target)
+        return self._on(read, whole=whole, lossless=False)
+
+    def _on(self, data: Data, *, whole: bool, lossless: bool) -> Problem:
+        """The same problem on other data."""
+        require_parts(self, whole)
+        if self.whole is not None:
+            return self.whole._on(data, whole=whole, lossless=lossless).restricted(self.layout.names)
         with self.lock:
-            twin = self._twin(read, whole=whole)
+            twin = self._twin(data, lossless=lossless, whole=whole)
         twin.cache = self._cache
         return twin
 
@@ -291,14 +295,7 @@ class Problem(Setting):
         >>> registry.build("jacobian").lower(problem.with_inputs(torch.randn(5, 3))).shape
         (5, 4)
         """
-        if self.whole is not None:
-            return self.whole.with_inputs(data, whole=whole).restricted(self.layout.names)
-        require_parts(self, whole)
-        read = Data(data, None, needs_target=False)
-        with self.lock:
-            twin = self._twin(read, lossless=True, whole=whole)
-        twin.cache = self._cache
-        return twin
+        return self._on(Data(data, None, needs_target=False), whole=whole, lossless=True)
 
     def step(self, direction: Any, size: float = 1.0) -> Problem:
         """Move the live parameters: θ − size · direction is written into them, and the state of the problem moves on.
@@ -387,18 +384,9 @@ class Problem(Setting):
         known = self._factor_columns
         if term not in known:
             with self.differentiating(), self.together("the number of columns of a factor"):
-                own = self._factor_columns_here(term)
+                own = factor_columns(self.evaluations(self.snapshot()), term, self.most_classes)
                 known[term] = own if self.group.alone else int(max(n for (n,) in self.group.numbers(own)))
         return known[term]
-
-    def _factor_columns_here(self, term: Term) -> int:
-        """The columns on the first batch of this process; -1 where there is none."""
-        if (first := next(iter(self.evaluations(self.snapshot())), None)) is None:
-            return -1
-        if not is_made_in_chunks(first, term):
-            return term.factor_columns(first.evaluate())
-        outputs = self.most_classes * sum(t.numel() for t in trees.tensors(first.sample.target))
-        return outputs // first.sample.rows
 
     def value(self) -> float:
         """The loss L(θ) of the whole data set.
@@ -406,15 +394,10 @@ class Problem(Setting):
         Raises:
             ProblemError: it is not finite.
         """
-        with self.lock:
-            snapshot = self.snapshot()
-            self.need_loss()
-            total = 0.0
-            with self.differentiating(), self.together("the value of the loss"):
-                for evaluation in self.evaluations(snapshot):
-                    total += loss_of(evaluation)
-                total = math.fsum(number for (number,) in self.group.numbers(total))
-            return self._finite(total / self.totals.denominator, math.isfinite(total), "value")
+        with self._over_data("the value of the loss") as evaluations:
+            own = math.fsum(loss_of(evaluation) for evaluation in evaluations)
+            total = math.fsum(number for (number,) in self.group.numbers(own))
+        return finite(total / self.totals.denominator, math.isfinite(total), "value")
 
     def gradient(self) -> Tensor:
         """The gradient ∇L(θ) of the loss, shape (D,).
@@ -422,26 +405,44 @@ class Problem(Setting):
         Raises:
             ProblemError: it is not finite.
         """
+        with self._over_data("the gradient of the loss") as evaluations:
+            result = gradient_over(self, evaluations)
+        return finite(result, all_finite(result), "gradient")
+
+    def per_sample_gradients(self) -> Tensor:
+        """The gradients s ∇cₙ of the samples' own losses in the order of the data, (N, D): N times the parameters in memory.
+
+        Their mean is the gradient of an unweighted mean loss, their sum that of a sum; ``problem.per_sample_gradients().T`` are
+        columns that operators multiply, and queries of :func:`~curvalg.estimate.influence`.
+
+        Raises:
+            LossError: samples have no losses of their own.
+            ProblemError: samples influence each other (batch-norm in training mode), or parameters are sharded.
+
+        >>> import torch
+        >>> problem = Problem(torch.nn.Linear(3, 1), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 1)))
+        >>> rows = problem.per_sample_gradients()
+        >>> rows.shape, torch.allclose(rows.mean(0), problem.gradient(), atol=1e-6)
+        (torch.Size([5, 4]), True)
+        """
+        with self._over_data("the gradients of single samples", order_matters=True) as evaluations:
+            return gradient_rows(self, evaluations)
+
+    @contextmanager
+    def _over_data(self, what: str, *, order_matters: bool = False) -> Iterator[Iterator[Evaluation]]:
+        """One pass over the data at the state as it is now, for something that needs the loss."""
         with self.lock:
             snapshot = self.snapshot()
             self.need_loss()
-            with self.differentiating(), self.together("the gradient of the loss"):
-                result = gradient_over(self, self.evaluations(snapshot))
-            return self._finite(result, all_finite(result), "gradient")
+            with self.differentiating(), self.together(what):
+                yield self.evaluations(snapshot, order_matters=order_matters)
 
-    @staticmethod
-    def _finite(result: T, finite: bool, what: str) -> T:
-        if not finite:
-            raise ProblemError(
-                f"the {what} of the loss is not finite (NaN or infinite); look for targets, weights or outputs that are not "
-                "finite"
-            )
-        return result
+    def __dir__(self) -> list[str]:
+        """What users call; what the library itself needs of a problem is there as well, but not listed."""
+        return list(PUBLIC)
 
     def __repr__(self) -> str:
-        model = type(self.model.module).__name__ if isinstance(self.model, ModuleModel) else "function"
-        loss = "no loss" if self.loss is None else type(self.loss).__name__
-        return (
-            f"Problem({model}, {loss}, {self.size} parameters in {len(self.layout.names)} tensors, {self.dtype} on "
-            f"{self.device})"
-        )
+        return described(self)
+
+    def _repr_html_(self) -> str:
+        return problem_card(self)

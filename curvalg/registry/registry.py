@@ -253,7 +253,10 @@ class Registry:
         qualified = [plugin.qualified_name for plugin in self._valid()]
         known = self.names()
         guess = did_you_mean(name, [*known, *qualified] if "/" in name else known, cutoff=0.0)
-        return f"no term is called {name!r}{guess}; registry.names() and `curvalg terms` list all {len(known)}"
+        return (
+            f"no term is called {name!r}{guess}; registry.names() and `curvalg terms` list all {len(known)}. "
+            "A package's terms are there once it is installed, those of a script after registry.register(...)"
+        )
 
     def _load(self, plugin: Plugin) -> TermSpec:
         if plugin not in self._loaded:

@@ -136,6 +136,11 @@ def explain_failure(error: Exception) -> str | None:
 
 
 REENTRANT = "None of the inputs have requires_grad=True"
+_OF_TYPES = "model and data have different dtypes; convert one of them, as by X.to(next(model.parameters()).dtype)"
+_OF_MEMORY = (
+    "there is not enough memory; use smaller batches, whose products are added up to the same numbers, or keep less between "
+    "products with Problem(cache=...)"
+)
 _KNOWN_FAILURES: dict[str, str] = {
     REENTRANT: (
         "reentrant activation checkpointing drops the parameters inside it here; use "
@@ -149,6 +154,11 @@ _KNOWN_FAILURES: dict[str, str] = {
         "reentrant activation checkpointing cannot be differentiated twice; use torch.utils.checkpoint.checkpoint(..., "
         "use_reentrant=False)"
     ),
+    "have the same dtype": _OF_TYPES,
+    "type (double) and": _OF_TYPES,
+    "type (float) and": _OF_TYPES,
+    "not enough memory": _OF_MEMORY,
+    "out of memory": _OF_MEMORY,
     "_thnn_fused": "a fused recurrent layer cannot be differentiated twice on this device",
     "is not implemented for": "an operation of the model lacks a second derivative; replace it by one that has it",
     "double backward": "an operation of the model lacks a second derivative; replace it by one that has it",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from curvalg.estimate.request import require_count
 from curvalg.estimate.result import Result
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class InfluenceScores(Result):
     """Scores of training samples for queries, of :func:`~curvalg.estimate.influence`.
 
@@ -28,11 +28,24 @@ class InfluenceScores(Result):
         error: what scores may be wrong by, with ``query_rank``; None where they are exact.
     """
 
-    scores: Tensor | Mapping[str, Tensor] | None = field(repr=False)
-    topk: Ranking | None = field(default=None, repr=False)
-    iterations: Tensor | None = field(default=None, repr=False)
-    residuals: Tensor | None = field(default=None, repr=False)
+    scores: Tensor | Mapping[str, Tensor] | None
+    topk: Ranking | None = None
+    iterations: Tensor | None = None
+    residuals: Tensor | None = None
     error: RankError | None = None
+
+    @property
+    def findings(self) -> dict[str, str]:
+        if isinstance(self.scores, Mapping):
+            shapes = {name: tuple(scores.shape) for name, scores in self.scores.items()}
+            found = {"scores": f"{len(shapes)} layers, {next(iter(shapes.values()), ())} each"}
+        else:
+            found = {} if self.scores is None else {"scores": " x ".join(map(str, self.scores.shape))}
+        if self.topk is not None:
+            found["extremes"] = f"{self.topk.largest.shape[1]} of each of {len(self.topk.largest)} queries"
+        if self.residuals is not None and self.residuals.numel():
+            found["residuals"] = f"≤ {float(self.residuals.max()):.1g}"
+        return found
 
     def plot(self, ax: Any = None, *, query: int = 0, count: int = 5, samples: Any = None) -> Any:
         """Draw the most helpful and the most harmful samples of a query as bars, and return the matplotlib axes.

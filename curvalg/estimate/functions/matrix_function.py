@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ KEPT = 2**28
 """Numbers that the vectors of an automatic run may take together (1 GiB in float32)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FunctionProduct(Result):
     """The product f(A) v of a function of an operator with vectors.
 
@@ -44,9 +44,14 @@ class FunctionProduct(Result):
         steps: products with each column.
     """
 
-    value: Any = field(repr=False)
+    value: Any
     changes: Tensor
     steps: int
+
+    @property
+    def findings(self) -> dict[str, str]:
+        most = float(self.changes.max()) if self.changes.numel() else 0.0
+        return {"columns": str(self.changes.numel()), "steps": str(self.steps), "changes": f"≤ {most:.1g}"}
 
 
 @shared_call

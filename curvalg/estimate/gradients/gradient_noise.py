@@ -58,7 +58,7 @@ def gradient_norms(problem: Problem) -> Tensor:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GradientNoise(Result):
     """The noise of minibatch gradients, with the simple noise scale.
 
@@ -71,6 +71,10 @@ class GradientNoise(Result):
     simple: float
     trace: float
     square: float
+
+    @property
+    def findings(self) -> dict[str, str]:
+        return {"simple scale": f"{self.simple:.4g} samples", "tr Σ": f"{self.trace:.4g}", "|G|²": f"{self.square:.4g}"}
 
 
 @shared_call

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvalg.estimate.result import Estimate, Result, axes
+from curvalg.estimate.result import Estimate, Result, axes, short
 from curvalg.estimate.spectra.smooth import SCALES, bumps, even_grid, extent, floor_of, papyan_width
 from curvalg.solve.quadrature import GaussRules, standard_error
 
@@ -30,7 +30,7 @@ class Look:
     steps: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Density(Result):
     """A density of eigenvalues, with the nodes that it is made of.
 
@@ -49,18 +49,18 @@ class Density(Result):
     """
 
     scale: str
-    grid: Tensor = field(repr=False)
-    density: Tensor = field(repr=False)
-    lower: Tensor = field(repr=False)
-    upper: Tensor = field(repr=False)
-    negative: Tensor | None = field(repr=False)
+    grid: Tensor
+    density: Tensor
+    lower: Tensor
+    upper: Tensor
+    negative: Tensor | None
     outliers: Tensor
-    nodes: Tensor = field(repr=False)
-    weights: Tensor = field(repr=False)
+    nodes: Tensor
+    weights: Tensor
     width: float
     floor: float
     size: int
-    rule: GaussRules = field(repr=False)
+    rule: GaussRules
 
     @classmethod
     def of(cls, rule: GaussRules, outliers: Tensor, look: Look, size: int, made: Result) -> Density:
@@ -103,6 +103,14 @@ class Density(Result):
             size=size,
             rule=rule,
         )
+
+    @property
+    def findings(self) -> dict[str, str]:
+        probes, steps = self.nodes.shape
+        ends = [float(end) for end in (self.nodes.min(), self.nodes.max(), *self.outliers)]
+        rules = f"{probes} x {steps}" if self.method != "exact" else "exact"
+        found = {"of": f"{self.size} eigenvalues", "from": f"{min(ends):.4g}", "to": f"{max(ends):.4g}", "nodes": rules}
+        return found | ({"outliers": short(self.outliers)} if len(self.outliers) else {})
 
     def cdf(self, x: float | Tensor) -> float | Tensor:
         """The share of eigenvalues ≤ x, without the smoothing of the curve: of a number or of each of a tensor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvalg.distributed.group import shared_call
 from curvalg.estimate.request import OnFail, Request, require_pairs
-from curvalg.estimate.result import Eigenpairs, Result, axes
+from curvalg.estimate.result import Eigenpairs, Result, axes, short, whole_numbers
 from curvalg.estimate.spectra.eigen import search
 from curvalg.estimate.spectra.eigenpair_search import Block
 from curvalg.estimate.target import Basis, Target, target
@@ -23,7 +23,7 @@ from curvalg.solve.orthogonal import complete, orthonormalise
 from curvalg.tensors.memory import small
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SingularTriplets(Result):
     """Singular values with vectors; ``U, s, V = triplets`` takes them apart, A ≈ U diag(s) Vᵀ.
 
@@ -34,10 +34,15 @@ class SingularTriplets(Result):
         residuals: the root of ‖A v − s u‖² + ‖Aᵀ u − s v‖² of each, recomputed from products, (k,).
     """
 
-    left: Tensor = field(repr=False)
+    left: Tensor
     values: Tensor
-    right: Tensor = field(repr=False)
+    right: Tensor
     residuals: Tensor
+
+    @property
+    def findings(self) -> dict[str, str]:
+        most = float(self.residuals.max()) if len(self.residuals) else 0.0
+        return {"singular values": short(self.values), "residuals": f"≤ {most:.1g}"}
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.left, self.values, self.right))
@@ -48,6 +53,7 @@ class SingularTriplets(Result):
         ax.semilogy(range(1, len(self.values) + 1), self.values.flip(0).numpy(), "o")
         ax.set_xlabel("rank")
         ax.set_ylabel("singular value")
+        whole_numbers(ax)
         return ax
 
 

@@ -173,7 +173,7 @@ def require_endomorphism(expr: Expr, what: str) -> None:
         ExpressionError: not an expression, or one with another side.
     """
     if not isinstance(expr, Expr):
-        raise ExpressionError(f"{what}() takes an expression, got {type(expr).__name__}")
+        raise ExpressionError(f"{what}() takes an expression such as registry.build('ggn'), got {type(expr).__name__}")
     if {expr.domain, expr.codomain} - {"parameters", None} or expr.domain_params != expr.codomain_params:
         raise ExpressionError(f"{what}() needs an operator on parameters; {expr} is {shape(expr)}")
 

@@ -20,6 +20,9 @@ class IdentityExpr(Expr):
     def facts(self, loss: LossFacts | None = None) -> Facts:
         return Facts(positive_definite=True)
 
+    def __call__(self, *_: object) -> Expr:
+        raise OptionError("the identity is an expression, of any size: write Identity, as in ggn + 1e-3 * Identity")
+
 
 @dataclass(frozen=True, repr=False)
 class ZeroExpr(Expr):
@@ -60,6 +63,9 @@ class ZeroExpr(Expr):
             return Facts(symmetric=False)
         known = True if square(self) else None  # two patterns may choose the same parameters
         return Facts(symmetric=known, psd=known, positive_definite=False)
+
+    def __call__(self, *_: object) -> Expr:
+        raise OptionError("zero is an expression, of any size: write Zero, without parentheses")
 
 
 Identity = IdentityExpr()

@@ -108,7 +108,7 @@ def inverse(
     inverse(ggn + 0.001*identity, solver='cg')
     """
     if not isinstance(expr, Expr):
-        raise ExpressionError(f"inverse() takes an expression, got {type(expr).__name__}")
+        raise ExpressionError(f"inverse() takes an expression such as registry.build('ggn'), got {type(expr).__name__}")
     if not square(expr):
         raise ExpressionError(f"only a square operator has an inverse; {expr} is {shape(expr)}")
     if isinstance(expr, ZeroExpr):

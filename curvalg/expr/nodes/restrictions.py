@@ -58,7 +58,9 @@ def restrict(expr: Expr, params: str | Sequence[str]) -> Expr:
     """
     patterns = as_patterns(params)
     if not isinstance(expr, Expr):
-        raise ExpressionError(f"restrict() takes an expression, got {type(expr).__name__}")
+        raise ExpressionError(
+            f"restrict() takes an expression such as registry.build('ggn'), got {type(expr).__name__}"
+        )
     if expr.domain is None:  # as the identity: of any size before, of these parameters now
         return add([(expr, 1), (ZeroExpr("parameters", "parameters", patterns, patterns), 1)])
     if "parameters" not in (expr.domain, expr.codomain):

@@ -44,7 +44,7 @@ def sqrt(expr: Expr) -> Expr:
     ggn + 0.1*identity
     """
     if not isinstance(expr, Expr):
-        raise ExpressionError(f"sqrt() takes an expression, got {type(expr).__name__}")
+        raise ExpressionError(f"sqrt() takes an expression such as registry.build('ggn'), got {type(expr).__name__}")
     if not square(expr):
         raise ExpressionError(f"only a square operator has a square root; {expr} is {shape(expr)}")
     if isinstance(expr, (IdentityExpr, ZeroExpr)):

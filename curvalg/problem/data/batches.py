@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from curvalg.errors import ProblemError, ProblemTypeError
 from curvalg.problem.data.randomness import LoaderStream, own_generators
@@ -79,7 +80,7 @@ class Data:
         one_batch = isinstance(data, (tuple, Mapping, Tensor)) or trees.has_stores(data)
         if not one_batch and (isinstance(data, (str, bytes)) or not hasattr(data, "__iter__")):
             raise ProblemTypeError(
-                f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}"
+                f"data must be a tuple (X, y), a list of batches or a loader, got {trees.describe(data)}{_cure(data)}"
             )
         self.single = one_batch
         self.source = [data] if one_batch else data
@@ -210,7 +211,7 @@ class Data:
         else:
             hint = f"it is a {trees.describe(batch)}"
             if self.fixed and isinstance(batch, Tensor):
-                hint += " (a list is read as a list of batches; one batch is a tuple (X, y))"
+                hint += " (a list is read as a list of batches; one batch is a tuple (X, y); without targets pass loss=None)"
             elif (
                 self.single
                 and isinstance(batch, tuple)
@@ -224,6 +225,15 @@ class Data:
             f"cannot find the target of a batch: {hint}. Batches are pairs (X, y) or mappings with one of the keys "
             f"{list(TARGET_KEYS)}; for others pass forward=lambda model, batch: ... and target=lambda batch: ..."
         )
+
+
+def _cure(data: Any) -> str:
+    """What to pass in place of something that is no data."""
+    if isinstance(data, Dataset):
+        return "; a data set gives single samples: pass torch.utils.data.DataLoader(dataset, batch_size=256)"
+    if callable(data):  # a loss, or a model
+        return "; the order is Problem(model, loss, data)"
+    return ""
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:

@@ -7,7 +7,7 @@ of a problem is tried without derivatives; what it shows about the model is reme
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -18,6 +18,7 @@ from curvalg.losses.closed_forms.softmax import SoftmaxLoss
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.large_outputs.deferred import Deferred, Deferring
 from curvalg.problem.large_outputs.head import Head, why_not_a_head
+from curvalg.tensors import trees
 
 
 class HeadNotes:
@@ -136,3 +137,19 @@ def _call(evaluation: Evaluation, tensors: Sequence[Tensor], *, once: bool = Fal
     if not isinstance(raw, Deferred):
         return "the model does not return the outputs of a linear layer as one tensor"
     return why_not_a_head(raw, evaluation) or Head(raw, evaluation)
+
+
+def factor_columns(evaluations: Iterator[Evaluation], term: Term, most_classes: int) -> int:
+    """The columns on the first batch of this process; -1 where there is none.
+
+    Args:
+        evaluations: a pass over the data, of which one batch is taken.
+        term: with a factor.
+        most_classes: of an output, where outputs are made in chunks and there is no factor of a batch.
+    """
+    if (first := next(evaluations, None)) is None:
+        return -1
+    if not is_made_in_chunks(first, term):
+        return term.factor_columns(first.evaluate())
+    outputs = most_classes * sum(t.numel() for t in trees.tensors(first.sample.target))
+    return outputs // first.sample.rows

@@ -64,5 +64,6 @@ def make_model(
             )
         return CallableModel(model, params, forward)
     raise ProblemTypeError(
-        f"model must be an nn.Module or a function (params, inputs) -> output, got {type(model).__name__}"
+        f"model must be an nn.Module or a function (params, inputs) -> output, got {type(model).__name__}; the order is "
+        "Problem(model, loss, data), and parameters are chosen by params="
     )

@@ -190,7 +190,7 @@ def slots(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[S
     ]
 
 
-Selection = None | str | Sequence[str] | Mapping[str, Tensor]
+Selection = None | str | Iterable[str] | Iterable[Tensor] | Mapping[str, Tensor]
 
 
 def selected(module: nn.Module, params: Selection) -> dict[str, Tensor]:
@@ -204,20 +204,27 @@ def selected(module: nn.Module, params: Selection) -> dict[str, Tensor]:
         chosen = {id(p) for p in every.values() if p.requires_grad}
         if not chosen:
             raise ProblemError(
-                "the model has no parameter with requires_grad=True; unfreeze some, or name the parameters with params="
+                "the model has no parameter with requires_grad=True; unfreeze some, or name the parameters with params= (the "
+                "order of arguments is Problem(model, loss, data))"
             )
     elif isinstance(params, Mapping):
         own = {id(p) for p in every.values()}
         foreign = [name for name, p in params.items() if id(p) not in own]
         if foreign or not params:
             raise ProblemError(
-                f"params= as a dict must hold parameters of the model itself; {foreign or 'it is empty'}. Pass names instead"
+                f"params= must hold parameters of the model itself; {foreign or 'it is empty'}. Pass names instead"
             )
         chosen = {id(p) for p in params.values()}
     else:
-        if not isinstance(params, Iterable):
-            raise ProblemTypeError(f"params is None, names or glob patterns, or a dict, got {type(params).__name__}")
-        chosen = {id(every[name]) for name in match([params] if isinstance(params, str) else params, list(every))}
+        if not isinstance(params, Iterable) or isinstance(params, Tensor):
+            raise ProblemTypeError(
+                "params is None, names or glob patterns, parameters of the model, or a dict of these, got "
+                f"{type(params).__name__}"
+            )
+        given: list[Any] = [params] if isinstance(params, str) else list(params)
+        if given and all(isinstance(p, Tensor) for p in given):
+            return selected(module, {f"params[{i}]": p for i, p in enumerate(given)})
+        chosen = {id(every[name]) for name in match(given, list(every))}
     return {name: p for name, p in module.named_parameters() if id(p) in chosen}
 
 

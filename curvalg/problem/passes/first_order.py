@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from curvalg.errors import ProblemError
 from curvalg.problem.batch import Batch
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.large_outputs.find_head import record_head
 from curvalg.problem.setting import Setting
 from curvalg.tensors.backward import backward
+
+T = TypeVar("T")
 
 
 def loss_of(evaluation: Evaluation) -> float:
@@ -46,3 +50,37 @@ def gradient_over(problem: Setting, evaluations: Iterable[Evaluation]) -> Tensor
         total.add(pulled(evaluation, lambda batch: batch.loss_gradient))
     result: Tensor = problem.totalled({"gradient": total})["gradient"]
     return result
+
+
+def finite(result: T, found: bool, what: str) -> T:
+    """The result, if it was found to be finite.
+
+    Raises:
+        ProblemError: it is not.
+    """
+    if not found:
+        raise ProblemError(
+            f"the {what} of the loss is not finite (NaN or infinite); look for targets, weights or outputs that are not finite"
+        )
+    return result
+
+
+def gradient_rows(problem: Setting, evaluations: Iterable[Evaluation]) -> Tensor:
+    """The gradients s ∇cₙ of the samples' own losses, (N, D), over the evaluations of the batches of this process.
+
+    Raises:
+        LossError: samples have no losses of their own.
+        ProblemError: samples influence each other, or each process has a part of the parameters.
+    """
+    if problem.group.sharded:
+        raise ProblemError(
+            "per_sample_gradients() gives whole rows, but each process has a part of the parameters here; make the "
+            "Problem of a whole model on every process"
+        )
+    scale, found = problem.totals.scale, []
+    for evaluation in evaluations:
+        gradients = evaluation.evaluate().per_sample_gradients()
+        shapes = problem.layout.shapes
+        rows = [gradients[name].reshape(len(gradients[name]), shape.numel()) for name, shape in shapes.items()]
+        found.append(scale * torch.cat(rows, 1).to(problem.dtype))
+    return problem.group.rows(torch.cat(found) if found else None)
