@@ -18,7 +18,7 @@ from benchmarks.effort import EFFORTS
 from benchmarks.models import MODELS
 from benchmarks.readme import with_block
 from benchmarks.results import Record, Results
-from benchmarks.table import everything, speed
+from benchmarks.table import everything, headline, speed
 
 app = typer.Typer(
     help="Time curvalg against its peers. Without a command: measure.",
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 BLOCK = "speed"
-"""The markers around the README's table."""
+"""The markers around the table of a page."""
 
 
 @app.callback(invoke_without_command=True)
@@ -87,16 +87,18 @@ def plot(
 @app.command()
 def table(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON of a run.")],
-    all_: Annotated[bool, typer.Option("--all", help="Every table instead of the README's.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Every table.")] = False,
+    headline_: Annotated[bool, typer.Option("--headline", help="The README's few figures alone.")] = False,
     write: Annotated[
         Path | None, typer.Option(metavar="PAGE", help=f"Write it between the <!-- {BLOCK} --> markers of this page.")
     ] = None,
 ) -> None:
     """Print the tables of a run as Markdown."""
     results = Results.load(file)
+    shown = headline(results) if headline_ else everything(results) if all_ else speed(results)
     if write is not None:
-        write.write_text(with_block(write.read_text("utf-8"), BLOCK, speed(results)), encoding="utf-8")
-    typer.echo(everything(results) if all_ else speed(results))
+        write.write_text(with_block(write.read_text("utf-8"), BLOCK, shown), encoding="utf-8")
+    typer.echo(shown)
 
 
 def _chosen(option: str, given: str | None, known: Iterable[str]) -> list[str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.models import MODELS
 from benchmarks.questions import PRODUCTS
 from benchmarks.results import Record, Results
-from benchmarks.table import contestants
+from benchmarks.table import FRESH, HEADLINES, contestants, headliners
 
 if TYPE_CHECKING:  # matplotlib is an optional extra
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FARTHEST = 12.0
+"""Gradients at which a bar is cut; its number says how long it is."""
 INK = ("#0b3c5d", "#5b8fb9", "#c8553d", "#e0a458", "#8a8f98", "#6a994e", "#b39bc8")
 
 
@@ -36,10 +39,19 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:
-    """Name and picture: products, columns, memory."""
+    """Name and picture: a product with each matrix, columns, memory, and the README's."""
     single = [r for r in results.of("products") if r.task.batches == 1 and r.values]
-    if single:
-        yield "products", products(single)
+    for question in PRODUCTS:
+        if found := [r for r in single if r.task.question == question]:
+            yield f"products-{question}", products(found)
+    if records := [r for r in headliners(results) if r.values]:
+        yield (
+            "headline",
+            _beside(
+                {HEADLINES[r.task.question]: r for r in records},
+                [label for label in contestants(records) if label != FRESH],
+            ),
+        )
     several = [r for r in results.of("columns") if r.task.batches == 1 and r.values]
     if several:
         yield "columns", columns(single + several)
@@ -49,16 +61,39 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
 
 
 def products(records: Sequence[Record]) -> Figure:
-    """Ratios to a gradient: a panel for each model, a group for each matrix, a bar for each library."""
-    models, labels = _models(records), contestants(records)
-    figure, axes = _panels(len(models))
-    for ax, model in zip(axes, models):
-        found = {r.task.question: r for r in records if r.task.model == model}
-        groups = {q: {label: found[q].ratio(label) for label in labels} for q in PRODUCTS if q in found}
-        _bars(ax, groups, labels)
-        ax.axhline(1, color=INK[4], lw=0.8, ls=":")
-        ax.set(title=model, ylabel="gradients", yscale="log")
-    return _with_legend(figure, axes)
+    """Ratios to a gradient for one matrix: a group for each model, a bar for each library."""
+    return _beside({MODELS[r.task.model].says: r for r in records}, contestants(records))
+
+
+def _beside(records: Mapping[str, Record], labels: Sequence[str]) -> Figure:
+    """Bars that lie below each other, with their numbers, so that a narrow page shows them."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        (group, label, ratio)
+        for group, record in records.items()
+        for label in labels
+        if (ratio := record.ratio(label)) is not None
+    ]
+    figure = Figure(figsize=(5.6, 0.22 * len(rows) + 0.3 * len(records) + 0.6), layout="constrained")
+    ax, colors = figure.subplots(), dict(zip(labels, _colors(labels)))
+    places, names, at = [], [], 0.0
+    for i, (group, label, ratio) in enumerate(rows):
+        if i == 0 or rows[i - 1][0] != group:
+            ax.text(0, at + 0.9, group, fontsize=9, weight="bold")
+            at += 1.6
+        ax.barh(at, min(ratio, FARTHEST), 0.85, color=colors[label])
+        ax.text(
+            min(ratio, FARTHEST) + 0.1, at, f"{ratio:.1f}" + (" →" if ratio > FARTHEST else ""), fontsize=8, va="center"
+        )
+        places.append(at)
+        names.append(label)
+        at += 1
+    ax.axvline(1, color=INK[4], lw=0.8, ls=":")
+    ax.set_yticks(places, names, fontsize=8)
+    ax.set(xlabel="time, in gradients", xlim=(0, min(FARTHEST, max(r for *_, r in rows)) * 1.12), ylim=(at, -0.3))
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def columns(records: Sequence[Record]) -> Figure:

@@ -1,4 +1,4 @@
-"""Markdown tables of results; the README's are these."""
+"""Markdown tables of results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.cases.choices import CHOSEN, regret
 from benchmarks.models import MODELS
-from benchmarks.questions import PRODUCTS, QUESTIONS
+from benchmarks.questions import QUESTIONS
 from benchmarks.results import Record, Results
 
 NONE = "–"
 # Cases whose questions are no products: their tables give seconds.
 WHOLE = ("matrices", "solves", "spectra")
+HEADLINER = "GPT"
+"""The model of the README's figures."""
+HEADLINES = {"hessian": "Hessian product", "ggn": "GGN product", "sum": "Hessian + GGN + covariance"}
+"""Their questions, in a reader's words."""
+FRESH = "curvalg fresh"
 
 
 def speed(results: Results) -> str:
-    """The README's block: what it was measured on, products as multiples of a gradient, everything else in seconds."""
+    """What it was measured on, products as multiples of a gradient, everything else in seconds."""
     return "\n\n".join(
         part for part in (environment(results), products(results), whole(results), memory(results)) if part
     )
@@ -40,18 +45,30 @@ def environment(results: Results) -> str:
 
 
 def products(results: Results) -> str:
-    """Multiples of one gradient for one batch and one column: hessian, ggn, covariance, sum."""
+    """Multiples of one gradient for one batch and one column: a row for each model and matrix."""
     records = [r for r in results.of("products") if r.task.batches == 1]
     labels = contestants(records)
-    rows = []
-    for model in _models(records):
-        found = {r.task.question: r for r in records if r.task.model == model}
-        cells = []
-        for label in labels:
-            ratios = [found[q].ratio(label) if q in found else None for q in PRODUCTS]
-            cells.append(NONE if not any(ratios) else ", ".join(map(_times, ratios)))
-        rows.append([MODELS[model].says, *cells])
-    return _table(["hessian, ggn, covariance, sum", *labels], rows)
+    rows = [
+        [MODELS[record.task.model].says, record.task.question, *(_times(record.ratio(label)) for label in labels)]
+        for model in _models(records)
+        for record in records
+        if record.task.model == model
+    ]
+    return _table(["products, in gradients", "of", *labels], rows)
+
+
+def headline(results: Results) -> str:
+    """The README's block: products with one model, a number a cell, of the libraries that have one."""
+    records = headliners(results)
+    labels = [label for label in contestants(records) if label != FRESH]
+    rows = [[HEADLINES[r.task.question], *(_times(r.ratio(label)) for label in labels)] for r in records]
+    return f"{_table(['in gradients', *labels], rows)}\n\n{environment(results)}"
+
+
+def headliners(results: Results) -> list[Record]:
+    """The records that the README shows."""
+    found = {r.task.question: r for r in results.of("products") if (r.task.model, r.task.batches) == (HEADLINER, 1)}
+    return [found[question] for question in HEADLINES if question in found]
 
 
 def whole(results: Results) -> str:

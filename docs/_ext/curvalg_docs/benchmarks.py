@@ -28,7 +28,10 @@ def of_device(path: Path) -> bool:
 
 
 CAPTIONS = {
-    "products": "Products with one vector, in multiples of one gradient",
+    "products-hessian": "A Hessian product, in multiples of one gradient",
+    "products-ggn": "A GGN product, in multiples of one gradient",
+    "products-covariance": "A product with the gradient covariance, in multiples of one gradient",
+    "products-sum": "A product with the sum of the three, in multiples of one gradient",
     "columns": "Products with several vectors, in multiples of one gradient a column",
     "memory": "Peak memory of a first product, in multiples of that of a gradient",
 }
