@@ -22,11 +22,11 @@ from benchmarks.models import MODELS
 from benchmarks.peak import RESET, HostPeak, measure
 from benchmarks.peers.base import Difference, Peer, answers
 from benchmarks.plots import draw
-from benchmarks.questions import QUESTIONS
+from benchmarks.questions import PRODUCTS, QUESTIONS
 from benchmarks.readme import block, with_block
 from benchmarks.results import Record, Results, Task
 from benchmarks.session import Session
-from benchmarks.table import everything, speed
+from benchmarks.table import everything, headline, speed
 from benchmarks.workload import build
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,7 @@ def test_the_command_line_writes_json_pictures_and_tables(tmp_path):
     assert done.exit_code == 0, done.output
     assert MODELS["tiny"].says in done.stdout
     check_schema(json.loads(file.read_text()))
-    assert (folder / "products.png").exists()
+    assert (folder / "products-hessian.png").exists()
 
 
 @pytest.mark.parametrize("option", ["--models", "--cases", "--peers"])
@@ -173,7 +173,9 @@ def test_tables_and_pictures_come_from_the_file_alone(measured, tmp_path):
     page.write_text(f"before\n<!-- {BLOCK} -->\nold\n<!-- /{BLOCK} -->\nafter\n")
     done = CliRunner().invoke(app, ["table", str(file), "--write", str(page)])
     assert done.exit_code == 0, done.output
-    assert "| MLP 784-512-512-10, 512 rows | 2.0, 2.0, 2.0, 2.0 | 3.3, 3.3, 3.3, – |" in done.stdout
+    for question in ("hessian", "ggn", "covariance"):
+        assert f"| MLP 784-512-512-10, 512 rows | {question} | 2.0 | 3.3 |" in done.stdout
+    assert "| MLP 784-512-512-10, 512 rows | sum | 2.0 | – |" in done.stdout
     assert block(page.read_text(), BLOCK) == speed(measured) == done.stdout.rstrip("\n")
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("\nafter\n")
@@ -182,13 +184,16 @@ def test_tables_and_pictures_come_from_the_file_alone(measured, tmp_path):
         assert expected in done.stdout
     done = CliRunner().invoke(app, ["plot", str(file), "--to", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"products", "columns", "memory"}
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == {*(f"products-{question}" for question in PRODUCTS), "columns", "memory"}
     assert draw(Results(measured.environment, {}), tmp_path) == []
 
 
 def test_the_readme_shows_the_committed_results():
     shown = block((ROOT / "README.md").read_text(encoding="utf-8"), BLOCK)
-    assert shown == speed(Results.load(COMMITTED)), "run `python -m benchmarks table ... --write README.md`"
+    assert shown == headline(Results.load(COMMITTED)), (
+        "run `python -m benchmarks table ... --headline --write README.md`"
+    )
 
 
 def test_a_page_without_markers_is_refused():

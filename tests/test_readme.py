@@ -29,3 +29,14 @@ def test_the_two_commands_are_targets(command):
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     assert command in README.read_text(encoding="utf-8")
     assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_it_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)", README.read_text(encoding="utf-8"))
+    assert len(links) > 15
+    assert [link for link in links if not (README.parent / link).exists()] == []

@@ -11,7 +11,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
     page for page in DOCS.rglob("*.md") if not {"_build", "_generated", "_ext"} & set(page.relative_to(DOCS).parts)
 )
-WITHOUT = {"index", "laws", "strategies", "benchmarks", "changelog"}
+WITHOUT = {"index", "laws", "strategies", "benchmarks", "changelog", "comparison", "glossary"}
 """Pages that are tables, and need no code."""
 
 
