@@ -15,7 +15,7 @@ OLDEST_TESTS ?= tests/expr tests/registry tests/cli tests/solve tests/losses tes
 	tests/lowering/test_operands.py tests/lowering/sweeps/test_chunked.py tests/estimate/test_trace.py \
 	tests/estimate/test_resume.py tests/estimate/test_pictures.py
 
-.PHONY: demo test test-models benchmark docs lint types doctest contracts check oldest clean
+.PHONY: demo test test-models benchmark docs lint types doctest contracts check oldest dist clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/curvalg eigs "ggn + 1e-3 * identity" --problem digits --k 10 --plot demo.png
@@ -59,6 +59,15 @@ check: lint types contracts doctest
 oldest: $(VENV)-oldest/.done
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(TESTS) -W ignore::DeprecationWarning $(OLDEST_TESTS)
 
+# A wheel in dist/, installed into an environment of its own beside nothing of the checkout, and used there.
+dist: $(VENV)/.test
+	rm -rf build dist $(VENV)-dist
+	$(RUN) pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)-dist/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && $(CURDIR)/$(VENV)-dist/bin/python -I $(CURDIR)/docs/checks/wheel.py *.whl
+
 # torch goes first and by its exact pin: resolved together with the rest, pip may pick a larger build of it.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -90,4 +99,4 @@ $(VENV)-oldest/.done: pyproject.toml constraints.txt constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info docs/_build docs/_generated docs/gallery
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-dist build dist *.egg-info docs/_build docs/_generated docs/gallery

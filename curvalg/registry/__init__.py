@@ -10,13 +10,10 @@ ggn_mc(samples=4)
 
 from __future__ import annotations
 
+from curvalg.registry.default import build, default
 from curvalg.registry.registry import Registry
 from curvalg.registry.spec import SUPPORTED_API, Option, TermSpec
 
-default = Registry()
-"""The registry behind the functions of this module."""
-
-build = default.build
 register = default.register
 names = default.names
 spec = default.spec

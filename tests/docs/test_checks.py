@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import figures
 import links
 import pytest
+import stubs
 from matplotlib.figure import Figure
 from PIL import Image
+
+from curvalg import registry
 
 
 @pytest.fixture
@@ -78,3 +84,29 @@ def test_a_planted_dead_link_is_found(built, html, said):
 
 def test_no_pages_at_all_are_a_fault(tmp_path):
     assert links.main(tmp_path) == 1
+
+
+def test_editors_know_the_options_of_every_term():
+    assert stubs.STUB.read_text(encoding="utf-8") == stubs.stub(), "run `python docs/checks/stubs.py`"
+    ours = [name for name in registry.names() if registry.spec(name).distribution == "curvalg"]
+    assert stubs.stub().count("@overload") == len(ours) + 1 > 20
+
+
+def test_a_checker_accepts_what_the_registry_takes(tmp_path):
+    """And takes what it gives for an expression."""
+    code = tmp_path / "code.py"
+    code.write_text(
+        "from curvalg import Expr, registry\n"
+        "a: Expr = registry.build('kfac', fisher='mc', samples=2)\n"
+        "b: Expr = registry.build('some-package/some_term', width=3) + a\n"
+        "c: int = registry.build('ggn')\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", str(code)],
+        cwd=stubs.STUB.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "code.py:4: error" in done.stdout and done.stdout.count("error:") == 1, done.stdout
