@@ -31,7 +31,7 @@ VERSIONS = {
 
 
 @pytest.mark.parametrize("package", VERSIONS)
-@pytest.mark.parametrize("page", ["README.md", "docs/howto/migration.md", "docs/conventions.md"])
+@pytest.mark.parametrize("page", ["docs/comparison.md", "docs/howto/migration.md", "docs/conventions.md"])
 def test_versions_named_are_those_that_are_compared(package, page):
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     named = re.findall(rf"(?:{package}|{VERSIONS[package]}) (\d[\w.]*\w)", (ROOT / page).read_text(encoding="utf-8"))
@@ -432,16 +432,35 @@ def test_backpack_kflr_of_a_convolution_is_another_matrix():
 # -- a first script on both sides -----------------------------------------------------------------------------------------
 
 
+def first_script(page, library):
+    """The code of another library in its section."""
+    section = page.read_text(encoding="utf-8").split(f"## {library}")[1].split("\n## ")[0]
+    (theirs,) = re.findall(r"^```py\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    return compile(theirs, str(page), "exec", dont_inherit=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("library", "ours", "tolerance"), [("curvlinops", "top", 1e-9), ("PyHessian", "largest", 1e-3)]
+)
+def test_a_first_script_gives_the_same_numbers(library, ours, tolerance, docs, tmp_path):
+    page = docs / "howto" / "migration.md"
+    namespace = pages.run(page, tmp_path)
+    namespace["model"].requires_grad_(True)
+    exec(first_script(page, library), namespace)
+    there, here = (torch.as_tensor(namespace[name]).double().sort().values for name in ("there", ours))
+    assert torch.allclose(there, here, rtol=tolerance), (there, here)
+
+
 @pytest.mark.filterwarnings("ignore")  # of what is deprecated in torch and pandas since
 def test_the_first_script_of_kronfluence(docs, tmp_path, monkeypatch):
     pytest.importorskip("kronfluence")
     page = docs / "howto" / "migration.md"
     namespace = pages.run(page, tmp_path)
-    (theirs,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     here, own = namespace["here"], 50 * namespace["self_influence"](namespace["damped"])
     by_layer = sum(namespace["influence"](namespace["damped"], namespace["queries"], by="layer").scores.values())
-    exec(compile(theirs, str(page), "exec", dont_inherit=True), namespace)
+    exec(first_script(page, "kronfluence"), namespace)
     torch.testing.assert_close(namespace["there"], here, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(namespace["there"], 50 * by_layer, rtol=1e-3, atol=1e-4)
     analyzer, scores = namespace["analyzer"], namespace["ScoreArguments"](damping_factor=0.1)
