@@ -452,6 +452,20 @@ def test_a_first_script_gives_the_same_numbers(library, ours, tolerance, docs, t
     assert torch.allclose(there, here, rtol=tolerance), (there, here)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_neumann_series_is_theirs(docs, tmp_path):
+    curvlinops = pytest.importorskip("curvlinops")
+    from curvlinops.examples import IdentityLinearOperator
+
+    names = pages.run(docs / "howto" / "migration.md", tmp_path)
+    model, v = names["model"], names["v"]
+    params = list(model.parameters())
+    ggn = curvlinops.GGNLinearOperator(model, names["loss"], params, names["data"], check_deterministic=False)
+    identity = IdentityLinearOperator([p.shape for p in params], v.device, v.dtype)
+    theirs = curvlinops.NeumannInverseLinearOperator(ggn + 0.1 * identity, num_terms=20, scale=0.5)
+    torch.testing.assert_close(names["neumann"] @ v, theirs @ v)
+
+
 @pytest.mark.filterwarnings("ignore")  # of what is deprecated in torch and pandas since
 def test_the_first_script_of_kronfluence(docs, tmp_path, monkeypatch):
     pytest.importorskip("kronfluence")

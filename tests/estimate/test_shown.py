@@ -146,3 +146,18 @@ def test_gradients_of_single_samples(problem):
             assert torch.allclose(row, torch.cat([g.reshape(-1) for g in own]), atol=1e-14)
     part = Problem(net, nn.CrossEntropyLoss(), (X, y), params="2.*")
     assert torch.allclose(part.per_sample_gradients().mean(0), part.gradient(), atol=1e-14)
+
+
+def test_gradients_of_a_batch_are_flattened_by_sample(problem):
+    """A leading sample axis, as per-sample gradients have it; a trailing one is of columns."""
+    with problem.batches() as batches:
+        shares = next(iter(batches)).per_sample_gradients()
+    layout = problem.layout
+    rows = layout.flatten(shares, leading=True)
+    assert rows.shape == (30, problem.size)
+    assert torch.allclose(30 * rows, problem.per_sample_gradients(), atol=1e-14)
+    assert torch.equal(rows, torch.stack([layout.flatten({n: g[i] for n, g in shares.items()}) for i in range(30)]))
+    with pytest.raises(curvalg.VectorError, match="pass leading=True"):
+        layout.flatten(shares)
+    with pytest.raises(curvalg.VectorError, match=r"leading sample axis, but 0\.weight"):
+        layout.flatten({name: torch.zeros(shape) for name, shape in layout.shapes.items()}, leading=True)

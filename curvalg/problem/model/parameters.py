@@ -57,23 +57,30 @@ class Layout:
         """The number of scalars, D."""
         return sum(self.sizes)
 
-    def flatten(self, tree: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+    def flatten(self, tree: Mapping[str, Tensor] | Sequence[Tensor], *, leading: bool = False) -> Tensor:
         """Join tensors to a vector (D,), or a matrix (D, K) where each has a trailing column axis of length K.
 
         Args:
             tree: name -> tensor, or tensors in the order of ``names``.
+            leading: whether each has a leading sample axis of length N in its place, as gradients of single samples have; the
+                result is (N, D) then.
 
         Raises:
             VectorError: missing or unknown names, or shapes that do not fit.
         """
         tensors = self._ordered(tree)
+        if leading:
+            if short := [name for name, t in zip(self.names, tensors, strict=True) if t.ndim <= len(self.shapes[name])]:
+                raise VectorError(f"expected tensors with a leading sample axis, but {', '.join(short)} have none")
+            return self.flatten([t.movedim(0, -1) for t in tensors]).T
         columns = {tuple(t.shape[len(shape) :]) for t, shape in zip(tensors, self.shapes.values(), strict=True)}
         fits = all(t.shape[: len(shape)] == shape for t, shape in zip(tensors, self.shapes.values(), strict=True))
         if not fits or len(columns) != 1 or len(trailing := columns.pop()) > 1:
             came = {name: tuple(t.shape) for name, t in zip(self.names, tensors, strict=True)}
             expected = {name: tuple(shape) for name, shape in self.shapes.items()}
             raise VectorError(
-                f"expected tensors of shapes {expected}, all with or all without one trailing column axis; got {came}"
+                f"expected tensors of shapes {expected}, all with or all without one trailing column axis; got {came}. With "
+                "a leading sample axis in its place pass leading=True"
             )
         flat = [t.reshape(size, *trailing) for t, size in zip(tensors, self.sizes, strict=True)]
         return torch.cat([t.to(self._common(flat)) for t in flat])

@@ -68,7 +68,11 @@ class ShardedLayout(Layout):
     def places_in(self, name: str) -> torch.Tensor:
         return _joined(self._pieces[name].runs)
 
-    def flatten(self, tree: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]) -> torch.Tensor:
+    def flatten(
+        self, tree: Mapping[str, torch.Tensor] | Sequence[torch.Tensor], *, leading: bool = False
+    ) -> torch.Tensor:
+        if leading:
+            return super().flatten(tree, leading=True)
         parts = [self._part_of(name, t) for name, t in zip(self.names, self._ordered(tree), strict=True)]
         return super().flatten(parts)
 
