@@ -177,7 +177,10 @@ def require_enough(products: int, method: str, least: int, why: str) -> None:
         ExpressionError: fewer.
     """
     if products < least:
-        raise OptionError(f"expected products ≥ {least} for method {method!r} ({why}), got products={products}")
+        raise OptionError(
+            f"expected products ≥ {least} for method {method!r} ({why}), got products={products}; raise products=, or "
+            "leave out method=, which takes what the products suffice for"
+        )
 
 
 def _whole(number: Any) -> bool:

@@ -18,6 +18,7 @@ from curvalg import (
     ExpressionError,
     FactsError,
     Identity,
+    Problem,
     ProblemError,
     VectorError,
     registry,
@@ -310,7 +311,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"products": 1}, "expected products ≥ 4 for method 'xtrace' (two test vectors, to estimate the error), got products=1"),
+        ({"products": 1}, "expected products ≥ 2 for method 'hutchinson' (two test vectors, to estimate the error), got products=1"),
         ({"products": 3, "method": "xtrace"}, "expected products ≥ 4"),
         ({"products": 1, "method": "hutchinson"}, "expected products ≥ 2"),
         ({"products": 5, "method": "hutch++"}, "expected products ≥ 6"),
@@ -362,3 +363,17 @@ def test_products_that_are_not_finite():
     for method in METHODS:
         with pytest.raises((ProblemError, VectorError), match="expected finite products"):
             trace(op, method=method)
+
+
+@pytest.mark.parametrize("products", [2, 3])
+def test_few_products_are_taken_by_what_they_suffice_for(products):
+    """And the result says what that was."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(5, 3).double()
+    problem = Problem(net, torch.nn.CrossEntropyLoss(), (torch.randn(20, 5).double(), torch.arange(20) % 3))
+    op = registry.build("hessian").lower(problem)
+    found = trace(op, products=products)
+    assert found.method == "hutchinson" and found.products == products
+    assert abs(found.value - float(op.to_dense().trace())) < 8 * found.error
+    with pytest.raises(ExpressionError, match="leave out method="):
+        trace(op, products=products, method="hutch++")

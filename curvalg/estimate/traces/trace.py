@@ -51,8 +51,9 @@ def trace(
     - "exact": by structure or by unit vectors.
 
     For so many products "hutchinson" has twice as many samples as "xtrace": where eigenvalues fall off slowly it is the more
-    precise one, and where a few of them make up most of ‖A‖² it is far behind. "auto" never chooses it, since the spectrum is
-    not known beforehand: compare the errors of both for a few products.
+    precise one, and where a few of them make up most of ‖A‖² it is far behind. "auto" chooses it only where
+    ``products`` are too few for two test vectors of the others, since the spectrum is not known beforehand: compare the errors
+    of both for a few products.
 
     All are unbiased, except for the Nyström shift of the size of rounding. Memory: "xtrace" 1.5 ``products`` vectors,
     "hutch++" and "xnystrace" up to twice that.
@@ -104,4 +105,6 @@ def trace(
     if method == XNysTrace.method:
         require_psd(given, "use method='xtrace', or write an expression that is proved to be, such as ggn")
     best = UnitVectors if given.size <= products else XNysTrace if given.psd else XTrace
+    if best is not UnitVectors and products < 2 * best.multiplications:  # too few for two test vectors of it
+        best = SampleMean
     return sampled(best if method == "auto" else METHODS[method], TRACE, given, request, "trace")
