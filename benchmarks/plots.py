@@ -98,6 +98,8 @@ def _beside(records: Mapping[str, Record], labels: Sequence[str]) -> Figure:
 
 def columns(records: Sequence[Record]) -> Figure:
     """Gradients a column against K, for the Hessian (lines) and the GGN (dashes)."""
+    from matplotlib.ticker import LogLocator
+
     models, labels = _models(records), contestants(records)
     figure, axes = _panels(len(models))
     for ax, model in zip(axes, models):
@@ -113,6 +115,8 @@ def columns(records: Sequence[Record]) -> Figure:
         ax.set(title=model, xlabel="columns", ylabel="gradients a column", xscale="log", yscale="log")
         counts = sorted({r.task.columns for r in records})
         ax.set_xticks(counts, [str(count) for count in counts])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
     return _with_legend(figure, axes)
 
@@ -132,8 +136,13 @@ def memory(records: Sequence[Record]) -> Figure:
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(3.2 * count + 2.6, 3.4), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    across = min(count, 2)
+    down = -(-count // across)
+    figure = Figure(figsize=(5.6, 3.0 * down + 0.9), layout="constrained")
+    every = list(figure.subplots(down, across, squeeze=False).flat)
+    for empty in every[count:]:
+        empty.remove()
+    return figure, every[:count]
 
 
 def _bars(ax: Axes, groups: dict[str, dict[str, float | None]], labels: Sequence[str]) -> None:
@@ -149,7 +158,7 @@ def _bars(ax: Axes, groups: dict[str, dict[str, float | None]], labels: Sequence
 def _with_legend(figure: Figure, axes: Sequence[Axes]) -> Figure:
     shown = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if shown:
-        figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
