@@ -22,6 +22,10 @@ PATIENCE = 60.0
 """Seconds after which an exchange is given up."""
 
 
+BROKEN = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+"""What an exchange says where its group is of no use any more."""
+
+
 @dataclass(frozen=True)
 class Failed:
     """What a rank raised.
@@ -90,18 +94,26 @@ class Ranks:
 
     def run(self, size: int, function: Callable[..., Any], *args: Any, patience: float = PATIENCE) -> list[Any]:
         """What a function of a module, called with the group and arguments, returns on each rank, or :class:`Failed`."""
-        for pipe in self._pipes[:size]:
-            pipe.send((function, size, args))
         results = []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            if not pipe.poll(patience):
-                for process in self.processes:  # others must not wait for it as well
-                    process.kill()
-                self._folder.cleanup()
-                self._start()
-                raise TimeoutError(f"rank {rank} gives no answer")
-            results.append(pipe.recv())
+        try:
+            for pipe in self._pipes[:size]:
+                pipe.send((function, size, args))
+            for rank, pipe in enumerate(self._pipes[:size]):
+                if not pipe.poll(patience):
+                    raise TimeoutError(f"rank {rank} gives no answer")
+                results.append(pipe.recv())
+        except (TimeoutError, EOFError, OSError):  # a process hangs, or is gone: the next test gets others
+            self._restart()
+            raise
+        if any(isinstance(r, Failed) and any(word in r.message for word in BROKEN) for r in results):
+            self._restart()
         return results
+
+    def _restart(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self._folder.cleanup()
+        self._start()
 
     def close(self) -> None:
         for pipe in self._pipes:
