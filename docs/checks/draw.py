@@ -25,6 +25,7 @@ WITH_ROOMS = ("problem", "lowering")
 """Floors that are drawn with the rooms inside."""
 WHAT = {
     "testing": "conformance kit",
+    "markup": "HTML of notebooks",
     "cli": "command line",
     "integrations": "other libraries",
     "files": "expressions and results in files",
