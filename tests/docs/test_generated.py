@@ -151,7 +151,7 @@ def test_benchmarks_show_every_file_of_results(tmp_path, monkeypatch):
         if command[3] == "plot":
             folder = Path(command[-1])
             folder.mkdir(parents=True)
-            (folder / "products.png").touch()
+            (folder / "products-hessian.png").touch()
         return SimpleNamespace(returncode=0, stdout="| a |\n|---|\n", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -160,7 +160,7 @@ def test_benchmarks_show_every_file_of_results(tmp_path, monkeypatch):
     assert "## gpu" in shown
     commands = [[sys.executable, "-m", "benchmarks", command] for command in ("plot", "table")]
     assert [command[:4] for command in asked] == commands * 2
-    assert "](_generated/benchmarks/gpu/products.png)" in shown
+    assert "](_generated/benchmarks/gpu/products-hessian.png)" in shown
     assert "memory.png" not in shown  # nothing of it was measured
 
 
