@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from curvalg.cli.written.operator_layout import layout_of
+from curvalg.cli.written.places import require_writable
 from curvalg.errors import CurvalgError, ProblemError
 
 if TYPE_CHECKING:
@@ -37,17 +39,7 @@ def check_path(path: Path) -> None:
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.lower().lstrip(".") not in known:
         raise ProblemError(f"a picture ends in one of {', '.join(known)}, got {str(path)!r}; write {path.stem}.png")
-    existed = path.exists()
-    try:
-        # Opening is the only test that folders, permissions and full or read-only disks all answer to.
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ProblemError(
-            f"the picture cannot be written to {path}: {error.strerror or error}; give --plot another place"
-        ) from error
-    if not existed:
-        path.unlink()
+    require_writable(path, "the picture", "--plot")
 
 
 def draw_pairs(op: CurvatureOperator, pairs: Eigenpairs, problem: str, which: str) -> Figure:
@@ -107,10 +99,9 @@ def tensor_weights(op: CurvatureOperator, vectors: NDArray[np.floating]) -> tupl
     Returns:
         names and an array (names, k); empty for an operator on outputs.
     """
-    if op.expr.domain == "outputs":
+    layout = layout_of(op)
+    if layout is None:
         return [], np.zeros((0, vectors.shape[1]))
-    patterns = op.expr.domain_params
-    layout = (op.problem if patterns is None else op.problem.restricted(patterns)).layout
     names = layout.names
     weights = np.stack([np.square(vectors[layout.slices[name]]).sum(0) for name in names])
     if len(names) <= _MAX_ROWS:
