@@ -32,6 +32,17 @@ MADE = """
         X, y = torch.randn(5, 4, 3), torch.randint(0, 2, (5, 4))
         return Problem(torch.nn.Linear(3, 2), losses.CrossEntropy(class_axis=-1), (X, y))
 
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mix", torch.tensor([[1.0, 0.5], [0.0, 2.0]]))
+
+        def forward(self, output, target):
+            return ((output - target) @ self.mix).square().sum()
+
+    def own_loss():
+        return Problem(torch.nn.Linear(3, 2), Mixed(), (torch.randn(5, 3), torch.randn(5, 2)), reduction="sum")
+
     def function():
         X, y = torch.randn(5, 3), torch.randn(5)
         return Problem(lambda p, x: x @ p["w"] + p["b"], torch.nn.MSELoss(), (X, y), params={"w": torch.ones(3), "b": torch.ones(())})
@@ -95,7 +106,7 @@ def test_samples_decide_the_covariance(run, made) -> None:
         np.testing.assert_allclose(found, torch.linalg.eigvalsh(scale * rows.T @ rows).flip(0)[:2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["make", "loader", "positions", "function"])
+@pytest.mark.parametrize("name", ["make", "loader", "positions", "own_loss", "function"])
 def test_precision_of_model_loss_and_data(run, made, name: str) -> None:
     single, record = values(run, "ggn", f"{made}:{name}", "--dtype", "float64")
     assert record["dtype"] == "float64"
