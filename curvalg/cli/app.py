@@ -28,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     sample_commands.influence,
     model_commands.landscape,
     model_commands.compare,
+    model_commands.report,
     machine_commands.doctor,
 )
 """All commands, in the order of ``curvalg --help``; a new one is a function of :mod:`curvalg.cli.commands` and a row here."""

@@ -184,6 +184,21 @@ class PossibleProblem(AskedProblem):
         ),
     ] = ""
 
+    @property
+    def given(self) -> bool:
+        """Whether there is a problem to ask for.
+
+        Raises:
+            ProblemError: there is none, but options of one.
+        """
+        if not self.problem and self != type(self)():
+            from curvalg.errors import ProblemError
+
+            raise ProblemError(
+                "--arg, --params, --samples, --device, --dtype and --seed are of a problem; add --problem NAME"
+            )
+        return bool(self.problem)
+
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer, with the fields of each parameter that is a data class as options of its own.

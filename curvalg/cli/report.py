@@ -97,12 +97,13 @@ class Report:
         stderr = Console(stderr=True)
         stderr.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
 
-    def check_files(self, *, plot: Path | None = None, out: Path | None = None) -> None:
+    def check_files(self, *, plot: Path | None = None, out: Path | None = None, page: Path | None = None) -> None:
         """Raise, before anything is computed, for files that could not be written.
 
         Args:
             plot: of ``--plot``.
             out: of ``--out``.
+            page: of ``--out``, where that is HTML with pictures.
 
         Raises:
             ProblemError: an unknown suffix, or a place where no file can be made.
@@ -116,6 +117,10 @@ class Report:
             from curvalg.cli.written.result_file import check_place
 
             check_place(out)
+        if page is not None and self.writes:
+            from curvalg.cli.written.figures import check_page
+
+            check_page(page)
 
     def save_result(
         self, result: Result, path: Path | None, op: CurvatureOperator, problem: str, *, quiet: bool

@@ -11,7 +11,7 @@ from curvalg import __version__
 
 NAMES = (
     *("terms", "explain", "plan", "eigs", "density", "estimate", "diagonal", "influence", "landscape", "compare"),
-    "doctor",
+    *("report", "doctor"),
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from importlib import metadata
 
 import pytest
@@ -64,3 +66,16 @@ def test_a_package_that_is_missing_has_its_cure(run, monkeypatch) -> None:
     assert result.exit_code == 1, "scipy is needed"
     assert 'pip install "curvalg[plot]"' in result.stdout
     assert "missing; install curvalg again" in result.stdout
+
+
+def test_a_broken_plugin_has_its_cure(process, tmp_path) -> None:
+    info = tmp_path / "site" / "badplugin-2.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: badplugin\nVersion: 2.5\n")
+    (info / "entry_points.txt").write_text("[curvalg.terms]\nspoilt = badplugin_module:Spoilt\n")
+    (tmp_path / "site" / "badplugin_module.py").write_text("import no_such_library\n")
+    done = process("doctor", "--json", PYTHONPATH=os.pathsep.join([str(tmp_path / "site"), *sys.path]))
+    assert done.returncode == 0, "it breaks only itself"
+    found = json.loads(done.stdout)
+    assert "badplugin 2.5" in found["broken"]["spoilt"] and "pip install no_such_library" in found["broken"]["spoilt"]
+    assert "spoilt" not in found["terms"] and "hessian" in found["terms"]

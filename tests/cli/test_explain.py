@@ -75,3 +75,9 @@ def test_without_a_problem_only_what_is_needed_is_named(run) -> None:
     assert "a loss" not in run("explain", "jacobian").stdout
     assert "simplified" not in run("explain", "ggn").stdout
     assert run("explain", "gnn").exit_code == 2
+
+
+def test_options_of_a_problem_need_one(run) -> None:
+    result = run("explain", "ggn", "--dtype", "float64")
+    assert result.exit_code == 2
+    assert "--dtype and --seed are of a problem; add --problem NAME" in result.stderr

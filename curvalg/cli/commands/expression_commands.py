@@ -42,7 +42,7 @@ def explain(context: typer.Context, expression: Expression, asked: PossibleProbl
     report: Report = context.obj
     with report.exits(BAD_INPUT):
         expr = parse(expression)
-        if not asked.problem:
+        if not asked.given:
             typer.echo(work.text(expr))
             return
         op = asked.lower(expression, report)

@@ -1,7 +1,8 @@
-"""Commands on whole models: ``curvalg landscape`` and ``curvalg compare``."""
+"""Commands on whole models: ``curvalg landscape``, ``curvalg compare`` and ``curvalg report``."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -109,4 +110,35 @@ def compare(
         else:
             stdout().print(work.table(first, second, damping))
     if first.partial or second.partial:
+        raise typer.Exit(PARTIAL)
+
+
+@spread
+def report(
+    context: typer.Context,
+    asked: AskedProblem,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write (html).")],
+    expression: Annotated[
+        str,
+        typer.Argument(
+            metavar="[EXPR]", help="A symmetric expression on the parameters.", autocompletion=complete_expression
+        ),
+    ] = "ggn",
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of eigenvalues.")] = 10,
+    damping: Annotated[float, typer.Option(min=0.0, help="Damping λ of the effective dimension.")] = 1e-2,
+) -> None:
+    """Write one page on an expression: spectrum, density, trace, effective dimension, parameters, and what it cost."""
+    report: Report = context.obj
+    with report.exits(BAD_INPUT):
+        report.check_files(page=out)
+        op = asked.lower(expression, report)
+    with report.exits(FAILED):
+        from curvalg.cli.work import make_report as work
+
+        found = work.find(op, asked.problem, k=k, damping=damping, seed=asked.seed, progress=report.on_terminal)
+        text = work.html(found)
+        if report.writes:
+            out.write_text(text, encoding="utf-8")
+        typer.echo(f"page: {out}")
+    if found.partial:
         raise typer.Exit(PARTIAL)

@@ -15,6 +15,7 @@ from curvalg.errors import CurvalgError, ProblemError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
 
     from curvalg.estimate import Density, Eigenpairs
@@ -32,14 +33,37 @@ def check_path(path: Path) -> None:
         ProblemError: an unknown suffix, or a place where no file can be made.
         CurvalgError: matplotlib is not installed.
     """
+    backend = _matplotlib()
+    known = sorted(backend.get_supported_filetypes())
+    if path.suffix.lower().lstrip(".") not in known:
+        raise ProblemError(f"a picture ends in one of {', '.join(known)}, got {str(path)!r}; write {path.stem}.png")
+    require_writable(path, "the picture", "--plot")
+
+
+def check_page(path: Path) -> None:
+    """Raise, before anything is computed, for a page with pictures that could not be written.
+
+    Raises:
+        ProblemError: another suffix, or a place where no file can be made.
+        CurvalgError: matplotlib is not installed.
+    """
+    _matplotlib()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ProblemError(f"a report is a page, which ends in .html, got {str(path)!r}; write {path.stem}.html")
+    require_writable(path, "the report", "--out")
+
+
+def _matplotlib() -> type[FigureCanvasBase]:
+    """What knows the formats of pictures.
+
+    Raises:
+        CurvalgError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise CurvalgError(f'a picture needs matplotlib ({error}); install it: pip install "curvalg[plot]"') from error
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.lower().lstrip(".") not in known:
-        raise ProblemError(f"a picture ends in one of {', '.join(known)}, got {str(path)!r}; write {path.stem}.png")
-    require_writable(path, "the picture", "--plot")
+    return FigureCanvasBase
 
 
 def draw_pairs(op: CurvatureOperator, pairs: Eigenpairs, problem: str, which: str) -> Figure:
