@@ -40,6 +40,13 @@ MADE = """
         def forward(self, output, target):
             return ((output - target) @ self.mix).square().sum()
 
+    class Stuck(torch.nn.Linear):
+        def _apply(self, function, recurse=True):
+            raise RuntimeError("this module stays where it is")
+
+    def stuck():
+        return Problem(Stuck(3, 2), torch.nn.MSELoss(), (torch.randn(5, 3), torch.randn(5, 2)))
+
     def own_loss():
         return Problem(torch.nn.Linear(3, 2), Mixed(), (torch.randn(5, 3), torch.randn(5, 2)), reduction="sum")
 
@@ -142,6 +149,7 @@ def test_the_cpu_is_a_device_for_all(run, made) -> None:
         ("make", ["--params", "nothing.*"], "no parameter matches 'nothing.*'"),
         ("make", ["--dtype", "int8"], "--dtype"),
         ("make", ["--samples", "row"], "--samples"),
+        ("stuck", ["--dtype", "float64"], "cannot be made --dtype float64: this module stays where it is"),
         ("function", ["--params", "w"], "this model is a function of a dict, all of which are chosen: w, b"),
     ],
 )
