@@ -139,7 +139,7 @@ class AskedProblem(ProblemOptions):
     ]
 
     def load(self, report: Report) -> Problem:
-        """The problem.
+        """The problem that the command asks for.
 
         Args:
             report: of the command.

@@ -107,7 +107,7 @@ def find(op: CurvatureOperator, problem: str, *, k: int, damping: float, seed: i
 
 
 def html(found: ReportContents) -> str:
-    """The page."""
+    """The page as text of HTML."""
     return page(f"{found.op.expr} on {found.problem}", _sections(found))
 
 

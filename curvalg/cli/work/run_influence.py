@@ -20,7 +20,7 @@ MOST = 20
 
 
 def sides(found: InfluenceScores) -> Iterator[tuple[list[tuple[int, float]], list[tuple[int, float]]]]:
-    """Of each query, pairs (sample, score): the largest scores, falling, and the smallest, rising."""
+    """Pairs (sample, score) of each query: those of the largest scores, falling, and of the smallest, rising."""
     ranking = found.topk
     assert ranking is not None
     for row in range(len(ranking.largest)):

@@ -37,7 +37,7 @@ $body
 
 
 def page(title: str, sections: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """A page.
+    """A whole page with a title and sections.
 
     Args:
         title: plain text.
