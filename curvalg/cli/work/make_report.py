@@ -13,7 +13,7 @@ from curvalg.cli.report import cost
 from curvalg.cli.work import run_density
 from curvalg.cli.work.run_diagonal import parts
 from curvalg.cli.written.figures import draw_density, draw_pairs
-from curvalg.cli.written.html_page import drawing, note, page, table
+from curvalg.cli.written.html_page import drawing, note, page
 from curvalg.errors import FactsError
 from curvalg.estimate import (
     Density,
@@ -27,6 +27,7 @@ from curvalg.estimate import (
     trace,
 )
 from curvalg.lowering import CurvatureOperator
+from curvalg.markup import table
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,13 @@ def _sections(found: ReportContents) -> Iterator[tuple[str, Sequence[str]]]:
     op, problem = found.op, found.op.problem
     yield "Problem", [table(["", ""], _facts(found)), note(repr(problem))]
     yield "Numbers", [table(["", "value", "error"], _numbers(found)), *_reasons(found)]
-    pairs = zip(found.pairs.eigenvalues.flip(0).tolist(), found.pairs.residuals.flip(0).tolist(), strict=True)
-    rows = [[str(n), f"{value:.6g}", f"{residual:.1e}"] for n, (value, residual) in enumerate(pairs, start=1)]
+    values, residuals = (numbers.flip(0).tolist() for numbers in (found.pairs.eigenvalues, found.pairs.residuals))
+    pairs = enumerate(zip(values, residuals, strict=True), start=1)
+    rows = [[str(n), f"{value:.6g}", f"{residual:.1e}"] for n, (value, residual) in pairs]
     figure = draw_pairs(op, found.pairs, found.problem, "LM")
     heads = ["", "eigenvalue λ", "residual ‖Av − λv‖"]
-    yield "Eigenvalues of largest magnitude", [drawing(figure, "Eigenvalues and where they live"), table(heads, rows)]
+    shown = [drawing(figure, "Eigenvalues and where they live"), table(heads, rows, values)]
+    yield "Eigenvalues of largest magnitude", shown
     shares = [[f"{share:.0%}", f"{value:.4g}"] for share, value in run_density.quantiles(found.density)]
     yield (
         "Density of all eigenvalues",
@@ -159,10 +162,15 @@ def _estimate(result: Estimate) -> list[str]:
     return [f"{result.value:.6g}", "exact" if result.method == "exact" else f"± {result.error:.2g}"]
 
 
-def _parameters(found: ReportContents) -> tuple[list[str], list[list[str]]]:
+def _parameters(found: ReportContents) -> tuple[list[str], list[list[str]], list[float]]:
+    every = list(parts(found.op, found.diagonal))
     rows = [
         [part.name, f"{part.size:,}", *(f"{x:.4g}" for x in (part.least, part.mean, part.most)), f"{part.share:.1%}"]
         + [f"{part.error:.1e}"]
-        for part in parts(found.op, found.diagonal)
+        for part in every
     ]
-    return ["parameter", "entries", "min", "mean", "max", "share of trace", "largest error"], rows
+    return (
+        ["parameter", "entries", "min", "mean", "max", "share of trace", "largest error"],
+        rows,
+        [part.share for part in every],
+    )

@@ -1,4 +1,4 @@
-"""The page of ``curvalg report``: HTML that needs nothing beside itself, with figures as SVG inside."""
+"""The page of ``curvalg report``: HTML that needs nothing beside itself; its tables are of :mod:`curvalg.markup`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ _PAGE = Template(
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #20242a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #e3e5e8; }
-table { border-collapse: collapse; } th, td { padding: 0.2rem 0.9rem 0.2rem 0; text-align: right; }
-th { font-weight: 600; border-bottom: 1px solid #8a8f98; } th:first-child, td:first-child { text-align: left; }
-td { font-variant-numeric: tabular-nums; } figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
-.note { color: #5c626b; } .wide { overflow-x: auto; }
+section { overflow-x: auto; } table { border-collapse: collapse; } td { font-variant-numeric: tabular-nums; }
+th { border-bottom: 1px solid #8a8f98; } th:first-child, td:first-child { text-align: left !important; }
+figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; } .note { color: #5c626b; }
 </style>
 </head>
 <body>
@@ -46,18 +45,10 @@ def page(title: str, sections: Iterable[tuple[str, Sequence[str]]]) -> str:
     >>> "<h2>a &lt; b</h2>" in page("title", [("a < b", [note("fine")])])
     True
     """
-    body = "\n".join(f"<h2>{escape(heading)}</h2>\n" + "\n".join(pieces) for heading, pieces in sections)
+    body = "\n".join(
+        "\n".join(["<section>", f"<h2>{escape(heading)}</h2>", *pieces, "</section>"]) for heading, pieces in sections
+    )
     return _PAGE.substitute(title=escape(title), body=body)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain text.
-
-    >>> table(["n"], [["1"]])
-    '<div class="wide"><table>\\n<tr><th>n</th></tr>\\n<tr><td>1</td></tr>\\n</table></div>'
-    """
-    lines = [_row("th", heads), *(_row("td", cells) for cells in rows)]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def note(text: str) -> str:
@@ -84,7 +75,3 @@ def drawing(figure: Figure, name: str) -> str:
         figure.savefig(file, format="svg", metadata=nothing)
     text = file.getvalue()
     return f'<figure role="img" aria-label="{escape(name, quote=True)}">{text[text.index("<svg") :]}</figure>'
-
-
-def _row(kind: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
