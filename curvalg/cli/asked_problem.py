@@ -83,7 +83,7 @@ class ProblemOptions:
         int,
         typer.Option(
             min=0,
-            help="Seed of random numbers: while the problem is made, and of random vectors.",
+            help="Seed of torch while the problem is made, and of random vectors.",
             rich_help_panel=_PANEL,
         ),
     ] = 0
@@ -119,7 +119,7 @@ class ProblemOptions:
 
     @contextmanager
     def seeded(self, name: str, report: Report) -> Iterator[None]:
-        """The context in which something is loaded: random numbers are those of the seed, and the caller's stay."""
+        """The context in which something is loaded: torch draws from the seed, and the caller's state stays."""
         import torch
 
         with report.progress(f"loading {name}"), torch.random.fork_rng(devices=[]):
