@@ -1,4 +1,4 @@
-"""The command line: ``curvalg terms``, ``curvalg eigs`` and ``curvalg explain``.
+"""The command line: ``curvalg --help`` lists its commands.
 
 Commands import what they compute with when they run, so that ``curvalg --help`` answers at once.
 """

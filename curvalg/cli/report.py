@@ -21,8 +21,13 @@ from rich.text import Text
 from curvalg.errors import CurvalgError, CurvalgWarning, ExpressionError, FactsError
 
 if TYPE_CHECKING:  # importing it would import torch for every command
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
     from curvalg.distributed.launched import Launched
     from curvalg.estimate import Result
+    from curvalg.lowering import CurvatureOperator
 
 FAILED = 1
 """Exit code of a failure while computing."""
@@ -91,6 +96,69 @@ class Report:
         # Text, not markup: messages quote lists and types in square brackets. No wrapping: carets point into lines.
         stderr = Console(stderr=True)
         stderr.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
+
+    def check_files(self, *, plot: Path | None = None, out: Path | None = None, page: Path | None = None) -> None:
+        """Raise, before anything is computed, for files that could not be written.
+
+        Args:
+            plot: of ``--plot``.
+            out: of ``--out``.
+            page: of ``--out``, where that is HTML with pictures.
+
+        Raises:
+            ProblemError: an unknown suffix, or a place where no file can be made.
+            CurvalgError: matplotlib is not installed.
+        """
+        if plot is not None and self.writes:
+            from curvalg.cli.written.figures import check_path
+
+            check_path(plot)
+        if out is not None and self.writes:
+            from curvalg.cli.written.result_file import check_place
+
+            check_place(out)
+        if page is not None and self.writes:
+            from curvalg.cli.written.figures import check_page
+
+            check_page(page)
+
+    def save_result(
+        self, result: Result, path: Path | None, op: CurvatureOperator, problem: str, *, quiet: bool
+    ) -> None:
+        """Write a result to the file of ``--out``, and say so unless stdout is for programs.
+
+        Args:
+            result: what was computed; all processes that share the problem call this.
+            path: of the file; None: none was asked for.
+            op: what it is of.
+            problem: its name.
+            quiet: say nothing.
+        """
+        if path is None:
+            return
+        from curvalg.cli.written.result_file import write
+
+        write(path, result, op, {"expression": str(op.expr), "problem": problem})
+        if not quiet:
+            typer.echo(f"result: {path}")
+
+    def save_picture(self, figure: Figure, path: Path, *, quiet: bool) -> None:
+        """Write a picture, and say so unless stdout is for programs.
+
+        Args:
+            figure: of matplotlib.
+            path: of ``--plot``.
+            quiet: say nothing.
+        """
+        if self.writes:
+            figure.savefig(path)
+        if not quiet:
+            typer.echo(f"picture: {path}")
+
+    def finish(self, result: Result) -> None:
+        """End with the exit code of a partial result, where it is one."""
+        if result.partial:
+            raise typer.Exit(PARTIAL)
 
     @property
     def on_terminal(self) -> bool:

@@ -9,8 +9,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from curvalg import Problem
@@ -43,6 +45,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object
     for name in TERMINAL:
         monkeypatch.delenv(name, raising=False)
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def commands() -> dict[str, Any]:
+    """The commands by name, as typer has made them."""
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -9,14 +9,20 @@ import pytest
 
 from curvalg import __version__
 
+NAMES = (
+    *("terms", "explain", "plan", "eigs", "density", "estimate", "diagonal", "influence", "landscape", "compare"),
+    *("report", "doctor"),
+)
 
-def test_help_names_every_command(run) -> None:
+
+def test_help_names_every_command(run, commands) -> None:
     result = run("--help")
+    assert set(commands) == set(NAMES)
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("terms", "explain", "eigs"))
+    assert all(command in result.stdout for command in NAMES)
 
 
-@pytest.mark.parametrize("command", ["terms", "explain", "eigs"])
+@pytest.mark.parametrize("command", NAMES)
 def test_every_command_has_help(run, command: str) -> None:
     assert run(command, "--help").exit_code == 0
 
@@ -26,7 +32,7 @@ def test_version(run) -> None:
     assert (result.exit_code, result.stdout) == (0, f"curvalg {__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["eigs", "--help"], ["terms"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["eigs", "--help"], ["terms"], ["explain", "ggn"]])
 def test_heavy_libraries_are_imported_only_when_needed(arguments: list[str]) -> None:
     code = f"""
 import sys

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from curvalg import Problem, parse
-from curvalg.cli.figures import draw_pairs, tensor_weights
+from curvalg.cli.written.figures import draw_pairs, tensor_weights
 
 
 def test_a_picture_of_the_digits(run, tmp_path: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from curvalg.cli.list_problems import BUILT_IN
+from curvalg.cli.made_problems.list_problems import BUILT_IN
 
 __all__ = ["BUILT_IN"]

@@ -66,8 +66,8 @@ PLACES = {
     "pair_flops": "curvalg.problem.layers.kinds.affine.pair_flops",
     "all_of_numpy": "curvalg.problem.data.randomness._numpy_full",
     "checksum": "curvalg.runs.sealed._checksum",
-    "eigsh_of_commands": "curvalg.cli.run_eigs.eigsh",
-    "solve_of_commands": "curvalg.cli.run_eigs.solve",
+    "eigsh_of_commands": "curvalg.cli.work.run_eigs.eigsh",
+    "solve_of_commands": "curvalg.cli.work.run_eigs.solve",
 }
 """What it is called in tests -> where it lies."""
 

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from curvalg.cli.written.operator_layout import layout_of
+from curvalg.cli.written.places import require_writable
 from curvalg.errors import CurvalgError, ProblemError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
 
     from curvalg.estimate import Density, Eigenpairs
@@ -30,24 +33,37 @@ def check_path(path: Path) -> None:
         ProblemError: an unknown suffix, or a place where no file can be made.
         CurvalgError: matplotlib is not installed.
     """
+    backend = _matplotlib()
+    known = sorted(backend.get_supported_filetypes())
+    if path.suffix.lower().lstrip(".") not in known:
+        raise ProblemError(f"a picture ends in one of {', '.join(known)}, got {str(path)!r}; write {path.stem}.png")
+    require_writable(path, "the picture", "--plot")
+
+
+def check_page(path: Path) -> None:
+    """Raise, before anything is computed, for a page with pictures that could not be written.
+
+    Raises:
+        ProblemError: another suffix, or a place where no file can be made.
+        CurvalgError: matplotlib is not installed.
+    """
+    _matplotlib()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ProblemError(f"a report is a page, which ends in .html, got {str(path)!r}; write {path.stem}.html")
+    require_writable(path, "the report", "--out")
+
+
+def _matplotlib() -> type[FigureCanvasBase]:
+    """What knows the formats of pictures.
+
+    Raises:
+        CurvalgError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise CurvalgError(f'a picture needs matplotlib ({error}); install it: pip install "curvalg[plot]"') from error
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.lower().lstrip(".") not in known:
-        raise ProblemError(f"a picture ends in one of {', '.join(known)}, got {str(path)!r}; write {path.stem}.png")
-    existed = path.exists()
-    try:
-        # Opening is the only test that folders, permissions and full or read-only disks all answer to.
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise ProblemError(
-            f"the picture cannot be written to {path}: {error.strerror or error}; give --plot another place"
-        ) from error
-    if not existed:
-        path.unlink()
+    return FigureCanvasBase
 
 
 def draw_pairs(op: CurvatureOperator, pairs: Eigenpairs, problem: str, which: str) -> Figure:
@@ -107,10 +123,9 @@ def tensor_weights(op: CurvatureOperator, vectors: NDArray[np.floating]) -> tupl
     Returns:
         names and an array (names, k); empty for an operator on outputs.
     """
-    if op.expr.domain == "outputs":
+    layout = layout_of(op)
+    if layout is None:
         return [], np.zeros((0, vectors.shape[1]))
-    patterns = op.expr.domain_params
-    layout = (op.problem if patterns is None else op.problem.restricted(patterns)).layout
     names = layout.names
     weights = np.stack([np.square(vectors[layout.slices[name]]).sum(0) for name in names])
     if len(names) <= _MAX_ROWS:

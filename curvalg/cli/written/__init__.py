@@ -1,0 +1,1 @@
+"""Files that commands write: pictures of ``--plot`` and results of ``--out``."""
