@@ -38,8 +38,8 @@ def eigs(
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of eigenvalues.")] = 6,
     which: Annotated[
         Which,
-        typer.Option(help="Largest (LA), smallest (SA), largest in magnitude (LM), or half from each end (BE)."),
-    ] = Which.LA,
+        typer.Option(help="Largest in magnitude (LM), largest (LA), smallest (SA), or half from each end (BE)."),
+    ] = Which.LM,
     tol: Annotated[float, typer.Option(min=0.0, help="Relative tolerance; 0: machine precision.")] = 1e-4,
     plot: Annotated[
         Path | None,

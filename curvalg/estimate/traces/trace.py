@@ -104,7 +104,7 @@ def trace(
         return exactly(*known, begin)
     if method == XNysTrace.method:
         require_psd(given, "use method='xtrace', or write an expression that is proved to be, such as ggn")
-    best = UnitVectors if given.size <= products else XNysTrace if given.psd else XTrace
+    best: type[Estimator] = UnitVectors if given.size <= products else XNysTrace if given.psd else XTrace
     if best is not UnitVectors and products < 2 * best.multiplications:  # too few for two test vectors of it
         best = SampleMean
     return sampled(best if method == "auto" else METHODS[method], TRACE, given, request, "trace")
