@@ -33,6 +33,12 @@ def test_code_fits_the_page(page):
     assert not wide
 
 
+def test_jobs_take_fifteen_lines(docs):
+    setting, *jobs = pages.blocks(docs / "howto" / "jobs.md")
+    assert len(jobs) == 5
+    assert all(len([line for line in job.strip().splitlines() if line.strip()]) <= 15 for job in jobs)
+
+
 def test_a_block_that_fails_is_found_on_its_line(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n```python\nx = 1\nassert x == 2\n```\n", encoding="utf-8")
