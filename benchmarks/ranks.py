@@ -8,14 +8,11 @@ anything is timed. Efficiency is t(one process, all batches) / (W t(W processes,
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +22,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.effort import Sizes
-from benchmarks.environment import describe
-from benchmarks.readme import with_block
+from benchmarks.launch import in_group, launched, shown
 from benchmarks.session import quiet
 from benchmarks.workload import Batches, Workload, build, fair_attention
 from curvalg import Problem, registry
@@ -162,8 +158,6 @@ def _exchanged(before: Problem, run: Run) -> dict[str, int]:
 
 def _measure_all(order: dict[str, Any], to: Path) -> None:
     """What each process does: all rows, which the first one writes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     rows = []
     with quiet(), fair_attention():
         for model, batches, question in _all(order):
@@ -171,7 +165,6 @@ def _measure_all(order: dict[str, Any], to: Path) -> None:
             if dist.get_rank() == 0:
                 to.write_text(json.dumps(rows))
                 print(json.dumps(rows[-1]), flush=True)
-    dist.destroy_process_group()
 
 
 def _all(order: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
@@ -212,7 +205,7 @@ def main(
     """Measure the efficiency of several processes against one."""
     if order is not None:
         asked = json.loads(order)
-        _measure_all(asked, Path(asked["to"]))
+        in_group(partial(_measure_all, asked, Path(asked["to"])))
         return
     asked = {
         "models": models.split(","),
@@ -220,24 +213,8 @@ def main(
         "questions": questions.split(";"),
         "rounds": rounds,
     }
-    rows = _started(asked, processes)
-    if json_ is not None:
-        environment = describe([], "cpu") | {"threads": 1}
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    if write is not None:
-        write.write_text(with_block(write.read_text("utf-8"), BLOCK, table(rows)), encoding="utf-8")
-    typer.echo(table(rows))
-
-
-def _started(asked: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        to = Path(folder) / "rows.json"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [*launch, "-m", "benchmarks.ranks", "--order", json.dumps({**asked, "to": str(to)})]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        rows: list[dict[str, Any]] = json.loads(to.read_text())
-    return rows
+    rows = launched("benchmarks.ranks", asked, processes)
+    shown(rows, table(rows), BLOCK, json_, write)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +19,9 @@ import torch.distributed as dist
 import typer
 from torch import Tensor, nn
 
-from benchmarks.environment import describe
+from benchmarks.launch import in_group, launched, shown
 from benchmarks.models import Transformer
 from benchmarks.peak import HostPeak
-from benchmarks.readme import with_block
 from benchmarks.session import quiet
 from curvalg import Problem, registry
 from curvalg.estimate import spectral_density
@@ -120,8 +116,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _measure(order: dict[str, Any]) -> None:
     """What each process does; the first one writes, for each row, what the rank with most had."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     alone = dist.get_world_size() == 1
     with quiet():
         own = measured(order["model"], order["sequences"], None if alone else dist.group.WORLD)
@@ -129,7 +123,6 @@ def _measure(order: dict[str, Any]) -> None:
     dist.all_gather_object(every, own)
     if dist.get_rank() == 0:
         Path(order["to"]).write_text(json.dumps([max(same, key=_bytes) for same in zip(*every, strict=True)]))
-    dist.destroy_process_group()
 
 
 def _bytes(row: dict[str, Any]) -> int:
@@ -148,23 +141,11 @@ def main(
 ) -> None:
     """Measure what a rank holds of a model in parts."""
     if order is not None:
-        _measure(json.loads(order))
+        in_group(partial(_measure, json.loads(order)))
         return
-    rows: list[dict[str, Any]] = []
-    for count in map(int, processes.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            asked = {"model": model, "sequences": sequences, "to": str(to := Path(folder) / "rows.json")}
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            command = [*launch, "-m", "benchmarks.shards", "--order", json.dumps(asked)]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            rows += json.loads(to.read_text())
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        environment = describe([], "cpu") | {"threads": 1}
-        json_.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    if write is not None:
-        write.write_text(with_block(write.read_text("utf-8"), BLOCK, table(rows)), encoding="utf-8")
-    typer.echo(table(rows))
+    asked = {"model": model, "sequences": sequences}
+    rows = [row for count in processes.split(",") for row in launched("benchmarks.shards", asked, int(count))]
+    shown(rows, table(rows), BLOCK, json_, write)
 
 
 if __name__ == "__main__":

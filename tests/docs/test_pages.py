@@ -34,7 +34,7 @@ def test_code_fits_the_page(page):
 
 
 def test_jobs_take_fifteen_lines(docs):
-    setting, *jobs = pages.blocks(docs / "howto" / "jobs.md")
+    _, *jobs = pages.blocks(docs / "howto" / "jobs.md")
     assert len(jobs) == 5
     assert all(len([line for line in job.strip().splitlines() if line.strip()]) <= 15 for job in jobs)
 
