@@ -10,6 +10,19 @@ from curvalg.distributed.group import active
 T = TypeVar("T")
 
 
+def owners(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank that each of some tasks goes to: the largest first, each to the one that has the least by then.
+
+    >>> owners([3, 1, 2, 2], ranks=2)
+    [0, 0, 1, 1]
+    """
+    chosen, loads = [0] * len(costs), [0.0] * ranks
+    for number in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        chosen[number] = min(range(ranks), key=loads.__getitem__)
+        loads[chosen[number]] += costs[number]
+    return chosen
+
+
 def dealt(tasks: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
     """The results of independent tasks, dealt out to the processes that share the problem at hand.
 

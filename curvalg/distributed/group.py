@@ -123,6 +123,19 @@ class Group:
         """
         return [task() for task in tasks]
 
+    def swapped(self, parts: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """The parts that all ranks have for this one, (rows, K) of each rank.
+
+        Args:
+            parts: of this rank for each one, (n, K), the same K on all ranks.
+            rows: of what comes from each one.
+        """
+        return list(parts)
+
+    def handed_out(self, parts: Sequence[T]) -> list[T]:
+        """What each rank has for this one, of structures of tensors that this rank has for each."""
+        return list(parts)
+
     def agree(self, own: Mapping[str, Any], advice: str) -> None:
         """Raise on all ranks where they differ.
 

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from curvalg.distributed.dealing import owners
 from curvalg.distributed.disagreements import DIFFERENT_VECTORS, different_places, different_states, gone
 from curvalg.distributed.group import Group, activated
 from curvalg.distributed.meeting import Meeting
@@ -36,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C on some rank, raised on all ranks at one exchange."""
 
 
-SUM, ROWS, NUMBERS, OBJECT, FAILURE, GATHER, SCATTER, LARGEST = range(1, 9)
+SUM, ROWS, NUMBERS, OBJECT, FAILURE, GATHER, SCATTER, LARGEST, SWAP = range(1, 10)
 FAILED, STOPPED = 1 << 8, 1 << 9
 HEADER, ROOM = 5, 27
 """Integers of 8 bytes in a header, and numbers that ride in a frame."""
@@ -399,12 +400,9 @@ class Processes(Group):
         return torch.load(io.BytesIO(buffer.cpu().numpy().tobytes()), map_location=self._place, weights_only=False)
 
     def dealt(self, tasks: Sequence[Callable[[], T]], costs: Sequence[float]) -> list[T]:
-        owners, loads = [0] * len(tasks), [0.0] * self.size
-        for number in sorted(range(len(tasks)), key=lambda i: -costs[i]):
-            owners[number] = min(range(self.size), key=loads.__getitem__)
-            loads[owners[number]] += costs[number]
-        own = {i: task() for i, task in enumerate(tasks) if owners[i] == self.rank}
-        found = {i: result for rank in range(self.size) if rank in owners for i, result in self.of(rank, own).items()}
+        chosen = owners(costs, self.size)
+        own = {i: task() for i, task in enumerate(tasks) if chosen[i] == self.rank}
+        found = {i: result for rank in range(self.size) if rank in chosen for i, result in self.of(rank, own).items()}
         return [found[i] for i in range(len(tasks))]
 
     def agree(self, own: Mapping[str, Any], advice: str) -> None:
@@ -425,7 +423,12 @@ class Processes(Group):
 
 
 _NAMES = {SUM: "a sum", ROWS: "rows", NUMBERS: "numbers", OBJECT: "an object", FAILURE: "an error"}
-_NAMES |= {GATHER: "weights of a layer", SCATTER: "gradients of a layer", LARGEST: "a maximum"}
+_NAMES |= {
+    GATHER: "weights of a layer",
+    SCATTER: "gradients of a layer",
+    LARGEST: "a maximum",
+    SWAP: "numbers of layers",
+}
 _NAMES |= {kind | STOPPED: name for kind, name in _NAMES.items()}
 
 

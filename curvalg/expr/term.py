@@ -15,6 +15,7 @@ fields are the options::
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from curvalg.expr.facts import LossFacts
@@ -174,6 +175,19 @@ class MatrixTerm(NamedExpr):
     def accumulate(self, batch: Batch, prepared: Stats | None = None) -> Stats:
         """Statistics of this batch, added over batches."""
         raise NotImplementedError(f"{type(self).__name__} must define accumulate(batch, prepared)")
+
+    def of_layers(self, stats: Stats, names: Set[str]) -> Stats:
+        """The statistics of the layers over some parameters: the same structure without all other layers.
+
+        To be defined by a matrix that is block-diagonal over layers and keeps its statistics by layer: where parameters are
+        sharded, each process sums and finishes the blocks of its own layers. :meth:`finish` gets the statistics of some layers
+        then, and a layout of their parameters alone.
+
+        Args:
+            stats: what :meth:`prepare` or :meth:`accumulate` gives.
+            names: of parameters, of each module all or none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not keep its statistics by layer (of_layers)")
 
     def rehearse(self, batch: Batch) -> None:
         """Raise an error for a model that the matrix cannot be made of.

@@ -99,7 +99,7 @@ def _costs(op: Explained) -> list[str]:
     problem = op.problem
     terms = [term for term in unbound(op._resolved) if isinstance(term, MatrixTerm)]
     saying = [term for term in terms if type(term).cost is not MatrixTerm.cost]
-    if not saying:
+    if not saying or problem.group.sharded:  # where a call of the model takes all processes
         return []
     with problem.differentiating():
         try:

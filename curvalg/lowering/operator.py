@@ -28,6 +28,7 @@ from curvalg.lowering.operators.third_order import form_gradient, terms_of
 from curvalg.lowering.plans.algebra_plan import SumPlan
 from curvalg.lowering.plans.bind import bind, unbound
 from curvalg.lowering.plans.inverse_plan import InversePlan
+from curvalg.lowering.plans.owned_plan import OwnedPlan
 from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.planner import plan
 from curvalg.lowering.replayed import Repeatable, Replayed, replayed
@@ -391,6 +392,11 @@ class CurvatureOperator(PlannedOperator):
 
     def _inverse_plan(self) -> tuple[float, InversePlan]:
         found = self._scaled_inverse()
+        if isinstance(self._plan, OwnedPlan):
+            raise ExpressionError(
+                f"solve() reports on whole columns, but {self.expr} is solved by each process for the layers that it owns; use "
+                "op @ b"
+            )
         if found is None:
             raise ExpressionError(
                 f"solve() is for operators that are an inverse, but this one is {self.expr}; use op @ b"

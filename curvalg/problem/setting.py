@@ -430,16 +430,19 @@ class Setting:
             return snapshot.restrictions[key]  # type: ignore[no-any-return]
 
     def _restricted(self, patterns: tuple[str, ...], snapshot: Snapshot) -> Self:
-        names = params_.match(patterns, self.layout.names)
+        model = copy.copy(self.model)
+        model.chosen = {name: self.model.chosen[name] for name in params_.match(patterns, self.layout.names)}
+        return self.over(model, snapshot)
+
+    def over(self, model: Model, snapshot: Snapshot) -> Self:
+        """The problem over the chosen parameters of another model, which is this one but for them."""
         # All that is not of the parameters is shared: data, lock, budget, structure, choices.
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.model = copy.copy(self.model)
-        twin.model.chosen = {name: self.model.chosen[name] for name in names}
-        twin.layout = twin.model.layout
+        twin.model, twin.layout = model, model.layout
         twin.dtype = twin.layout.dtype
         twin.whole, twin.shared = self, set()
-        twin.measured = Measured(names, self.device, like=self.measured)
+        twin.measured = Measured(twin.layout.names, self.device, like=self.measured)
         twin._snapshot, twin._cached = snapshot, WeakKeyDictionary()
         twin._forget()
         return twin

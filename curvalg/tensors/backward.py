@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvalg.errors import ProblemError, StaleError
+from curvalg.errors import GroupError, ProblemError, StaleError
 from curvalg.tensors.clock import timed
 
 
@@ -116,6 +116,8 @@ def backward_columns(
                     lambda: backward([z], inputs, [cotangents], retain_graph=True, batched=True), z.device
                 )
             return found, batched is True or seconds < len(cotangents) * single
+        except GroupError:  # of an exchange on the way back, which all processes know of
+            raise
         except (RuntimeError, NotImplementedError, ProblemError):
             pass  # whatever is wrong beyond batching is raised below
     columns = zip(*(first + [one(c) for c in cotangents[len(first) :]]), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,6 +73,9 @@ class CenteredCovarianceDiagonal(SquaredColumns):
                 for name, value in found.items():
                     total[name] = value if name not in total else total[name] + value
         return {"squares": squares, "means": {name: value[0] for name, value in means.items()}}
+
+    def of_layers(self, stats: dict[str, Any], names: Set[str]) -> dict[str, Any]:
+        return {kind: super(CenteredCovarianceDiagonal, self).of_layers(found, names) for kind, found in stats.items()}
 
     def finish(self, stats: dict[str, Any], layout: Layout, prepared: None = None) -> Expr:
         squares, means = layout.flatten(stats["squares"]), layout.flatten(stats["means"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from curvalg import Diagonal, Expr, Facts, LossFacts, MatrixTerm
@@ -41,6 +41,9 @@ class SquaredColumns(MatrixTerm):
             for name, squares in record.squares().items():
                 total[name] = squares if name not in total else total[name] + squares
         return total
+
+    def of_layers(self, stats: dict[str, Any], names: Set[str]) -> dict[str, Any]:
+        return {name: value for name, value in stats.items() if name in names}
 
     def finish(self, stats: dict[str, Any], layout: Layout, prepared: None = None) -> Expr:
         return Diagonal(layout.flatten(stats))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -138,6 +138,12 @@ class LayerFactors(MatrixTerm):
                 for params, values in self._blocks(record):
                     others[params] = others[params] + values if params in others else values
         return {"layers": layers, "others": others}
+
+    def of_layers(self, stats: Stats, names: Set[str]) -> Stats:
+        return {
+            kind: {key: value for key, value in found.items() if names >= set(getattr(key, "params", key))}
+            for kind, found in stats.items()
+        }
 
     def rehearse(self, batch: Batch) -> None:
         self._sorted(list(batch.layers(batch.loss_gradient[None])))

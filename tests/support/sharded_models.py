@@ -386,8 +386,14 @@ def traffic(group: Any) -> tuple[int, int, int, int]:
     )
 
 
-def most_whole(group: Any) -> tuple[int, int]:
-    """The most bytes of whole weights that are alive at a time in a product, and those of one unit."""
+def most_whole(group: Any, text: str = "hessian", made: bool = True) -> tuple[int, int]:
+    """The most bytes of whole weights that are alive at a time in a product, and those of one unit.
+
+    Args:
+        group: the processes.
+        text: of the matrix.
+        made: whether the product is not the first one, which makes the matrix.
+    """
     import torch.distributed as dist
 
     torch.set_default_dtype(torch.float64)
@@ -396,8 +402,9 @@ def most_whole(group: Any) -> tuple[int, int]:
     rank, alive, most = dist.get_rank(group), [0], [0]
     X, y = torch.randn(4, 16), torch.randn(4, 16)
     problem = Problem(net, nn.MSELoss(), (X[rank : rank + 1], y[rank : rank + 1]), group=group, shard="parameters")
-    op, v = parse("hessian").lower(problem), torch.randn(problem.size)
-    op @ v
+    op, v = parse(text).lower(problem), torch.randn(problem.size)
+    if made:
+        op @ v
     weights: Any = problem.model.weights  # type: ignore[union-attr]
     gathered = weights._gathered
 

@@ -3,15 +3,20 @@ cut again."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from curvalg.distributed.processes import GATHER, SCATTER, Processes
+from curvalg.distributed.packing import packed
+from curvalg.distributed.processes import GATHER, SCATTER, SWAP, Processes
 from curvalg.distributed.sharding.grid import ProcessGrid
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,10 +39,11 @@ class Traffic:
 
 @dataclass
 class TrafficByKind:
-    """The exchanges of weights and gradients."""
+    """The exchanges of weights, of gradients, and of numbers of layers with those that own these."""
 
     gathers: Traffic = field(default_factory=Traffic)
     reduce_scatters: Traffic = field(default_factory=Traffic)
+    swaps: Traffic = field(default_factory=Traffic)
 
 
 class ShardedProcesses(Processes):
@@ -90,3 +96,32 @@ class ShardedProcesses(Processes):
         self._paid(sent)
         self.traffic.reduce_scatters.add(sent)
         return own.to(parts.device)
+
+    def swapped(self, parts: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """The parts that all ranks have for this one, (rows, K) of each rank, of parts (n, K) for each."""
+        columns = parts[0].shape[1]
+        self._require_alike([frame[2] for frame in self._frame(SWAP, columns)])
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        came = self._exchanged(sent, [part.numel() for part in parts], [n * columns for n in rows])
+        self.traffic.swaps.add(sent)
+        return [part.view(-1, columns) for part in came.split([n * columns for n in rows])]
+
+    def handed_out(self, parts: Sequence[T]) -> list[T]:
+        """What each rank has for this one, of structures of tensors that this rank has for each."""
+        made = [packed(part) for part in parts]
+        sizes = [every[self.rank] for every in self.objects([len(part) for part in made])]
+        self._frame(SWAP, 0)
+        sent = torch.frombuffer(bytearray(b"".join(made)), dtype=torch.uint8).to(self._host)
+        came = self._exchanged(sent, [len(part) for part in made], sizes)
+        return [
+            torch.load(io.BytesIO(part.cpu().numpy().tobytes()), map_location=self._place, weights_only=False)
+            for part in came.split(sizes)
+        ]
+
+    def _exchanged(self, sent: Tensor, given: list[int], taken: list[int]) -> Tensor:
+        """The numbers from all ranks one after the other, of those for all ranks one after the other."""
+        own = sent if self._device_capable else sent.cpu()
+        found = torch.empty(sum(taken), dtype=own.dtype, device=own.device)
+        self._call(lambda: self._dist.all_to_all_single(found, own.contiguous(), taken, given, group=self._group))
+        self._paid(own)
+        return found.to(sent.device)

@@ -16,12 +16,14 @@ from curvalg.expr.node import Expr
 from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.blocks.complete_blocks import resolve
+from curvalg.lowering.blocks.owned_matrix import OwnedMatrix, ownership
+from curvalg.lowering.blocks.owner_sums import settled_by_owners, summed_by_owners
 from curvalg.lowering.blocks.submatrices import block_problem, is_local, submatrix
 from curvalg.lowering.inverses.offer import BoundMatrix
 from curvalg.lowering.plans.computed import Computed, compute
 from curvalg.lowering.replayed import Repeatable
 from curvalg.lowering.sweeps.contract import call
-from curvalg.problem import Evaluation, Problem, Snapshot
+from curvalg.problem import Evaluation, Layout, Problem, Snapshot
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.recorded import record_layers
 from curvalg.rewrite import simplify
@@ -104,17 +106,46 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
     cache = problem.cached(snapshot)
     if not (missing := cache.missing("matrix", terms)):
         return
+    if problem.group.sharded:
+        _accumulate_by_owners(missing, problem, snapshot)
+        return
     preparing = [t for t in missing if type(t).prepare is not MatrixTerm.prepare]
     sums = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
     prepared = {term: call(term, "settle", total) for term, total in sums.items()}
     stats = _sum(missing, problem, snapshot, lambda term, batch: call(term, "accumulate", batch, prepared.get(term)))
     for term in missing:
-        matrix = term.finish(stats[term], problem.layout, prepared.get(term))
-        if not isinstance(matrix, Expr):
-            raise ExpressionError(f"{term.label}.finish must return an expression, got {type(matrix).__name__}")
-        if unbound(matrix):
-            raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} needs data itself")
-        cache.put("matrix", term, matrix)
+        cache.put("matrix", term, _finished(term, stats[term], problem.layout, prepared.get(term)))
+
+
+def _finished(term: MatrixTerm, stats: Any, layout: Layout, prepared: Any) -> Expr:
+    """The matrix of a term.
+
+    Raises:
+        ExpressionError: it is none, or needs data itself.
+    """
+    matrix = term.finish(stats, layout, prepared)
+    if not isinstance(matrix, Expr):
+        raise ExpressionError(f"{term.label}.finish must return an expression, got {type(matrix).__name__}")
+    if unbound(matrix):
+        raise ExpressionError(f"{term.label}.finish must return array leaves, but {matrix} needs data itself")
+    return matrix
+
+
+def _accumulate_by_owners(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -> None:
+    """Make the matrices of layers where parameters lie in parts, each by the process that owns the layer."""
+    preparing = [t for t in terms if type(t).prepare is not MatrixTerm.prepare]
+    sums = summed_by_owners(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
+    prepared = {term: settled_by_owners(term, total, problem) for term, total in sums.items()}
+    nothing = None, None
+    stats = summed_by_owners(
+        terms, problem, snapshot, lambda t, batch: call(t, "accumulate", batch, prepared.get(t, nothing)[1])
+    )
+    place, cache = ownership(problem, snapshot), problem.cached(snapshot)
+    for term in terms:
+        own = None
+        if place.on is not None:
+            own = _finished(term, stats[term], place.on.layout, prepared.get(term, nothing)[0])
+        cache.put("matrix", term, OwnedMatrix(term, own, place))
 
 
 def _sum(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, method: Any) -> dict[MatrixTerm, Any]:

@@ -16,6 +16,7 @@ from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import DatasetTerm, GradientTerm, MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
+from curvalg.lowering.blocks.owned_matrix import is_layerwise
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem, is_inside, places
 from curvalg.lowering.inverses.forms import find
@@ -44,6 +45,7 @@ from curvalg.lowering.plans.low_rank_plan import MOST_COLUMNS, LowRankPlan
 from curvalg.lowering.plans.of_data.gradient_plan import GradientPlan
 from curvalg.lowering.plans.of_data.output_plan import OutputPlan
 from curvalg.lowering.plans.of_data.sweep_plan import SweepPlan
+from curvalg.lowering.plans.owned_plan import owned_plan
 from curvalg.lowering.plans.plan import Plan, as_float
 from curvalg.lowering.plans.sharded_offer import require_offered
 from curvalg.lowering.sweeps.contract import require_defined
@@ -82,21 +84,22 @@ class Planning:
 
     def __call__(self, expr: Expr, problem: Problem) -> Plan:
         if problem.group.sharded:
-            require_offered(expr)
+            require_offered(expr, problem)
         for node in [*self._inverses_in(expr, problem), expr]:
             if (node, problem) not in self._plans:
-                self._plans[node, problem] = _rule(node, problem, self)
+                owned = problem.group.sharded and is_layerwise(node) and not unbound(node)
+                self._plans[node, problem] = owned_plan(node, problem, plan) if owned else _rule(node, problem, self)
         return self._plans[expr, problem]
 
     def _inverses_in(self, expr: Expr, problem: Problem) -> list[Expr]:
         """Inverses that the plan will meet and that have none yet, innermost first: planned so, they take no stack."""
         found: dict[Expr, None] = {}
-        todo = _visible(expr)
+        todo = [] if problem.group.sharded and is_layerwise(expr) else _visible(expr)
         while todo:
             node = todo.pop()
             if isinstance(node, _TRANSPARENT) and node not in found and (node, problem) not in self._plans:
                 found[node] = None
-                todo += _visible(node)
+                todo += [] if problem.group.sharded and is_layerwise(node) else _visible(node)
         return [node for node in reversed(found) if isinstance(node, alg.Inverse)]
 
     def matrix(self, expr: Expr, problem: Problem, *, spectral: bool = False) -> BoundMatrix:

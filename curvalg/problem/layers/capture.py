@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -41,7 +42,6 @@ class Capture(TorchFunctionMode):
         self._names = list(names)
         self._origins: dict[int, Origin] = {}
         self._tables: dict[int, tuple[EmbeddingUse, Origin]] = {}
-        self._held: list[Tensor] = []
         self.uses: list[Use] = []
         self.spread: set[str] = set()
         self.reasons: dict[str, str] = {}
@@ -52,9 +52,16 @@ class Capture(TorchFunctionMode):
             self._follow(self._origins, leaf, Origin(name))
         return self
 
+    def stands_for(self, part: Tensor, whole: Tensor) -> None:
+        """Watch a tensor that was made of a leaf and stands for the same parameter: whole, where the leaf is a part of it."""
+        if (origin := self._origins.get(id(part))) is not None:
+            self._follow(self._origins, whole, origin)
+
     def _follow(self, where: dict[int, T], tensor: Tensor, entry: T) -> None:
-        where[id(tensor)] = entry
-        self._held.append(tensor)  # as long as it lives no other tensor has its number
+        key = id(tensor)
+        where[key] = entry
+        # As long as it lives no other tensor has its number; whole weights must not live on here.
+        weakref.finalize(tensor, where.pop, key, None).atexit = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvalg.errors import ProblemError
 from curvalg.problem.batch import lazy
@@ -16,7 +19,7 @@ from curvalg.problem.layers.build import Portion, build, portions
 from curvalg.problem.layers.capture import Capture
 from curvalg.problem.layers.kinds.joint import Joint, Zero
 from curvalg.problem.layers.kinds.maps import LinearMap
-from curvalg.problem.layers.kinds.regrouped import Regrouped
+from curvalg.problem.layers.kinds.regrouped import Regrouped, apart
 from curvalg.problem.layers.kinds.scaling import Explicit
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.origin import Origin
@@ -27,9 +30,12 @@ from curvalg.problem.layers.verify import MISPLACED, misplaced, note_unseen, own
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
+from curvalg.problem.setting import Setting
 from curvalg.problem.verification.tangent_checks import random_cotangent
 from curvalg.tensors import trees
-from curvalg.tensors.backward import backward_columns
+from curvalg.tensors.backward import backward, backward_columns
+
+Watching = Callable[[list[Tensor]], AbstractContextManager[Any]]
 
 
 class RecordedLayers:
@@ -55,8 +61,8 @@ class RecordedLayers:
         compared: bool = True,
     ) -> None:
         # The batch holds no recording that holds the batch: graphs are freed when they are done with.
-        alive = ref(self)
-        self.batch = evaluation.batch(z, form, layers=lambda: alive() or record_layers(again()))
+        alive, kind = ref(self), type(self)
+        self.batch = evaluation.batch(z, form, layers=lambda: alive() or record_layers(again(), kind=kind))
         again = evaluation.again()
         self.evaluation = evaluation
         self.problem = evaluation.problem
@@ -69,6 +75,33 @@ class RecordedLayers:
         self._settled, self._compared = False, compared
         for name, reason in capture.reasons.items():
             self.notes.reasons.setdefault(name, reason)
+
+    @staticmethod
+    def watching(problem: Setting, capture: Capture) -> Watching:
+        """What a call of the model is watched by: leaves -> a context around it."""
+        return capture.watch
+
+    def gradients(self, names: Sequence[str], cotangent: Tensor) -> dict[str, Tensor]:
+        """The gradients Jᵀu of some parameters, by one backward pass."""
+        leaves = [self.leaves[name] for name in names]
+        found = backward([self.z], leaves, [cotangent], retain_graph=True)
+        return {
+            name: torch.zeros_like(leaf, dtype=self.dtype) if gradient is None else gradient.to(self.dtype)
+            for name, leaf, gradient in zip(names, leaves, found, strict=True)
+        }
+
+    def like_gradient(self, name: str, whole: Tensor) -> Tensor:
+        """What a tensor of the shape of a parameter has of the numbers that :meth:`gradients` has."""
+        return whole
+
+    def lengths(self, tensors: Sequence[Tensor]) -> list[float]:
+        """The lengths of tensors like gradients."""
+        return [float(t.norm()) for t in tensors]
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shapes of the parameters, as the model has them."""
+        return self.problem.layout.whole.shapes
 
     @property
     def used(self) -> set[str]:
@@ -130,7 +163,7 @@ class RecordedLayers:
         evaluation = self.evaluation.of(sample.head(rows))
         reasons = dict(self.notes.reasons)
         try:
-            few = record_layers(evaluation)
+            few = record_layers(evaluation, kind=type(self))
         except ProblemError:
             return None
         finally:
@@ -160,7 +193,7 @@ class RecordedLayers:
             )
         self._settle()
         fold = self.fold
-        found = self.build(self._apart(cotangents.detach(), 1 if independent else fold))
+        found = self.build(apart(cotangents.detach(), 1 if independent else fold))
         if self.fold != fold:  # this batch has shown it
             return self.records(cotangents, independent=independent)
         groups = self.notes.groups
@@ -182,17 +215,6 @@ class RecordedLayers:
         at_outputs = sum(use.output_shape.numel() for use in self._uses)
         by_rows = sum(self.leaves[name].numel() for name in self.notes.reasons if name in self.leaves)
         return self.fold * self.dtype.itemsize * (at_outputs + self.rows * by_rows)
-
-    @staticmethod
-    def _apart(cotangents: Tensor, fold: int) -> Tensor:
-        """A column for each row of a group: (K · fold, n, ...), zero for the other rows."""
-        if fold == 1:
-            return cotangents
-        columns, rows = cotangents.shape[:2]
-        parts: Tensor = cotangents.unflatten(1, (rows // fold, fold))
-        mask = torch.eye(fold, dtype=cotangents.dtype, device=cotangents.device)
-        mask = mask.reshape(1, fold, 1, fold, *[1] * (cotangents.ndim - 2))
-        return (parts[:, None] * mask).reshape(columns * fold, *cotangents.shape[1:])
 
     def _in_group(self, group: tuple[str, ...], found: list[LayerRecord]) -> LayerRecord:
         """The records of one group of parameters put together: Gram matrices compare records across batches."""
@@ -296,7 +318,6 @@ class RecordedLayers:
         )
         if (key := (sample.index, sample.rows, self.fold)) in checked or self._steady:
             return []
-
         uses = self._uses
 
         def arranged(found: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -325,13 +346,13 @@ class RecordedLayers:
 
     def _groups(self, gradients: dict[int, Tensor]) -> list[tuple[dict[str, Portion], tuple[int, ...]]]:
         """The groups (portions of parameters by name, numbers of their uses): what has the same uses belongs to one layer."""
-        layout, uses = self.problem.layout, self._uses
+        layout, shapes, uses = self.problem.layout, self.shapes, self._uses
         groups: dict[object, tuple[dict[str, Portion], tuple[int, ...]]] = {}
         self._origins: dict[str, Origin] = {}
         for name in layout.names:
             if name in self.notes.reasons:
                 continue
-            found = portions(name, uses) if layout.shapes[name].numel() else {}
+            found = portions(name, uses) if shapes[name].numel() else {}
             live = {portion: tuple(i for i in every if i in gradients) for portion, every in found.items()}
             live = {portion: indices for portion, indices in live.items() if indices}
             # What the output does not depend on has no inputs to share here, but may have on other batches (an expert).
@@ -346,22 +367,23 @@ class RecordedLayers:
 
     def _pull(self, cotangents: Tensor) -> dict[int, Tensor]:
         """Gradients (K, *output.shape) with respect to the outputs of all uses that the output depends on."""
-
-        notes = self.notes.reasons
-        uses = self._uses
+        notes, uses = self.notes.reasons, self._uses
         needed = [i for i, use in enumerate(uses) if use.names - notes.keys()]
         if not needed:
             return {}
         edges = [uses[i].edge for i in needed]
-        problem = self.problem
-        measured = problem.measured
+        pairs = zip(needed, self._columns_back(edges, cotangents.to(self.z.dtype)), strict=True)
+        return {i: g.reshape(g.shape[0], *uses[i].output_shape) for i, g in pairs if g is not None and g.numel()}
+
+    def _columns_back(self, edges: list[GradientEdge], cotangents: Tensor) -> list[Tensor | None]:
+        """Gradients (K, ...) that arrive at edges; in one backward pass or one for each column, whichever was faster."""
+        measured = self.problem.measured
         choice = measured.name("columns in one backward pass", "layers")
         known = measured.recalled.get(choice) if self.notes.batched is None else self.notes.batched
-        gradients, batched = backward_columns(self.z, edges, cotangents.to(self.z.dtype), batched=known)
+        gradients, batched = backward_columns(self.z, edges, cotangents, batched=known)
         if self.notes.batched is None and len(cotangents) > 1:
             self.notes.batched = measured.choices[choice] = batched
-        pairs = zip(needed, gradients, strict=True)
-        return {i: g.reshape(g.shape[0], *uses[i].output_shape) for i, g in pairs if g is not None and g.numel()}
+        return gradients
 
     def _held(self, uses: Sequence[Use], rows: int) -> GuardedInput | LinearMap:
         """The inputs of some uses, made once for all chunks of columns."""
@@ -390,7 +412,7 @@ class RecordedLayers:
 
     def _place(self, params: tuple[str, ...], members: Mapping[str, Portion] | None = None) -> ParameterGroup:
         """The group of some parameters, or of portions of them."""
-        model, shapes = self.problem.model, self.problem.layout.shapes
+        model, shapes = self.problem.model, self.shapes
         owner, _, _ = params[0].rpartition(".")
         if members is not None:
             shapes = {own: m.origin.shape(shapes[m.origin.name]) for own, m in members.items()}
@@ -401,12 +423,15 @@ class RecordedLayers:
         return ParameterGroup(params, owner, dict(model.module.named_modules())[owner], shapes)
 
 
-def record_layers(evaluation: Evaluation, *, compared: bool = True) -> RecordedLayers:
+def record_layers(
+    evaluation: Evaluation, *, compared: bool = True, kind: type[RecordedLayers] = RecordedLayers
+) -> RecordedLayers:
     """Call the model once and keep what gives layer inputs and output deltas.
 
     Args:
         evaluation: a batch at a snapshot.
         compared: whether records are compared with gradients before they are handed out.
+        kind: of the recording.
 
     Raises:
         ProblemError: rows influence each other through batch statistics; the model fails on the batch.
@@ -414,5 +439,5 @@ def record_layers(evaluation: Evaluation, *, compared: bool = True) -> RecordedL
     problem = evaluation.problem
     refuse_batch_statistics(problem.model)
     capture = Capture(problem.layout.names)
-    z, leaves, form = evaluation.record(capture.watch)
-    return RecordedLayers(evaluation, z, leaves, form, capture, compared=compared)
+    z, leaves, form = evaluation.record(kind.watching(problem, capture))
+    return kind(evaluation, z, leaves, form, capture, compared=compared)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from curvalg.problem.model.sharded.gathering import Gather
+
 _STEADY = frozenset(
     (
         # Arithmetic on each element.
@@ -51,6 +53,8 @@ _WEIGHTED = frozenset(("Addmm", "Mm", "Convolution"))
 _VIEWS = frozenset(("View", "UnsafeView", "ReshapeAlias"))
 """Operations that keep rows in place where the first axis stays."""
 _LEAF = "torch::autograd::AccumulateGrad"
+_GATHERED = f"{Gather.__name__}Backward"
+"""A parameter of which each process has a part: what made it whole."""
 
 
 def is_steady(z: Tensor) -> bool:
@@ -91,4 +95,4 @@ def _is_parameter(node: Any) -> bool:
     """Whether a node is a parameter, or its transpose."""
     while node is not None and _kind(node) in ("T", "View"):
         node = node.next_functions[0][0]
-    return node is not None and node.name() == _LEAF
+    return node is not None and node.name() in (_LEAF, _GATHERED)

@@ -6,7 +6,7 @@ A rule's formula is trusted for a parameter after one comparison, of a few rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from curvalg.errors import ProblemError
 from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.model.layer_record import LayerRecord
-from curvalg.tensors.backward import backward
 from curvalg.tensors.memory import wide
 from curvalg.tensors.random_numbers import uniforms
 
@@ -77,6 +76,18 @@ class Comparable(Protocol):
         """Take the picked rows of a table for the same in all rows of the batch; whether that is new and can be."""
         ...
 
+    def gradients(self, names: Sequence[str], cotangent: Tensor) -> dict[str, Tensor]:
+        """The gradients Jᵀu of some parameters by an ordinary backward pass."""
+        ...
+
+    def like_gradient(self, name: str, whole: Tensor) -> Tensor:
+        """What a tensor of the shape of a parameter has of the numbers that :meth:`gradients` has."""
+        ...
+
+    def lengths(self, tensors: Sequence[Tensor]) -> list[float]:
+        """The lengths of tensors like gradients."""
+        ...
+
 
 def settle(recorded: Comparable) -> None:
     """Find the parameters of a batch whose records would be wrong, and note them on the problem.
@@ -121,20 +132,9 @@ def note_unseen(recorded: Comparable) -> None:
         return
     z = recorded.z
     draws = uniforms(3, 1, 0, z.shape, z.dtype, z.device)[0]
-    for name, gradient in _gradients(recorded, unseen, draws).items():
-        if bool(gradient.any()):
+    for name, gradient in recorded.gradients(unseen, draws).items():
+        if recorded.lengths([gradient]) != [0.0]:
             notes[name] = "it is used where no function of torch shows it"
-
-
-def _gradients(recorded: Comparable, names: list[str], cotangent: Tensor) -> dict[str, Tensor]:
-
-    leaves = [recorded.leaves[name] for name in names]
-    found = backward([recorded.z], leaves, [cotangent], retain_graph=True)
-    dtype = recorded.dtype
-    return {
-        name: torch.zeros_like(leaf, dtype=dtype) if gradient is None else gradient.to(dtype)
-        for name, leaf, gradient in zip(names, leaves, found, strict=True)
-    }
 
 
 def _compare(recorded: Comparable, names: list[str]) -> bool:
@@ -148,21 +148,23 @@ def _compare(recorded: Comparable, names: list[str]) -> bool:
     records = recorded.build(signed)
     if notes.reasons.keys() - before or recorded.rows != rows:
         return True  # building has shown it already, without numbers
-    expected = _gradients(recorded, list(recorded.leaves), mixed)
-    got: dict[str, Tensor] = {}
+    expected = recorded.gradients(list(recorded.leaves), mixed)
+    errors: dict[str, Tensor] = {}
     for record in records:
-        got |= record.combine(weights[None].to(recorded.dtype))
-    whole = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
+        for name, got in record.combine(weights[None].to(recorded.dtype)).items():
+            errors[name] = recorded.like_gradient(name, got[0]) - expected[name]
+    norms, lengths = (recorded.lengths([of[name] for name in expected]) for of in (expected, errors))
+    sizes = {name: (norm, error) for name, norm, error in zip(expected, norms, lengths, strict=True)}
+    whole = sum(norm**2 for norm in norms) ** 0.5
     failed = False
     for name in names:
-        norm = float(expected[name].norm())
-        error = float((got[name][0] - expected[name]).norm())
+        norm, error = sizes[name]
         noted = name in before
         # Rounded as the model rounds, in the dtypes that it casts to; under autocast a layer has less than its parameters.
         dtypes = {recorded.leaves[name].dtype, *recorded.dtypes(name)}
         allowed = (5e-2 if noted else rounding(recorded, dtypes)) * (norm + 1e-2 * whole)
         if not error <= allowed and recorded.notes.noise is None:
-            recorded.notes.noise = _noise(recorded, mixed, expected)
+            recorded.notes.noise = measured_noise(recorded, mixed, expected)
             return True
         if not error <= allowed:
             if noted:
@@ -217,7 +219,7 @@ def misplaced(
         if bool(((got - expected).norm(dim=1) > rounding(recorded, {delta.dtype}) * size).any()):
             found.append(i)
     if found and recorded.notes.noise is None:
-        recorded.notes.noise = _noise(recorded, mixed, _gradients(recorded, list(recorded.leaves), mixed))
+        recorded.notes.noise = measured_noise(recorded, mixed, recorded.gradients(list(recorded.leaves), mixed))
         return misplaced(recorded, cotangents, gradients, pull)
     return found
 
@@ -255,7 +257,7 @@ def rounding(recorded: Comparable, dtypes: Set[torch.dtype]) -> float:
     return min(max(1e3 * eps, SPARE * (recorded.notes.noise or 0.0)), 5e-2)
 
 
-def _noise(recorded: Comparable, cotangent: Tensor, gradients: Mapping[str, Tensor]) -> float:
+def measured_noise(recorded: Comparable, cotangent: Tensor, gradients: Mapping[str, Tensor]) -> float:
     """How far the model's gradients are from linear in the cotangent, relative: parts of it may round to fewer digits.
 
     Args:
@@ -263,8 +265,7 @@ def _noise(recorded: Comparable, cotangent: Tensor, gradients: Mapping[str, Tens
         cotangent: u.
         gradients: Jᵀu.
     """
-    third = _gradients(recorded, list(gradients), cotangent / 3)
-    errors = [
-        float((3 * third[name] - g).norm() / size) for name, g in gradients.items() if (size := float(g.norm())) > 0
-    ]
-    return max(errors, default=0.0)
+    third = recorded.gradients(list(gradients), cotangent / 3)
+    errors = recorded.lengths([3 * third[name] - g for name, g in gradients.items()])
+    sizes = recorded.lengths(list(gradients.values()))
+    return max((error / size for error, size in zip(errors, sizes, strict=True) if size > 0), default=0.0)

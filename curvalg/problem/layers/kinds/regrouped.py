@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from curvalg.problem.model.layer_record import FactorPairs, LayerRecord
@@ -94,3 +95,14 @@ class Regrouped(LayerRecord):
         assert isinstance(other, Regrouped)
         gram = self._inner.gram(other._inner)
         return other._apart(self._apart(gram, 0), 2)
+
+
+def apart(cotangents: Tensor, fold: int) -> Tensor:
+    """A column for each row of a group: (K · fold, n, ...) of columns (K, n, ...), zero for the other rows."""
+    if fold == 1:
+        return cotangents
+    columns, rows = cotangents.shape[:2]
+    parts: Tensor = cotangents.unflatten(1, (rows // fold, fold))
+    mask = torch.eye(fold, dtype=cotangents.dtype, device=cotangents.device)
+    mask = mask.reshape(1, fold, 1, fold, *[1] * (cotangents.ndim - 2))
+    return (parts[:, None] * mask).reshape(columns * fold, *cotangents.shape[1:])

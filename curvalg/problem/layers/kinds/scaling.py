@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -102,7 +103,7 @@ class Shift(VectorRecord):
             return super().factor_pairs()
         if len(long) == 1:  # the bias of a linear layer whose input is one
             d = self._deltas
-            way = Origin(name).then(PathStep("one column", lambda t: t.reshape(-1, 1)))
+            way = Origin(name).then(PathStep("one column", partial(torch.reshape, shape=(-1, 1))))
             lying = Lying(((name, shape),), WeightForm(torch.Size((*long, 1))), way)
             return [FactorPairs(name, None, d.new_ones(1, self.rows, d.shape[2], 1), d[None], lying)]
         # As a table of positions that are all picked for every row.
@@ -131,7 +132,7 @@ def table_pairs(name: str, shape: torch.Size, deltas: Tensor, hot: Tensor) -> Fa
     size, width = (length for length in shape if length > 1)
     way = Origin(name)
     if len(shape) > 2:
-        way = way.then(PathStep(f"reshape{(size, width)}", lambda t: t.reshape(size, width)))
+        way = way.then(PathStep(f"reshape{(size, width)}", partial(torch.reshape, shape=(size, width))))
     lying = Lying(((name, shape),), WeightForm(torch.Size((size, width)), transposed=True), way)
     return FactorPairs(name, None, hot.expand(1, deltas.shape[1], -1, -1), deltas[None], lying)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,16 @@ class WholeWeights:
         self._leaves: Sequence[tuple[Tensor, ...]] = ()
         self._live: OrderedDict[int, Wholes] = OrderedDict()
         self._places: dict[int | None, tuple[weakref.ref[Tensor], int, int, ShardedCall]] = {}
+        self._notice: Callable[[Tensor, Tensor], None] | None = None
+
+    @contextmanager
+    def noticing(self, notice: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """A context in which a function is told of every weight that is made whole, with the part that it is made of."""
+        before, self._notice = self._notice, notice
+        try:
+            yield
+        finally:
+            self._notice = before
 
     def begin(self, parts: Sequence[tuple[Tensor, ...]]) -> None:
         """Take the parts of this process by unit, which the next call of the model is of."""
@@ -116,14 +127,19 @@ class WholeWeights:
             self._live.popitem(last=False)
         together, pieces = self.units[unit].cut, self.units[unit].pieces
         tensors: tuple[Tensor, ...]
-        if together:
+        if together and torch.is_grad_enabled():
             tensors = Gather.apply(self.units[unit], self._exchange, *parts)
+        elif together:  # on the way back, where columns may be batched, which such a function forbids
+            tensors = self.units[unit].whole(self._exchange, parts)
         else:
             tensors = tuple(part.to(piece.dtype_of(part)) for piece, part in zip(pieces, parts, strict=True))
         weights = [t if s is None else s.of(t) for t, s in zip(tensors, self._spreads[unit], strict=True)]
         self._live[unit] = Wholes(call, tensors, tuple(weights), torch.is_grad_enabled())
         for index, whole in enumerate(tensors if together else ()):
             self._places[self.address(whole)] = (weakref.ref(whole), unit, index, call)
+        if self._notice is not None:
+            for part, weight in zip(parts, weights, strict=True):
+                self._notice(part, weight)
         return self._live[unit]
 
     def address(self, t: Tensor) -> int | None:

@@ -1,0 +1,197 @@
+"""Layers of a model whose parameters lie in parts on several processes: recorded by all of them in step.
+
+Each model call and each backward pass brings weights together, so that all processes make the same ones in the same order,
+whatever the data of each are like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvalg.errors import ProblemError
+from curvalg.problem.data.batches import ReadBatch
+from curvalg.problem.evaluation import Evaluation
+from curvalg.problem.layers.capture import Capture
+from curvalg.problem.layers.recorded import RecordedLayers, Watching, record_layers
+from curvalg.problem.layers.uses import Use
+from curvalg.problem.layers.verify import measured_noise, misplaced, settle
+from curvalg.problem.model.layer_record import LayerRecord
+from curvalg.problem.model.sharded.sharded_model import ShardedModel
+from curvalg.problem.model.snapshot import Snapshot
+from curvalg.problem.setting import Setting
+from curvalg.problem.verification.tangent_checks import random_cotangent
+from curvalg.tensors.backward import backward_columns
+from curvalg.tensors.memory import wide
+
+CURE = "choose the other parameters with params=, or make the Problem of a whole model on every process where it fits"
+
+
+class RecordedTogether(RecordedLayers):
+    """The graph of one model call, and all that its layers saw, on one of several processes that record in step.
+
+    A backward pass is one for all columns, or as many as the process with the most columns needs. After the last one a process
+    joins the others in theirs (:meth:`finish`), with columns of zeros.
+    """
+
+    _looked = False
+
+    @staticmethod
+    def watching(problem: Setting, capture: Capture) -> Watching:
+        weights = _sharded(problem).weights
+
+        @contextmanager
+        def watch(leaves: list[Tensor]) -> Iterator[Any]:
+            with capture.watch(leaves), weights.noticing(capture.stands_for):
+                yield
+
+        return watch
+
+    # -- what records are compared with: the parts of gradients on all processes, which have the same rows then ----------------
+
+    def gradients(self, names: Sequence[str], cotangent: Tensor) -> dict[str, Tensor]:
+        parts = super().gradients(names, cotangent)
+        return {name: part / self.problem.group.size for name, part in parts.items()}
+
+    def like_gradient(self, name: str, whole: Tensor) -> Tensor:
+        layout = self.problem.layout
+        places = layout.places_in(name).to(whole.device)
+        return whole.reshape(-1)[places].reshape(layout.shapes[name])
+
+    def lengths(self, tensors: Sequence[Tensor]) -> list[float]:
+        here = [wide(t).square().sum() for t in tensors]
+        return [float(total) ** 0.5 for total in self.problem.group.vectors.sum(here)]
+
+    # -- in step ------------------------------------------------------------------------------------------------------------
+
+    def records(self, cotangents: Tensor, *, independent: bool = False) -> list[LayerRecord]:
+        most = self._announce(len(cotangents))
+        if not self.notes.batched:
+            cotangents = _padded(cotangents, most)
+        return super().records(cotangents, independent=independent)
+
+    def finish(self) -> None:
+        """Join the other processes in the backward passes that they still make on their batches."""
+        while most := self._announce(0):
+            self.build(self.z.new_zeros(1 if self.notes.batched else most, *self.z.shape))
+
+    def _announce(self, columns: int) -> int:
+        """The most columns that a process wants to take back now; 0 where none wants any more."""
+        return int(self.problem.group.largest(torch.tensor([float(columns)], device="cpu")))
+
+    def _columns_back(self, edges: list[GradientEdge], cotangents: Tensor) -> list[Tensor | None]:
+        gradients, batched = backward_columns(self.z, edges, cotangents, batched=self.notes.batched is not False)
+        if self.notes.batched is None and len(cotangents) > 1:
+            self.notes.batched = batched
+        return gradients
+
+    # -- what could take other passes on one process than on another -----------------------------------------------------------
+
+    def _settle(self) -> None:
+        if not self._compared:
+            return
+        notes = self.notes
+        if new := self.operations - notes.operations:
+            raise ProblemError(
+                f"batch {self.evaluation.sample.index} is computed by operations that the first rows of the data were not "
+                f"({', '.join(sorted(new))}), so that its layers are not known to be right; where parameters are sharded "
+                f"matrices made of layers are of models that compute all batches alike: {CURE}"
+            )
+        if self.rows > 1 and max(notes.compared.values(), default=2) < 2:
+            raise ProblemError(
+                "the first batch of every process has a single row, which shows nothing of which row is which; where "
+                "parameters are sharded, let a first batch have several"
+            )
+
+    def _route(self, gradients: dict[int, Tensor], strange: Sequence[int] = ()) -> list[int]:
+        uses, rows = self._uses, self.rows
+        asked = [uses[i] for i in gradients if uses[i].routable and not uses[i].fits(rows)]
+        if asked:
+            raise self._moving(asked)
+        return list(strange)
+
+    def _misplaced(self, cotangents: Tensor, gradients: dict[int, Tensor]) -> list[int]:
+        if self._looked or self._steady:
+            return []
+        self._looked = True  # by all processes, in the first pass back through each recording
+        uses = self._uses
+        if self.rows == 1:  # there is no other place, but others look
+            self._pull(cotangents[:1])
+            return []
+
+        def arranged(found: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {i: uses[i].arranged(g) for i, g in found.items()}
+
+        strange = misplaced(self, cotangents, arranged(gradients), lambda s: arranged(self._pull(s)))
+        if strange:
+            raise self._moving([uses[i] for i in strange])
+        return []
+
+    def _moving(self, uses: Sequence[Use]) -> ProblemError:
+        names = sorted({name for use in uses for name in use.names})
+        return ProblemError(
+            f"the layers of {', '.join(names)} do not see the rows of the batch in their order, which is not offered where "
+            f"parameters are sharded: {CURE}"
+        )
+
+    def _explicit(self, cotangents: Tensor) -> list[LayerRecord]:
+        reasons: Mapping[str, str] = self.notes.reasons
+        if named := [f"{name}, because {reasons[name]}" for name in self.problem.layout.names if name in reasons]:
+            raise ProblemError(
+                f"there are no layer inputs and deltas of {'; '.join(named)}. Gradients of single rows, which would stand in "
+                f"for them, are not offered where parameters are sharded: {CURE}"
+            )
+        return []
+
+
+def record_together(evaluation: Evaluation, *, compared: bool = True) -> RecordedTogether:
+    """Call the model once, together with all processes, and keep what gives layer inputs and output deltas.
+
+    Args:
+        evaluation: a batch at a snapshot.
+        compared: whether layers must have been compared with gradients (:func:`compare_together`).
+    """
+    return cast("RecordedTogether", record_layers(evaluation, compared=compared, kind=RecordedTogether))
+
+
+def _sharded(problem: Setting) -> ShardedModel:
+    assert isinstance(problem.model, ShardedModel)
+    return problem.model
+
+
+def _padded(cotangents: Tensor, columns: int) -> Tensor:
+    """Columns (K, ...) and zeros after them."""
+    if len(cotangents) == columns:
+        return cotangents
+    return torch.cat([cotangents, cotangents.new_zeros(columns - len(cotangents), *cotangents.shape[1:])])
+
+
+def compare_together(problem: Setting, snapshot: Snapshot) -> RecordedTogether:
+    """Compare the layers with gradients on one batch that all processes have; the recording of that batch.
+
+    So all come to the same verdict by the same passes. It is the largest of the first batches of all processes.
+
+    Raises:
+        ProblemError: a parameter's gradients are wrong on every route.
+    """
+    recorded = record_together(Evaluation(problem, snapshot, _common(problem)), compared=False)
+    u = random_cotangent(recorded.z.detach())
+    recorded.notes.noise = measured_noise(recorded, u, recorded.gradients(list(recorded.leaves), u))
+    settle(recorded)
+    return recorded
+
+
+def _common(problem: Setting) -> ReadBatch:
+    """The largest of the first batches of all processes, on all of them."""
+    own = next(iter(problem.read()), None) if problem.totals.rows_here else None
+    rows = [here for (here,) in problem.group.numbers(0.0 if own is None else float(own.rows))]
+    source = rows.index(max(rows))
+    sent = None if own is None or problem.group.rank != source else replace(own, start=0, index=-1)
+    found: ReadBatch = problem.group.of(source, sent)
+    return found
