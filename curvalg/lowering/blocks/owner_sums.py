@@ -13,7 +13,6 @@ from curvalg.errors import ProblemError
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.blocks.owned_matrix import ownership
 from curvalg.problem import Batch, Problem, Snapshot
-from curvalg.problem.layers.notes import LayerNotes
 from curvalg.problem.layers.recorded_together import compare_together, record_together
 from curvalg.tensors import trees
 
@@ -38,9 +37,9 @@ def summed_by_owners(
         return {}
     sums = {term: problem.sum() for term in terms}
     with problem.differentiating():
-        _compare_once(terms, problem, snapshot)
         for evaluation in problem.evaluations(snapshot):
             recorded = record_together(evaluation)
+            compare_together(recorded)
             for term in terms:
                 sums[term].add(method(term, recorded.batch))
                 recorded.finish()
@@ -57,15 +56,6 @@ def summed_by_owners(
 def _rounded(t: Tensor, problem: Problem) -> Tensor:
     """A sum in the dtype of vectors, where sums are taken in a wider one."""
     return t if problem.accumulate is None or not t.is_floating_point() else t.to(problem.dtype)
-
-
-def _compare_once(terms: Sequence[MatrixTerm], problem: Problem, snapshot: Snapshot) -> None:
-    """Compare the layers with gradients, and try the terms on a batch, before a pass over the data."""
-    if problem.noted(LayerNotes).compared:
-        return
-    recorded = compare_together(problem, snapshot)
-    for term in terms:
-        term.rehearse(recorded.batch)
 
 
 def _require_all(term: MatrixTerm, stats: Any, parts: Sequence[Any]) -> None:

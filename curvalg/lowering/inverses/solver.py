@@ -74,7 +74,7 @@ class InverseRequest:
     @property
     def maxiter(self) -> int:
         """The largest number of iterations."""
-        return self.node.maxiter or min(10 * self.matrix.size, 10_000)
+        return self.node.maxiter or min(10 * self.matrix.vectors.size, 10_000)
 
 
 class Solver(ABC, Generic[State]):

@@ -193,7 +193,7 @@ class RecordedLayers:
             )
         self._settle()
         fold = self.fold
-        found = self.build(apart(cotangents.detach(), 1 if independent else fold))
+        found = self.build(cotangents.detach() if fold == 1 or independent else apart(cotangents.detach(), fold))
         if self.fold != fold:  # this batch has shown it
             return self.records(cotangents, independent=independent)
         groups = self.notes.groups

@@ -24,7 +24,6 @@ from curvalg.problem.layers.uses import Use
 from curvalg.problem.layers.verify import measured_noise, misplaced, settle
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.sharded.sharded_model import ShardedModel
-from curvalg.problem.model.snapshot import Snapshot
 from curvalg.problem.setting import Setting
 from curvalg.problem.verification.tangent_checks import random_cotangent
 from curvalg.tensors.backward import backward_columns
@@ -93,21 +92,16 @@ class RecordedTogether(RecordedLayers):
 
     # -- what could take other passes on one process than on another -----------------------------------------------------------
 
+    @property
+    def unknown(self) -> bool:
+        """Whether the batch is computed in a way that was not compared with gradients yet, or on one row alone."""
+        if self.evaluation.sample.weightless:  # of which nothing counts
+            return False
+        few = self.rows > 1 and max(self.notes.compared.values(), default=0) < 2
+        return few or not self.operations <= self.notes.operations
+
     def _settle(self) -> None:
-        if not self._compared:
-            return
-        notes = self.notes
-        if new := self.operations - notes.operations:
-            raise ProblemError(
-                f"batch {self.evaluation.sample.index} is computed by operations that the first rows of the data were not "
-                f"({', '.join(sorted(new))}), so that its layers are not known to be right; where parameters are sharded "
-                f"matrices made of layers are of models that compute all batches alike: {CURE}"
-            )
-        if self.rows > 1 and max(notes.compared.values(), default=2) < 2:
-            raise ProblemError(
-                "the first batch of every process has a single row, which shows nothing of which row is which; where "
-                "parameters are sharded, let a first batch have several"
-            )
+        """Nothing: records are compared by all processes at once (:func:`compare_together`)."""
 
     def _route(self, gradients: dict[int, Tensor], strange: Sequence[int] = ()) -> list[int]:
         uses, rows = self._uses, self.rows
@@ -172,26 +166,22 @@ def _padded(cotangents: Tensor, columns: int) -> Tensor:
     return torch.cat([cotangents, cotangents.new_zeros(columns - len(cotangents), *cotangents.shape[1:])])
 
 
-def compare_together(problem: Setting, snapshot: Snapshot) -> RecordedTogether:
-    """Compare the layers with gradients on one batch that all processes have; the recording of that batch.
+def compare_together(recorded: RecordedTogether) -> None:
+    """Compare the layers with gradients where the batch of some process is computed in a new way.
 
-    So all come to the same verdict by the same passes. It is the largest of the first batches of all processes.
+    All do it on that batch, which its process sends to the others, so that they come to one verdict by the same passes; on the
+    largest first, after which those of the others are rarely new.
 
     Raises:
         ProblemError: a parameter's gradients are wrong on every route.
     """
-    recorded = record_together(Evaluation(problem, snapshot, _common(problem)), compared=False)
-    u = random_cotangent(recorded.z.detach())
-    recorded.notes.noise = measured_noise(recorded, u, recorded.gradients(list(recorded.leaves), u))
-    settle(recorded)
-    return recorded
-
-
-def _common(problem: Setting) -> ReadBatch:
-    """The largest of the first batches of all processes, on all of them."""
-    own = next(iter(problem.read()), None) if problem.totals.rows_here else None
-    rows = [here for (here,) in problem.group.numbers(0.0 if own is None else float(own.rows))]
-    source = rows.index(max(rows))
-    sent = None if own is None or problem.group.rank != source else replace(own, start=0, index=-1)
-    found: ReadBatch = problem.group.of(source, sent)
-    return found
+    evaluation, looked = recorded.evaluation, False
+    group, sample = evaluation.problem.group, evaluation.sample
+    while any(rows := [n for (n,) in group.numbers(0.0 if looked or not recorded.unknown else float(sample.rows))]):
+        source = rows.index(max(rows))
+        looked = looked or source == group.rank
+        sent: ReadBatch = group.of(source, replace(sample, start=0, index=-1) if source == group.rank else None)
+        common = record_together(evaluation.of(sent), compared=False)
+        u = random_cotangent(common.z.detach())
+        common.notes.noise = measured_noise(common, u, common.gradients(list(common.leaves), u))
+        settle(common)

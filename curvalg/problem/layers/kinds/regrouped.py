@@ -99,8 +99,6 @@ class Regrouped(LayerRecord):
 
 def apart(cotangents: Tensor, fold: int) -> Tensor:
     """A column for each row of a group: (K · fold, n, ...) of columns (K, n, ...), zero for the other rows."""
-    if fold == 1:
-        return cotangents
     columns, rows = cotangents.shape[:2]
     parts: Tensor = cotangents.unflatten(1, (rows // fold, fold))
     mask = torch.eye(fold, dtype=cotangents.dtype, device=cotangents.device)
