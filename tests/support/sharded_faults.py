@@ -123,7 +123,6 @@ TRAPS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "columns": (_option(columns=4), "columns=4 is not offered"),
     "frozen draws": (_option(randomness="frozen"), "model.eval()"),
     "jacobian": (_expression("jacobian"), "rows of outputs"),
-    "kfac": (_expression("kfac"), "not offered where parameters are sharded"),
     "blocks": (_expression("block_diagonal(ggn)"), "not offered where parameters are sharded"),
     "a structured solver": (
         lambda g: inverse(parse("ggn + 0.1*identity"), solver="dense").lower(cut(g, "data", "mlp")[0]),
