@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.ranks import Failed
-from tests.support.sharded_layers import algebra, along_the_last_axis, counted, products, refused, solved
+from tests.support.sharded_layers import algebra, along_the_last_axis, counted, products, refused, solved, uneven
 from tests.support.sharded_models import most_whole
 
 CASES = [
@@ -29,6 +29,12 @@ def right(results, allowed=1e-10):
 @pytest.mark.parametrize(("kind", "model", "size"), CASES)
 def test_products_and_damped_inverses(ranks, kind, model, size):
     right(ranks.run(size, products, kind, model))
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_processes_whose_batches_take_other_passes(ranks, one_by_one):
+    """Other numbers of batches, rows and columns, operations that only some batches have, columns that go back in turn."""
+    right(ranks.run(3, uneven, one_by_one))
 
 
 def test_weights_cut_along_their_columns(ranks):

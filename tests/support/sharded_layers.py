@@ -40,6 +40,61 @@ def products(group: Any, kind: str, model: str, terms: tuple[str, ...] = TERMS) 
     return found
 
 
+class Lengths(nn.Module):
+    """Predicts a token at each position of sequences of any length; batches of one row take another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.layer, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7)
+
+    def forward(self, t: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(self.tokens(t)))
+        return self.head(h.sin() if len(t) == 1 else h).transpose(1, 2)
+
+
+class InTurn(torch.autograd.Function):
+    """The identity, by a function whose derivative cannot be taken of several columns at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(u):
+            raise NotImplementedError("one after the other")
+        return u.clone()
+
+
+class OneByOne(Lengths):
+    """Its columns go back one after the other."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.head(InTurn.apply(torch.tanh(self.layer(self.tokens(t))))).transpose(1, 2)
+
+
+def uneven(group: Any, one_by_one: bool) -> dict[str, float]:
+    """Errors where each process has other numbers of batches, of rows, and of columns of a row."""
+    import torch.distributed as dist
+
+    torch.set_default_dtype(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2), (2, 12), (1, 5), (4, 7), (1, 3)]
+    batches = [tuple(torch.randint(0, 7, shape, generator=generator) for _ in range(2)) for shape in shapes]
+    own = [batches[:1], batches[1:4], batches[4:]][dist.get_rank(group)]
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return OneByOne() if one_by_one else Lengths()
+
+    whole = Problem(net(), nn.CrossEntropyLoss(), batches)
+    problem = Problem(net(), nn.CrossEntropyLoss(), own, group=group, shard="parameters")
+    v, index, found = vector(whole.size), problem.layout.places(), {}
+    for text in ("kfac + ggn_diagonal", "ekfac", "kfac(fisher='empirical', approximation='reduce')"):
+        found[text] = error(parse(text).lower(problem) @ v[index], parse(text).lower(whole) @ v, index)
+    return found
+
+
 def along_the_last_axis(group: Any) -> dict[str, float]:
     """Errors of products where weights are cut along their columns, so that what a process holds of one is no run of numbers."""
     import torch.distributed as dist
