@@ -45,10 +45,11 @@ class Lengths(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.layer, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7)
+        self.tokens, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+        self.layers = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.Tanh())))
 
     def forward(self, t: Tensor) -> Tensor:
-        h = torch.tanh(self.layer(self.tokens(t)))
+        h = self.layers(self.tokens(t))
         return self.head(h.sin() if len(t) == 1 else h).transpose(1, 2)
 
 
@@ -70,7 +71,7 @@ class OneByOne(Lengths):
     """Its columns go back one after the other."""
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.head(InTurn.apply(torch.tanh(self.layer(self.tokens(t))))).transpose(1, 2)
+        return self.head(InTurn.apply(self.layers(self.tokens(t)))).transpose(1, 2)
 
 
 def uneven(group: Any, one_by_one: bool) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
+from curvalg.distributed.group import Group, activated
 from curvalg.errors import CurvalgError, ExpressionError
 from curvalg.expr import (
     Block,
@@ -144,7 +145,8 @@ def _accumulate_by_owners(terms: list[MatrixTerm], problem: Problem, snapshot: S
     for term in terms:
         own = None
         if place.on is not None:
-            own = _finished(term, stats[term], place.on.layout, prepared.get(term, nothing)[0])
+            with activated(Group()):  # each finishes other layers: no work is dealt out
+                own = _finished(term, stats[term], place.on.layout, prepared.get(term, nothing)[0])
         cache.put("matrix", term, OwnedMatrix(term, own, place))
 
 

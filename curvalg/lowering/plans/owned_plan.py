@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvalg.distributed.group import Group, activated
 from curvalg.expr import Expr
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.owned_matrix import own_part
@@ -43,8 +42,7 @@ class OwnedPlan(Plan):
         group = self.problem.group
         with snapshot.lock:  # exchanges of one thread at a time
             whole = self.layers.to_owners(x, group)
-            with activated(Group()):  # each for itself, also where work could be dealt out
-                made = whole if self.own is None else self.own.apply(snapshot, whole)
+            made = whole if self.own is None else self.own.apply(snapshot, whole)
             return self.layers.from_owners(made, group)
 
     def reads(self, snapshot: Snapshot, columns: int) -> Reads | str:
