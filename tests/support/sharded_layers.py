@@ -62,9 +62,7 @@ class InTurn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> Tensor:
-        if torch._C._functorch.is_functorch_wrapped_tensor(u):
-            raise NotImplementedError("one after the other")
-        return u.clone()
+        return u + 0 * float(u.sum())
 
 
 class OneByOne(Lengths):
