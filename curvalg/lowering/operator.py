@@ -308,10 +308,14 @@ class CurvatureOperator(PlannedOperator):
     @property
     def last_solve(self) -> SolveResult | None:
         """The report of the last solve inside a product or :meth:`solve`; None before, and without an inverse."""
-        return next((last for node in self._inverses() if (last := node.last) is not None), None)
+        return next((last for node in self._inverses(owned=False) if (last := node.last) is not None), None)
 
-    def _inverses(self) -> Iterator[InversePlan]:
-        """All solves inside the plan, outer ones first, with what they know of the last product."""
+    def _inverses(self, *, owned: bool = True) -> Iterator[InversePlan]:
+        """All solves inside the plan, outer ones first, with what they know of the last product.
+
+        Args:
+            owned: also those of this process for layers that it owns, where parameters lie in parts.
+        """
         if isinstance(self._repeated, Replayed):
             self._repeated.catch_up()
         todo: list[Plan] = [self._plan]
@@ -319,7 +323,7 @@ class CurvatureOperator(PlannedOperator):
             node = todo.pop(0)
             if isinstance(node, InversePlan):
                 yield node
-            todo.extend(node.inner)
+            todo.extend(node.inner if owned or not isinstance(node, OwnedPlan) else ())
 
     def solve(
         self,

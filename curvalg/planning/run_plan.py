@@ -297,6 +297,7 @@ def _traffic(work: Workload, shard: Shard, ranks: int, batches: int, columns: in
         found = {}
         for kind, counts in (("gather", done.gathers), ("reduce-scatter", done.scatters)):
             sizes = [n * (unit.itemsize if kind == "gather" else unit.summed) for unit, n in units]
+            counts = counts or (0,) * len(sizes)  # of no pass over the data
             nbytes = batches * sum(count * size for count, size in zip(counts, sizes, strict=True))
             found[kind] = TrafficPlan(batches * sum(counts), nbytes, ring * nbytes)
         frames = sum(t.calls for t in found.values())

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.support.ranks import Failed
-from tests.support.sharded_layers import algebra, along_the_last_axis, counted, products, refused, solved, uneven
+from tests.support.sharded_faults import is_known
+from tests.support.sharded_layers import (
+    algebra,
+    along_the_last_axis,
+    counted,
+    faults,
+    products,
+    refused,
+    solved,
+    uneven,
+)
 from tests.support.sharded_models import most_whole
 
 CASES = [
@@ -63,6 +73,18 @@ def test_each_process_has_the_factors_of_its_layers_alone(ranks, kind):
         assert found["exchanges"] == (2, 0, 0)
         assert found["rows"] == found["owned"] < found["size"]
         assert "two exchanges a product" in found["explained"]
+        assert "go to the owners of layers and back are not counted" in found["planned"]
+        assert found["report"] is None  # it would be of the layers of one process
+
+
+def test_a_rank_that_fails_while_a_matrix_is_made_is_an_error_on_all(ranks):
+    """Also in the passes back through layers, and on the way of statistics to their owners; the next product is right."""
+    results = ranks.run(3, faults, 8)
+    assert not [r for r in results if isinstance(r, Failed)], results
+    for each in zip(*results, strict=True):
+        assert all(is_known(found) for found, _ in each) or all(found == "no error" for found, _ in each), each
+        assert max(wrong for _, wrong in each) <= 1e-10
+    assert any(found != "no error" for found, _ in results[0])
 
 
 def test_two_units_are_whole_at_a_time(ranks):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from curvalg import Identity, Kronecker, Problem, inverse, parse
+from tests.support.rank_faults import Planted, at_exchange
+from tests.support.ranks import failed
 from tests.support.sharded_models import cut, made, vector
 
 TERMS = (
@@ -182,7 +185,35 @@ def counted(group: Any, kind: str) -> dict[str, Any]:
         "owned": sum(whole.layout.shapes[name].numel() for name in place.layers.own),
         "size": whole.size,
         "explained": op.explain(),
+        "planned": str(op.plan(ranks=2)),
+        "report": op.last_solve,
     }
+
+
+def faults(group: Any, count: int) -> list[tuple[Any, float]]:
+    """What comes where one rank fails before exchanges at random while a matrix is made, and the error of the next product."""
+    import torch.distributed as dist
+
+    rank, chance = dist.get_rank(group), random.Random(5)
+    problem, whole, index = cut(group, "parameters", "tied")
+    v, expr, found = vector(whole.size), inverse(parse("ekfac") + 0.1 * Identity), []
+    expected = expr.lower(whole) @ v
+    for _ in range(count):
+        number, victim = chance.randrange(1, 300), chance.randrange(dist.get_world_size(group))
+        problem.close()
+        op = expr.lower(problem)
+        try:
+            with at_exchange(problem.group, number if rank == victim else -1, _raise):
+                op @ v[index]
+            caught: Any = "no error"
+        except Exception as error_:
+            caught = failed(error_)
+        found.append((caught, error(op @ v[index], expected, index)))
+    return found
+
+
+def _raise() -> None:
+    raise Planted("planted")
 
 
 class Sorting(nn.Module):

@@ -16,6 +16,7 @@ from curvalg.lowering.plans.low_rank_plan import LowRankPlan
 from curvalg.lowering.plans.of_data.gradient_plan import GradientPlan
 from curvalg.lowering.plans.of_data.output_plan import OutputPlan
 from curvalg.lowering.plans.of_data.sweep_plan import SweepPlan
+from curvalg.lowering.plans.owned_plan import OwnedPlan
 from curvalg.lowering.plans.plan import Plan
 from curvalg.planning.amounts import parse_count
 from curvalg.planning.rehearsal import Rehearsal, Stages, rehearse
@@ -157,7 +158,12 @@ class Counted:
             self.notes[f"{plan.expr} by {plan.solver.name}: its structure is made once, which is not counted"] = None
         elif isinstance(plan, UnboundPlan):
             self.notes[
-                f"{plan.expr} is made by one pass over the data, which is not counted; products exchange nothing"
+                f"{plan.expr} is made by one pass over the data, which is not counted; products exchange nothing, or, where "
+                "parameters lie in parts, a vector that goes to the owners of layers and back"
+            ] = None
+        elif isinstance(plan, OwnedPlan):
+            self.notes[
+                "vectors that go to the owners of layers and back are not counted, nor are the layers' factors"
             ] = None
         elif isinstance(plan, (OutputPlan, GradientPlan)):
             what = plan.kind if isinstance(plan, OutputPlan) else plan.term

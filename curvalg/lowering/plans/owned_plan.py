@@ -22,8 +22,6 @@ from curvalg.rewrite import simplify
 class OwnedPlan(Plan):
     """Vectors go to the owners of the layers, are multiplied there, and come back: two exchanges a product.
 
-    A report of a solve inside is of the layers of this process.
-
     Args:
         own: the plan over the layers of this process; None: it owns none.
         layers: of all processes.
