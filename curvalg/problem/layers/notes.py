@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 
 class LayerNotes:
     """Notes on the layers of one problem.
@@ -16,6 +18,7 @@ class LayerNotes:
         noise: the rounding of the model's gradients, relative; None before it was measured.
         operations: names of the operations of the batches that were compared.
         compared: parameter -> rows of the batch that its record was compared on, 2 for any more.
+        tried: (parameter, such rows) -> how often it was compared by several processes together, whatever came of it.
     """
 
     def __init__(self) -> None:
@@ -27,3 +30,4 @@ class LayerNotes:
         self.noise: float | None = None
         self.operations: frozenset[str] = frozenset()
         self.compared: dict[str, int] = {}
+        self.tried: Counter[tuple[str, int]] = Counter()

@@ -30,7 +30,6 @@ from curvalg.problem.layers.verify import MISPLACED, misplaced, note_unseen, own
 from curvalg.problem.model.layer_record import GuardedInput, LayerRecord, ParameterGroup
 from curvalg.problem.model.model import ModuleModel
 from curvalg.problem.model.outputs import OutputForm
-from curvalg.problem.setting import Setting
 from curvalg.problem.verification.tangent_checks import random_cotangent
 from curvalg.tensors import trees
 from curvalg.tensors.backward import backward, backward_columns
@@ -77,7 +76,7 @@ class RecordedLayers:
             self.notes.reasons.setdefault(name, reason)
 
     @staticmethod
-    def watching(problem: Setting, capture: Capture) -> Watching:
+    def watching(evaluation: Evaluation, capture: Capture) -> Watching:
         """What a call of the model is watched by: leaves -> a context around it."""
         return capture.watch
 
@@ -439,5 +438,5 @@ def record_layers(
     problem = evaluation.problem
     refuse_batch_statistics(problem.model)
     capture = Capture(problem.layout.names)
-    z, leaves, form = evaluation.record(kind.watching(problem, capture))
+    z, leaves, form = evaluation.record(kind.watching(evaluation, capture))
     return kind(evaluation, z, leaves, form, capture, compared=compared)

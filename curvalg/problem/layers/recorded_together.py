@@ -24,12 +24,14 @@ from curvalg.problem.layers.uses import Use
 from curvalg.problem.layers.verify import measured_noise, misplaced, settle
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.sharded.sharded_model import ShardedModel
-from curvalg.problem.setting import Setting
 from curvalg.problem.verification.tangent_checks import random_cotangent
 from curvalg.tensors.backward import backward_columns
 from curvalg.tensors.memory import wide
 
 CURE = "choose the other parameters with params=, or make the Problem of a whole model on every process where it fits"
+
+TRIES = 3
+"""Comparisons of a parameter whose gradient vanishes beside the others, which say nothing; one process alone compares on."""
 
 
 class RecordedTogether(RecordedLayers):
@@ -39,11 +41,11 @@ class RecordedTogether(RecordedLayers):
     joins the others in theirs (:meth:`finish`), with columns of zeros.
     """
 
-    _looked = False
-
     @staticmethod
-    def watching(problem: Setting, capture: Capture) -> Watching:
-        weights = _sharded(problem).weights
+    def watching(evaluation: Evaluation, capture: Capture) -> Watching:
+        model = evaluation.problem.model
+        assert isinstance(model, ShardedModel)
+        weights = model.weights
 
         @contextmanager
         def watch(leaves: list[Tensor]) -> Iterator[Any]:
@@ -94,11 +96,12 @@ class RecordedTogether(RecordedLayers):
 
     @property
     def unknown(self) -> bool:
-        """Whether the batch is computed in a way that was not compared with gradients yet, or on one row alone."""
+        """Whether the batch has a parameter or an operation that was not compared with gradients yet, or on one row alone."""
         if self.evaluation.sample.weightless:  # of which nothing counts
             return False
-        few = self.rows > 1 and max(self.notes.compared.values(), default=0) < 2
-        return few or not self.operations <= self.notes.operations
+        notes, needed = self.notes, min(self.rows, 2)
+        open_ = (name for name in self.used if notes.compared.get(name, 0) < needed)
+        return any(notes.tried[name, needed] < TRIES for name in open_) or not self.operations <= notes.operations
 
     def _settle(self) -> None:
         """Nothing: records are compared by all processes at once (:func:`compare_together`)."""
@@ -111,9 +114,8 @@ class RecordedTogether(RecordedLayers):
         return list(strange)
 
     def _misplaced(self, cotangents: Tensor, gradients: dict[int, Tensor]) -> list[int]:
-        if self._looked or self._steady:
+        if self._steady:
             return []
-        self._looked = True  # by all processes, in the first pass back through each recording
         uses = self._uses
         if self.rows == 1:  # there is no other place, but others look
             self._pull(cotangents[:1])
@@ -154,11 +156,6 @@ def record_together(evaluation: Evaluation, *, compared: bool = True) -> Recorde
     return cast("RecordedTogether", record_layers(evaluation, compared=compared, kind=RecordedTogether))
 
 
-def _sharded(problem: Setting) -> ShardedModel:
-    assert isinstance(problem.model, ShardedModel)
-    return problem.model
-
-
 def _padded(cotangents: Tensor, columns: int) -> Tensor:
     """Columns (K, ...) and zeros after them."""
     if len(cotangents) == columns:
@@ -185,3 +182,4 @@ def compare_together(recorded: RecordedTogether) -> None:
         u = random_cotangent(common.z.detach())
         common.notes.noise = measured_noise(common, u, common.gradients(list(common.leaves), u))
         settle(common)
+        common.notes.tried.update((name, min(common.rows, 2)) for name in common.used)
