@@ -32,9 +32,10 @@ def eigenvalues(leaf: Kronecker, pairs: Spectrum, *, damped: bool) -> Tensor:
     """
     values = pairs[0][0].new_ones(*pairs[0][0].shape[:-1], 1)
     for factor, (own, _) in zip(leaf.factors, pairs, strict=True):
-        sizes = own.abs()
-        noise = 0.0 if damped else rounding(factor)
-        known = own.masked_fill(sizes <= noise * sizes.amax(-1, keepdim=True), 0.0)
+        known = own
+        if not damped and own.numel():
+            sizes = own.abs()
+            known = own.masked_fill(sizes <= rounding(factor) * sizes.amax(-1, keepdim=True), 0.0)
         values = (values[..., :, None] * known[..., None, :]).flatten(-2)
     return values
 
