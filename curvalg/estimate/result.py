@@ -50,7 +50,7 @@ class Result:
     @property
     def cost(self) -> str:
         """What was done, how often it was multiplied and how long that took, and what went otherwise than asked."""
-        said = [self.method, f"{self.products} products", f"{self.seconds:.2g} s"]
+        said = [self.method, f"{self.products} product{'s' * (self.products != 1)}", f"{self.seconds:.2g} s"]
         said += [] if self.converged else ["not converged"]
         said += ["interrupted"] if self.partial else []
         return ", ".join(said)
@@ -106,8 +106,8 @@ class Estimate(Result):
         """The value as a number, with its error where it has one; without a format as ``str`` gives it."""
         if not spec:
             return str(self)
-        error = float(self.error)
-        return format(float(self), spec) + (f" ± {format(error, spec)}" if error else "")
+        value, error = float(self), float(self.error)
+        return format(value, spec) + (f" ± {format(error, spec)}" if error else "")
 
 
 def exactly(value: float | Tensor, products: int, begin: float) -> Estimate:

@@ -412,8 +412,9 @@ class Problem(Setting):
     def per_sample_gradients(self) -> Tensor:
         """The gradients s ∇cₙ of the samples' own losses in the order of the data, (N, D): N times the parameters in memory.
 
-        Their mean is the gradient of an unweighted mean loss, their sum that of a sum; ``problem.per_sample_gradients().T`` are
-        columns that operators multiply, and queries of :func:`~curvalg.estimate.influence`.
+        Their sum is s ∇L: that of a mean loss over ``problem.num_samples``, which ignored samples do not count in, is its
+        gradient. ``problem.per_sample_gradients().T`` are columns that operators multiply, and queries of
+        :func:`~curvalg.estimate.influence`.
 
         Raises:
             LossError: samples have no losses of their own.

@@ -2,7 +2,7 @@
 
 from curvalg.solve import lanczos, quadrature, search
 from curvalg.solve.cg import cg
-from curvalg.solve.direct import condition, eigenpairs, factorize
+from curvalg.solve.direct import NOISE, condition, eigenpairs, factorize
 from curvalg.solve.ends import SIDES, surpassed, unrivalled, wanted
 from curvalg.solve.minres import minres
 from curvalg.solve.orthogonal import complete, grown, orthonormalise
@@ -11,6 +11,7 @@ from curvalg.solve.solve_result import Matmul, SolveResult
 from curvalg.solve.trail import Mark, Trail
 
 __all__ = [
+    "NOISE",
     "SIDES",
     "Mark",
     "Matmul",

@@ -11,6 +11,8 @@ from curvalg.errors import FactsError
 from curvalg.tensors.memory import widest
 from curvalg.tensors.random_numbers import normals
 
+NOISE = 32
+"""Units of rounding that eigenvalues of a sum of many outer products may be wrong by, relative to the largest."""
 PROBES = 4
 """Directions that a smallest singular value is searched from: all four are nearly orthogonal to its vector once in 1e6."""
 STEPS = 3

@@ -98,6 +98,8 @@ def test_an_estimate_is_a_number(problem):
     assert float(shown[2]) == pytest.approx(estimate.error, rel=0.1)
     with pytest.raises(TypeError, match=r"take result\.value"):
         float(diagonal(op, products=20))
+    with pytest.raises(TypeError, match=r"take result\.value"):
+        f"{diagonal(op, products=20):.3f}"
 
 
 def test_what_went_otherwise_is_said(problem, inside):

@@ -56,7 +56,7 @@ from curvalg.lowering.matrices.array_leaves import numbers, tensor
 from curvalg.lowering.sweeps.contract import is_ours, named
 from curvalg.problem import Snapshot
 from curvalg.rewrite import simplify
-from curvalg.solve import eigenpairs
+from curvalg.solve import NOISE, eigenpairs
 from curvalg.tensors.memory import wide, widest
 from curvalg.tensors.random_numbers import normals
 
@@ -93,9 +93,8 @@ def _diagonal(matrix: BoundMatrix) -> Offer:
         values = like.new_full((matrix.size,), shift)
         for c, part in diagonals:
             values = values + c * tensor(part.values, like)
-        return Spectral(
-            matrix.size, values, UnitBasis(matrix.size, like.to(matrix.problem.dtype)), what=str(matrix.expr)
-        )
+        basis, noise = UnitBasis(matrix.size, like.to(matrix.problem.dtype)), None if shift else 0.0  # a sum can cancel
+        return Spectral(matrix.size, values, basis, what=str(matrix.expr), noise=noise)
 
     return Form("diagonal", "a division", make)
 
@@ -145,10 +144,11 @@ def _kronecker_spectral(
 ) -> Structure:
     like = _like(matrix)
     pairs = spectrum(matrix.problem, snapshot, leaf, like)
-    values = eigenvalues(leaf, pairs, damped=bool(shift))
+    values = eigenvalues(leaf, pairs)
     order = numbers(leaf.order, like)
     basis = KroneckerBasis([vectors.to(matrix.problem.dtype) for _, vectors in pairs], order)
-    return Spectral(matrix.size, scale * placed(values.reshape(-1), order) + shift, basis, what=str(matrix.expr))
+    values = scale * placed(values.reshape(-1), order) + shift
+    return Spectral(matrix.size, values, basis, what=str(matrix.expr), noise=None if shift else 0.0)
 
 
 @_form("eigenbasis")
@@ -166,7 +166,9 @@ def _eigenbasis(matrix: BoundMatrix) -> Offer:
         else:
             basis = MatrixBasis(tensor(leaf.basis, like))
         values = scale * tensor(leaf.values, wide(like)) + shift
-        return Spectral(matrix.size, values, basis, what=str(matrix.expr))
+        # Squares of gradients in a basis that is rounded itself.
+        noise = None if shift else (NOISE * torch.finfo(like.dtype).eps) ** 2
+        return Spectral(matrix.size, values, basis, what=str(matrix.expr), noise=noise)
 
     return Form("eigenbasis", "two changes of basis and a division", make)
 

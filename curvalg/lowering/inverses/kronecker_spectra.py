@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from curvalg.expr import Kronecker
 from curvalg.lowering.matrices.array_leaves import rounding, tensor
 from curvalg.problem import Problem, Snapshot
-from curvalg.solve import eigenpairs
+from curvalg.solve import NOISE, eigenpairs
 
 Spectrum: TypeAlias = "list[tuple[Tensor, Tensor]]"
 """Eigenvalues and eigenvectors of each factor."""
@@ -24,20 +25,25 @@ def spectrum(problem: Problem, snapshot: Snapshot, leaf: Kronecker, like: Tensor
     return problem.cached(snapshot).get("eigenpairs", leaf, lambda: _decomposed(leaf, like), budgeted=True)
 
 
-def eigenvalues(leaf: Kronecker, pairs: Spectrum, *, damped: bool) -> Tensor:
+def eigenvalues(leaf: Kronecker, pairs: Spectrum) -> Tensor:
     """The eigenvalues (..., n) of a Kronecker product, from the eigenpairs of its factors.
 
-    Without damping those of a factor that are no larger than rounding errors of its entries are zero: of a factor in float32
-    that has no inverse they are some 1e-8 of the largest, and an inverse by them would be made of noise.
+    Those of a factor that are no larger than the rounding errors of its entries are zero. Of a factor in float32 that has no
+    inverse they are some 1e-7 of the largest, of either sign: times the largest of another factor that is more than many a
+    damping. Of diagonal factors every eigenvalue is exact.
     """
     values = pairs[0][0].new_ones(*pairs[0][0].shape[:-1], 1)
     for factor, (own, _) in zip(leaf.factors, pairs, strict=True):
         known = own
-        if not damped and own.numel():
+        if own.numel() and not _is_diagonal(tensor(factor, own)):
             sizes = own.abs()
-            known = own.masked_fill(sizes <= rounding(factor) * sizes.amax(-1, keepdim=True), 0.0)
+            known = own.masked_fill(sizes <= NOISE * rounding(factor) * sizes.amax(-1, keepdim=True), 0.0)
         values = (values[..., :, None] * known[..., None, :]).flatten(-2)
     return values
+
+
+def _is_diagonal(factor: Tensor) -> bool:
+    return not bool((factor - torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1))).any())
 
 
 def decompose_together(wanted: Spectra, snapshot: Snapshot) -> None:

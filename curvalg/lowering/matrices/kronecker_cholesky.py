@@ -10,6 +10,7 @@ from torch import Tensor
 from curvalg.lowering.matrices.bases import kronecker
 from curvalg.lowering.matrices.structure import Eigh, Function, Structure
 from curvalg.problem.batch import lazy
+from curvalg.solve import NOISE, condition
 from curvalg.tensors.memory import wide
 
 
@@ -35,12 +36,10 @@ class KroneckerCholesky(Structure):
     @lazy
     def _triangles(self) -> list[Tensor] | None:
         """The Cholesky factors, in the order of the factors; None where one is not positive definite to working precision."""
-        found = [_triangle(factor, _bearable(factor)) for factor in self.factors]
+        noise = [NOISE * torch.finfo(factor.dtype).eps for factor in self.factors]
+        found = [_triangle(*each) for each in zip(self.factors, noise, strict=True)]
         if any(triangle is None for triangle in found):
-            # What rounding made of a factor without an inverse has one in double precision: the eigenvalues tell them apart.
-            noise = [torch.finfo(factor.dtype).eps ** 0.5 for factor in self.factors]
-            wider = [wide(factor) for factor in self.factors]
-            found = [_triangle(f, max(_bearable(f), least)) for f, least in zip(wider, noise, strict=True)]
+            found = [_triangle(wide(factor), own) for factor, own in zip(self.factors, noise, strict=True)]
         known = [triangle for triangle in found if triangle is not None]
         return known if len(known) == len(found) else None
 
@@ -77,17 +76,24 @@ class KroneckerCholesky(Structure):
         return self.by_eigenvalues.eigh()
 
 
-def _bearable(factor: Tensor) -> float:
-    """The least ratio of the ends of a Cholesky factor at which its precision can bear the condition of the matrix.
+def _triangle(factor: Tensor, noise: float) -> Tensor | None:
+    """The Cholesky factor of a matrix whose condition its precision can bear, or None.
 
-    The ratio is at most the root of the condition number, of which rounding takes a share of eps.
+    Args:
+        factor: the matrix.
+        noise: what its eigenvalues may be wrong by, relative to the largest: one that is no larger is zero.
     """
-    return torch.finfo(factor.dtype).eps ** 0.375  # type: ignore[no-any-return]
-
-
-def _triangle(factor: Tensor, least: float) -> Tensor | None:
-    """The Cholesky factor of a matrix, or None where there is none or the ratio of its ends is less than the least."""
     found: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(factor)
     triangle, failed = found
+    if not len(factor):
+        return triangle
     ends = triangle.diagonal()
-    return None if int(failed) or not float(ends.min()) > least * float(ends.max()) else triangle
+    # The ratio of the ends is at most the root of the condition number, of which rounding takes a share of eps.
+    ratio = 0.0 if int(failed) else float(ends.min()) / float(ends.max())
+    if not ratio > torch.finfo(factor.dtype).eps ** 0.375:
+        return None
+    # The last of n ends can be that much larger than the root of the smallest eigenvalue.
+    suspicious = ratio**2 <= len(factor) * noise
+    if suspicious and condition(factor, lambda b: torch.cholesky_solve(b, triangle)) * noise >= 1:
+        return None
+    return triangle

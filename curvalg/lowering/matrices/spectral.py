@@ -24,11 +24,21 @@ class Spectral(Structure):
         basis: Q (n, r).
         rest: eigenvalue of the orthogonal complement, if r < n.
         what: for messages.
+        noise: what eigenvalues may be wrong by, relative to the largest; None: the rounding of float64.
     """
 
-    def __init__(self, size: int, values: Tensor, basis: Basis, rest: float = 0.0, what: str = "the matrix") -> None:
+    def __init__(
+        self,
+        size: int,
+        values: Tensor,
+        basis: Basis,
+        rest: float = 0.0,
+        what: str = "the matrix",
+        noise: float | None = None,
+    ) -> None:
         super().__init__(size)
         self.values, self.basis, self.rest, self.what = wide(values), basis, rest, what
+        self.noise = torch.finfo(self.values.dtype).eps if noise is None else noise
 
     @property
     def _complement(self) -> int:
@@ -68,7 +78,7 @@ class Spectral(Structure):
     @lazy
     def _inverse(self) -> Spectral:
         """The inverse, found to exist once for all solves."""
-        zero = self.values.abs() <= torch.finfo(self.values.dtype).eps * self._largest()
+        zero = self.values.abs() <= self.noise * self._largest()
         zeros = int(zero.sum()) + (self._complement if not self.rest else 0)
         if zeros:
             raise singular(self.what, zeros)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvalg import FactsError, Identity, Problem, inverse, registry
+from curvalg import Diagonal, FactsError, Identity, Kronecker, Problem, inverse, registry
 from curvalg.estimate import diagonal, eigsh, logdet, trace
 
 
@@ -54,3 +54,45 @@ def test_damped_it_has_one(name, dtype):
     # Of its own numbers, which in single precision are rounded to 1e-7 of the largest.
     wanted = torch.linalg.inv(damped.lower(given).to_dense().double())
     assert float((found - wanted).norm()) <= (1e-2 if dtype == torch.float32 else 1e-9) * float(wanted.norm())
+
+
+def saturating(seed, dtype, reduction, size, rows):
+    """Inputs of some size; the output factor of the last layer has no inverse, and rounding gives it one or the other sign."""
+    torch.manual_seed(seed)
+    classes = 3 + seed % 4
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, classes))
+    data = size * torch.randn(rows, 4), torch.randint(0, classes, (rows,))
+    return Problem(net.to(dtype), nn.CrossEntropyLoss(reduction=reduction), (data[0].to(dtype), data[1]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("term", ["kfac", "ekfac"])
+@pytest.mark.parametrize("size", [1, 30])
+def test_rounding_gives_no_factor_an_inverse(term, reduction, size):
+    for seed in range(8):
+        op = inverse(registry.build(term)).lower(saturating(seed, torch.float32, reduction, size, 60))
+        with pytest.raises(FactsError, match="add damping"):
+            op @ torch.ones(op.shape[0])
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("term", ["kfac", "ekfac"])
+def test_small_dampings_in_single_precision(term, damping):
+    """Of a sum over many rows, whose eigenvalues of rounding are larger than the damping."""
+    expr = inverse(registry.build(term) + damping * Identity)
+    single, double = (expr.lower(saturating(0, dtype, "sum", 1, 2000)) for dtype in (torch.float32, torch.float64))
+    b = torch.randn(single.shape[0], generator=torch.Generator().manual_seed(1))
+    wanted = double @ b.double()
+    assert float((single @ b - wanted).norm()) <= 1e-4 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("decades", [15, 17, 30])
+def test_a_division_is_exact_over_all_decades(decades):
+    given = Problem(nn.Linear(8, 8, bias=False), nn.MSELoss(), (torch.randn(9, 8), torch.randn(9, 8)))
+    values = torch.logspace(0, -decades, 64)
+    assert torch.allclose(inverse(Diagonal(values)).lower(given) @ values, torch.ones(64))
+    factor = torch.logspace(0, -decades / 2, 8)
+    product = inverse(Kronecker(factor.diag(), factor.diag())).lower(given)
+    assert torch.allclose(product @ torch.outer(factor, factor).reshape(-1), torch.ones(64))
+    with pytest.raises(FactsError, match="for 1 of its eigenvalues"):
+        inverse(Diagonal(torch.cat([torch.zeros(1), values[1:]]))).lower(given) @ values
