@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 import tempfile
 import traceback
@@ -49,6 +50,8 @@ def _serve(rank: int, world: int, store: str, patience: float, pipe: Connection)
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # A shell starts what it puts into the background deaf to Ctrl-C, and children inherit that: tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=patience)
     )
