@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvalg.distributed.group import Group, group_of, shared_call
-from curvalg.errors import ExpressionError, OptionError
+from curvalg.errors import ExpressionError, OptionError, VectorError
 from curvalg.estimate.attribution.influence_run import DISCARDED, LAYER, NORMS, SCORES, SIDES, InfluenceRun
 from curvalg.estimate.attribution.influence_scores import InfluenceScores, ScoreBatch
 from curvalg.estimate.attribution.query_scores import By
@@ -280,6 +280,8 @@ def _subject(made: InfluenceRun) -> Options:
 def _of_gradients(op: CurvatureOperator, gradients: Vector) -> Tensor:
     problem = op.problem
     operand = parse(gradients, op._domain, op._domain)
+    if not operand.columns.shape[1]:
+        raise VectorError("expected at least one gradient v to ask with, got (D, 0); pass (D,) or (D, P)")
     solved = op @ operand.columns
     with problem.differentiating():
         parts = (_by_tangents if solved.shape[1] <= FEW else _by_layers)(op, solved)

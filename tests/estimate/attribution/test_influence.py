@@ -16,6 +16,7 @@ from curvalg import (
     Kronecker,
     Problem,
     ProblemError,
+    VectorError,
     block_diagonal,
     estimate,
     inverse,
@@ -309,3 +310,10 @@ def test_a_single_row_without_its_axis_is_refused():
     op = inverse(registry.build("kfac") + Identity).lower(problem)
     with pytest.raises(ProblemError, match="None"):
         estimate.functional_variance(op, problem.with_inputs(torch.randn(4).double()))
+
+
+def test_no_gradients_ask_nothing():
+    problem, _, _, _ = world("dense")
+    op = inverse(registry.build("ekfac") + Identity).lower(problem)
+    with pytest.raises(VectorError, match="at least one gradient"):
+        influence(op, torch.zeros(problem.size, 0, dtype=torch.float64))
