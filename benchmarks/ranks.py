@@ -3,6 +3,10 @@
 Two processes of one group, on one thread each, hold half of the batches each; the first of them also holds a problem of all
 batches, for itself. Both are run in turns, so that a machine that drifts hits both alike, and their results are compared before
 anything is timed. Efficiency is t(one process, all batches) / (W t(W processes, their parts)): 1 where no time is lost.
+
+Processes on one machine share its memory and its last cache, which is no fault of a group. So every process also has a problem
+of its own part that knows nothing of the others; all of these run at the same time, and their efficiency, with nothing
+exchanged, is the ceiling of this machine. Efficiency divided by the ceiling is what exchanges leave of it.
 """
 
 from __future__ import annotations
@@ -102,32 +106,36 @@ def measured(model: str, batches: int, question: str, rounds: int) -> dict[str, 
 
     alone = asked.prepare(problem(data, None), workload.vector) if rank == 0 else None
     shared = asked.prepare(problem(own, dist.group.WORLD), workload.vector)
-    difference, before = _settled(asked.settle, alone, shared)
-    one: list[float] = []
-    many: list[float] = []
+    strangers = asked.prepare(problem(own, None), workload.vector)
+    difference, before = _settled(asked.settle, alone, shared, strangers)
+    times: dict[str, list[float]] = {"one": [], "strangers": [], "many": []}
     for _ in range(rounds):
-        one.append(_seconds(alone))
-        many.append(_seconds(shared))
-        if sum(one + many) > SECONDS:  # all ranks have the same times
+        for who, run in (("one", alone), ("strangers", strangers), ("many", shared)):
+            times[who].append(_seconds(run))
+        if sum(map(sum, times.values())) > SECONDS:  # all ranks have the same times
             break
+    one, apart, many = (statistics.median(seconds) for seconds in times.values())
     exchanged = _exchanged(before, shared)
     return {
         "model": model,
         "batches": batches,
         "question": question,
         "processes": size,
-        "one": (seconds := statistics.median(one)),
-        "many": statistics.median(many),
-        "efficiency": seconds / (size * statistics.median(many)),
+        "one": one,
+        "many": many,
+        "efficiency": one / (size * many),
+        "ceiling": one / (size * apart),
         "difference": difference,
         **exchanged,
     }
 
 
-def _settled(runs: int, alone: Run | None, shared: Run) -> tuple[float, Problem]:
+def _settled(runs: int, alone: Run | None, shared: Run, strangers: Run) -> tuple[float, Problem]:
     """Make the runs that come before those that are timed; the relative difference of the results, and whose they are."""
     for _ in range(runs):
         expected = alone()[0] if alone is not None else None
+        dist.barrier()  # strangers choose their ways as they will run: all at the same time
+        strangers()
         got, problem = shared()
     found = [None if expected is None else float((got - expected).norm() / expected.norm())]
     dist.broadcast_object_list(found)
@@ -177,12 +185,12 @@ def _all(order: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row a question."""
     lines = [
-        "| model | batches | what | processes | seconds, one | seconds, all | efficiency | headers | payloads | bytes |",
-        "|---" * 10 + "|",
+        "| model | batches | what | processes | seconds, one | seconds, all | efficiency | ceiling | headers | payloads | bytes |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         cells = [row["model"], row["batches"], row["question"], row["processes"]]
-        cells += [f"{row['one']:.3g}", f"{row['many']:.3g}", f"{row['efficiency']:.2f}"]
+        cells += [f"{row['one']:.3g}", f"{row['many']:.3g}", f"{row['efficiency']:.2f}", f"{row['ceiling']:.2f}"]
         cells += [row["headers"], row["payloads"], row["bytes"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

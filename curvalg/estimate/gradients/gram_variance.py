@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvalg.estimate.attribution.units.parameter_unit import FlatUnit
 from curvalg.lowering import CurvatureOperator
-from curvalg.lowering.inverses.structured import Prepared
+from curvalg.lowering.inverses.solver_kinds.structured import Prepared
 from curvalg.lowering.low_rank import Factor
 from curvalg.lowering.low_rank.gram import Gram
 from curvalg.problem.layers.kinds.affine import AffineLayer

@@ -87,6 +87,10 @@ def inverse(
 ) -> Expr:
     """The inverse of a square expression: exact where structure allows, iterative otherwise.
 
+    A large exact form (a Gram matrix or a factorisation of 1,024 rows or more) of a positive definite matrix is made only once
+    solves at a state have taken as long as it does; until then they are by conjugate gradients, to a tenth of the tolerance.
+    Naming the solver makes it at the first one.
+
     Args:
         expr: a square expression.
         solver: "auto", or the name of one solver: "diagonal", "kronecker", "eigenbasis", "blocks", "woodbury", "gram"

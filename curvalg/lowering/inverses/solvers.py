@@ -14,12 +14,13 @@ from typing import Any
 from curvalg.errors import FactsError
 from curvalg.expr import SOLVERS, Inverse, ZeroExpr
 from curvalg.lowering.blocks.rows import RowRanges
-from curvalg.lowering.inverses.blockwise import ByBlocks
 from curvalg.lowering.inverses.forms import FORMS, matrix_blocks
-from curvalg.lowering.inverses.iterative import Iterative
 from curvalg.lowering.inverses.offer import Form
 from curvalg.lowering.inverses.solver import InverseRequest, Solver
-from curvalg.lowering.inverses.structured import Structured
+from curvalg.lowering.inverses.solver_kinds.blockwise import ByBlocks
+from curvalg.lowering.inverses.solver_kinds.few_solves import SMALL, FewSolves
+from curvalg.lowering.inverses.solver_kinds.iterative import Iterative
+from curvalg.lowering.inverses.solver_kinds.structured import Structured
 from curvalg.lowering.lines import indent
 from curvalg.solve import cg, minres
 
@@ -44,7 +45,9 @@ def _by_form(name: str) -> Strategy:
             return offer
         if offer.singular is not None:
             raise FactsError(f"{request.node.expr} has no inverse: {offer.singular}; add damping, c * Identity")
-        return Structured(request, offer)
+        exact = Structured(request, offer)
+        few = offer.rows >= SMALL and FewSolves.fits(request, exact)
+        return FewSolves(request, exact) if few else exact
 
     return strategy
 

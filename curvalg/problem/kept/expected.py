@@ -25,10 +25,15 @@ class Expected:
         finally:
             self._announced.remove(products)
 
+    @property
+    def announced(self) -> int:
+        """The products that are announced; 0: nothing is said about them."""
+        return max(self._announced, default=0)
+
     def coming(self, made: int) -> int:
         """The products that a choice made now will serve.
 
         Args:
             made: products until now.
         """
-        return min(made, max(self._announced)) if self._announced else made
+        return min(made, self.announced) if self._announced else made

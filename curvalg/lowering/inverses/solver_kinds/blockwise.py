@@ -11,7 +11,7 @@ from torch import Tensor
 from curvalg.lowering.blocks.rows import RowRanges, by_blocks
 from curvalg.lowering.inverses.kronecker_spectra import decompose_together
 from curvalg.lowering.inverses.solver import InverseRequest, Solver
-from curvalg.lowering.inverses.structured import Structured
+from curvalg.lowering.inverses.solver_kinds.structured import Structured
 from curvalg.lowering.inverses.verified import Oath
 from curvalg.lowering.lines import alike
 from curvalg.problem import Snapshot

@@ -1,0 +1,1 @@
+"""The kinds of solver that accept a matrix."""

@@ -1,0 +1,151 @@
+"""The first solves by conjugate gradients, where an exact form is worth its making only for many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from curvalg.expr import Identity
+from curvalg.expr.affine_form import affine
+from curvalg.lowering.inverses.offer import Form
+from curvalg.lowering.inverses.solver import InverseRequest, Solver
+from curvalg.lowering.inverses.solver_kinds.iterative import Iterative, Operators
+from curvalg.lowering.inverses.solver_kinds.structured import Prepared, Structured
+from curvalg.lowering.inverses.verified import Oath
+from curvalg.lowering.replayed import Repeatable
+from curvalg.problem import Snapshot
+from curvalg.problem.kept.race import Race
+from curvalg.problem.kept.reads import Reads
+from curvalg.solve import SolveResult, cg
+from curvalg.solve.trail import Trail
+
+LEAST = 16
+"""Iterations below which it is not worth trying: few matrices are solved in fewer."""
+SMALL = 1024
+"""Rows below which a form is made in a moment."""
+ROWS = {"gram": 32, "dense": 4}
+"""Rows of a form that are made in the time of a product with one column, measured on perceptrons and convolutions: they come
+many at a time, by products of large matrices."""
+STRICTER = 0.1
+"""Times the tolerance: what a form gives is better than its tolerance, too."""
+
+
+@dataclass
+class Spent:
+    """What solves at one state have taken, with all dampings of a matrix, whose forms have most of their making in common.
+
+    Attributes:
+        products: of conjugate gradients.
+        made: whether the form of one damping is made, so that those of others cost little.
+    """
+
+    products: int = 0
+    made: bool = False
+
+
+@dataclass
+class Waiting:
+    """A state at which an exact form is made once it pays.
+
+    Attributes:
+        snapshot: the state.
+        operators: the products of conjugate gradients.
+        spent: by these and other dampings.
+        form: the exact form, once it is made.
+    """
+
+    snapshot: Snapshot
+    operators: Operators
+    spent: Spent
+    form: Prepared | None = None
+
+
+class FewSolves(Solver[Waiting]):
+    """Conjugate gradients until they have taken about as long as an exact form takes to be made, and that from then on.
+
+    Whoever solves once at a state, as an optimiser does, pays for one solve; whoever solves often pays at most about twice what
+    the form alone would have taken, as who rents skis until the rent has come to their price (Karlin et al., Competitive
+    snoopy caching, 1988). Products are counted, not timed, so that all runs and all processes choose alike. Where a state has
+    shown that conjugate gradients do not get there in time, later ones begin with the form.
+
+    Args:
+        request: the inverse.
+        exact: the solver by the form.
+    """
+
+    def __init__(self, request: InverseRequest, exact: Structured) -> None:
+        self.request, self.exact, self.name = request, exact, exact.name
+        self.price = _price(exact.form)
+        """Products that take about as long as making the form."""
+        measured = request.problem.measured
+        self._race: Race[str] = Race(measured, measured.name("first solves", request.matrix.expr))
+        self.cost = (
+            f"{exact.cost}; made once solves by cg have taken {self.price} products, which takes about as long: the first "
+            f"ones are by cg, to a relative residual of {STRICTER * request.rtol:g}"
+        )
+
+    @staticmethod
+    def fits(request: InverseRequest, exact: Structured) -> bool:
+        """Whether a solve may take fewer products than the form, and the matrix is one for conjugate gradients."""
+        return _price(exact.form) > 0 and request.node.solver == "auto" and bool(request.facts.positive_definite)
+
+    def prepare(self, snapshot: Snapshot) -> Waiting:
+        problem, expr = self.request.problem, self.request.matrix.expr
+        undamped = expr - affine(expr)[1] * Identity
+        spent = problem.cached(snapshot).get("solves", undamped, Spent)
+        return Waiting(snapshot, self._by_products(LEAST).prepare(snapshot), spent)
+
+    def solve(
+        self, state: Waiting, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
+    ) -> SolveResult:
+        """Solve A X = B; the form starts from nothing."""
+        iterations = self._iterations(state, b.shape[1])
+        if iterations:
+            result = self._by_products(iterations).solve(state.operators, b, x0, trail, report)
+            state.spent.products += int(result.iterations.sum())
+            if result.ok or result.partial:
+                return result
+            self._race.decide(self.exact.name)
+        return self.exact.solve(self._made(state), b, None, trail, report)
+
+    def trusts(self, state: Waiting) -> bool:
+        return state.form is not None and self.exact.trusts(state.form)
+
+    def apply(self, state: Waiting, b: Tensor) -> Tensor:
+        return self.exact.apply(self._made(state), b)
+
+    def reads(self, state: Waiting) -> Reads | str:
+        return super().reads(state) if state.form is None else self.exact.reads(state.form)
+
+    def multiplies(self, state: Waiting) -> Repeatable | None:
+        return state.operators.matrix if state.form is None else None
+
+    def approximate(self, state: Waiting, b: Tensor) -> Tensor:
+        """Apply A⁻¹ by the form: a preconditioner is one fixed linear map."""
+        return self.exact.approximate(self._made(state), b)
+
+    def oaths(self, state: Waiting) -> list[Oath]:
+        return [] if state.form is None else self.exact.oaths(state.form)
+
+    def _iterations(self, state: Waiting, columns: int) -> int:
+        """The iterations that conjugate gradients are given for so many columns; 0: it is time for the form."""
+        coming = max(columns, self.request.problem.measured.expected.announced)
+        left = self.price - state.spent.products
+        if state.spent.made or self._race.known is not None or left < LEAST * coming:
+            return 0
+        return min(left // columns, self.request.maxiter)
+
+    def _made(self, state: Waiting) -> Prepared:
+        if state.form is None:
+            state.form, state.spent.made = self.exact.prepare(state.snapshot), True
+        return state.form
+
+    def _by_products(self, iterations: int) -> Iterative:
+        asked = self.request.node
+        node = replace(asked, rtol=STRICTER * self.request.rtol, atol=STRICTER * float(asked.atol), maxiter=iterations)
+        return Iterative(replace(self.request, node=node), "cg", cg)
+
+
+def _price(form: Form) -> int:
+    return form.rows // ROWS[form.name] if form.name in ROWS else 0
