@@ -185,7 +185,8 @@ def _all(order: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row a question."""
     lines = [
-        "| model | batches | what | processes | seconds, one | seconds, all | efficiency | ceiling | headers | payloads | bytes |",
+        "| model | batches | what | processes | seconds, one | seconds, all "
+        "| efficiency | ceiling | headers | payloads | bytes |",
         "|---" * 11 + "|",
     ]
     for row in rows:
