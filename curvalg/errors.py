@@ -34,7 +34,7 @@ class ProblemError(CurvalgError, ValueError):
 
 
 class NotFiniteError(ProblemError):
-    """A product with NaN or infinite entries."""
+    """A product, or an array that was given, with NaN or infinite entries."""
 
 
 class ProblemTypeError(ProblemError, TypeError):

@@ -28,3 +28,14 @@ OutFile: TypeAlias = Annotated[
 ]
 PlotFile: TypeAlias = Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the result (png, pdf, svg).")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def positive(value: float | None) -> float | None:
+    """The callback of an option that takes numbers above zero.
+
+    Raises:
+        BadParameter: it is another one.
+    """
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"expected a number above 0, got {value:g}")
+    return value

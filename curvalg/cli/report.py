@@ -40,13 +40,6 @@ PARTIAL = 3
 _PIPE_WIDTH = 120
 
 
-def cost(result: Result) -> str:
-    """The text on what a result cost, and how it ended."""
-    products = f"{result.products} products in " if result.products else ""
-    ending = ", interrupted: partial result" if result.partial else "" if result.converged else ", not converged"
-    return f"{result.method}, {products}{result.seconds:.2f} s{ending}"
-
-
 class Report:
     """What one call of the command line prints, apart from its result.
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from curvalg.markup import card, picture, table
+
+SHOWN = 8
+"""Columns that a notebook shows of a solve."""
 Matmul = Callable[[Tensor], Tensor]
 """X (n, K) -> A X (n, K), for any K."""
 
@@ -70,6 +74,17 @@ class SolveResult:
     def ok(self) -> bool:
         """Whether every column has converged."""
         return bool(self.converged.all())
+
+    def __repr__(self) -> str:
+        return f"SolveResult(x {tuple(self.x.shape)}; {self.summary()})"
+
+    def _repr_html_(self) -> str:
+        columns = ["column", "iterations", "residual", "ended"]
+        told = zip(self.iterations.tolist(), self.residual.tolist(), self.reason, strict=True)
+        rows = [[str(i), str(n), f"{norm:.3g}", why] for i, (n, norm, why) in enumerate(told)]
+        below = table(columns, rows[:SHOWN]) + (f"<div>and {len(rows) - SHOWN} more</div>" if len(rows) > SHOWN else "")
+        history = "" if self.history is None else picture(self.plot)
+        return card("SolveResult", {"x": str(tuple(self.x.shape)), "columns": self.summary()}, below, history)
 
     def summary(self) -> str:
         """One line for messages: the columns that did not converge and why."""

@@ -36,6 +36,7 @@ SOURCE = """
 
     batches = [(part[0][None], part[1][None]) for part in zip(*asked)]
     other = (torch.ones(3, 5), torch.ones(3, 2))
+    empty = [(X[:0], y[:0])]
 """
 
 
@@ -107,3 +108,9 @@ def test_queries_that_do_not_fit(run, linear, queries: str, more: list[str], mes
     result = run(*command(linear[0], queries, *more))
     assert result.exit_code in (1, 2)
     assert message in result.stderr
+
+
+def test_queries_without_a_sample_are_bad_input(run, linear) -> None:
+    result = run(*command(linear[0], "empty"))
+    assert result.exit_code == 2, result.stderr
+    assert "sample" in result.stderr

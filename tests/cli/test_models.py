@@ -151,3 +151,18 @@ def test_comparisons_that_are_refused(run, quadratic, options: list[str], messag
     result = run("compare", "residual", *(option.format(m=quadratic) for option in options))
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_landscape_along_nothing_is_refused(run, quadratic) -> None:
+    result = run("landscape", "-p", f"{quadratic}:make", "--along", "0*hessian")
+    assert result.exit_code != 0
+    assert "leave out --along for random directions" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "command", [("compare", "hessian", "-p", "a", "-p", "b"), ("report", "-p", "a", "--out", "x.html")]
+)
+def test_a_damping_is_above_zero(run, command) -> None:
+    result = run(*command, "--damping", 0)
+    assert result.exit_code == 2
+    assert "above 0" in result.stderr

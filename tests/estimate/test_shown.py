@@ -163,3 +163,12 @@ def test_gradients_of_a_batch_are_flattened_by_sample(problem):
         layout.flatten(shares)
     with pytest.raises(curvalg.VectorError, match=r"leading sample axis, but 0\.weight"):
         layout.flatten({name: torch.zeros(shape) for name, shape in layout.shapes.items()}, leading=True)
+
+
+def test_solves_and_layouts_are_shown_in_a_line_and_as_cards(problem):
+    solved = inverse(registry.build("ggn") + 0.1 * Identity, solver="cg").lower(problem).solve(problem.gradient())
+    assert repr(solved).startswith(f"SolveResult(x ({problem.size},); all 1 columns converged in at most ")
+    shown = solved._repr_html_()
+    assert "converged" in shown and "<table>" in shown and "data:image/png" in shown
+    for name in problem.layout.names:
+        assert name in problem.layout._repr_html_()

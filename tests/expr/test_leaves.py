@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from curvalg.errors import ExpressionError
+from curvalg.errors import ExpressionError, NotFiniteError
 from curvalg.expr import ArrayLeaf, Diagonal, Eigenbasis, Facts, Identity, Kronecker, LowRank
 
 LEAVES: dict[str, ArrayLeaf] = {
@@ -123,3 +123,28 @@ def test_a_leaf_stays_what_it_is_when_its_arrays_are_written_into(leaf: Any, sha
     for array in arrays:
         array *= 2
     assert all(bool((array == 1).all()) for array in made.arrays)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_arrays_that_are_not_finite_are_refused_by_name(bad, kind):
+    square, column = torch.eye(3), torch.ones(3, 1)
+    square[1, 2], column[2, 0] = bad, bad
+    values = column[:, 0]
+    if kind == "numpy":
+        square, column, values = square.numpy(), column.numpy(), values.numpy()
+    for make, name in (
+        (lambda: Diagonal(values), "values"),
+        (lambda: Kronecker(np.eye(2), square), "Kronecker factor 1"),
+        (lambda: LowRank(column), "left"),
+        (lambda: Eigenbasis(np.eye(3), values), "values"),
+        (lambda: Eigenbasis(square, np.ones(3)), "basis"),
+    ):
+        with pytest.raises(NotFiniteError, match=f"{name} must be finite.*nan_to_num"):
+            make()
+
+
+def test_arrays_of_whole_numbers_and_of_nothing_are_finite():
+    assert Diagonal(np.arange(3)).size == 3
+    assert Diagonal(torch.zeros(0)).size == 0
+    assert Diagonal(torch.tensor([-3e38, 3e38])).size == 2

@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 
+from curvalg import parse, registry
 from curvalg.expr import (
     GGN,
     Block,
@@ -228,3 +229,20 @@ def test_every_expression_has_all_three(expr: Expr) -> None:
 
 def test_zero_of_one_kind_is_not_another() -> None:
     assert ZeroExpr("outputs", "parameters") == J - J != Zero
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "shown", "latex"),
+    [
+        (1e-300, "1e-300*ggn", r"10^{-300}\,G"),
+        (5e-324, "5e-324*ggn", r"5 \cdot 10^{-324}\,G"),
+        (1.5e40, "1.5e+40*ggn", r"1.5 \cdot 10^{40}\,G"),
+        (1e300, "1e+300*ggn", r"10^{300}\,G"),
+        (10**15, "1000000000000000*ggn", r"1000000000000000\,G"),
+    ],
+)
+def test_tiny_and_huge_coefficients_are_short(coefficient, shown, latex) -> None:
+    expr = coefficient * registry.build("ggn")
+    assert str(expr) == shown
+    assert expr._repr_latex_() == f"${latex}$"
+    assert parse(shown) == expr

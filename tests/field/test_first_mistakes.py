@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from curvalg import Identity, Problem, Zero, estimate, inverse, registry
+from curvalg import Diagonal, Identity, Problem, Zero, estimate, inverse, registry
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
@@ -41,8 +41,12 @@ def ggn():
     return registry.build("ggn")
 
 
-def ones(n=67, **options):
-    return torch.ones(n, **options)
+def ones(*shape, **options):
+    return torch.ones(shape or 67, **options)
+
+
+SHAPES = [(8, 4), (8,), (3, 8), (3,)]
+"""Of the parameters of the network."""
 
 
 def stale():
@@ -99,7 +103,23 @@ MISTAKES = {
     "loss and data swapped": (lambda: Problem(network(), (X, y), CROSS_ENTROPY), r"Problem\(model, loss, data\)"),
     "model and loss swapped": (lambda: Problem(CROSS_ENTROPY, network(), (X, y)), r"Problem\(model, loss, data\)"),
     "data before the model": (lambda: Problem((X, y), network(), CROSS_ENTROPY), r"Problem\(model, loss, data\)"),
-    "parameters of another model": (lambda: problem(params=[nn.Parameter(ones())]), r"parameters of the model itself"),
+    "parameters of another model": (
+        lambda: problem(params=[nn.Parameter(ones())]),
+        r"params\[0\] are of another one, or copies; pass names or glob patterns instead, such as params='0\.weight'",
+    ),
+    "a generator of parameters, used up": (lambda: problem(params=iter([])), r"used up before; pass a list, or names"),
+    "names and a tensor": (lambda: problem(params=["0.weight", ones()]), r"got a tensor beside names"),
+    "an array that is not finite": (lambda: Diagonal(ones() / 0), r"values must be finite.*torch\.nan_to_num"),
+    "gradients of unequal numbers of samples": (
+        lambda: problem().layout.flatten(
+            [ones(n, *s) for n, s in zip((2, 3, 2, 2), SHAPES, strict=True)], leading=True
+        ),
+        r"as many samples on the leading axis of each tensor, got \{'0\.weight': 2, '0\.bias': 3",
+    ),
+    "queries of other parameters": (
+        lambda: estimate.influence((ggn() + Identity).lower(problem()), problem(params="0.weight")),
+        r"the problem of the queries has no '0\.bias'; make the problem of the queries with the same model",
+    ),
     "parameters for a model": (lambda: Problem(network().parameters(), CROSS_ENTROPY, (X, y)), r"chosen by params="),
     "a generator": (lambda: problem(data=((X, y) for _ in range(2))).value(), r"pass list\(data\)"),
     "a plugin that is not installed": (lambda: registry.build("my_matrix"), r"once it is installed"),

@@ -9,7 +9,7 @@ import typer
 
 from curvalg.cli.asked_problem import NAME_HELP, AskedProblem, ProblemOptions, spread
 from curvalg.cli.completion import complete_expression, complete_problem
-from curvalg.cli.flags import AsJson, Expression, PlotFile
+from curvalg.cli.flags import AsJson, Expression, PlotFile, positive
 from curvalg.cli.report import BAD_INPUT, FAILED, PARTIAL, Report, stdout
 
 
@@ -75,7 +75,8 @@ def compare(
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of eigenvalues.")] = 5,
     damping: Annotated[
-        float | None, typer.Option(min=0.0, help="Damping λ of the effective dimension; without it that is left out.")
+        float | None,
+        typer.Option(callback=positive, help="Damping λ > 0 of the effective dimension; without it that is left out."),
     ] = None,
     products: Annotated[int | None, typer.Option(min=1, help="Largest number of products of each estimate.")] = None,
     as_json: AsJson = False,
@@ -125,7 +126,7 @@ def report(
         ),
     ] = "ggn",
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Number of eigenvalues.")] = 10,
-    damping: Annotated[float, typer.Option(min=0.0, help="Damping λ of the effective dimension.")] = 1e-2,
+    damping: Annotated[float, typer.Option(callback=positive, help="Damping λ > 0 of the effective dimension.")] = 1e-2,
 ) -> None:
     """Write one page on an expression: spectrum, density, trace, effective dimension, parameters, and what it cost."""
     report: Report = context.obj

@@ -48,6 +48,7 @@ def influence(
         op = asked.lower(expression, report)
         with asked.seeded(queries, report):
             asking = load_queries(queries, op.problem, parsed(query_arguments or []), asked.changes, report.group)
+        _ = asking.num_samples  # says here that there are none
     with report.exits(FAILED):
         found = compute(
             op,

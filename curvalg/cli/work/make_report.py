@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from curvalg import __version__
-from curvalg.cli.report import cost
 from curvalg.cli.work import run_density
 from curvalg.cli.work.run_diagonal import parts
 from curvalg.cli.written.figures import draw_density, draw_pairs
@@ -132,7 +131,7 @@ def _sections(found: ReportContents) -> Iterator[tuple[str, Sequence[str]]]:
         ],
     )
     yield "Diagonal by parameter", [table(*_parameters(found))]
-    yield "What it cost", [table(["", "method and cost"], [[name, cost(r)] for name, r in found.results.items()])]
+    yield "What it cost", [table(["", "method and cost"], [[name, r.cost] for name, r in found.results.items()])]
 
 
 def _facts(found: ReportContents) -> list[list[str]]:

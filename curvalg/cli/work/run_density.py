@@ -9,7 +9,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from curvalg.cli.report import cost
 from curvalg.estimate import Density
 from curvalg.lowering import CurvatureOperator
 
@@ -41,7 +40,7 @@ def table(op: CurvatureOperator, density: Density, problem: str) -> Group:
     lines: list[Table | Text] = [title, Text(), shown, Text()]
     if len(density.outliers):
         lines.append(Text("outliers: " + ", ".join(f"{value:.4g}" for value in density.outliers.flip(0).tolist())))
-    return Group(*lines, Text(cost(density), style="dim"))
+    return Group(*lines, Text(density.cost, style="dim"))
 
 
 def as_json(op: CurvatureOperator, density: Density, *, problem: str, seed: int) -> str:

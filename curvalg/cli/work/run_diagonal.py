@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from curvalg.cli.report import cost
 from curvalg.cli.written.operator_layout import layout_of
 from curvalg.estimate import Estimate
 from curvalg.lowering import CurvatureOperator
@@ -69,7 +68,7 @@ def table(op: CurvatureOperator, diagonal: Estimate, problem: str) -> Group:
         cells = [f"{part.size:,}", *(f"{number:.4g}" for number in (part.least, part.mean, part.most))]
         shown.add_row(Text(part.name), *cells, f"{part.share:.1%}", *([f"± {part.error:.1e}"] if estimated else []))
     title = Text(f"diagonal of {op.expr} on {problem}, {op.shape[0]} x {op.shape[1]}", style="bold")
-    return Group(title, Text(), shown, Text(), Text(cost(diagonal), style="dim"))
+    return Group(title, Text(), shown, Text(), Text(diagonal.cost, style="dim"))
 
 
 def as_json(op: CurvatureOperator, diagonal: Estimate, *, problem: str, seed: int) -> str:

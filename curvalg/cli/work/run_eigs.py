@@ -11,7 +11,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from curvalg.cli.report import cost
 from curvalg.estimate import Eigenpairs, eigsh
 from curvalg.lowering import CurvatureOperator
 
@@ -56,7 +55,7 @@ def table(op: CurvatureOperator, pairs: Eigenpairs, problem: str) -> Group:
         shown.add_row(str(number), f"{value:.6g}", f"{residual:.1e}")
     # Beside the table, not its title and caption: those are folded at the width of the columns.
     title = Text(f"{op.expr} on {problem}, {op.shape[0]} x {op.shape[1]}", style="bold")
-    return Group(title, Text(), shown, Text(), Text(cost(pairs), style="dim"))
+    return Group(title, Text(), shown, Text(), Text(pairs.cost, style="dim"))
 
 
 def as_json(op: CurvatureOperator, pairs: Eigenpairs, *, problem: str, which: str, tol: float, seed: int) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 from rich.text import Text
 
 from curvalg import estimate
-from curvalg.cli.report import cost
 from curvalg.errors import ExpressionError
 from curvalg.estimate import Estimate
 from curvalg.expr import Expr
@@ -84,7 +83,7 @@ def line(result: Estimate, quantity: str, expression: str, problem: str) -> Text
     """The result as a line for people."""
     error = " (exact)" if result.method == "exact" else f" ± {result.error:.2g}"
     return Text.assemble(
-        (f"{quantity} of {expression} on {problem}", "bold"), f"\n{result.value:.6g}{error}\n", (cost(result), "dim")
+        (f"{quantity} of {expression} on {problem}", "bold"), f"\n{result.value:.6g}{error}\n", (result.cost, "dim")
     )
 
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from curvalg.cli.report import cost
 from curvalg.estimate import InfluenceScores
 from curvalg.lowering import CurvatureOperator
 
@@ -46,7 +45,7 @@ def table(op: CurvatureOperator, found: InfluenceScores, problem: str, queries: 
     title = Text(f"influence by {op.expr} of {problem} on {queries}, {len(every)} queries", style="bold")
     rest = len(every) - MOST
     more = [Text(f"and {rest} more queries; --json and --out have all", style="dim")] if rest > 0 else []
-    return Group(title, Text(), shown, Text(), *more, Text(cost(found), style="dim"))
+    return Group(title, Text(), shown, Text(), *more, Text(found.cost, style="dim"))
 
 
 def as_json(op: CurvatureOperator, found: InfluenceScores, *, problem: str, queries: str) -> str:

@@ -66,6 +66,11 @@ def eigen_directions(problem: Problem, expression: str, count: int, seed: int) -
             "the parameters, and choose among them by --params"
         )
     values, vectors = eigsh(op, count, which="LA", seed=seed)
+    if not bool(values.any()):
+        raise ExpressionError(
+            f"the largest eigenvalues of {op.expr} are zero, so every direction is an eigenvector; take another expression, or "
+            "leave out --along for random directions"
+        )
     names = [f"eigenvector of {float(value):.4g}" for value in values.flip(0)]
     return names, list(vectors.flip(1).T)
 

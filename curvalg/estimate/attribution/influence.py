@@ -21,7 +21,7 @@ from curvalg.estimate.target import require_operator
 from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.vectors import Vector, parse
-from curvalg.problem import Problem
+from curvalg.problem import Layout, Problem
 from curvalg.runs.checkpoint import Checkpoint
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName, require_place
@@ -246,8 +246,8 @@ def _run_of(
     if asking is not problem:
         if asking.layout.shapes != problem.layout.shapes:
             raise ExpressionError(
-                f"expected queries of the {len(problem.layout.names)} parameters of the operator, got a problem of "
-                f"{len(asking.layout.names)}: {', '.join(list(asking.layout.names)[:4])}..."
+                f"expected queries of the parameters of the operator, but {_difference(problem.layout, asking.layout)}; make "
+                "the problem of the queries with the same model and params=, as problem.with_data(data) does"
             )
         if asking.dtype != problem.dtype or asking.device != problem.device:
             raise ExpressionError(
@@ -313,3 +313,14 @@ def _by_layers(op: CurvatureOperator, solved: Tensor) -> list[Tensor]:
 
 def _single(vector: Vector) -> bool:
     return getattr(vector, "ndim", None) == 1 or not hasattr(vector, "ndim")
+
+
+def _difference(of_operator: Layout, of_queries: Layout) -> str:
+    """Where the parameters of two problems differ, of which some do."""
+    ours, theirs = of_operator.shapes, of_queries.shapes
+    for name, shape in ours.items():
+        if name not in theirs:
+            return f"the problem of the queries has no {name!r}"
+        if theirs[name] != shape:
+            return f"{name!r} is {tuple(shape)} there and {tuple(theirs[name])} in the problem of the queries"
+    return f"the operator's problem has no {next(name for name in theirs if name not in ours)!r}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, TypeVar
 
-from curvalg.errors import OptionError
+from curvalg.errors import NotFiniteError, OptionError
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr
 
@@ -118,7 +119,21 @@ def _array(value: Any, what: str, *ndims: int) -> Any:
     if value.ndim not in ndims:
         expected = " or ".join(f"{n}-d" for n in ndims)
         raise OptionError(f"{what} must be {expected}, got shape {tuple(value.shape)}")
+    _require_finite(value, what)
     return value.clone() if hasattr(value, "clone") else value.copy()
+
+
+def _require_finite(value: Any, what: str) -> None:
+    """Raise where an array has NaN or infinite entries: its products would be NaN, and solves stall, far from here."""
+    if "float" not in str(value.dtype) or not math.prod(value.shape):
+        return
+    extremes = value.min(), value.max()  # NaN where an entry is, of torch and of NumPy, and nothing of its size is made
+    if all(math.isfinite(extreme) for extreme in extremes):
+        return
+    raise NotFiniteError(
+        f"{what} must be finite, but has NaN or infinite entries; look at what it was computed from, or replace them, as with "
+        "torch.nan_to_num"
+    )
 
 
 def _square(value: Any, what: str, *ndims: int) -> Any:

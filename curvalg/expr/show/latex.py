@@ -40,7 +40,7 @@ def _latex_number(value: Fraction) -> str:
     if "/" in shown:
         numerator, denominator = shown.split("/")
         return rf"\tfrac{{{numerator}}}{{{denominator}}}\,"
-    if abs(value) < SMALL:
+    if abs(value) < SMALL or "e" in shown:
         mantissa, exponent = f"{Decimal(shown):e}".split("e")
         times = "" if mantissa == "1" else rf"{mantissa} \cdot "
         return rf"{times}10^{{{int(exponent)}}}\,"

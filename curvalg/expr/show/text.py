@@ -51,19 +51,26 @@ def _wrapped(expr: Expr, strength: int) -> str:
     return shown if own >= strength else f"({shown})"
 
 
+_LONG = 10**30
+"""Whole numbers from here on are shown with an exponent."""
+
+
 def number(value: Fraction) -> str:
     """A positive fraction as the shortest decimal if it has one, else as p or p/q."""
-    if value.denominator == 1:
+    if value.denominator == 1 and value < _LONG:
         return str(value.numerator)
-    decimal = repr(float(value)) if _fits_float(value) else ""
-    return decimal if decimal and Fraction(decimal) == value else f"{value.numerator}/{value.denominator}"
+    decimal = _decimal(value)
+    if decimal and Fraction(decimal) == value:
+        return decimal
+    return str(value)
 
 
-def _fits_float(value: Fraction) -> bool:
+def _decimal(value: Fraction) -> str:
+    """The nearest float as text; empty beyond the range of floats."""
     try:
-        return 1e-300 < float(value) < 1e300
+        return repr(float(value)) if float(value) else ""
     except OverflowError:
-        return False
+        return ""
 
 
 def _scaled(coefficient: Fraction, factor: str) -> str:

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, Literal
 
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from curvalg.errors import ProblemError, ProblemTypeError, VectorError
+from curvalg.markup import card, table
 from curvalg.problem.model.sharded import require_whole
 from curvalg.problem.model.snapshot import Slot
 from curvalg.tensors.bits import all_finite
 from curvalg.tensors.spaces import VectorSpace
 from curvalg.tensors.spaces.sharded_space import Exchanger
+
+SHOWN = 40
+"""Parameters that a notebook shows of a layout."""
 
 
 class Layout:
@@ -57,6 +61,15 @@ class Layout:
         """The number of scalars, D."""
         return sum(self.sizes)
 
+    def _repr_html_(self) -> str:
+        rows = [
+            [name, str(tuple(shape)), str(self.dtypes[name]).removeprefix("torch."), f"{at.start} to {at.stop}"]
+            for (name, shape), at in zip(self.shapes.items(), self.slices.values(), strict=True)
+        ]
+        below = table(["parameter", "shape", "dtype", "places"], rows[:SHOWN])
+        more = f"<div>and {len(rows) - SHOWN} more</div>" if len(rows) > SHOWN else ""
+        return card("Layout", {"numbers": str(self.size), "tensors": str(len(rows))}, below, more)
+
     def flatten(self, tree: Mapping[str, Tensor] | Sequence[Tensor], *, leading: bool = False) -> Tensor:
         """Join tensors to a vector (D,), or a matrix (D, K) where each has a trailing column axis of length K.
 
@@ -72,6 +85,9 @@ class Layout:
         if leading:
             if short := [name for name, t in zip(self.names, tensors, strict=True) if t.ndim <= len(self.shapes[name])]:
                 raise VectorError(f"expected tensors with a leading sample axis, but {', '.join(short)} have none")
+            samples = {name: len(t) for name, t in zip(self.names, tensors, strict=True)}
+            if len(set(samples.values())) > 1:
+                raise VectorError(f"expected as many samples on the leading axis of each tensor, got {samples}")
             return self.flatten([t.movedim(0, -1) for t in tensors]).T
         columns = {tuple(t.shape[len(shape) :]) for t, shape in zip(tensors, self.shapes.values(), strict=True)}
         fits = all(t.shape[: len(shape)] == shape for t, shape in zip(tensors, self.shapes.values(), strict=True))
@@ -218,8 +234,10 @@ def selected(module: nn.Module, params: Selection) -> dict[str, Tensor]:
         own = {id(p) for p in every.values()}
         foreign = [name for name, p in params.items() if id(p) not in own]
         if foreign or not params:
+            came = f"{', '.join(map(str, foreign))} are of another one, or copies" if foreign else "it is empty"
             raise ProblemError(
-                f"params= must hold parameters of the model itself; {foreign or 'it is empty'}. Pass names instead"
+                f"params= must hold parameters of the model itself, but {came}; pass names or glob patterns instead, such as "
+                f"params={next(iter(every), 'weight')!r}"
             )
         chosen = {id(p) for p in params.values()}
     else:
@@ -229,10 +247,21 @@ def selected(module: nn.Module, params: Selection) -> dict[str, Tensor]:
                 f"{type(params).__name__}"
             )
         given: list[Any] = [params] if isinstance(params, str) else list(params)
+        if not given and isinstance(params, Iterator):
+            raise ProblemError(
+                "params= is an iterator that gives nothing: it was used up before; pass a list, or names"
+            )
         if given and all(isinstance(p, Tensor) for p in given):
             return selected(module, {f"params[{i}]": p for i, p in enumerate(given)})
+        if given and all(_named(p) for p in given):
+            return selected(module, dict(given))
         chosen = {id(every[name]) for name in match(given, list(every))}
     return {name: p for name, p in module.named_parameters() if id(p) in chosen}
+
+
+def _named(given: Any) -> bool:
+    """Whether it is one of the pairs that ``named_parameters()`` gives."""
+    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], Tensor)
 
 
 def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
@@ -245,7 +274,8 @@ def match(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     patterns = list(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise ProblemTypeError(f"parameters are chosen by name or glob pattern, got {pattern!r}")
+            came = "a tensor beside names" if isinstance(pattern, Tensor) else f"{type(pattern).__name__}"
+            raise ProblemTypeError(f"parameters are chosen by names or glob patterns, or all by themselves; got {came}")
         hits = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
         if not hits:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from curvalg import CurvalgWarning, CurvatureOperator, Identity, Problem, block_diagonal, inverse, registry
-from curvalg.lowering.inverses.solver_kinds.few_solves import ROWS, SMALL
 
 GGN = registry.build("ggn")
 N, CLASSES = 520, 3
-PRICE = N * (CLASSES - 1) // ROWS["gram"]
+SMALL, GRAM, DENSE = 1024, 32, 4
+"""Rows below which a form is made at once; rows of a Gram matrix and of a dense one that are made in the time of a product."""
+PRICE = N * (CLASSES - 1) // GRAM
 """In products; the Gram matrix has a column for each degree of freedom of the probabilities."""
 
 
@@ -194,7 +195,7 @@ def test_a_dense_form_is_made_for_many(model):
     v = vectors(op)
     x = op @ v
     assert "dense: chosen" in op.explain()
-    assert 0 < iterations(op) <= op.shape[0] // ROWS["dense"]
+    assert 0 < iterations(op) <= op.shape[0] // DENSE
     assert torch.allclose(x, solutions(model, 0.1, v), rtol=0, atol=1e-7)
 
 
