@@ -35,7 +35,7 @@ def join(problem: Setting, loss: Any) -> None:
     """
     with problem.together("making a Problem"):
         problem.data.may_be_empty = True
-        problem.progress = problem.progress and not problem.group.rank
+        problem.progress = problem.progress and not problem.group.vectors.rank
         require_shard(problem.data)
         own = {
             "the parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.whole.shapes.items()],
@@ -48,7 +48,7 @@ def join(problem: Setting, loss: Any) -> None:
             "randomness=": problem.draws.mode,
             "whether anything is kept (cache=)": problem.budget.limit > 0,
         }
-        problem.group.agree(own, "make the Problem with the same model, loss and options on all ranks")
+        problem.group.vectors.agree(own, "make the Problem with the same model, loss and options on all ranks")
 
 
 def compare(problem: Setting) -> None:
