@@ -124,6 +124,11 @@ class Batch:
         return self._make_point()
 
     @property
+    def weightless(self) -> bool:
+        """Whether it counts for nothing: its process joins in the model calls of others, which have more batches."""
+        return self._share == 0
+
+    @property
     def has_loss(self) -> bool:
         """Whether the problem has a loss."""
         return self._loss is not None
@@ -351,7 +356,7 @@ class Batch:
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Vector-Jacobian product Jᵀu of this batch, shape (D,)."""
-        return self._pullback(cotangent)
+        return self._pullback(torch.zeros_like(cotangent) if self.weightless else cotangent)
 
     def per_sample_gradients(self) -> dict[str, Tensor]:
         """Gradients ∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.

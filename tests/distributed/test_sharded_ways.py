@@ -12,6 +12,7 @@ from tests.support.sharded_ways import (
     bilinear,
     by_another_method,
     recurrent,
+    terms_of_others,
     written,
 )
 
@@ -56,3 +57,8 @@ def test_a_wrong_vector_on_one_process_leaves_the_others_in_step(ranks):
 def test_a_file_is_there_for_all_once_it_is_written(ranks, tmp_path):
     results = ranks.run(4, written, str(tmp_path / "trace.safetensors"))
     assert results == [0.0] * 4
+
+
+@pytest.mark.parametrize(("kind", "size"), [("data", 2), ("parameters", 3)])
+def test_terms_of_others_do_not_see_batches_that_count_for_nothing(ranks, kind, size):
+    right(ranks.run(size, terms_of_others, kind))

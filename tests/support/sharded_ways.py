@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvalg.estimate as est
-from curvalg import Problem, parse
+from curvalg import Batch, DatasetTerm, Diagonal, Layout, MatrixTerm, Problem, parse
 from tests.support.sharded_models import cut, vector
+from tests.support.third_party import CenteredTangent, MeanTangent, Skewed
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -186,3 +188,44 @@ def written(group: Any, path: str) -> float:
     found = est.trace(parse("ggn").lower(problem), products=12)
     save(found, path, problem=problem)
     return float(abs(load(path).value - found.value))
+
+
+def terms_of_others(group: Any, kind: str) -> dict[str, float]:
+    """Errors of terms that do not know of batches that count for nothing, where processes have other numbers of batches."""
+    problem, whole, index = cut(group, kind, "mlp")
+    v, found = vector(whole.size), {}
+    for term in (Skewed(), MeanTangent(), CenteredTangent(), Pulled(), Inputs()):
+        expected = term.lower(whole) @ v
+        found[str(term)] = float((term.lower(problem) @ v[index] - expected[index]).norm() / expected.norm())
+    return found
+
+
+@dataclass(frozen=True)
+class Pulled(DatasetTerm):
+    """g gᵀ with the gradient g of the sum of all outputs, which it pulls back itself."""
+
+    def prepare(self, batch: Batch) -> Tensor:
+        return batch.vjp(torch.ones_like(batch.output))
+
+    def project(self, vector: Tensor, prepared: Any) -> Tensor:
+        return prepared @ vector
+
+    def cotangent_dot(self, batch: Batch, tangent: Tensor, prepared: Any, totals: Any) -> Tensor:  # type: ignore[override]
+        return torch.ones_like(batch.output) * totals
+
+
+@dataclass(frozen=True)
+class Inputs(MatrixTerm):
+    """The number of rows on the diagonals of the layers that have weights: no loss is in it."""
+
+    uses_layers = True
+
+    def accumulate(self, batch: Batch, prepared: Any = None) -> dict[str, Tensor]:
+        ones = torch.ones_like(batch.output)[None]
+        return {name: torch.tensor(float(r.rows)) for r in batch.layers(ones) for name in r.params}
+
+    def of_layers(self, stats: Any, names: Any) -> Any:
+        return {name: value for name, value in stats.items() if name in names}
+
+    def finish(self, stats: Any, layout: Layout, prepared: Any = None) -> Diagonal:
+        return Diagonal(torch.cat([stats[name].expand(shape.numel()) for name, shape in layout.shapes.items()]))
