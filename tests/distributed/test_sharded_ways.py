@@ -7,7 +7,7 @@ import pytest
 from tests.support.ranks import Failed
 from tests.support.sharded_ways import (
     a_function_as_loss,
-    after_a_wrong_vector,
+    after_a_mistake,
     after_forwards,
     bilinear,
     by_another_method,
@@ -48,9 +48,10 @@ def test_bilinear_forms_are_of_whole_vectors(ranks, kind, size):
     assert max(results) <= 1e-10
 
 
-def test_a_wrong_vector_on_one_process_leaves_the_others_in_step(ranks):
-    for raised, error in ranks.run(2, after_a_wrong_vector):
-        assert raised in ("VectorError", "GroupError")
+@pytest.mark.parametrize("mistake", ["vector", "model"])
+def test_a_mistake_on_one_process_leaves_the_others_in_step(ranks, mistake):
+    for raised, error in ranks.run(2, after_a_mistake, mistake):
+        assert raised in ("VectorError", "StaleError", "GroupError")
         assert error <= 1e-10
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvalg.estimate as est
-from curvalg import Batch, DatasetTerm, Diagonal, Layout, MatrixTerm, Problem, parse
+from curvalg import Batch, DatasetTerm, Diagonal, Layout, MatrixTerm, Problem, Term, parse
 from tests.support.sharded_models import cut, vector
 from tests.support.third_party import CenteredTangent, MeanTangent, Skewed
 
@@ -163,19 +163,24 @@ def bilinear(group: Any, kind: str) -> float:
     return float((est.bilinear(parse("hessian").lower(problem), g[index], h[index]) - expected).abs().max())
 
 
-def after_a_wrong_vector(group: Any) -> tuple[str, float]:
-    """What a vector with NaN on one process gives in the first product, and the error of the next one."""
+def after_a_mistake(group: Any, mistake: str) -> tuple[str, float]:
+    """What the first product gives where one process has NaN in its vector, or another model, and the error of the next one."""
     import torch.distributed as dist
 
     problem, whole, index = cut(group, "data", "mlp")
     op, v = parse("hessian").lower(problem), vector(whole.size)
-    wrong = v[index].clone()
-    wrong[0] = torch.nan if dist.get_rank(group) else 1.0
+    wrong, module = v[index].clone(), problem.model.module  # type: ignore[union-attr]
+    if dist.get_rank(group):
+        if mistake == "vector":
+            wrong[0] = torch.nan
+        else:
+            module.changed = True
     try:
         op @ wrong
         raised = "nothing"
     except Exception as error:
         raised = type(error).__name__
+    module.__dict__.pop("changed", None)
     expected = parse("hessian").lower(whole) @ v
     return raised, float((op @ v[index] - expected[index]).norm() / expected.norm())
 
@@ -194,7 +199,7 @@ def terms_of_others(group: Any, kind: str) -> dict[str, float]:
     """Errors of terms that do not know of batches that count for nothing, where processes have other numbers of batches."""
     problem, whole, index = cut(group, kind, "mlp")
     v, found = vector(whole.size), {}
-    for term in (Skewed(), MeanTangent(), CenteredTangent(), Pulled(), Inputs()):
+    for term in (Skewed(), MeanTangent(), CenteredTangent(), Pulled(), HalfSquares(), Inputs()):
         expected = term.lower(whole) @ v
         found[str(term)] = float((term.lower(problem) @ v[index] - expected[index]).norm() / expected.norm())
     return found
@@ -212,6 +217,17 @@ class Pulled(DatasetTerm):
 
     def cotangent_dot(self, batch: Batch, tangent: Tensor, prepared: Any, totals: Any) -> Tensor:  # type: ignore[override]
         return torch.ones_like(batch.output) * totals
+
+
+@dataclass(frozen=True)
+class HalfSquares(Term):
+    """The Hessian of half of the squares of all outputs."""
+
+    def cotangent(self, batch: Batch) -> Tensor:
+        return batch.output
+
+    def cotangent_dot(self, batch: Batch, tangent: Tensor) -> Tensor:
+        return tangent
 
 
 @dataclass(frozen=True)
