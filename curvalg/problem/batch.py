@@ -14,6 +14,8 @@ from curvalg.errors import LossError
 from curvalg.losses import Loss, LossPoint
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.outputs import OutputForm
+from curvalg.tensors import trees
+from curvalg.tensors.partial_tensors import PartOfVector
 from curvalg.tensors.random_numbers import uniforms
 
 Samples = Literal["item", "position", "element"]
@@ -127,6 +129,12 @@ class Batch:
     def weightless(self) -> bool:
         """Whether it counts for nothing: its process joins in the model calls of others, which have more batches."""
         return self._share == 0
+
+    def counted(self, statistics: Any) -> Any:
+        """What a term made of the batch: zeros where it is weightless, but for parts of vectors, which are sums already."""
+        if not self.weightless:
+            return statistics
+        return trees.tensor_map(lambda t: t if isinstance(t, PartOfVector) else torch.zeros_like(t), statistics)
 
     @property
     def has_loss(self) -> bool:

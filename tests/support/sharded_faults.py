@@ -110,8 +110,10 @@ def _twice(group: Any) -> Any:
     return _problem(made("mlp"), group=group, shard="parameters").value()
 
 
-def _of_tensor_parallelism(data: Callable[[int], Any]) -> Callable[[Any], Any]:
-    """A model cut by ``parallelize_module`` alone, with data that are a function of the rank."""
+def _of_tensor_parallelism(
+    data: Callable[[int], Any], verify: Callable[[int], bool] = lambda rank: True
+) -> Callable[[Any], Any]:
+    """A model cut by ``parallelize_module`` alone, with data and an option that are functions of the rank."""
 
     def trap(group: Any) -> Any:
         import torch.distributed as dist
@@ -121,7 +123,8 @@ def _of_tensor_parallelism(data: Callable[[int], Any]) -> Callable[[Any], Any]:
         torch.manual_seed(0)
         mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tensor",))
         net = parallelize_module(made("mlp"), mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
-        return Problem(net, nn.CrossEntropyLoss(), data(dist.get_rank(group)), group=mesh).gradient()
+        rank = dist.get_rank(group)
+        return Problem(net, nn.CrossEntropyLoss(), data(rank), group=mesh, verify=verify(rank)).gradient()
 
     return trap
 
@@ -253,6 +256,10 @@ TRAPS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a penalty in the loss": (_penalised, "Take the penalty out of the loss"),
     "other numbers of columns": (_columns("data"), "the same vectors on all of them"),
     "other numbers of columns of the same layers": (_columns("tensor"), "the same vectors on all of them"),
+    "another option on a process that has the same data": (
+        _of_tensor_parallelism(lambda rank: (torch.ones(4, 6), torch.zeros(4).long()), verify=lambda rank: not rank),
+        "differ in verify=",
+    ),
     "influence": (_asked(lambda p: est.influence(inverse(parse("kfac + identity")).lower(p))), "influence needs whole"),
     "self-influence": (
         _asked(lambda p: est.self_influence(inverse(parse("kfac + identity")).lower(p))),

@@ -12,7 +12,6 @@ from curvalg.distributed.group import Group, activated
 from curvalg.errors import ProblemError
 from curvalg.expr.term import MatrixTerm
 from curvalg.lowering.blocks.owned_matrix import ownership
-from curvalg.lowering.sweeps.sweep import counted
 from curvalg.problem import Batch, Problem, Snapshot
 from curvalg.problem.layers.recorded_together import compare_together, record_together
 from curvalg.tensors import trees
@@ -42,7 +41,7 @@ def summed_by_owners(
             recorded = record_together(evaluation)
             compare_together(recorded)
             for term in terms:
-                sums[term].add(counted(recorded.batch, method(term, recorded.batch)))
+                sums[term].add(recorded.batch.counted(method(term, recorded.batch)))
                 recorded.finish()
     wide = [total.wide for total in sums.values()]
     names = [frozenset(some) for some in ownership(problem, snapshot).layers.names]

@@ -23,7 +23,7 @@ from curvalg.lowering.sweeps.programs import Programs
 from curvalg.lowering.sweeps.recorder import Recorder, Recording
 from curvalg.lowering.sweeps.recordings import SinglePass, Staged, TwoStage, graph_bytes
 from curvalg.lowering.sweeps.routes import Routes
-from curvalg.lowering.sweeps.sweep import Sweep, counted, prepare
+from curvalg.lowering.sweeps.sweep import Sweep, prepare
 from curvalg.lowering.sweeps.tangents import ForwardAD, Linearized
 from curvalg.lowering.sweeps.widths import Widths
 from curvalg.problem import Batch, Problem, Snapshot
@@ -244,7 +244,7 @@ class Linearization:
         batch.evaluate_loss()
 
         def reduce(part: Tensor) -> Any:
-            return mapped(lambda t: counted(batch, call(term, "reduce", batch, t, prepared[term])), part)
+            return mapped(lambda t: batch.counted(call(term, "reduce", batch, t, prepared[term])), part)
 
         return chunked(reduce, self.widths.unmeasured, tangent)
 

@@ -16,8 +16,6 @@ from curvalg.lowering.sweeps.contract import call, fitting, is_ours
 from curvalg.lowering.sweeps.recordings import Rate
 from curvalg.lowering.sweeps.transposed import TransposedDatasetTerm, TransposedTerm
 from curvalg.problem import Batch, Problem, Samples, Snapshot
-from curvalg.tensors import trees
-from curvalg.tensors.partial_tensors import PartOfVector
 
 Prepared = dict[DatasetTerm, Any]
 Totals = dict[DatasetTerm, Any]
@@ -132,20 +130,10 @@ def prepare(
         sums = {term: problem.sum() for term in missing}
         for batch in (e.evaluate() for e in problem.evaluations(snapshot)) if batches is None else batches():
             for term in missing:
-                sums[term].add(counted(batch, call(term, "prepare", batch)))
+                sums[term].add(batch.counted(call(term, "prepare", batch)))
         for term, total in problem.totalled(sums).items():
             cache.put("prepared", term, total)
     return {term: cache.found("prepared", term) for term in terms}
-
-
-def counted(batch: Batch, statistics: Any) -> Any:
-    """What a term made of a batch: nothing where the batch counts for nothing.
-
-    Parts of vectors stay: they are sums over processes already, to which such a batch gave nothing.
-    """
-    if not batch.weightless:
-        return statistics
-    return trees.tensor_map(lambda t: t if isinstance(t, PartOfVector) else torch.zeros_like(t), statistics)
 
 
 def defines(term: Term, method: str) -> bool:

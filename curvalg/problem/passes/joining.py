@@ -19,7 +19,7 @@ from curvalg.problem.verification.verdicts import rounding
 ROWS = 2
 """Rows that are enough for a comparison."""
 
-OPTIONS = ("samples", "factored", "accumulate", "autocast", "verify", "columns")
+OPTIONS = ("samples", "factored", "accumulate", "autocast", "columns")
 """Options that decide which exchanges follow, or what they are of."""
 
 
@@ -45,6 +45,7 @@ def join(problem: Setting, loss: Any) -> None:
             else (problem.loss.name, problem.loss.reduction, type(loss).__name__),
             "whether the loader shuffles": not problem.data.ordered,
             **{f"{name}=": getattr(problem, name) for name in OPTIONS},
+            "verify=": problem.compares,
             "randomness=": problem.draws.mode,
             "whether anything is kept (cache=)": problem.budget.limit > 0,
         }
