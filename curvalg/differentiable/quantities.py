@@ -21,6 +21,7 @@ from curvalg.lowering.operators.live_form import DifferentiableSum
 from curvalg.lowering.operators.third_order import terms_of
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.problem import Problem
+from curvalg.problem.model.sharded import require_whole_vectors
 from curvalg.solve import condition
 from curvalg.tensors.memory import wide
 from curvalg.tensors.random_numbers import normals
@@ -247,6 +248,7 @@ def _prepared(expr: Expr, problem: Problem, damping: Damping) -> tuple[Different
         raise ExpressionError(f"expected an expression such as registry.build('ggn'), got {type(expr).__name__}")
     if not isinstance(problem, Problem):
         raise ExpressionError(f"expected a curvalg.Problem, got {type(problem).__name__}")
+    require_whole_vectors(problem, "curvalg.differentiable")
     return terms_of(expr), expr.lower(problem), damping_vector(damping, problem)
 
 

@@ -19,6 +19,7 @@ from curvalg.expr import BlockDiagonal, Expr, Inverse, SquareRoot, Sum
 from curvalg.lowering import CurvatureOperator
 from curvalg.problem import Layout
 from curvalg.problem.model import parameters as params_
+from curvalg.problem.model.sharded import require_whole_vectors
 from curvalg.tensors.memory import wide
 
 Groups: TypeAlias = str | Mapping[str, Any] | None
@@ -112,6 +113,7 @@ def saliency(
     (torch.Size([2, 3]), ('weight[0]', 'weight[1]', 'bias[0]', 'bias[1]'))
     """
     require_operator(op, "saliency")
+    require_whole_vectors(op.problem, "saliency")
     problem, begin = op.problem, time.perf_counter()
     if op.shape != (problem.size, problem.size) or op.layout is None or op.facts.symmetric is False:
         raise ExpressionError(

@@ -68,6 +68,27 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise OptionError(f"cannot write the entry {name!r} to a file: it is a {type(value).__name__}")
 
 
+def require_whole_result(kind: str, layout: Layout | None, tensors: Mapping[str, Any]) -> None:
+    """Raise for vectors of which this process has a part, as the file would hold that of one process alone.
+
+    Args:
+        kind: of the result.
+        layout: of the parameters that it is over.
+        tensors: tensors or arrays by name.
+
+    Raises:
+        OptionError: there are some.
+    """
+    if layout is None or layout.whole is layout:
+        return
+    if parts := [name for name, t in tensors.items() if layout.size in getattr(t, "shape", ())]:
+        raise OptionError(
+            f"a file holds whole vectors, but of {', '.join(parts)} of {kind} each process has a part, as parameters are "
+            "sharded; put them together by problem.layout.full(...), which all processes call, and write them with "
+            "safetensors, or pass checkpoint= to the estimator, which writes a file of each process"
+        )
+
+
 def read_result(kind: str, described: Described, tensors: Mapping[str, Tensor]) -> Any:
     """The result of a description.
 

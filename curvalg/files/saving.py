@@ -11,12 +11,12 @@ from curvalg.distributed.group import active, shared_call
 from curvalg.errors import OptionError
 from curvalg.expr import Expr
 from curvalg.files.expressions import describe_expression
-from curvalg.files.results import describe_layout, describe_result, known_results
+from curvalg.files.results import describe_layout, describe_result, known_results, require_whole_result
 from curvalg.files.shards import write_shards
 from curvalg.lowering import CurvatureOperator
 from curvalg.problem import Problem
 from curvalg.runs.provenance import identity, origins
-from curvalg.runs.run_file import FileName
+from curvalg.runs.run_file import FileName, agreed
 from curvalg.runs.sealed import library_version
 
 FORMAT = 1
@@ -41,7 +41,7 @@ def save(obj: Any, path: FileName, *, problem: Problem | None = None, max_file_b
             No single tensor is cut.
 
     Raises:
-        OptionError: an object of another kind.
+        OptionError: an object of another kind, or vectors of which each process has a part.
         ExpressionError: an operator that has no arrays of its own, or a term that is not registered.
         CheckpointError: no file can be written there.
 
@@ -70,6 +70,7 @@ def save(obj: Any, path: FileName, *, problem: Problem | None = None, max_file_b
             f"save() writes expressions, operators and {', '.join(sorted(known_results()))}; got {type(obj).__name__}. Write "
             "tensors with torch.save or safetensors"
         )
+    require_whole_result(type(obj).__name__, layout, tensors)
     known = origins(obj) if isinstance(obj, Expr) else []
     if problem is not None and not known:
         known = [identity(problem, problem.snapshot())]
@@ -82,5 +83,6 @@ def save(obj: Any, path: FileName, *, problem: Problem | None = None, max_file_b
         "layout": None if layout is None else describe_layout(layout),
         "origins": known,
     }
-    if active().rank == 0:
-        write_shards(path, header, tensors, max_file_bytes)
+    group = active().vectors
+    # All wait until it is written, and learn of it where it could not be.
+    agreed(group, lambda: write_shards(path, header, tensors, max_file_bytes) if group.rank == 0 else None)

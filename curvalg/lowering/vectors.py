@@ -76,6 +76,16 @@ def parse(x: Vector, domain: Space, codomain: Space, *, unread: bool = False) ->
     Raises:
         VectorError: wrong kind, shape, dtype or device, or entries that are not finite.
     """
+    operand = _read(x, domain, codomain, unread)
+    if domain.sharded is not None and len(set(found := domain.sharded.together(operand.columns.shape[1]))) > 1:
+        raise VectorError(
+            f"expected the parts of as many columns on all processes, got from {found[0]} to {found[1]}, "
+            f"{operand.columns.shape[1]} on this one; multiply the same vectors on all of them"
+        )
+    return operand
+
+
+def _read(x: Vector, domain: Space, codomain: Space, unread: bool) -> Operand:
     if isinstance(x, Tensor):
         return _from_tensor(x, domain, unread)
     if isinstance(x, np.ma.MaskedArray):

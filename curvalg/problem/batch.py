@@ -14,6 +14,8 @@ from curvalg.errors import LossError
 from curvalg.losses import Loss, LossPoint
 from curvalg.problem.model.layer_record import LayerRecord
 from curvalg.problem.model.outputs import OutputForm
+from curvalg.tensors import trees
+from curvalg.tensors.partial_tensors import PartOfVector
 from curvalg.tensors.random_numbers import uniforms
 
 Samples = Literal["item", "position", "element"]
@@ -122,6 +124,17 @@ class Batch:
         if self._loss is None:
             raise LossError("this quantity needs a loss, but the problem was made with loss=None")
         return self._make_point()
+
+    @property
+    def weightless(self) -> bool:
+        """Whether it counts for nothing: its process joins in the model calls of others, which have more batches."""
+        return self._share == 0
+
+    def counted(self, statistics: Any) -> Any:
+        """What a term made of the batch: zeros where it is weightless, but for parts of vectors, which are sums already."""
+        if not self.weightless:
+            return statistics
+        return trees.tensor_map(lambda t: t if isinstance(t, PartOfVector) else torch.zeros_like(t), statistics)
 
     @property
     def has_loss(self) -> bool:
@@ -351,7 +364,7 @@ class Batch:
 
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Vector-Jacobian product Jᵀu of this batch, shape (D,)."""
-        return self._pullback(cotangent)
+        return self._pullback(torch.zeros_like(cotangent) if self.weightless else cotangent)
 
     def per_sample_gradients(self) -> dict[str, Tensor]:
         """Gradients ∇cₙ by parameter, (n, *parameter.shape); n counts rows, or positions in row-major order.

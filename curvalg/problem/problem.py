@@ -345,7 +345,7 @@ class Problem(Setting):
             _ = self.totals  # known to all before any of them reads a batch
         samples: Iterable[ReadBatch] = self.read(order_matters)
         if self.group.sharded:
-            samples = filled(samples, self.totals)
+            samples = filled(samples, self.totals.most_batches, self.totals.borrowed)
         if self.progress:
             samples = tqdm(samples, "batches", leave=False)
         try:

@@ -434,6 +434,11 @@ def laplace(
         raise OptionError(
             f"laplace: expected a Problem, got {type(problem).__name__}; make one by Problem(model, loss, data)"
         )
+    if problem.layout.whole is not problem.layout:
+        raise ExpressionError(
+            "laplace: a posterior needs whole matrices over the parameters, but those of the problem are sharded; make the "
+            "Problem of a whole model on every process (group= without shard=)"
+        )
     expr = parse(curvature) if isinstance(curvature, str) else curvature
     if not isinstance(expr, Expr) or expr.facts(problem.facts).symmetric is False:
         raise ExpressionError(f"laplace: expected a symmetric matrix such as 'kfac', got {curvature!r}")

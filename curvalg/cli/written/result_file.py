@@ -18,6 +18,7 @@ from curvalg.cli.written.places import require_writable
 from curvalg.distributed.group import active
 from curvalg.errors import ProblemError
 from curvalg.estimate import Result
+from curvalg.files.results import require_whole_result
 from curvalg.lowering import CurvatureOperator
 
 
@@ -79,9 +80,11 @@ def _numpy(path: Path, result: Result, op: CurvatureOperator, about: Mapping[str
     cuts = (
         {} if layout is None else {"names": layout.names, "sizes": [s.stop - s.start for s in layout.slices.values()]}
     )
-    if active().rank == 0:
+    found = arrays(result)
+    require_whole_result(type(result).__name__, layout, found)
+    if active().vectors.rank == 0:
         named: dict[str, Any] = {
-            **arrays(result),
+            **found,
             **{name: np.asarray(value) for name, value in {**about, **cuts}.items()},
         }
         np.savez(path, **named)

@@ -4,8 +4,8 @@ cut again."""
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -69,6 +69,12 @@ class ShardedProcesses(Processes):
     def vectors(self) -> Processes:
         """The exchanges of sums over the numbers of vectors, between all processes."""
         return self._vectors
+
+    @contextmanager
+    def together(self, what: object) -> Iterator[None]:
+        with super().together(what):
+            self._vectors._what = self._what
+            yield
 
     def multiplying(self, operand: Tensor) -> None:
         """Nothing is compared: every rank has numbers of its own."""

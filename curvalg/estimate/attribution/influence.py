@@ -22,6 +22,7 @@ from curvalg.lowering import CurvatureOperator
 from curvalg.lowering.inverses.rounding import noise
 from curvalg.lowering.vectors import Vector, parse
 from curvalg.problem import Layout, Problem
+from curvalg.problem.model.sharded import require_whole_vectors
 from curvalg.runs.checkpoint import Checkpoint
 from curvalg.runs.run import run
 from curvalg.runs.run_file import FileName, require_place
@@ -227,6 +228,7 @@ def _together(group: Group, parts: Iterator[ScoreBatch]) -> Iterator[ScoreBatch]
 
 def require_all_parameters(op: CurvatureOperator, function: str) -> None:
     require_operator(op, function)
+    require_whole_vectors(op.problem, function)
     size = op.problem.size
     if "outputs" in (op.expr.domain, op.expr.codomain) or op.shape != (size, size):
         raise ExpressionError(

@@ -37,4 +37,4 @@ def bilinear(op: CurvatureOperator, left: Vector, right: Vector) -> Tensor:
     g = parse(left, op._codomain, op._codomain).columns
     h = parse(right, op._domain, op._domain).columns
     product: Tensor = op @ h
-    return wide(g).T @ wide(product)
+    return op._codomain.vectors.gram(wide(g).T.contiguous(), wide(product).T.contiguous())

@@ -21,6 +21,7 @@ from curvalg.lowering import CurvatureOperator
 from curvalg.problem import Evaluation, Problem, Snapshot
 from curvalg.problem.layers.recorded import RecordedLayers, record_layers
 from curvalg.problem.model.layer_record import LayerRecord
+from curvalg.problem.model.sharded import require_whole_vectors
 from curvalg.problem.verification.row_checks import warn_of_mixed_rows
 
 WIDTH = 32
@@ -60,6 +61,8 @@ def functional_variance(op: CurvatureOperator, problem: Problem, *, diagonal: bo
     """
     require_operator(op, "functional_variance")
     require_problem(problem, "functional_variance")
+    for shared in (op.problem, problem):
+        require_whole_vectors(shared, "functional_variance")
     _require_parameters(op, problem)
     snapshot = op.snapshot if problem is op.problem else problem.snapshot()
     made, group = _Variance(op), op.problem.group

@@ -41,7 +41,7 @@ def summed_by_owners(
             recorded = record_together(evaluation)
             compare_together(recorded)
             for term in terms:
-                sums[term].add(method(term, recorded.batch))
+                sums[term].add(recorded.batch.counted(method(term, recorded.batch)))
                 recorded.finish()
     wide = [total.wide for total in sums.values()]
     names = [frozenset(some) for some in ownership(problem, snapshot).layers.names]

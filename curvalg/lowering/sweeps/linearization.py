@@ -240,10 +240,11 @@ class Linearization:
         return problem.group.vectors.sum(found) if problem.group.sharded else found
 
     def _reduce(self, term: DatasetTerm, recorded: Staged, tangent: Tensor, prepared: dict[DatasetTerm, Any]) -> Any:
-        recorded.batch.evaluate_loss()
+        batch = recorded.batch
+        batch.evaluate_loss()
 
         def reduce(part: Tensor) -> Any:
-            return mapped(lambda t: call(term, "reduce", recorded.batch, t, prepared[term]), part)
+            return mapped(lambda t: batch.counted(call(term, "reduce", batch, t, prepared[term])), part)
 
         return chunked(reduce, self.widths.unmeasured, tangent)
 

@@ -88,7 +88,7 @@ class Sweep:
             u = call(term, "cotangent", batch)
             if u is not None:
                 total = _accumulate(total, coefficient, fitting(term, "cotangent", u, batch.output))
-        return torch.zeros_like(batch.output) if total is None else total
+        return torch.zeros_like(batch.output) if total is None or batch.weightless else total
 
     def rate(self, batch: Batch, tangent: Tensor, prepared: Prepared, totals: Totals) -> Tensor:
         """The sum Σ cᵢ u̇ᵢ for one tangent, of the output's shape."""
@@ -100,7 +100,7 @@ class Sweep:
                 rate = call(term, "cotangent_dot", batch, tangent)
             if rate is not None:
                 result = _accumulate(result, coefficient, fitting(term, "cotangent_dot", rate, tangent))
-        return torch.zeros_like(tangent) if result is None else result
+        return torch.zeros_like(tangent) if result is None or batch.weightless else result
 
     def rate_of(self, batch: Batch) -> Rate:
         """A function ż -> Σ cᵢ u̇ᵢ, for sweeps without data-set terms."""
@@ -130,7 +130,7 @@ def prepare(
         sums = {term: problem.sum() for term in missing}
         for batch in (e.evaluate() for e in problem.evaluations(snapshot)) if batches is None else batches():
             for term in missing:
-                sums[term].add(call(term, "prepare", batch))
+                sums[term].add(batch.counted(call(term, "prepare", batch)))
         for term, total in problem.totalled(sums).items():
             cache.put("prepared", term, total)
     return {term: cache.found("prepared", term) for term in terms}

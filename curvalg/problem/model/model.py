@@ -138,6 +138,11 @@ class ModuleModel:
         return self.module
 
     @property
+    def live(self) -> Mapping[str, Tensor]:
+        """The chosen parameters as the user's code has them."""
+        return self.chosen
+
+    @property
     def entrance(self) -> torch.device | None:
         """The device of the first parameter, where the model expects its inputs; None where that says nothing."""
         return _entrance(self.module.parameters())
@@ -236,6 +241,11 @@ class CallableModel:
     def given(self) -> object:
         """The function; see :class:`ModuleModel`."""
         return self.function
+
+    @property
+    def live(self) -> Mapping[str, Tensor]:
+        """The chosen parameters; see :class:`ModuleModel`."""
+        return self.chosen
 
     @property
     def entrance(self) -> torch.device | None:

@@ -28,6 +28,7 @@ from torch import Generator, Tensor, nn
 
 from curvalg.tensors import trees
 from curvalg.tensors.bits import Bits, ManyBits, SampledBits
+from curvalg.tensors.partial_tensors import is_part
 
 MOST = 200_000
 """Places that are looked at; what lies beyond is not watched."""
@@ -125,7 +126,10 @@ class Watch:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            if value.layout == torch.strided and not value.is_meta and not value.is_nested:
+            if is_part(value):  # compared by the numbers of this process
+                with torch.no_grad():
+                    self.tensors.append((name, None, None, value.to_local()))  # type: ignore[attr-defined]
+            elif value.layout == torch.strided and not value.is_meta and not value.is_nested:
                 self.tensors.append((name, holder, key, value))
         elif isinstance(value, np.ndarray):
             if self._exactly and value.dtype != object:

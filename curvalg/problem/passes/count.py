@@ -19,7 +19,8 @@ from curvalg.problem.data.row_hashes import Fingerprint
 from curvalg.problem.data.totals import Totals
 from curvalg.problem.evaluation import Evaluation
 from curvalg.problem.model.model import recording
-from curvalg.problem.passes.filling import borrow
+from curvalg.problem.passes.copies_of_data import CopiesOfData
+from curvalg.problem.passes.filling import borrow, filled_uncounted
 from curvalg.problem.setting import Setting
 from curvalg.tensors import trees
 
@@ -35,7 +36,16 @@ def count(problem: Setting) -> Totals:
     last: ReadBatch | None = None
     judged: list[Any] = []
     misaligned: tuple[tuple[int, ...], int] | None = None
-    for sample in tqdm(problem.read(), "counting", disable=not problem.progress):
+    copies = CopiesOfData(problem)
+    called = problem.group.sharded and type(loss) is CallableLoss
+    for sample in tqdm(
+        filled_uncounted(problem) if called else problem.read(), "counting", disable=not problem.progress
+    ):
+        if sample.weightless:  # another process has one more batch to try the loss on
+            with problem.differentiating():
+                Evaluation(problem, problem.snapshot(), sample).output()
+            continue
+        copies.add(sample)
         if type(loss) is CallableLoss:  # subclasses know their denominators
             loss = _judge(problem, loss, sample, judged)
             z = trees.tensors(judged[0])[0]
@@ -57,9 +67,10 @@ def count(problem: Setting) -> Totals:
     here = _Counted(
         rows, batches, calls, samples, denominator, None if loss is None else loss.reduction, misaligned, contents
     )
+    copies.require_alike()
     every = problem.group.objects(here)
     before = every[: problem.group.rank]
-    if problem.verify:
+    if problem.compares:
         _require_parts(every)
     rows, samples = sum(c.rows for c in every), sum(c.samples for c in every)
     denominator = sum(c.denominator for c in every)

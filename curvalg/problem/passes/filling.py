@@ -6,21 +6,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from curvalg.problem.data.batches import ReadBatch
-from curvalg.problem.data.totals import Totals
 from curvalg.problem.setting import Setting
 
 
-def filled(samples: Iterable[ReadBatch], totals: Totals) -> Iterator[ReadBatch]:
-    """The batches of this process, and then its last one without weight for each that another process has more."""
-    count, last = 0, totals.borrowed
+def filled(samples: Iterable[ReadBatch], most: int, borrowed: ReadBatch | None) -> Iterator[ReadBatch]:
+    """The batches of this process, and then its last one without weight for each that another process has more.
+
+    Args:
+        samples: the batches.
+        most: the most that a process has.
+        borrowed: in place of the last one, where there is none.
+    """
+    count, last = 0, borrowed
     for sample in samples:
         yield sample
         count, last = count + 1, sample
-    if count < totals.most_batches:
+    if count < most:
         assert last is not None  # who has no batch has borrowed one
         few = last.head(1)
-        for number in range(count, totals.most_batches):
+        for number in range(count, most):
             yield replace(few, index=-1 - number, weightless=True)  # of no batch that there is
+
+
+def filled_uncounted(problem: Setting) -> Iterator[ReadBatch]:
+    """The same before anything was counted: by a pass of its own, which counts the batches."""
+    calls, last = 0, None
+    for sample in problem.read():
+        calls, last = calls + 1, sample
+    every = [int(n) for (n,) in problem.group.numbers(calls)]
+    yield from filled(problem.read(), max(every), borrow(problem, last, every))
 
 
 def borrow(problem: Setting, own: ReadBatch | None, calls: Sequence[int]) -> ReadBatch | None:

@@ -19,7 +19,7 @@ from curvalg.problem.verification.verdicts import rounding
 ROWS = 2
 """Rows that are enough for a comparison."""
 
-OPTIONS = ("samples", "factored", "accumulate", "autocast", "verify", "columns")
+OPTIONS = ("samples", "factored", "accumulate", "autocast", "columns")
 """Options that decide which exchanges follow, or what they are of."""
 
 
@@ -35,7 +35,7 @@ def join(problem: Setting, loss: Any) -> None:
     """
     with problem.together("making a Problem"):
         problem.data.may_be_empty = True
-        problem.progress = problem.progress and not problem.group.rank
+        problem.progress = problem.progress and not problem.group.vectors.rank
         require_shard(problem.data)
         own = {
             "the parameters": [f"{name} {tuple(shape)}" for name, shape in problem.layout.whole.shapes.items()],
@@ -45,10 +45,11 @@ def join(problem: Setting, loss: Any) -> None:
             else (problem.loss.name, problem.loss.reduction, type(loss).__name__),
             "whether the loader shuffles": not problem.data.ordered,
             **{f"{name}=": getattr(problem, name) for name in OPTIONS},
+            "verify=": problem.compares,
             "randomness=": problem.draws.mode,
             "whether anything is kept (cache=)": problem.budget.limit > 0,
         }
-        problem.group.agree(own, "make the Problem with the same model, loss and options on all ranks")
+        problem.group.vectors.agree(own, "make the Problem with the same model, loss and options on all ranks")
 
 
 def compare(problem: Setting) -> None:

@@ -20,10 +20,10 @@ from curvalg.tensors.graph import nodes
 def owned(evaluation: ModelCall) -> Iterator[None]:
     """A context around the first recorded call in which live parameters require gradients, so that graphs show them."""
     problem, sworn = evaluation.problem, evaluation.snapshot.structure.found.sworn
-    if not problem.verify or "graph" in sworn:
+    if not problem.compares or "graph" in sworn:
         yield
         return
-    frozen = [p for p in problem.model.chosen.values() if p.is_leaf and not p.requires_grad and not p.is_inference()]
+    frozen = [p for p in problem.model.live.values() if p.is_leaf and not p.requires_grad and not p.is_inference()]
     try:
         for p in frozen:
             p.requires_grad_(True)
@@ -40,10 +40,10 @@ def swear_graph(evaluation: ModelCall, z: Tensor, leaves: Sequence[Tensor]) -> N
         ProblemError: a parameter is reached in a way that its exchange does not.
     """
     problem, sworn = evaluation.problem, evaluation.snapshot.structure.found.sworn
-    if not problem.verify or "graph" in sworn:
+    if not problem.compares or "graph" in sworn:
         return
     rounding(evaluation, z)  # the graph shows the dtypes that the model computes in
-    live = {id(p): name for name, p in problem.model.chosen.items()}
+    live = {id(p): name for name, p in problem.model.live.items()}
     given = {id(leaf) for leaf in leaves}
     reached = {id(v) for node in nodes([z]) if (v := getattr(node, "variable", None)) is not None}
     if not reached & given:
@@ -70,12 +70,12 @@ def swear_output(evaluation: ModelCall, z: Tensor, earlier: Tensor | None = None
         ProblemError: it does not.
     """
     problem, sworn = evaluation.problem, evaluation.snapshot.structure.found.sworn
-    if not problem.verify or "output" in sworn:
+    if not problem.compares or "output" in sworn:
         return
     sworn.add("output")
     tolerance = rounding(evaluation, z)
     try:
-        if earlier is None and _same_few_rows(evaluation, z, tolerance):
+        if earlier is None and not problem.group.sharded and _same_few_rows(evaluation, z, tolerance):
             return
         again = evaluation.live_output() if earlier is None else earlier
         if z.shape != again.shape or not _close(z, again, tolerance):
@@ -114,7 +114,7 @@ def swear_loss(model: Model, point: CallablePoint) -> None:
     Raises:
         ProblemError: it does not.
     """
-    live = {id(p): name for name, p in model.chosen.items()}
+    live = {id(p): name for name, p in model.live.items()}
     for node in nodes([point.numerator]):
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in live:

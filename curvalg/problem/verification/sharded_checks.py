@@ -33,7 +33,6 @@ def swear_parts(evaluation: ModelCall) -> None:
     problem, sworn = evaluation.problem, evaluation.snapshot.sworn
     if not problem.compares or OATH in sworn:
         return
-    sworn[OATH] = None, frozenset()
     in_double = widest(problem.device) == torch.float64
     call = evaluation.in_double() if in_double else lambda tensors: evaluation.run(tensors)[0]
     values = [t.double() if in_double else t for t in evaluation.values()]
@@ -43,6 +42,7 @@ def swear_parts(evaluation: ModelCall) -> None:
         z, gradients, leaves, u = _gradients(call, values, weight, graph=True)
     except (ProblemError, RuntimeError, TypeError) as error:
         if (in_double and "torch.float" in str(error)) or "dtype" in str(error):
+            sworn[OATH] = None, frozenset()
             return  # it casts inside, and so does not run in double precision on any process
         raise error
     *second, tangent = backward(gradients, [*leaves, u], v)
@@ -64,6 +64,7 @@ def swear_parts(evaluation: ModelCall) -> None:
     rounding = torch.finfo(z.dtype).eps * (gg * ww) ** 0.5 / step
     if abs(dw - hw) > TOLERANCE * (max(dd, hh) * ww) ** 0.5 + 100 * rounding:
         raise _wrong("second", hw, dw)
+    sworn[OATH] = None, frozenset()  # not before: what fails on one process is checked anew by all
 
 
 def _gradients(

@@ -146,6 +146,12 @@ class ShardedSpace(VectorSpace):
     def longest(self, number: float) -> float:
         return float(self.most(torch.tensor([number], dtype=torch.float64, device="cpu")))
 
+    def together(self, columns: int) -> list[int]:
+        fewest, most = self._exchanger.largest(
+            torch.tensor([-columns, columns], dtype=torch.float64, device="cpu")
+        ).tolist()
+        return [int(-fewest), int(most)]
+
 
 def _rooted(squares: Tensor, dtype: torch.dtype) -> Summand:
     """A sum of squares in double precision, of which the root is taken in the end."""

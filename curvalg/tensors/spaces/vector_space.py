@@ -184,6 +184,10 @@ class VectorSpace:
         """The largest of the numbers that the processes have: what one decides by a clock, all decide alike by this."""
         return number
 
+    def together(self, columns: int) -> list[int]:
+        """The numbers of columns that the processes are about to multiply: where they differ, none of them may begin."""
+        return [columns]
+
     # -- vectors that are made -----------------------------------------------------------------------------------------
 
     def normals(self, key: str, start: int, stop: int) -> Tensor:

@@ -2,3 +2,4 @@
 
 from curvalg.problem.model.sharded.refusals import require_unsharded as require_unsharded
 from curvalg.problem.model.sharded.refusals import require_whole as require_whole
+from curvalg.problem.model.sharded.refusals import require_whole_vectors as require_whole_vectors

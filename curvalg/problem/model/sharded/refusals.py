@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from curvalg.errors import ProblemError
+from curvalg.errors import ExpressionError, ProblemError
 from curvalg.tensors.partial_tensors import is_distributed, is_part
 
 
@@ -39,4 +41,22 @@ def require_whole(name: str, tensor: object, kind: str = "parameter") -> None:
             f"{kind} {name!r} is a DTensor, a part of a tensor that is spread over processes; pass group=, the mesh that "
             "the model was sharded over by fully_shard or parallelize_module, or make the Problem of an unsharded copy of the "
             "model (full_tensor(), or the full state dict)"
+        )
+
+
+def require_whole_vectors(problem: Any, what: str) -> None:
+    """Raise where each process holds a part of vectors only, for what takes whole ones or gradients of single samples.
+
+    Args:
+        problem: whose parameters the vectors are over.
+        what: that is asked for, as the user calls it.
+
+    Raises:
+        ExpressionError: its parameters are sharded.
+    """
+    if problem.group.sharded:
+        raise ExpressionError(
+            f"{what} needs whole vectors over the parameters, or gradients of single samples, which no process has where "
+            "parameters are sharded; use products, solves and the estimators that docs/howto/sharded.md lists, or make the "
+            "Problem of a whole model on every process (group= without shard=) where it fits"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ class WeightsOnRequest(dict[str, Any]):
     Args:
         own: what it stands for.
         read: key -> the whole parameter.
+
+    Attributes:
+        own: what it stands for.
     """
 
     def __init__(self, own: Mapping[str, Any], read: Mapping[str, Callable[[], Tensor]]) -> None:
         super().__init__(own)
-        self._own, self._read = own, read
+        self.own, self._read = own, read
 
     def __getitem__(self, key: str) -> Any:
         return self._read[key]() if key in self._read else super().__getitem__(key)
@@ -44,7 +48,7 @@ class WeightsOnRequest(dict[str, Any]):
         return [self[key] for key in self]
 
     def __eq__(self, other: object) -> bool:
-        return other is self._own or other is self
+        return other is self.own or other is self
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -66,6 +70,32 @@ class WithoutSharding(OrderedDict[int, Any]):
 
     def __ne__(self, other: object) -> bool:
         return not self == other
+
+
+class WithoutGathering:
+    """A method that ``register_fsdp_forward_method`` has wrapped, without what gathers around it; equal to the wrapped one.
+
+    Args:
+        own: the wrapped one.
+    """
+
+    def __init__(self, own: MethodType) -> None:
+        self._own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._own.__func__.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._own or other is self
+
+    def __hash__(self) -> int:
+        return hash(self._own)
+
+
+def _gathers(value: Any) -> bool:
+    function = getattr(value, "__func__", None)
+    own = str(getattr(function, "__globals__", {}).get("__name__", ""))
+    return isinstance(value, MethodType) and own.startswith(_SHARDING) and hasattr(function, "__wrapped__")
 
 
 def _shards(hook: Any) -> bool:
@@ -99,6 +129,8 @@ def standing_in(
         for child in fully_sharded(module):
             for name in _HOOKS:
                 put(child, name, WithoutSharding(child.__dict__[name]))
+            for name in [name for name, value in child.__dict__.items() if _gathers(value)]:
+                put(child, name, WithoutGathering(child.__dict__[name]))
         yield
     finally:
         for attributes, name, value in reversed(before):

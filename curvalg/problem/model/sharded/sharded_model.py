@@ -36,13 +36,19 @@ class PartsOfModule(Mapping[str, Any]):
     Args:
         own: the parameters.
         part: parameter -> the part.
+        reshard: has ``fully_shard`` leave parts of the module; None: it was not called on it.
     """
 
-    def __init__(self, own: Mapping[str, Any], part: Callable[[Tensor], Tensor]) -> None:
-        self._own, self._part = own, part
+    def __init__(
+        self, own: Mapping[str, Any], part: Callable[[Tensor], Tensor], reshard: Callable[[], None] | None
+    ) -> None:
+        self._own, self._part, self._reshard = own, part, reshard
 
     def __getitem__(self, key: str) -> Any:
         parameter = self._own[key]
+        if parameter is not None and self._reshard is not None and not is_part(parameter):
+            self._reshard()  # a forward of the user's has left it whole
+            parameter = self._own[key]
         return None if parameter is None else self._part(parameter)
 
     def __iter__(self) -> Iterator[str]:
@@ -68,11 +74,10 @@ class ShardedModel(ModuleModel):
         self.grid = grid
         self._parallel = False
         self._views: dict[int, tuple[Tensor, int, Tensor]] = {}
-        for child in fully_sharded(module):
-            child.reshard()  # type: ignore[operator]  # a forward without a backward leaves the outermost parameters whole
         self._sharded_by_user = bool(fully_sharded(module))
         self._pieces: dict[int, ParameterPart] = {}
         self.module, self.rule = module, rule
+        self._reshard()
         for name, parameter in module.named_parameters():
             self._pieces[id(parameter)] = self._piece(name, parameter)
         selected = params_.selected(module, params)
@@ -146,6 +151,14 @@ class ShardedModel(ModuleModel):
             self._views[id(parameter)] = known = parameter, found.data_ptr(), found
         return known[2]
 
+    def _reshard(self) -> None:
+        """Have parts in the module: a forward leaves the outermost parameters whole, or all of them, until a backward."""
+        for child in fully_sharded(self.module):
+            child.reshard()  # type: ignore[operator]
+
+    def _parts_of(self, own: Mapping[str, Any]) -> PartsOfModule:
+        return PartsOfModule(own, self.part, self._reshard if self._sharded_by_user else None)
+
     def _select(self, params: params_.Selection) -> dict[str, Tensor]:
         return params_.check(
             {name: self.part(p) for name, p in params_.selected(self.module, params).items()}, may_be_empty=True
@@ -158,13 +171,16 @@ class ShardedModel(ModuleModel):
 
     def _find_slots(self) -> list[Slot]:
         parameters = [
-            (name, PartsOfModule(owner, self.part), key)
-            for name, owner, key in params_.slots(self.module, "_parameters")
+            (name, self._parts_of(owner), key) for name, owner, key in params_.slots(self.module, "_parameters")
         ]
         pieces = {name: self._pieces[id(owner[key])] for name, owner, key in params_.slots(self.module, "_parameters")}
         self._parts = pieces
         self._divided = frozenset(name for name, p in pieces.items() if p.ranks > 1 or p.whole != p.block.full)
         return parameters + params_.slots(self.module, "_buffers")
+
+    @property
+    def live(self) -> Mapping[str, Tensor]:
+        return {name: p for name, p in _parameters(self.module) if name in self.chosen}
 
     @property
     def entrance(self) -> torch.device | None:
@@ -182,6 +198,7 @@ class ShardedModel(ModuleModel):
         return self._slots
 
     def update(self) -> None:
+        self._reshard()
         live = dict(self.module.named_parameters(remove_duplicate=False))
         for name in self._names:
             if name in live and id(live[name]) not in self._pieces:
@@ -211,7 +228,7 @@ class ShardedModel(ModuleModel):
             for key, p in own.items():
                 assert unit is not None  # the outermost module is sharded, too
                 known = members[unit]
-                slot = names[id(child._parameters), key], PartsOfModule(child._parameters, self.part), key
+                slot = names[id(child._parameters), key], self._parts_of(child._parameters), key
                 known.setdefault(id(p), slot)
                 places[id(child), key] = unit, list(known).index(id(p))
             for grandchild in child.children():
@@ -292,6 +309,15 @@ class ShardedModel(ModuleModel):
 
     def call_live(self, state: Mapping[str, Tensor], batch: Any) -> Any:
         return self(list(self.chosen.values()), {name: owner[key] for name, owner, key in self._slots}, batch)
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module by name, those themselves also while others stand in for them."""
+    for prefix, child in module.named_modules():
+        own: Any = child._parameters
+        for key, parameter in getattr(own, "own", own).items():
+            if parameter is not None:
+                yield f"{prefix}.{key}" if prefix else key, parameter
 
 
 def _local(parameter: Any) -> Tensor:
