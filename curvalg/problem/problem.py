@@ -35,7 +35,7 @@ from curvalg.problem.passes.count import count
 from curvalg.problem.passes.filling import filled
 from curvalg.problem.passes.first_order import finite, gradient_over, gradient_rows, loss_of
 from curvalg.problem.passes.joining import compare, join
-from curvalg.problem.passes.options import one_of, output_bytes, require_parts, settle_options
+from curvalg.problem.passes.options import one_of, output_bytes, read_for, require_parts, settle_options
 from curvalg.problem.passes.shown import PUBLIC, described, problem_card
 from curvalg.problem.setting import Services, Setting
 from curvalg.tensors.bits import all_finite
@@ -50,8 +50,9 @@ class Problem(Setting):
     Args:
         model: an ``nn.Module``, or a function ``(params: dict, inputs) -> output``.
         loss: a torch loss module, a function of ``torch.nn.functional``, a :class:`~curvalg.losses.Loss`, or any callable
-            ``(output, target) -> scalar``; None suffices for the Jacobian.
-        data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of batches.
+            ``(output, target) -> scalar`` or ``output -> scalar``; None suffices for the Jacobian.
+        data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of batches; with no loss or one
+            of the output alone, inputs ``X`` or batches of them.
         params: the parameters: None (all that require gradients), names or glob patterns, parameters of the model themselves
             (``params=model.head.parameters()``), or a dict.
         forward: ``forward(model, batch) -> output`` for batches that are neither pairs nor mappings.
@@ -154,7 +155,7 @@ class Problem(Setting):
     ) -> None:
         with LOCK:  # while another problem calls the same model, other tensors stand in it
             made = make_model(model, params, forward, shard, group)
-        batches = Data(data, target, needs_target=loss is not None)
+        batches = read_for(loss, data, target)
         super().__init__(made, batches, (loss, reduction), DrawGuard(randomness), Budget(0))
         self.samples: Samples = one_of("samples", samples, ("item", "position", "element"))
         if samples != "item" and self.loss is not None and not self.loss.positions:
@@ -269,8 +270,7 @@ class Problem(Setting):
         >>> problem.value() < before
         True
         """
-        read = Data(data, self.data.target, needs_target=self.data.needs_target)
-        return self._on(read, whole=whole, lossless=False)
+        return self._on(self.data.like(data), whole=whole, lossless=False)
 
     def _on(self, data: Data, *, whole: bool, lossless: bool) -> Problem:
         """The same problem on other data."""
