@@ -10,9 +10,11 @@ from curvalg.errors import CurvalgError, ExpressionError
 from curvalg.expr import (
     Block,
     BlockDiagonal,
+    EntryRestriction,
     Restriction,
     restrict,
 )
+from curvalg.expr.entries import entries_of
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import MatrixTerm
@@ -89,7 +91,9 @@ def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Pla
     def make() -> Expr:
         inner = simplify(bind(expr.expr, problem, snapshot, planner, whole), problem.facts).expr
         leaf = compute(expr, BoundMatrix(inner, problem, planner), snapshot, whole)
-        return leaf if params is None else restrict(leaf, params)
+        if params is None:
+            return leaf
+        return restrict(leaf, params) if (entries := entries_of(params)) is None else EntryRestriction(leaf, entries)
 
     return problem.cached(snapshot).get("matrix", expr, make)
 

@@ -15,6 +15,7 @@ from curvalg.problem.model.sharded.sharded_model import ShardedModel
 _NOT = {
     alg.BlockDiagonal: "block-diagonal matrices",
     alg.Restriction: "sub-matrices",
+    alg.EntryRestriction: "sub-matrices",
     Jacobian: "matrices with rows of outputs",
     LossHessian: "matrices with rows of outputs",
     ArrayLeaf: "arrays over whole parameters",
