@@ -37,7 +37,7 @@ from curvalg.problem.passes.first_order import finite, gradient_over, gradient_r
 from curvalg.problem.passes.joining import compare, join
 from curvalg.problem.passes.options import one_of, output_bytes, read_for, require_parts, settle_options
 from curvalg.problem.passes.shown import PUBLIC, described, problem_card
-from curvalg.problem.passes.with_respect_to import Asked, with_respect_to
+from curvalg.problem.passes.with_respect_to import MadeOf, with_respect_to
 from curvalg.problem.setting import Services, Setting
 from curvalg.tensors.bits import all_finite
 from curvalg.tensors.memory import free_memory
@@ -154,7 +154,7 @@ class Problem(Setting):
         shard: Shard = None,
     ) -> None:
         with LOCK:  # while another problem calls the same model, other tensors stand in it
-            asked = with_respect_to(wrt, Asked(model, data, params, forward, target), loss, randomness, group, shard)
+            asked = with_respect_to(wrt, MadeOf(model, data, params, forward, target), loss, randomness, group, shard)
             made = make_model(asked.model, asked.params, asked.forward, shard, group)
         batches = read_for(loss, asked.data, asked.target)
         super().__init__(made, batches, (loss, reduction), DrawGuard(randomness), Budget(0))

@@ -99,9 +99,20 @@ def test_all_terms_against_torch(name, kind):
     torch.testing.assert_close(inverse(ggn + 0.1 * Identity).lower(problem) @ v, torch.linalg.solve(dense, v))
 
 
+class Counting(Network):
+    """Counts its calls in a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = torch.zeros(1)
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
 def test_the_users_model_is_left_as_it_is():
-    model = Network().train()
-    model.calls = 0
+    model = Counting().train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     hooks = [len(child._forward_hooks) for child in model.modules()]
     for wrt in ("inputs", "activations:middle"):
@@ -110,7 +121,7 @@ def test_the_users_model_is_left_as_it_is():
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert [len(child._forward_hooks) for child in model.modules()] == hooks
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert model.training
+    assert model.training and model.calls.item() == 0
 
 
 def test_data_and_parameters_are_watched():
@@ -132,6 +143,16 @@ def test_a_step_moves_the_perturbation_alone():
     assert torch.equal(inputs, X)
     moved = X - 0.1 * g.reshape(X.shape)
     assert problem.value() == pytest.approx(nn.MSELoss()(MODEL(moved), Y).item())
+
+
+@pytest.mark.parametrize("wrt", ["inputs", "activations:middle"])
+def test_rows_get_what_is_added_to_them(wrt):
+    problem = Problem(MODEL, nn.MSELoss(), (X, Y), wrt=wrt)
+    perturbed = problem.step(random(problem.size), 1.0).model.module
+    rows = torch.tensor([3, 1])
+    whole, part = perturbed(torch.arange(N), (X, Y)), perturbed(rows, (X[rows], Y[rows]))
+    torch.testing.assert_close(part, whole[rows])
+    assert not torch.allclose(whole, MODEL(X))
 
 
 class Two(nn.Module):

@@ -21,7 +21,7 @@ from curvalg.tensors import trees
 ACTIVATIONS = "activations:"
 
 
-class Asked(NamedTuple):
+class MadeOf(NamedTuple):
     """What a problem is made of: as it is given, and as it is where something else than parameters is differentiated by."""
 
     model: Any
@@ -80,7 +80,7 @@ class PerturbedModel(nn.Module):
             hook.remove()
 
 
-def with_respect_to(wrt: str, asked: Asked, loss: Any, randomness: Randomness, group: Any, shard: Any) -> Asked:
+def with_respect_to(wrt: str, asked: MadeOf, loss: Any, randomness: Randomness, group: Any, shard: Any) -> MadeOf:
     """What a problem is made of, given what is differentiated by.
 
     Args:
@@ -120,7 +120,7 @@ def with_respect_to(wrt: str, asked: Asked, loss: Any, randomness: Randomness, g
     batch = {"index": index, "batch": sample.batch}
     if sample.target is not None:
         batch["target"] = sample.target
-    return Asked(perturbed, batch, list(perturbations), _by_index, None)
+    return MadeOf(perturbed, batch, list(perturbations), _by_index, None)
 
 
 def _by_index(model: PerturbedModel, batch: Any) -> Any:
@@ -136,7 +136,7 @@ def _device(model: nn.Module, sample: ReadBatch) -> torch.device:
     return some[0].device
 
 
-def _only_batch(wrt: str, model: nn.Module, asked: Asked, loss: Any) -> ReadBatch:
+def _only_batch(wrt: str, model: nn.Module, asked: MadeOf, loss: Any) -> ReadBatch:
     """The batch, where there is one."""
     reading = read_for(loss, asked.data, asked.target)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
