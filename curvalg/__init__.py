@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from curvalg.expr import DiagonalEstimate as DiagonalEstimate
     from curvalg.expr import DiagonalPart as DiagonalPart
     from curvalg.expr import Eigenbasis as Eigenbasis
+    from curvalg.expr import Entries as Entries
     from curvalg.expr import Expr as Expr
     from curvalg.expr import Facts as Facts
     from curvalg.expr import GradientTerm as GradientTerm
@@ -101,6 +102,7 @@ _EXPR = (
     "DiagonalEstimate",
     "DiagonalPart",
     "Eigenbasis",
+    "Entries",
     "Expr",
     "Facts",
     "GradientTerm",

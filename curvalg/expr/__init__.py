@@ -1,5 +1,6 @@
 """Unbound expressions: nodes, the algebra, terms, facts and printing. Imports no torch."""
 
+from curvalg.expr.entries import Entries
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space
 from curvalg.expr.nodes.approximations import DiagonalEstimate, DiagonalPart, Nystrom, diagonal_part, nystrom
@@ -9,7 +10,7 @@ from curvalg.expr.nodes.composite import MAX_DEPTH
 from curvalg.expr.nodes.constants import Identity, IdentityExpr, Zero, ZeroExpr
 from curvalg.expr.nodes.inverse import SOLVERS, Inverse, inverse
 from curvalg.expr.nodes.products import MAX_FACTORS, Product, multiply
-from curvalg.expr.nodes.restrictions import Restriction, restrict
+from curvalg.expr.nodes.restrictions import EntryRestriction, Restriction, restrict
 from curvalg.expr.nodes.roots import SquareRoot, inv_sqrt, sqrt
 from curvalg.expr.nodes.sums import Sum, add
 from curvalg.expr.nodes.transposes import Transpose, transpose
@@ -48,6 +49,8 @@ __all__ = [
     "DiagonalEstimate",
     "DiagonalPart",
     "Eigenbasis",
+    "Entries",
+    "EntryRestriction",
     "Expr",
     "Facts",
     "GradientTerm",

@@ -176,6 +176,15 @@ class MatrixTerm(NamedExpr):
         """Statistics of this batch, added over batches."""
         raise NotImplementedError(f"{type(self).__name__} must define accumulate(batch, prepared)")
 
+    def repeat(self, stats: Stats, prepared: Stats | None) -> Stats | None:
+        """What the data are passed over once more with, in place of ``prepared``; None: the sums of this pass suffice.
+
+        For a matrix that is found by iterations, as a power iteration: after each pass it is given the sums of
+        :meth:`accumulate`, and what that had for ``prepared``. :meth:`finish` gets those of the last pass. All processes that
+        share a problem call this together, with the same sums.
+        """
+        return None
+
     def of_layers(self, stats: Stats, names: Set[str]) -> Stats:
         """The statistics of the layers over some parameters: the same structure without all other layers.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curvalg.errors import CurvalgWarning, LossError
 from curvalg.expr.facts import LossFacts
-from curvalg.losses.calls import call, name_of
+from curvalg.losses.calls import OutputAlone, call, name_of, takes_output_alone
 from curvalg.losses.closed_forms.cross_entropy import CrossEntropy
 from curvalg.losses.loss import Loss, LossPoint, Structure, rows, width
 from curvalg.losses.output_blocks import square_roots
@@ -23,13 +23,14 @@ from curvalg.tensors import trees
 
 @dataclass(frozen=True, eq=False)
 class CallableLoss(Loss):
-    r"""A callable (output, target) → scalar that couples no samples; all derivatives by autograd.
+    r"""A callable (output, target) → scalar, or of the output alone, that couples no samples; all derivatives by autograd.
 
     A mean loss has rows · fn(output, target) as numerator and the number of rows as denominator, which is right if
     every row counts the same; a sum loss is taken as it is. All weights are 1.
 
     Args:
-        fn: the callable; its output may have any structure of tensors whose first axis holds the samples.
+        fn: the callable; its output may have any structure of tensors whose first axis holds the samples. Of the output alone
+            where it takes one argument and not two; the target then only says how many rows there are.
         reduction: ``"mean"`` or ``"sum"`` over rows; None if not known (taken as it is, see ``infer_reduction``).
         class_axis: the axis of the output that holds classes, if any.
 
@@ -50,6 +51,8 @@ class CallableLoss(Loss):
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise LossError(f"expected a callable (output, target) -> scalar, got {type(self.fn).__name__}")
+        if takes_output_alone(self.fn):
+            object.__setattr__(self, "fn", OutputAlone(self.fn))  # type: ignore[arg-type]
         check_reduction(self.name, self.reduction, ("mean", "sum", None))  # type: ignore[arg-type]
 
     @property
@@ -69,10 +72,11 @@ class CallableLoss(Loss):
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of a module, tensor keywords of a partial."""
-        if isinstance(self.fn, nn.Module):
-            return {**dict(self.fn.named_parameters()), **dict(self.fn.named_buffers())}
-        if isinstance(self.fn, functools.partial):
-            return {name: value for name, value in self.fn.keywords.items() if isinstance(value, Tensor)}
+        fn = self.fn.fn if isinstance(self.fn, OutputAlone) else self.fn
+        if isinstance(fn, nn.Module):
+            return {**dict(fn.named_parameters()), **dict(fn.named_buffers())}
+        if isinstance(fn, functools.partial):
+            return {name: value for name, value in fn.keywords.items() if isinstance(value, Tensor)}
         return {}
 
     def weights(self, target: Structure) -> Tensor:

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor, nn
 
 from curvalg.errors import LossError
 from curvalg.losses.loss import Structure
+
+
+@dataclass(frozen=True)
+class OutputAlone:
+    """A function of the output alone as one of (output, target), which does not look at the target.
+
+    Args:
+        fn: the function.
+    """
+
+    fn: Callable[[Any], Tensor]
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.fn)
+
+    def __call__(self, output: Structure, target: Structure) -> Tensor:
+        return self.fn(output)
+
+
+def takes_output_alone(fn: object) -> bool:
+    """Whether something is a function, or a module, that can be called with one argument and not with two."""
+    if isinstance(fn, type) or not callable(fn):
+        return False
+    try:
+        signature = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn)
+    except (TypeError, ValueError):  # one of torch's own that says nothing of its arguments
+        return False
+    return _binds(signature, 1) and not _binds(signature, 2)
+
+
+def _binds(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def name_of(fn: Callable[..., Any]) -> str:

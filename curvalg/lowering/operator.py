@@ -17,6 +17,7 @@ from curvalg.errors import ConvergenceError, CurvalgWarning, ExpressionError, No
 from curvalg.expr.facts import Facts
 from curvalg.expr.node import Expr, require_hashable, too_deep
 from curvalg.expr.term import needs_model
+from curvalg.lowering.blocks.chosen_entries import part_layout
 from curvalg.lowering.blocks.complete_blocks import resolve
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.explain import explain, operator_card
@@ -128,9 +129,10 @@ class CurvatureOperator(PlannedOperator):
         problem = self.problem
         if name == "outputs":
             return Space(output_sizes(problem, self.snapshot).total, None, problem.dtype, problem.device)
-        restricted = problem if params is None else problem.restricted(params)
         if not problem.group.sharded:
-            return Space(restricted.size, restricted.layout, problem.dtype, problem.device)
+            layout = problem.layout if params is None else part_layout(problem, params)
+            return Space(layout.size, layout, problem.dtype, problem.device)
+        restricted = problem if params is None else problem.restricted(params)
         vectors = restricted.vectors
         return Space(vectors.size, restricted.layout, problem.dtype, problem.device, vectors)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,12 @@ from curvalg.problem.passes.count import count
 from curvalg.problem.passes.filling import filled
 from curvalg.problem.passes.first_order import finite, gradient_over, gradient_rows, loss_of
 from curvalg.problem.passes.joining import compare, join
-from curvalg.problem.passes.options import one_of, output_bytes, require_parts, settle_options
+from curvalg.problem.passes.options import one_of, output_bytes, read_for, require_parts, settle_options
 from curvalg.problem.passes.shown import PUBLIC, described, problem_card
+from curvalg.problem.passes.with_respect_to import MadeOf, with_respect_to
 from curvalg.problem.setting import Services, Setting
 from curvalg.tensors.bits import all_finite
 from curvalg.tensors.memory import free_memory
-
-T = TypeVar("T")
 
 
 class Problem(Setting):
@@ -50,8 +49,10 @@ class Problem(Setting):
     Args:
         model: an ``nn.Module``, or a function ``(params: dict, inputs) -> output``.
         loss: a torch loss module, a function of ``torch.nn.functional``, a :class:`~curvalg.losses.Loss`, or any callable
-            ``(output, target) -> scalar``; None suffices for the Jacobian.
-        data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of batches.
+            ``(output, target) -> scalar`` or ``output -> scalar``; None suffices for the Jacobian.
+        data: ``(X, y)`` (one batch), a list of batches, a DataLoader or any re-iterable of them; ``X`` if no target is needed.
+        wrt: what is differentiated by: "parameters", or, of one batch, an additive perturbation (zero) of "inputs", or of the
+            output of a module, as "activations:layer3", which takes the place of the parameters then.
         params: the parameters: None (all that require gradients), names or glob patterns, parameters of the model themselves
             (``params=model.head.parameters()``), or a dict.
         forward: ``forward(model, batch) -> output`` for batches that are neither pairs nor mappings.
@@ -124,7 +125,6 @@ class Problem(Setting):
     """
 
     services: ClassVar = Services(count, compare, per_sample_gradients, record_layers)
-
     _columns: Literal["auto", "loop"] | int
 
     def __init__(
@@ -133,6 +133,7 @@ class Problem(Setting):
         loss: Any,
         data: Any,
         *,
+        wrt: str = "parameters",
         params: params_.Selection = None,
         forward: Callable[[Any, Any], Any] | None = None,
         target: Callable[[Any], Any] | None = None,
@@ -153,8 +154,9 @@ class Problem(Setting):
         shard: Shard = None,
     ) -> None:
         with LOCK:  # while another problem calls the same model, other tensors stand in it
-            made = make_model(model, params, forward, shard, group)
-        batches = Data(data, target, needs_target=loss is not None)
+            asked = with_respect_to(wrt, MadeOf(model, data, params, forward, target), loss, randomness, group, shard)
+            made = make_model(asked.model, asked.params, asked.forward, shard, group)
+        batches = read_for(loss, asked.data, asked.target)
         super().__init__(made, batches, (loss, reduction), DrawGuard(randomness), Budget(0))
         self.samples: Samples = one_of("samples", samples, ("item", "position", "element"))
         if samples != "item" and self.loss is not None and not self.loss.positions:
@@ -269,8 +271,7 @@ class Problem(Setting):
         >>> problem.value() < before
         True
         """
-        read = Data(data, self.data.target, needs_target=self.data.needs_target)
-        return self._on(read, whole=whole, lossless=False)
+        return self._on(self.data.like(data), whole=whole, lossless=False)
 
     def _on(self, data: Data, *, whole: bool, lossless: bool) -> Problem:
         """The same problem on other data."""

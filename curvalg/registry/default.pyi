@@ -79,6 +79,19 @@ def build(
     factored_damping: float = ...,
 ) -> Expr: ...
 @overload
+def build(
+    name: Literal["kfoc"],
+    /,
+    *,
+    fisher: Literal["exact", "mc", "empirical"] = ...,
+    joint: bool = ...,
+    rest: Literal["small", "refuse", "diagonal", "exact"] = ...,
+    samples: int = ...,
+    seed: int = ...,
+    iterations: int = ...,
+    tol: float = ...,
+) -> Expr: ...
+@overload
 def build(name: Literal["loss_hessian"], /) -> Expr: ...
 @overload
 def build(name: Literal["ntk"], /) -> Expr: ...

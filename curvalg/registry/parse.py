@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from curvalg.errors import ExpressionError
+from curvalg.expr.entries import Entries
 from curvalg.expr.node import Expr
 from curvalg.registry import default
 from curvalg.registry.messages import ALLOWED, located
@@ -20,15 +21,17 @@ from curvalg.registry.spec import RESERVED
 _STRING_OR_LEAF = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?P<leaf>[A-Za-z_]\w*<[^<>]*>)""")
 
 
-def parse(text: str, *, leaves: Mapping[str, Expr] = MappingProxyType({}), registry: Registry | None = None) -> Expr:
+def parse(
+    text: str, *, leaves: Mapping[str, Expr | Entries] = MappingProxyType({}), registry: Registry | None = None
+) -> Expr:
     """The expression that a text denotes: ``parse(str(e)) == e`` for every expression without arrays.
 
     Numbers are exact: ``1/3`` is a third, ``0.1`` a tenth.
 
     Args:
         text: an expression as it prints.
-        leaves: name -> expression for what no text can hold; the name is an identifier (``D``) or exactly what a leaf
-            prints as (``Diagonal<3, float64>``). Comes before the registry.
+        leaves: name -> expression, or entries, for what no text can hold; the name is an identifier (``D``) or exactly what a
+            leaf prints as (``Diagonal<3, float64>``). Comes before the registry.
         registry: where names are looked up; None: the default one.
 
     Returns:
@@ -80,14 +83,14 @@ def _syntax_tree(text: str) -> ast.expr:
 
 
 def _check_leaf(name: Any, leaf: Any) -> None:
-    if not isinstance(leaf, Expr):
-        raise ExpressionError(f"leaves: expected an expression for {name!r}, got {type(leaf).__name__}")
+    if not isinstance(leaf, (Expr, Entries)):
+        raise ExpressionError(f"leaves: expected an expression, or entries, for {name!r}, got {type(leaf).__name__}")
     match = _STRING_OR_LEAF.fullmatch(name) if isinstance(name, str) else None
     if not (isinstance(name, str) and (name.isidentifier() or (match and match["leaf"]))) or name in RESERVED:
         raise ExpressionError(f"leaves: expected a name such as 'D' or 'Diagonal<3, float64>', got {name!r}")
 
 
-def _with_placeholders(source: str, leaves: Mapping[str, Expr]) -> tuple[str, dict[str, Expr]]:
+def _with_placeholders(source: str, leaves: Mapping[str, Expr | Entries]) -> tuple[str, dict[str, Expr | Entries]]:
     """The text with what leaves print as replaced by identifiers of the same length (so that places stay right)."""
     named = {name: leaf for name, leaf in leaves.items() if name.isidentifier()}
     made: dict[str, str] = {}

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from curvalg.errors import CurvalgError, ExpressionError, OptionError, RegistryError, TermOptionError
 from curvalg.expr import (
     Block,
+    Entries,
     Expr,
     Identity,
     Zero,
@@ -39,9 +40,10 @@ MAX_POWER = 1000
 class Reader:
     """Turns a syntax tree into an expression (or, on the way, into exact numbers)."""
 
-    def __init__(self, source: str, leaves: Mapping[str, Expr], registry: Registry) -> None:
+    def __init__(self, source: str, leaves: Mapping[str, Expr | Entries], registry: Registry) -> None:
         self.source = source
-        self.leaves = leaves
+        self.leaves = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Expr)}
+        self.entries = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Entries)}
         self.registry = registry
         self.depth = 0
         self.calls: dict[str, Callable[[ast.Call], Expr]] = {
@@ -119,6 +121,8 @@ class Reader:
     def _name(self, node: ast.Name) -> Expr:
         if node.id in self.leaves:
             return self.leaves[node.id]
+        if node.id in self.entries:
+            self.fail(node, "entries are no operator; they are the second argument of restrict(expression, entries)")
         if node.id in ("identity", "Identity"):
             return Identity
         if node.id in ("zero", "Zero"):
@@ -242,7 +246,8 @@ class Reader:
         inner, params = self._arguments(node, names, "restrict(expression, 'name') or restrict(expression, ['a', 'b'])")
         expr = self.read(inner)
         self._options(node, (), names)
-        patterns = self._literal(params)
+        entries = self.entries.get(params.id) if isinstance(params, ast.Name) else None
+        patterns = self._literal(params) if entries is None else entries
         with self.at(params):
             return restrict(expr, patterns)
 

@@ -12,6 +12,7 @@ from typing import Any
 from curvalg.expr import (
     BlockDiagonal,
     DiagonalPart,
+    EntryRestriction,
     Identity,
     Inverse,
     Product,
@@ -89,7 +90,7 @@ LAWS: tuple[Law, ...] = (
     Law("transpose of a sum", "(a*A + b*B + c*I).T = a*A.T + b*B.T + c*I", Transpose, transposes.of(Sum), lambda w: [(2 * w.A - w.B + 3 * Identity).T]),
     Law("transpose of a product", "(A @ B).T = B.T @ A.T", Transpose, transposes.of(Product), lambda w: [(w.A @ w.B).T, (w.A @ w.S @ w.B).T]),
     Law("transpose of an inverse", "inverse(A).T = inverse(A.T)", Transpose, transposes.of(Inverse), lambda w: [inverse(w.A).T]),
-    Law("transpose of a sub-matrix", "restrict(A, p).T = restrict(A.T, p)", Transpose, transposes.of(Restriction), lambda w: [restrict(w.A, "a").T]),
+    Law("transpose of a sub-matrix", "restrict(A, p).T = restrict(A.T, p)", Transpose, transposes.of(Restriction, EntryRestriction), lambda w: [restrict(w.A, "a").T, restrict(w.A, {"a": slice(1), "m.w": ...}).T]),
     Law("transpose of blocks", "block_diagonal(A).T = block_diagonal(A.T)", Transpose, transposes.of(BlockDiagonal), lambda w: [block_diagonal(w.A).T, w.FINE.T]),
     Law("transpose of a Kronecker product", "(F ⊗ G).T = F.T ⊗ G.T", Transpose, transposes.of_kronecker, lambda w: [w.K.T, 2 * w.K.T @ w.A]),
     Law("transpose of low rank", "(L C R.T).T = R C.T L.T", Transpose, transposes.of_low_rank, lambda w: [w.R.T]),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvalg.distributed.making import make_group
 from curvalg.problem import Batch, Layout, Problem
-from curvalg.problem.data.batches import Data, call_model
+from curvalg.problem.data.batches import call_model
 from curvalg.problem.model.parameters import Forms
 from curvalg.problem.passes.joining import join
 from curvalg.tensors import trees
@@ -59,7 +59,7 @@ def rebatched(problem: Problem, sizes: Sequence[int]) -> Problem:
         pieces.append([leaf[start : start + size] for leaf in joined])
         start += size
     twin = variant(problem)
-    twin.data = Data([trees.unflatten(form, piece) for piece in pieces], problem.data.target, problem.data.needs_target)
+    twin.data = problem.data.like([trees.unflatten(form, piece) for piece in pieces])
     return twin
 
 
@@ -110,7 +110,7 @@ def in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:
     twin.layout = Layout(twin.model.chosen)
     twin.dtype = twin.layout.dtype
     source = [trees.tensor_map(cast, batch) for batch in problem.data.source]
-    twin.data = Data(source, problem.data.target, problem.data.needs_target)
+    twin.data = problem.data.like(source)
     return twin
 
 

@@ -74,7 +74,8 @@ def cost(label: str, batch: Batch, fisher: Fisher, samples: int, passes: int) ->
     drawn = samples if fisher == "mc" else 1
     counts = {"exact": batch.loss_rank, "mc": drawn * each, "empirical": each}
     what = {"exact": "exact columns of the loss", "mc": "draws", "empirical": "gradients"}[fisher]
-    twice = ", in each of two passes over the data" if passes == 2 else ""
+    several = "two" if passes == 2 else f"at most {passes}"
+    twice = f", in each of {several} passes over the data" if passes > 1 else ""
     others = ", ".join(f"fisher={kind!r} takes {count:,}" for kind, count in counts.items() if kind != fisher)
     return f"{label}: {what}, {counts[fisher]:,} for each row, a backward pass over a batch for each{twice}; {others}"
 

@@ -33,7 +33,7 @@ def test_callables_read_attributes_and_give_derivatives_of_the_same_structure():
 
 
 def test_losses_of_other_arguments_are_told_what_is_expected():
-    for fn in (nn.CTCLoss(), nn.TripletMarginLoss(), lambda output: output.sum()):
+    for fn in (nn.CTCLoss(), nn.TripletMarginLoss(), lambda: torch.zeros(())):
         calls = (
             lambda fn=fn: CallableLoss(fn, reduction="mean").at(Z, Z),
             lambda fn=fn: infer_reduction(fn, Z, Z),

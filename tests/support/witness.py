@@ -69,6 +69,8 @@ class DenseWorld:
 
     def length(self, space: str | None, params: Sequence[str] | None = None) -> int:
         """Dimension of a space."""
+        if params and isinstance(params[0], alg.Entries):
+            return len(self.among(params[0]))
         if params:
             return len(self.positions(params))
         return self.outputs if space == "outputs" else self.size
@@ -194,6 +196,23 @@ class DenseWorld:
         keep, inner = self.positions(expr.params), self.dense(expr.expr, self.size)
         inner = inner[keep] if expr.expr.codomain == "parameters" else inner
         return inner[:, keep] if expr.expr.domain == "parameters" else inner
+
+    @_dense.register
+    def _(self, expr: alg.EntryRestriction, size: int) -> Array:
+        keep, inner = self.among(expr.entries), self.value(expr.expr)
+        inner = inner[keep] if expr.expr.codomain == "parameters" else inner
+        return inner[:, keep] if expr.expr.domain == "parameters" else inner
+
+    def among(self, entries: alg.Entries) -> list[int]:
+        """Rows of entries, which are given by slices and ..., among those of their parameters."""
+        rows: list[int] = []
+        start = 0
+        for name in self.groups:
+            if name in entries.choices:
+                every = range(start, start := start + len(self.groups[name]))
+                choice = entries.choices[name]
+                rows += every[choice] if isinstance(choice, slice) else every
+        return rows
 
     @_dense.register
     def _(self, expr: alg.BlockDiagonal, size: int) -> Array:

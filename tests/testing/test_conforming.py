@@ -26,7 +26,7 @@ def test_first_party_plugins(name):
     check_term(name, problems=FEW)
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac", "foof"])
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "kfoc", "foof"])
 def test_matrices_of_whole_layers(name):
     check_term(f"{name}(rest='diagonal')")
 

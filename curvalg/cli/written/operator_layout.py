@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from curvalg.lowering import CurvatureOperator
+from curvalg.lowering.blocks.chosen_entries import part_layout
 from curvalg.problem import Layout
 
 
@@ -17,5 +18,4 @@ def layout_of(op: CurvatureOperator) -> Layout | None:
     """
     if op.expr.domain == "outputs":
         return None
-    patterns = op.expr.domain_params
-    return (op.problem if patterns is None else op.problem.restricted(patterns)).layout
+    return part_layout(op.problem, op.expr.domain_params)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from curvalg.errors import ExpressionError, OptionError
+from curvalg.expr.entries import Entries
 from curvalg.expr.facts import Facts, LossFacts
 from curvalg.expr.node import Expr, Space, require_hashable
 
@@ -196,6 +197,8 @@ def as_patterns(params: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ExpressionError: empty, or not strings.
     """
+    if isinstance(params, tuple) and params and isinstance(params[0], Entries):
+        return params  # of a zero between entries
     given = (params,) if isinstance(params, str) or not isinstance(params, Iterable) else tuple(params)
     patterns = tuple(p for i, p in enumerate(given) if p not in given[:i])
     if not patterns or not all(isinstance(p, str) and p for p in patterns):

@@ -14,7 +14,7 @@ from curvalg.expr.nodes.composite import settled
 from curvalg.expr.nodes.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.nodes.inverse import Inverse
 from curvalg.expr.nodes.products import Product
-from curvalg.expr.nodes.restrictions import Restriction
+from curvalg.expr.nodes.restrictions import EntryRestriction, Restriction
 from curvalg.expr.nodes.roots import SquareRoot
 from curvalg.expr.nodes.sums import Sum
 from curvalg.expr.nodes.transposes import Transpose
@@ -135,6 +135,13 @@ def _(expr: BlockDiagonal) -> str:
 def _(expr: Restriction) -> str:
     names = _escape(", ".join(expr.params))
     return rf"{_latex_base(expr.expr)}\big|_{{\mathrm{{{names}}}}}"
+
+
+@_latex.register
+def _(expr: EntryRestriction) -> str:
+    inner = expr.expr.expr if isinstance(expr.expr, Restriction) else expr.expr
+    names = _escape(str(expr.entries)[len("Entries<") : -1].split(";")[0])
+    return rf"{_latex_base(inner)}\big|_{{\mathrm{{{names}}}}}"
 
 
 @_latex.register

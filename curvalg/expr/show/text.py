@@ -15,7 +15,7 @@ from curvalg.expr.nodes.composite import settled
 from curvalg.expr.nodes.constants import IdentityExpr, ZeroExpr
 from curvalg.expr.nodes.inverse import Inverse
 from curvalg.expr.nodes.products import Product
-from curvalg.expr.nodes.restrictions import Restriction
+from curvalg.expr.nodes.restrictions import EntryRestriction, Restriction
 from curvalg.expr.nodes.roots import SquareRoot
 from curvalg.expr.nodes.sums import Sum
 from curvalg.expr.nodes.transposes import Transpose
@@ -192,6 +192,14 @@ def text_block(block: Block) -> str:
 @_text.register
 def _(expr: Restriction) -> tuple[str, int]:
     return call("restrict", [text(expr.expr), patterns(expr.params)], {}), ATOM
+
+
+@_text.register
+def _(expr: EntryRestriction) -> tuple[str, int]:
+    inner = expr.expr
+    if isinstance(inner, Restriction) and inner.params == expr.entries.names:
+        inner = inner.expr  # as it is written
+    return call("restrict", [text(inner), repr(expr.entries)], {}), ATOM
 
 
 @_text.register

@@ -10,7 +10,7 @@ from curvalg.expr.nodes.approximations import DiagonalEstimate, DiagonalPart
 from curvalg.expr.nodes.block_diagonal import Block, BlockDiagonal
 from curvalg.expr.nodes.constants import Identity
 from curvalg.expr.nodes.inverse import Inverse
-from curvalg.expr.nodes.restrictions import Restriction
+from curvalg.expr.nodes.restrictions import EntryRestriction, Restriction
 from curvalg.expr.nodes.roots import SquareRoot
 from curvalg.expr.nodes.sums import Sum
 from curvalg.expr.show.text import changed, number, patterns, text
@@ -80,6 +80,11 @@ def _(expr: DiagonalPart | DiagonalEstimate) -> tuple[str, list[Branch]]:
 @_node.register
 def _(expr: Restriction) -> tuple[str, list[Branch]]:
     return f"restrict {patterns(expr.params)}", [("", expr.expr)]
+
+
+@_node.register
+def _(expr: EntryRestriction) -> tuple[str, list[Branch]]:
+    return f"restrict {expr.entries}", [("", expr.expr)]
 
 
 @_node.register

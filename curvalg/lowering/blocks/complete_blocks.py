@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, BlockDiagonal, Expr, Restriction, Zero, restrict
+from curvalg.expr.entries import entries_of
 from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import NamedExpr
 from curvalg.lowering.blocks.submatrices import block_problem, inside, is_inside, partition, submatrix
@@ -81,6 +82,11 @@ def _block(names: tuple[str, ...], block: Block, is_part: bool, problem: Problem
     """A block whose expression is about its own parameters wherever that is the same."""
     expr = simplify(restrict(block.expr, names) if is_part else block.expr, problem.facts).expr
     if (params := expr.domain_params) is not None:
+        if (entries := entries_of(params)) is not None:
+            raise ExpressionError(
+                f"the block over {list(names)} holds a sub-matrix over {entries}, but blocks are over whole parameters; "
+                "restrict the block-diagonal matrix instead: restrict(block_diagonal(A), entries)"
+            )
         if params_.match(params, problem.layout.names) != params_.match(names, problem.layout.names):
             raise ExpressionError(
                 f"the block over {list(names)} holds an expression restricted to {list(params)}; they must be the same"

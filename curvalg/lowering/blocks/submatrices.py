@@ -8,6 +8,7 @@ from fractions import Fraction
 import curvalg.expr as alg
 from curvalg.errors import ExpressionError
 from curvalg.expr import Block, Expr, Partition
+from curvalg.expr.entries import entries_of
 from curvalg.expr.nodes.arrays import ArrayLeaf
 from curvalg.expr.term import GradientTerm, MatrixTerm, Term
 from curvalg.expr.terms import Jacobian, LossHessian
@@ -61,7 +62,7 @@ def inside(expr: Expr, problem: Problem) -> tuple[Expr, Problem]:
     restrict(A, p) + c I becomes A + c I on the problem over p, so that whatever is known of A can be used.
     """
     params = expr.domain_params
-    if params is None or expr.domain != expr.codomain:
+    if params is None or expr.domain != expr.codomain or entries_of(params) is not None:
         return expr, problem
     restricted = problem.restricted(params)
     total = expr if isinstance(expr, alg.Sum) else alg.Sum({expr: Fraction(1)}, Fraction(0))

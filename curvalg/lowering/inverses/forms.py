@@ -16,7 +16,6 @@ from curvalg.errors import ExpressionError
 from curvalg.expr import (
     SOLVERS,
     BlockDiagonal,
-    Diagonal,
     Eigenbasis,
     Expr,
     Identity,
@@ -27,6 +26,7 @@ from curvalg.expr import (
     add,
 )
 from curvalg.expr.affine_form import affine
+from curvalg.lowering.blocks.diagonal_values import DIAGONAL, diagonal_values
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
 from curvalg.lowering.inverses.kronecker_spectra import eigenvalues, spectrum
@@ -84,15 +84,15 @@ def _like(matrix: BoundMatrix) -> Tensor:
 @_form("diagonal")
 def _diagonal(matrix: BoundMatrix) -> Offer:
     parts, shift = affine(matrix.expr)
-    diagonals = [(c, part) for c, part in parts if isinstance(part, Diagonal)]
-    if len(diagonals) < len(parts):
+    found = [(c, diagonal_values(part, matrix.problem) if isinstance(part, DIAGONAL) else None) for c, part in parts]
+    if any(values is None for _, values in found):
         return "the matrix is not made of diagonals and the identity"
 
     def make(_: Snapshot) -> Structure:
         like = _like(matrix)
         values = like.new_full((matrix.size,), shift)
-        for c, part in diagonals:
-            values = values + c * tensor(part.values, like)
+        for c, part in found:
+            values = values + c * tensor(part, like)
         basis, noise = UnitBasis(matrix.size, like.to(matrix.problem.dtype)), None if shift else 0.0  # a sum can cancel
         return Spectral(matrix.size, values, basis, what=str(matrix.expr), noise=noise)
 

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 from curvalg.expr import Expr, Facts
+from curvalg.lowering.blocks.chosen_entries import part_layout
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.blocks.submatrices import inside
 from curvalg.lowering.inverses.kronecker_spectra import Spectra, decompose_together
@@ -55,7 +56,7 @@ class BoundMatrix:
             if self.expr.domain == "outputs":
                 self._size = output_sizes(self.problem, self.problem.snapshot()).total
             else:
-                self._size = self.problem.size if params is None else self.problem.restricted(params).size
+                self._size = self.problem.size if params is None else part_layout(self.problem, params).size
         return self._size
 
     @property

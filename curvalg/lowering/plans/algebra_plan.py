@@ -5,14 +5,16 @@ A plan is a small tree. Terms of one sum that share their input share a sweep; a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from curvalg.expr import EntryRestriction
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
+from curvalg.lowering.blocks.chosen_entries import ChosenEntries, choose_entries, part_layout
 from curvalg.lowering.blocks.output_rows import output_sizes
 from curvalg.lowering.blocks.rows import RowRanges, by_blocks
 from curvalg.lowering.lines import alike, indent
@@ -127,7 +129,7 @@ class SubmatrixPlan(Plan):
 
     whole: Plan
     size: int
-    places: RowRanges
+    places: RowRanges | ChosenEntries
     domain: bool
     codomain: bool
     label: str
@@ -146,6 +148,17 @@ class SubmatrixPlan(Plan):
 
     def lines(self, snapshot: Snapshot) -> list[str]:
         return [f"sub-matrix over {self.label}", *indent(self.whole.lines(snapshot))]
+
+
+def entry_plan(expr: EntryRestriction, problem: Problem, plan: Callable[[Expr, Problem], Plan]) -> Plan:
+    """The plan of a sub-matrix over entries: some rows and columns of the one over their parameters."""
+    chosen, inner = choose_entries(problem, expr.entries), expr.expr
+    if isinstance(
+        inner, ArrayLeaf
+    ):  # made of products with the sub-matrix; what is given whole is restricted by name first
+        return LeafPlan(inner)
+    domain, codomain = (space == "parameters" for space in (inner.domain, inner.codomain))
+    return SubmatrixPlan(plan(inner, problem), chosen.among, chosen, domain, codomain, str(expr.entries))
 
 
 @dataclass(frozen=True)
@@ -167,11 +180,12 @@ class ZeroPlan(Plan):
 
     problem: Problem
     codomain: str | None
+    params: tuple[str, ...] | None = None
 
     def apply(self, snapshot: Snapshot, x: Tensor) -> Tensor:
         rows = {
             None: lambda: x.shape[0],
-            "parameters": lambda: self.problem.size,
+            "parameters": lambda: part_layout(self.problem, self.params).size,
             "outputs": lambda: output_sizes(self.problem, snapshot).total,
         }[self.codomain]()
         return x.new_zeros(rows, x.shape[1])

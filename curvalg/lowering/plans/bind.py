@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from curvalg.distributed.group import Group, activated
@@ -10,9 +10,11 @@ from curvalg.errors import CurvalgError, ExpressionError
 from curvalg.expr import (
     Block,
     BlockDiagonal,
+    EntryRestriction,
     Restriction,
     restrict,
 )
+from curvalg.expr.entries import entries_of
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.composite import settled
 from curvalg.expr.term import MatrixTerm
@@ -89,7 +91,9 @@ def _computed(expr: Computed, problem: Problem, snapshot: Snapshot, planner: Pla
     def make() -> Expr:
         inner = simplify(bind(expr.expr, problem, snapshot, planner, whole), problem.facts).expr
         leaf = compute(expr, BoundMatrix(inner, problem, planner), snapshot, whole)
-        return leaf if params is None else restrict(leaf, params)
+        if params is None:
+            return leaf
+        return restrict(leaf, params) if (entries := entries_of(params)) is None else EntryRestriction(leaf, entries)
 
     return problem.cached(snapshot).get("matrix", expr, make)
 
@@ -113,9 +117,21 @@ def _accumulate(terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot) -
     preparing = [t for t in missing if type(t).prepare is not MatrixTerm.prepare]
     sums = _sum(preparing, problem, snapshot, lambda term, batch: call(term, "prepare", batch))
     prepared = {term: call(term, "settle", total) for term, total in sums.items()}
-    stats = _sum(missing, problem, snapshot, lambda term, batch: call(term, "accumulate", batch, prepared.get(term)))
-    for term in missing:
-        cache.put("matrix", term, _finished(term, stats[term], problem.layout, prepared.get(term)))
+    while missing:
+        stats = _statistics(missing, problem, snapshot, prepared)
+        further = {term: call(term, "repeat", stats[term], prepared.get(term)) for term in missing}
+        for term in missing:
+            if further[term] is None:
+                cache.put("matrix", term, _finished(term, stats[term], problem.layout, prepared.get(term)))
+        missing = [term for term in missing if further[term] is not None]
+        prepared |= {term: further[term] for term in missing}
+
+
+def _statistics(
+    terms: list[MatrixTerm], problem: Problem, snapshot: Snapshot, prepared: Mapping[MatrixTerm, Any]
+) -> dict[MatrixTerm, Any]:
+    """The sums of one pass over the data."""
+    return _sum(terms, problem, snapshot, lambda term, batch: call(term, "accumulate", batch, prepared.get(term)))
 
 
 def _finished(term: MatrixTerm, stats: Any, layout: Layout, prepared: Any) -> Expr:

@@ -13,6 +13,7 @@ from torch import Tensor
 from curvalg.errors import ExpressionError
 from curvalg.expr import BlockDiagonal, Diagonal, Eigenbasis, Expr, Identity, Kronecker, LowRank
 from curvalg.expr.affine_form import affine
+from curvalg.lowering.blocks.chosen_entries import part_layout
 from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.blocks.submatrices import block_places, block_problem
 from curvalg.lowering.inverses import forms
@@ -130,8 +131,7 @@ def matrix_blocks(matrix: BoundMatrix, snapshot: Snapshot) -> tuple[MatrixBlock,
         ExpressionError: it is known by its products alone, and too large to be built.
     """
     rows = torch.arange(matrix.size, device=matrix.problem.device)
-    params = matrix.expr.domain_params
-    layout = (matrix.problem if params is None else matrix.problem.restricted(params)).layout
+    layout = part_layout(matrix.problem, matrix.expr.domain_params)
     place = MatrixBlock(params=(), joint=False, kind="dense", rows=rows)
     return tuple(
         replace(block, params=_names(layout, block.rows)) for block in _blocks(matrix.localised(), snapshot, place)

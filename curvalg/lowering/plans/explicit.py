@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvalg.errors import ExpressionError
-from curvalg.expr import Block, BlockDiagonal, Expr, Kronecker, Restriction, restrict
+from curvalg.expr import Block, BlockDiagonal, EntryRestriction, Expr, Kronecker, Restriction, restrict
 from curvalg.expr.term import needs_model
 from curvalg.lowering.blocks.submatrices import block_problem
 from curvalg.lowering.inverses import forms
@@ -32,6 +32,8 @@ def explicit(matrix: BoundMatrix, snapshot: Snapshot) -> Expr:
         blocks = [(b, matrix.of(b.expr, block_problem(matrix.problem, b))) for b in expr.what]
         made = tuple(Block(b.params, explicit(inner, snapshot), joint=b.joint) for b, inner in blocks)
         return BlockDiagonal(made, None, expr.complete)
+    if isinstance(expr, EntryRestriction):
+        return expr.rebuild((explicit(matrix.of(expr.expr), snapshot),))
     side, parts = (expr.domain, expr.domain_params), expr.children
     if parts and not isinstance(expr, Restriction) and all(_acts_on(part, side) for part in parts):
         return expr.rebuild(tuple(explicit(matrix.of(part), snapshot) for part in parts))

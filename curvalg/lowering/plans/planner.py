@@ -35,6 +35,7 @@ from curvalg.lowering.plans.algebra_plan import (
     UnboundPlan,
     ZeroPlan,
     blocks_of,
+    entry_plan,
     own_part,
     shared,
 )
@@ -186,8 +187,7 @@ def _(expr: alg.IdentityExpr, problem: Problem, plan: Planning) -> Plan:
 
 @_rule.register
 def _(expr: alg.ZeroExpr, problem: Problem, plan: Planning) -> Plan:
-    rows = problem if expr.codomain_params is None else problem.restricted(expr.codomain_params)
-    return ZeroPlan(rows, expr.codomain)
+    return ZeroPlan(problem, expr.codomain, expr.codomain_params)
 
 
 def _validate(term: NamedExpr, problem: Problem) -> None:
@@ -365,6 +365,11 @@ def _(expr: alg.Restriction, problem: Problem, plan: Planning) -> Plan:
         codomain=inner.codomain == "parameters",
         label=", ".join(expr.params),
     )
+
+
+@_rule.register
+def _(expr: alg.EntryRestriction, problem: Problem, plan: Planning) -> Plan:
+    return entry_plan(expr, problem, plan)
 
 
 @_rule.register

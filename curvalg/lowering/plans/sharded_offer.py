@@ -15,6 +15,7 @@ from curvalg.problem.model.sharded.sharded_model import ShardedModel
 _NOT = {
     alg.BlockDiagonal: "block-diagonal matrices",
     alg.Restriction: "sub-matrices",
+    alg.EntryRestriction: "sub-matrices",
     Jacobian: "matrices with rows of outputs",
     LossHessian: "matrices with rows of outputs",
     ArrayLeaf: "arrays over whole parameters",
@@ -51,6 +52,8 @@ def _require_layers(term: MatrixTerm, problem: Problem) -> None:
     """Raise for a matrix that does not lie layer by layer on the processes."""
     if type(term).of_layers is MatrixTerm.of_layers:
         _refuse(term, "matrices that are not made layer by layer (that have no of_layers)")
+    if type(term).repeat is not MatrixTerm.repeat:
+        _refuse(term, "matrices that take more than two passes over the data")
     model = problem.model
     if isinstance(model, ShardedModel) and (model.grid.copies > 1 or model.grid.tensor is not None):
         raise ExpressionError(

@@ -66,12 +66,15 @@ class Data:
         data: a tuple ``(X, y)`` (one batch), a list of batches, a DataLoader or any other re-iterable of batches.
         target: ``target(batch)`` for batches whose form does not show which part is the target.
         needs_target: whether a missing target is an error.
+        inputs_alone: whether targets are not looked at, as by a loss of the output alone: a one for each row is in their place.
 
     Raises:
-        ProblemError: a one-shot iterator, or something that is not iterable.
+        ProblemError: a one-shot iterator, something that is not iterable, or inputs alone where targets are needed.
     """
 
-    def __init__(self, data: Any, target: Callable[[Any], Any] | None, needs_target: bool) -> None:
+    def __init__(
+        self, data: Any, target: Callable[[Any], Any] | None, needs_target: bool, *, inputs_alone: bool = False
+    ) -> None:
         if isinstance(data, Iterator):
             raise ProblemError(
                 f"data is a {type(data).__name__} that can be read only once, but every product reads it again; pass "
@@ -88,14 +91,25 @@ class Data:
             raise ProblemTypeError(
                 f"target is a function of a batch, got {target!r}; write target=lambda batch: batch[{target!r}]"
             )
+        if inputs_alone and target is not None:
+            raise ProblemError(
+                "target= picks what the loss compares outputs with, but this loss takes the output alone; leave it out"
+            )
         self.target = target
         self.needs_target = needs_target
+        self.inputs_alone = inputs_alone
+        if needs_target and target is None and isinstance(data, Tensor):
+            raise _targetless(data)
         # A list always gives the same objects; anything else may shuffle or augment and is checked in every pass.
         self.fixed = isinstance(self.source, list)
         self.may_be_empty = False
         """Whether there may be no batch here, as on one of several processes."""
         self._stream = LoaderStream()
         self._reference: list[Fingerprint] | None = None
+
+    def like(self, data: Any) -> Data:
+        """Other data, read in the same way."""
+        return Data(data, self.target, self.needs_target, inputs_alone=self.inputs_alone)
 
     @property
     def ordered(self) -> bool:
@@ -199,6 +213,9 @@ class Data:
             )
 
     def _target(self, batch: Any) -> Any:
+        if self.inputs_alone:
+            count = trees.rows(batch)
+            return None if count is None else torch.ones(count, device="cpu")
         if self.target is not None:
             return self.target(batch)
         if isinstance(batch, Mapping):
@@ -221,6 +238,8 @@ class Data:
                 hint += " (a tuple is read as one batch; a list of batches is written [...])"
         if not self.needs_target:
             return None
+        if _bare(batch) is not batch or (isinstance(batch, Tensor) and not self.fixed):
+            raise _targetless(_bare(batch))
         raise ProblemError(
             f"cannot find the target of a batch: {hint}. Batches are pairs (X, y) or mappings with one of the keys "
             f"{list(TARGET_KEYS)}; for others pass forward=lambda model, batch: ... and target=lambda batch: ..."
@@ -237,10 +256,27 @@ def _cure(data: Any) -> str:
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """The model on a batch: ``model(X)`` for pairs, keywords for mappings, the whole batch otherwise."""
+    """The model on a batch: ``model(X)`` for pairs and ``(X,)``, keywords for mappings, the whole batch otherwise."""
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS})
-    return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else _bare(batch))
+
+
+def _bare(batch: Any) -> Any:
+    """The tensor X of a batch (X,), as a TensorDataset of inputs alone makes it; any other batch is itself."""
+    alone = isinstance(batch, (tuple, list)) and len(batch) == 1 and isinstance(batch[0], Tensor)
+    return batch[0] if alone else batch
+
+
+def _targetless(inputs: Tensor) -> ProblemError:
+    """The error about inputs alone with a loss that compares outputs with targets."""
+    return ProblemError(
+        f"the loss compares outputs with targets, but the data are inputs alone, a {trees.describe(inputs)}: pass (X, y), or "
+        "batches of such pairs. What needs no loss (jacobian, ntk) takes loss=None; a function of one argument is a loss of "
+        "the output alone. Where a matrix is the same for all targets (the ggn of MSELoss, or of CrossEntropyLoss without "
+        "class weights and ignored targets), any valid ones do: (X, torch.zeros_like(model(X))), (X, torch.zeros(len(X), "
+        "dtype=torch.long))"
+    )
 
 
 def _without_nested(batch: Any) -> Any:

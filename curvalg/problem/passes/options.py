@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeVar
 
 from curvalg.errors import ProblemError
+from curvalg.losses import CallableLoss
+from curvalg.losses.calls import OutputAlone, takes_output_alone
+from curvalg.problem.data.batches import Data
 
 T = TypeVar("T")
 
@@ -21,6 +24,17 @@ LEFT = {
 """Options that are not offered, and what they are where they are not given."""
 NAMES = {"compiler": "compile", "capture": "graphs"}
 """What the user calls them."""
+
+
+def read_for(loss: Any, data: Any, target: Callable[[Any], Any] | None) -> Data:
+    """The data, read as a loss needs them: with targets, or inputs alone where it does not look at any.
+
+    Raises:
+        ProblemError: data that cannot be used, or inputs alone where the loss needs targets.
+    """
+    given = getattr(loss, "_orig_mod", loss)  # a compiled module does not say what its forward takes
+    alone = takes_output_alone(given) or (isinstance(given, CallableLoss) and isinstance(given.fn, OutputAlone))
+    return Data(data, target, needs_target=loss is not None and not alone, inputs_alone=alone)
 
 
 def settle_options(problem: Any) -> None:

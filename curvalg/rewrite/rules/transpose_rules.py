@@ -14,8 +14,8 @@ def of_symmetric(expr: Transpose, loss: LossFacts | None) -> Expr | None:
     return expr.expr if expr.expr.facts(loss).symmetric else None
 
 
-def of(kind: type[Expr]) -> Apply:
-    """The law for transposes of one kind of node, where the node is not known to be symmetric."""
+def of(*kind: type[Expr]) -> Apply:
+    """The law for transposes of some kinds of nodes, where the node is not known to be symmetric."""
 
     def apply(expr: Transpose, loss: LossFacts | None) -> Expr | None:
         if isinstance(expr.expr, kind) and not expr.expr.facts(loss).symmetric:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +64,10 @@ def finish(case: Case) -> None:
         raise NotApplicable("the term is no MatrixTerm")
     problem, calls = counted(case.problem)
     prepared = term.settle(_summed(problem, term.prepare))
-    stats = _summed(problem, lambda batch: term.accumulate(batch, prepared))
+    stats = _summed(problem, partial(term.accumulate, prepared=prepared))
+    while (further := term.repeat(stats, prepared)) is not None:
+        prepared = further
+        stats = _summed(problem, partial(term.accumulate, prepared=prepared))
     made = [term.finish(stats, problem.layout, prepared) for _ in range(2)]
     for expr in made:
         _array_leaves(expr)
