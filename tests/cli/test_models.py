@@ -78,6 +78,21 @@ def test_random_directions_are_as_long_as_the_parameters(run, tiny, tiny_problem
     assert not np.allclose(found, other)
 
 
+def test_random_directions_are_as_long_as_each_filter(run, tiny, tiny_problem) -> None:
+    _, found, record = losses(run, "-p", tiny, "--points", 3, "--seed", 4, "--by", "filter")
+    draw = torch.Generator().manual_seed(4)
+    moved = {}
+    for name, parameter in tiny_problem.model.chosen.items():
+        noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        parts = [noise] if noise.ndim == 1 else list(noise)
+        wholes = [parameter.detach()] if noise.ndim == 1 else list(parameter.detach())
+        rows = [part * (whole.norm() / part.norm()) for part, whole in zip(parts, wholes, strict=True)]
+        moved[name] = rows[0] if noise.ndim == 1 else torch.stack(rows)
+    tiny_problem.step(moved, -1.0)
+    assert found[2] == pytest.approx(tiny_problem.value())
+    assert record["unit"].startswith("the length of each filter")
+
+
 def test_the_parameters_are_the_same_bits_afterwards(run, quadratic) -> None:
     losses(run, "-p", f"{quadratic}:shared", "--points", 7, "--directions", 2)
     weight = sys.modules[quadratic].shared.model.module.weight

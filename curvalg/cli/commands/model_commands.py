@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ def landscape(
             "long as each parameter tensor.",
         ),
     ] = None,
+    by: Annotated[
+        Literal["tensor", "filter"],
+        typer.Option(help="Random directions are as long as the parameters on each tensor, or on each filter of it."),
+    ] = "tensor",
     directions: Annotated[int, typer.Option(min=1, max=2, help="One: a line, or two: a plane.")] = 1,
     reach: Annotated[float, typer.Option(min=1e-12, help="Steps go from -REACH to REACH.")] = 1.0,
     points: Annotated[int, typer.Option(min=2, help="Points along each direction.")] = 21,
@@ -41,7 +45,7 @@ def landscape(
         problem = asked.load(report)
     with report.exits(FAILED):
         with report.progress("computing losses"):
-            found = work.landscape(problem, along, directions, reach, points, asked.seed)
+            found = work.landscape(problem, along, directions, reach, points, asked.seed, by)
         if as_json:
             typer.echo(work.as_json(found, problem=asked.problem, seed=asked.seed))
         else:

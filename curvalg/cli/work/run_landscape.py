@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 WIDEST = 9
 """Points of a direction in the table of a plane."""
+By: TypeAlias = Literal["tensor", "filter"]
+PARTS: dict[By, str] = {"tensor": "parameter tensor", "filter": "filter (row of a weight) and vector"}
+"""Parts on which random directions are as long as the parameters, in words."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,17 @@ def eigen_directions(problem: Problem, expression: str, count: int, seed: int) -
     return names, list(vectors.flip(1).T)
 
 
-def random_directions(problem: Problem, count: int, seed: int) -> tuple[list[str], list[Tensor]]:
-    """Normal random vectors, each (D,), that are as long on each parameter tensor as the parameters themselves.
+def random_directions(problem: Problem, count: int, seed: int, by: By) -> tuple[list[str], list[Tensor]]:
+    """Normal random vectors, each (D,), that are as long as the parameters themselves on each tensor, or on each filter.
 
-    Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913, by tensors instead of filters.
+    d ← d ‖θ_i‖ / ‖d_i‖ for each part i; a filter is what makes one output, a row of a matrix, and tensors with one axis are one
+    part (Li et al., Visualizing the loss landscape of neural nets, arXiv 1712.09913).
 
     Args:
         problem: whose parameters they move.
         count: how many.
         seed: of the random numbers.
+        by: the parts.
     """
     draw = torch.Generator(device="cpu").manual_seed(seed)
     directions = []
@@ -91,9 +96,15 @@ def random_directions(problem: Problem, count: int, seed: int) -> tuple[list[str
         tree = {}
         for name, parameter in problem.model.chosen.items():
             noise = torch.randn(parameter.shape, generator=draw, device="cpu", dtype=torch.float64).to(parameter)
-            tree[name] = noise * (parameter.detach().norm() / noise.norm())
+            axes = tuple(range(1 if by == "filter" and noise.ndim > 1 else 0, noise.ndim))
+            tree[name] = noise * (_lengths(parameter.detach(), axes) / _lengths(noise, axes))
         directions.append(problem.layout.flatten(tree))
     return [f"random direction {number}" for number in range(1, count + 1)], directions
+
+
+def _lengths(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Of the parts that lie along some axes, which may be none."""
+    return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True) if axes else tensor.abs()
 
 
 def scan(problem: Problem, directions: Sequence[Tensor], steps: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -125,7 +136,9 @@ def _restored(problem: Problem) -> Iterator[None]:
                 parameter.copy_(before[name])
 
 
-def landscape(problem: Problem, along: str | None, count: int, reach: float, points: int, seed: int) -> Landscape:
+def landscape(
+    problem: Problem, along: str | None, count: int, reach: float, points: int, seed: int, by: By = "tensor"
+) -> Landscape:
     """The landscape that a command asks for.
 
     Args:
@@ -135,6 +148,7 @@ def landscape(problem: Problem, along: str | None, count: int, reach: float, poi
         reach: steps go from −reach to reach.
         points: of a direction.
         seed: of random numbers.
+        by: parts on which random directions are as long as the parameters.
 
     Raises:
         ProblemError: parameters in parts.
@@ -142,10 +156,12 @@ def landscape(problem: Problem, along: str | None, count: int, reach: float, poi
     """
     if problem.group.sharded:
         raise ProblemError("a landscape needs whole parameters on every process; run it on a model that is not sharded")
-    made = random_directions(problem, count, seed) if along is None else eigen_directions(problem, along, count, seed)
-    names, directions = made
+    if along is None:
+        names, directions = random_directions(problem, count, seed, by)
+    else:
+        names, directions = eigen_directions(problem, along, count, seed)
     steps = np.linspace(-reach, reach, points)
-    unit = "the length of each parameter tensor" if along is None else "length 1"
+    unit = f"the length of each {PARTS[by]}" if along is None else "length 1"
     return Landscape(tuple(names), steps, scan(problem, directions, steps), unit)
 
 
