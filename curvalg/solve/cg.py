@@ -31,6 +31,7 @@ def cg(
     trail: Trail | None = None,
     noise: float = 0.0,
     space: VectorSpace | None = None,
+    rounding: float = 0.0,
 ) -> SolveResult:
     """Solve A X = B for symmetric positive definite A (Hestenes and Stiefel, 1952).
 
@@ -48,13 +49,15 @@ def cg(
         trail: where to start from, and where to leave marks; with one, an interruption ends the solve at the last of them.
         noise: relative error of products; what it leaves, ‖b − A x‖ ≤ noise ‖A‖ ‖x‖, counts as converged, too.
         space: that the columns are in; by default they are whole.
+        rounding: ε of products; where the true residual no longer falls, what they leave of any x, some ε (‖A‖ ‖x‖ + ‖b‖),
+            counts as converged, and the reason says so. 0: it does not.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     >>> cg(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([1.0000, 0.5000, 0.2500])
     """
-    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise, space)
+    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise, space, rounding)
     return ended(columns, trail, lambda: _iterate(columns, maxiter, trail), maxiter)
 
 

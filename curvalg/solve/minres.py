@@ -93,6 +93,7 @@ def minres(
     trail: Trail | None = None,
     noise: float = 0.0,
     space: VectorSpace | None = None,
+    rounding: float = 0.0,
 ) -> SolveResult:
     """Solve A X = B for symmetric A by minimal residuals (Paige and Saunders, SIAM J. Numer. Anal. 1975).
 
@@ -104,14 +105,14 @@ def minres(
         rtol: relative tolerance, ‖b − A x‖ ≤ atol + rtol ‖b‖.
         atol: absolute tolerance.
         maxiter: the most iterations.
-        trail, noise, space: as of :func:`curvalg.solve.cg`.
+        trail, noise, space, rounding: as of :func:`curvalg.solve.cg`.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([1.0, -2.0, 4.0]))
     >>> minres(lambda x: A @ x, torch.ones(3, 1), rtol=1e-6, maxiter=10).x[:, 0]
     tensor([ 1.0000, -0.5000,  0.2500])
     """
-    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise, space)
+    columns = OpenColumns(matmul, b, x0, rtol, atol, preconditioner, noise, space, rounding)
     return ended(columns, trail, lambda: _iterate(columns, preconditioner, maxiter, trail), maxiter)
 
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from curvalg.solve.powers import exponents, scaled
-from curvalg.solve.solve_result import CONVERGED, Matmul, SolveResult
+from curvalg.solve.solve_result import CONVERGED, LARGE, ROUNDING, UNITS, Matmul, SolveResult
 from curvalg.solve.trail import INTERRUPTED, Mark, Trail
 from curvalg.tensors.spaces import VectorSpace
 from curvalg.tensors.spaces.vector_space import space_of
 
 STAGNATED = "stagnated: the true residual no longer falls (raise rtol= or use float64)"
 RUNAWAY = "the true residual left its estimate: the matrix is singular or nearly so"
+POWERS = 6
+"""Products for a lower bound of ‖A‖, where a solve has stagnated."""
 OVERFLOW = "the residual or the solution is not finite (out of range of the dtype, or of a matrix that is not finite)"
 
 
@@ -101,6 +103,7 @@ class OpenColumns:
         preconditioner: R -> P⁻¹ R, if there is one.
         noise: relative error of products, whose part in a residual, noise ‖A‖ ‖x‖, does not count.
         space: that the columns are in, which are whole by default.
+        rounding: ε of products; a column that stagnates where no x leaves less than they do has converged. 0: it has not.
     """
 
     MOST_CONFIRMATIONS = 5
@@ -116,8 +119,10 @@ class OpenColumns:
         preconditioner: Matmul | None = None,
         noise: float = 0.0,
         space: VectorSpace | None = None,
+        rounding: float = 0.0,
     ) -> None:
         self.space = space = space_of(b, space, 0)
+        self._rounding = rounding
         self.unit = exponents(b, space)
         self.matmul, self.apply = ScaledMap(matmul, space, measured=noise > 0), ScaledMap(preconditioner or same, space)
         self.noise = noise
@@ -278,8 +283,24 @@ class OpenColumns:
             CONVERGED if ok else OVERFLOW if not sound else STAGNATED if reason == CONVERGED else reason
             for ok, sound, reason in zip(converged.tolist(), finite.tolist(), reasons, strict=True)
         )
+        excused = self._excused(norms, reasons)
+        reasons = tuple(ROUNDING if ok else reason for ok, reason in zip(excused.tolist(), reasons, strict=True))
+        converged |= excused
         residual, history = scaled(norms, self.unit), scaled(torch.stack(self._history), self.unit)
         return SolveResult(x, converged, self.iterations, residual, reasons, history, rest == INTERRUPTED)
+
+    def _excused(self, norms: Tensor, reasons: Sequence[str]) -> Tensor:
+        """The mask of columns that got no further, at residual norms that products in this precision leave of any x."""
+        stagnated = torch.tensor([reason in (STAGNATED, RUNAWAY) for reason in reasons], device=norms.device)
+        if not self._rounding or not bool(stagnated.any()):
+            return torch.zeros_like(stagnated)
+        space, size, v = self.space, torch.zeros_like(norms), self.b
+        for _ in range(POWERS):
+            v = self.matmul(v / space.norms(v).clamp_min(torch.finfo(v.dtype).tiny))
+            size = torch.maximum(size, space.norms(v))
+        whole = size.amax() * space.norms(self.best) + space.norms(self.b)
+        excused: Tensor = stagnated & (norms <= UNITS * self._rounding * whole) & (norms <= LARGE * space.norms(self.b))
+        return excused
 
 
 def ended(columns: OpenColumns, trail: Trail | None, iterate: Callable[[], None], maxiter: int) -> SolveResult:

@@ -17,7 +17,12 @@ Matmul = Callable[[Tensor], Tensor]
 
 CONVERGED = "converged"
 ROUNDING = "converged: what is left is rounding of the products"
-"""The reason of a direct solve whose residual is above the tolerance, but as small as it can be."""
+"""The reason of a solve whose residual is above the tolerance, but as small as it can be."""
+UNITS = 64
+"""k of k ε (‖A‖ ‖x‖ + ‖b‖), what rounding of products may leave of a solve that is right, however A is conditioned (the
+normwise backward error of Rigal and Gaches, J. ACM 1967)."""
+LARGE = 1e-2
+"""Residuals relative to ‖b‖ above which rounding tells more of x than b does: a direct solve warns, an iterative one fails."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,10 @@ class SolveResult:
 
     Args:
         x: the solution or, where not converged, the iterate of the smallest residual seen; shape of b.
-        converged: whether the true residual met the tolerance, shape (K,). Of a direct solver also where ‖b − A x‖ is no more
-            than rounding of the products, a few units of ε (‖A‖ ‖x‖ + ‖b‖): of an ill-conditioned matrix no x does better, and
-            the residual relative to ‖b‖ may be larger than was asked for; ``reason`` says so then.
+        converged: whether the true residual met the tolerance, shape (K,). Also where ‖b − A x‖ is no more than rounding of the
+            products, a few units of ε (‖A‖ ‖x‖ + ‖b‖), of a direct solver and of an iterative one that gets no further: of an
+            ill-conditioned matrix no x does better, and the residual relative to ‖b‖ may be larger than was asked for;
+            ``reason`` says so then. Not of an iterative one whose tolerance was named.
         iterations: iterations spent, shape (K,); 0 for a direct solver.
         residual: true residual ‖b − A x‖, recomputed, shape (K,).
         reason: why each column ended.

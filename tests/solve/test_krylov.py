@@ -178,3 +178,48 @@ def test_zero_is_solved_by_zero_wherever_one_starts(method):
     assert result.ok
     assert not result.x[:, 0].any()
     assert (d * result.x - b).norm() <= 1e-7 * b.norm()
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e15])
+def test_a_solve_that_stagnates_at_rounding_has_converged_and_says_so(method, scale):
+    """x is as right as products in float32 can tell: its backward error, in float64, is some units of rounding."""
+    A = scale * matrix(torch.logspace(-4, 0, 80))
+    b, single = rhs(80).float(), A.float()
+    asked = {"rtol": 3e-7, "maxiter": 4000}
+    result = method(lambda x: single @ x, b, rounding=EPS, **asked)
+    assert result.ok and all("rounding of the products" in reason or reason == "converged" for reason in result.reason)
+    assert any("rounding of the products" in reason for reason in result.reason)
+    x, whole = result.x.double(), torch.linalg.matrix_norm(A, 2) * result.x.double().norm(dim=0) + b.norm(dim=0)
+    assert bool(((A @ x - b).norm(dim=0) <= 70 * EPS * whole).all())
+    assert torch.allclose(result.residual, (b - single @ result.x).norm(dim=0), rtol=0.5)
+    assert not method(lambda x: single @ x, b, **asked).ok
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+def test_what_is_more_than_rounding_is_not_excused(method):
+    """Products that are 1e-7 off stop a solve far above the rounding of float64."""
+    A, b = matrix(torch.linspace(0.01, 1, 60)), rhs(60)
+    noise = torch.Generator().manual_seed(2)
+
+    def inexact(x):
+        product = A @ x
+        return product * (1 + 1e-7 * torch.randn(product.shape, generator=noise, dtype=torch.float64))
+
+    result = method(inexact, b, rtol=1e-12, maxiter=3000, rounding=torch.finfo(torch.float64).eps)
+    assert not bool(result.converged.any())
+
+
+@pytest.mark.parametrize("method", [cg, minres])
+@pytest.mark.parametrize("smallest", [0.0, 1e-9])
+def test_rounding_excuses_no_singular_matrix(method, smallest):
+    """A huge x would make ε ‖A‖ ‖x‖ as large as b: what is left has to be a hundredth of b at most."""
+    A = matrix(torch.cat([torch.full((20,), smallest), torch.linspace(0.1, 1, 40)])).float()
+    b = rhs(60).float()
+    result = method(lambda x: A @ x, b, rtol=1e-6, maxiter=3000, rounding=EPS)
+    left = (A.double() @ result.x.double() - b).norm(dim=0) / b.norm(dim=0)
+    assert not bool((result.converged & (left > 1e-2)).any())
+    assert not result.ok

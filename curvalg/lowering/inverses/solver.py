@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvalg.expr import Facts, Inverse
 from curvalg.lowering.inverses.offer import BoundMatrix
-from curvalg.lowering.inverses.rounding import default_rtol, noise
+from curvalg.lowering.inverses.rounding import default_rtol, epsilon, noise
 from curvalg.lowering.inverses.verified import Oath
 from curvalg.lowering.replayed import Repeatable
 from curvalg.problem import Problem, Snapshot
@@ -58,6 +58,11 @@ class InverseRequest:
     def noise(self) -> float:
         """The ε of residuals ε ‖A‖ ‖x‖ that count as rounding of the products; 0 where a tolerance was asked for by name."""
         return 0.0 if self.demanding else noise(self.problem)
+
+    @property
+    def rounding(self) -> float:
+        """The ε of products by which an iterative solve that stagnates is right; 0 where a tolerance was asked for by name."""
+        return 0.0 if self.demanding else epsilon(self.problem)
 
     @property
     def demanding(self) -> bool:

@@ -12,12 +12,10 @@ from curvalg.lowering.blocks.rows import RowRanges
 from curvalg.lowering.matrices import Blocks, Structure
 from curvalg.problem.batch import lazy
 from curvalg.solve.powers import norms
+from curvalg.solve.solve_result import UNITS
 from curvalg.tensors.memory import wide
 from curvalg.tensors.random_numbers import normals
 
-ROUNDING = 64
-"""k of the bound ‖b − A x‖ ≤ k ε (‖A‖ ‖x‖ + ‖b‖): what a solve that is right to the last digits may leave, however A is
-conditioned (the normwise backward error of Rigal and Gaches, J. ACM 1967)."""
 POWERS = 3
 """Products of a structure, by its own arrays, for a lower bound of its norm."""
 
@@ -40,7 +38,7 @@ class Piece:
     def holds(self, x: Tensor, b: Tensor, r: Tensor, epsilon: float) -> Tensor:
         """Which columns meet ‖r‖ ≤ k ε (‖A‖ ‖x‖ + ‖b‖), boolean (K,)."""
         r, whole = self._compared(x, b, r)
-        return r <= ROUNDING * epsilon * whole
+        return r <= UNITS * epsilon * whole
 
     def error(self, x: Tensor, b: Tensor, r: Tensor) -> float:
         """The largest ‖r‖ / (‖A‖ ‖x‖ + ‖b‖) of the columns; infinite where one is not finite."""
@@ -144,7 +142,7 @@ def report(oaths: Sequence[Oath]) -> list[str]:
     ):
         if chosen:
             product, solve = (max(errors[i] for _, errors in chosen) for i in (0, 1))
-            allowed = ROUNDING * max(oath.epsilon for oath, _ in chosen)
+            allowed = UNITS * max(oath.epsilon for oath, _ in chosen)
             lines.append(f"{text}; relative errors {product:.1e} and {solve:.1e}, {allowed:.1e} allowed")
     return lines
 

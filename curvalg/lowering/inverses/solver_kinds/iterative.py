@@ -72,5 +72,6 @@ class Iterative(Solver[Operators]):
                 maxiter=request.maxiter,
                 trail=trail,
                 noise=request.noise,
+                rounding=request.rounding,
                 space=request.matrix.vectors,
             )

@@ -19,12 +19,10 @@ from curvalg.problem.kept.reads import Reads
 from curvalg.solve import SolveResult
 from curvalg.solve.open_columns import OVERFLOW
 from curvalg.solve.powers import exponents, scaled
-from curvalg.solve.solve_result import CONVERGED, ROUNDING
+from curvalg.solve.solve_result import CONVERGED, LARGE, ROUNDING
 from curvalg.solve.trail import Trail
 from curvalg.tensors.bits import finite_columns
 
-LARGE = 1e-2
-"""Residuals relative to ‖b‖ above which a solve that rounding excuses is worth a warning."""
 REFINEMENTS = 3
 """The most steps of iterative refinement."""
 
