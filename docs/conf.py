@@ -77,6 +77,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 # -- pages -------------------------------------------------------------------------------------------------------------
 

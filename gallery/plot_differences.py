@@ -43,15 +43,19 @@ for _ in range(30):
 
 
 def problem(dtype):
-    """The same weights, rounded to a precision in each case: what differs is the arithmetic."""
+    """The same weights rounded to a precision: what differs is the arithmetic."""
     model = network()
-    model.load_state_dict({k: t.bfloat16().double() for k, t in trained.state_dict().items()})
+    model.load_state_dict(
+        {k: t.bfloat16().double() for k, t in trained.state_dict().items()}
+    )
     return Problem(model.to(dtype), loss, (X.bfloat16().to(dtype), y), verify=False)
 
 
 hessian = registry.build("hessian")
 exact = problem(torch.float64)
-v = torch.randn(exact.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+v = torch.randn(
+    exact.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+)
 truth = hessian.lower(exact) @ v
 
 
@@ -69,16 +73,25 @@ curves, lines = {}, {}
 for dtype in (torch.float64, torch.float32, torch.bfloat16):
     own = problem(dtype)
     u = v.to(own.dtype)
-    curves[dtype] = [error(registry.build("hessian_fd", step=float(h), tol=None).lower(own) @ u) for h in steps]
+    curves[dtype] = [
+        error(registry.build("hessian_fd", step=float(h), tol=None).lower(own) @ u)
+        for h in steps
+    ]
     lines[dtype] = error(hessian.lower(own) @ u)
 
 figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
 names = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
 for color, (dtype, errors) in zip(("C0", "C1", "C3"), curves.items(), strict=True):
-    axes.loglog(steps, errors, "o-", ms=3, color=color, label=f"differences, {names[dtype]}")
+    axes.loglog(
+        steps, errors, "o-", ms=3, color=color, label=f"differences, {names[dtype]}"
+    )
     if dtype != torch.float64:
-        axes.axhline(lines[dtype], color=color, ls="--", label=f"exact product, {names[dtype]}")
-axes.set(xlabel="step h / ‖θ‖", ylabel="relative error of the product", ylim=(1e-11, 1e3))
+        axes.axhline(
+            lines[dtype], color=color, ls="--", label=f"exact product, {names[dtype]}"
+        )
+axes.set(
+    xlabel="step h / ‖θ‖", ylabel="relative error of the product", ylim=(1e-11, 1e3)
+)
 axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 plt.show()
 
@@ -90,7 +103,10 @@ plt.show()
 
 best = {dtype: min(errors) for dtype, errors in curves.items()}
 for dtype in (torch.float32, torch.bfloat16):
-    print(f"{names[dtype]}: best difference {best[dtype]:.1e}, exact product {lines[dtype]:.1e}")
+    print(
+        f"{names[dtype]}: best difference {best[dtype]:.1e}, exact product "
+        f"{lines[dtype]:.1e}"
+    )
     assert lines[dtype] < best[dtype] / 3
 assert best[torch.float64] < 1e-6
 

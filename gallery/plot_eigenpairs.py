@@ -63,7 +63,10 @@ print(problem)
 pairs = {which: eigsh(hessian, 8, which=which) for which in ("LA", "SA", "BE")}
 for which, found in pairs.items():
     values = " ".join(f"{float(value):.4f}" for value in found.eigenvalues)
-    print(f"{which}: {values}\n    {found.products} products, largest residual {float(found.residuals.max()):.0e}")
+    print(
+        f"{which}: {values}\n    {found.products} products, largest residual "
+        f"{float(found.residuals.max()):.0e}"
+    )
 
 # %%
 # The negative eigenvalues are larger than their residuals by orders of magnitude, so they are no rounding errors: where
@@ -90,7 +93,8 @@ for which, found in pairs.items():
     assert (found.residuals <= 1e-4 * scale).all()
     assert (errors <= found.residuals + rounding).all()
     print(
-        f"{which}: nearest eigenvalue at most {float(errors.max()):.0e} away, bound {float(found.residuals.max()):.0e}"
+        f"{which}: nearest eigenvalue at most {float(errors.max()):.0e} away, bound "
+        f"{float(found.residuals.max()):.0e}"
     )
 
 # %%
@@ -105,17 +109,24 @@ for which, found in sharp.items():
     assert (found.residuals <= 1e-8 * scale).all()
     assert (errors <= found.residuals + rounding).all()
     gap = (found.eigenvalues[:, None] - exact).abs().kthvalue(2, 1).values.min()
-    print(f"{which}: {found.products} products, errors up to {float(errors.max()):.0e}, smallest gap {float(gap):.0e}")
+    print(
+        f"{which}: {found.products} products, errors up to {float(errors.max()):.0e}, "
+        f"smallest gap {float(gap):.0e}"
+    )
 
 # %%
 # The sine of the angle between :math:`v` and the true eigenvector is at most the residual over the distance from
 # :math:`\theta` to the other eigenvalues: an eigenvector is only as good as its eigenvalue is isolated.
 
 for found in (pairs["LA"], sharp["LA"]):
-    sines = (found.eigenvectors - basis[:, -8:] * (basis[:, -8:] * found.eigenvectors).sum(0)).norm(dim=0)
+    sines = (
+        found.eigenvectors - basis[:, -8:] * (basis[:, -8:] * found.eigenvectors).sum(0)
+    ).norm(dim=0)
     distances = (found.eigenvalues[:, None] - exact).abs().kthvalue(2, 1).values
     assert (sines <= found.residuals / distances + 1e-10).all()
-    print(f"{found.products} products, largest sine of an angle {float(sines.max()):.0e}")
+    print(
+        f"{found.products} products, largest sine of an angle {float(sines.max()):.0e}"
+    )
 
 top, bottom = sharp["LA"], sharp["SA"]
 
@@ -125,20 +136,37 @@ top, bottom = sharp["LA"], sharp["SA"]
 # ``unflatten(i)`` gives eigenvector :math:`i` as a dict of tensors in the shapes of the parameters. Its squared entries sum
 # to one, so each layer holds a share of it.
 
-layers = {"convolution": ("0.weight", "0.bias"), "hidden": ("3.weight", "3.bias"), "last": ("5.weight", "5.bias")}
+layers = {
+    "convolution": ("0.weight", "0.bias"),
+    "hidden": ("3.weight", "3.bias"),
+    "last": ("5.weight", "5.bias"),
+}
 
 
 def shares(found, i):
     named = found.unflatten(i)
-    return [sum(float(named[name].square().sum()) for name in names) for names in layers.values()]
+    return [
+        sum(float(named[name].square().sum()) for name in names)
+        for names in layers.values()
+    ]
 
 
 top_shares = np.array([shares(top, i) for i in reversed(range(8))])
 bottom_shares = np.array([shares(bottom, i) for i in range(8)])
-sizes = np.array([sum(problem.layout.shapes[name].numel() for name in names) for names in layers.values()])
+sizes = np.array(
+    [
+        sum(problem.layout.shapes[name].numel() for name in names)
+        for names in layers.values()
+    ]
+)
 np.testing.assert_allclose(top_shares.sum(1), 1)
-for name, size, high, low in zip(layers, sizes, top_shares.mean(0), bottom_shares.mean(0), strict=True):
-    print(f"{name:12} {size / problem.size:4.0%} of the parameters, {high:4.0%} of the top, {low:4.0%} of the bottom")
+for name, size, high, low in zip(
+    layers, sizes, top_shares.mean(0), bottom_shares.mean(0), strict=True
+):
+    print(
+        f"{name:12} {size / problem.size:4.0%} of the parameters, {high:4.0%} of the "
+        f"top, {low:4.0%} of the bottom"
+    )
 
 # %%
 # The top eigenvectors live in the first two layers: the convolution has a larger share of them than of the parameters. The
@@ -149,7 +177,11 @@ assert bottom_shares.mean(0)[2] > 3 * sizes[2] / problem.size
 
 colours = ("#0b3c5d", "#c8553d", "#d9a441")
 figure, (left, right) = plt.subplots(
-    1, 2, figsize=(9.5, 3.9), layout="constrained", gridspec_kw={"width_ratios": (1.7, 1)}
+    1,
+    2,
+    figsize=(9.5, 3.9),
+    layout="constrained",
+    gridspec_kw={"width_ratios": (1.7, 1)},
 )
 everything = np.vstack([top_shares, bottom_shares, sizes[None] / problem.size])
 at = np.array([*range(8), *range(9, 17), 18])
@@ -157,10 +189,16 @@ start = np.zeros(len(at))
 for name, colour, part in zip(layers, colours, everything.T, strict=True):
     left.bar(at, part, bottom=start, width=0.8, color=colour, label=name)
     start += part
-values = [f"{v:.2f}" for v in top.eigenvalues.flip(0).tolist()] + [f"{v:.3f}" for v in bottom.eigenvalues.tolist()]
+values = [f"{v:.2f}" for v in top.eigenvalues.flip(0).tolist()] + [
+    f"{v:.3f}" for v in bottom.eigenvalues.tolist()
+]
 left.set_xticks(at, [*values, "size"], rotation=90)
 left.set(ylim=(0, 1), ylabel="share of the squared norm")
-left.set_title("Layers of the eigenvectors of the Hessian, by eigenvalue", loc="left", color="#0b3c5d")
+left.set_title(
+    "Layers of the eigenvectors of the Hessian, by eigenvalue",
+    loc="left",
+    color="#0b3c5d",
+)
 left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 left.spines[["top", "right"]].set_visible(False)
 
@@ -174,7 +212,11 @@ for number, kernel in enumerate(filters):
 picture = right.imshow(tiles, cmap="RdBu", vmin=-limit, vmax=limit)
 right.set(xticks=[], yticks=[])
 right.spines[:].set_visible(False)
-right.set_title(f"λ = {float(top.eigenvalues[-1]):.2f} in the six filters", loc="left", color="#0b3c5d")
+right.set_title(
+    f"λ = {float(top.eigenvalues[-1]):.2f} in the six filters",
+    loc="left",
+    color="#0b3c5d",
+)
 figure.colorbar(picture, ax=right, shrink=0.7, location="bottom", pad=0.02)
 plt.show()
 
@@ -199,12 +241,19 @@ def loss_at(direction, t):
 
 def model_at(found, i, t):
     slope = float(gradient @ found.eigenvectors[:, i])
-    return loss_at(found.unflatten(i), 0) + t * slope + float(found.eigenvalues[i]) * t**2 / 2
+    return (
+        loss_at(found.unflatten(i), 0)
+        + t * slope
+        + float(found.eigenvalues[i]) * t**2 / 2
+    )
 
 
 chosen = {"largest": (top, 7), "smallest": (bottom, 0)}
 for name, (found, i) in chosen.items():
-    errors = [abs(loss_at(found.unflatten(i), t) - model_at(found, i, t)) for t in (0.004, 0.002)]
+    errors = [
+        abs(loss_at(found.unflatten(i), t) - model_at(found, i, t))
+        for t in (0.004, 0.002)
+    ]
     print(f"{name}: halving t divides the error by {errors[0] / errors[1]:.2f}")
     assert 7 < errors[0] / errors[1] < 9
 
@@ -217,11 +266,26 @@ figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")
 for axes, (name, (found, i)) in zip(panels, chosen.items(), strict=True):
     t = np.linspace(-1.5, 1.5, 61)
     direction, value = found.unflatten(i), float(found.eigenvalues[i])
-    axes.plot(t, [loss_at(direction, float(s)) for s in t], color="#0b3c5d", linewidth=2, label="loss")
-    axes.plot(t, model_at(found, i, t), "--", color="#c8553d", linewidth=1.6, label="quadratic model")
+    axes.plot(
+        t,
+        [loss_at(direction, float(s)) for s in t],
+        color="#0b3c5d",
+        linewidth=2,
+        label="loss",
+    )
+    axes.plot(
+        t,
+        model_at(found, i, t),
+        "--",
+        color="#c8553d",
+        linewidth=1.6,
+        label="quadratic model",
+    )
     axes.axvline(0, color="#c9ced4", linestyle=":", zorder=0)
     axes.set(xlabel="t", ylabel="mean loss")
-    axes.set_title(f"Along the {name} eigenvalue, λ = {value:.3g}", loc="left", color="#0b3c5d")
+    axes.set_title(
+        f"Along the {name} eigenvalue, λ = {value:.3g}", loc="left", color="#0b3c5d"
+    )
     axes.grid(color="#e3e5e8")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

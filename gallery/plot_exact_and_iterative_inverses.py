@@ -25,7 +25,9 @@ torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
 X, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 
-model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+model = nn.Sequential(
+    nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+)
 loss = nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for _ in range(3):
@@ -46,7 +48,10 @@ gradient = problem.gradient()
 # inverse for any damping.
 
 spectrum = ggn.lower(problem).exact("eigh")
-print(f"{len(spectrum.eigenvalues)} eigenvalues above rounding, {spectrum.multiplicity} zeros")
+print(
+    f"{len(spectrum.eigenvalues)} eigenvalues above rounding, {spectrum.multiplicity} "
+    "zeros"
+)
 damping = 1e-5 * float(spectrum.eigenvalues[-1])
 damped = ggn + damping * Identity
 
@@ -76,7 +81,9 @@ iterations = {}
 for label, preconditioner in preconditioners.items():
     iterations[label] = []
     for rtol in tolerances:
-        op = inverse(damped, solver="cg", rtol=rtol, preconditioner=preconditioner).lower(problem)
+        op = inverse(
+            damped, solver="cg", rtol=rtol, preconditioner=preconditioner
+        ).lower(problem)
         result = op.solve(gradient)
         assert result.converged.all()
         iterations[label].append(int(result.iterations))
@@ -103,12 +110,16 @@ colours = {
 }
 figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
 for label, counts in iterations.items():
-    axes.plot(counts, tolerances, "o-", color=colours[label], label=label, linewidth=1.5)
+    axes.plot(
+        counts, tolerances, "o-", color=colours[label], label=label, linewidth=1.5
+    )
 axes.set_xscale("log")
 axes.set_yscale("log")
 axes.set_xlabel("products with the matrix")
 axes.set_ylabel("relative residual reached")
-axes.set_title("Preconditioned conjugate gradients on a damped GGN", loc="left", color="#0b3c5d")
+axes.set_title(
+    "Preconditioned conjugate gradients on a damped GGN", loc="left", color="#0b3c5d"
+)
 axes.grid(color="#e3e5e8")
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False, title="preconditioner")

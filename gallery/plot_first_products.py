@@ -77,7 +77,11 @@ from_torch = op @ v
 from_numpy = op @ v.numpy()
 from_dict = op @ problem.layout.unflatten(v)
 
-print(type(from_torch).__name__, type(from_numpy).__name__, {name: tuple(t.shape) for name, t in from_dict.items()})
+print(
+    type(from_torch).__name__,
+    type(from_numpy).__name__,
+    {name: tuple(t.shape) for name, t in from_dict.items()},
+)
 np.testing.assert_allclose(from_numpy, from_torch.numpy(), rtol=1e-5, atol=1e-6)
 torch.testing.assert_close(problem.layout.flatten(from_dict), from_torch)
 
@@ -107,7 +111,12 @@ print(f"largest difference {(small.to_dense() - closed_form).abs().max():.1e}")
 
 layer = restrict(ggn, "2.*").lower(problem)
 dense = np.linalg.eigvalsh(layer.to_dense().double().numpy())
-iterative = eigsh(layer, k=5, return_eigenvectors=False, v0=np.linspace(-1, 1, layer.shape[0], dtype=layer.dtype))
+iterative = eigsh(
+    layer,
+    k=5,
+    return_eigenvectors=False,
+    v0=np.linspace(-1, 1, layer.shape[0], dtype=layer.dtype),
+)
 np.testing.assert_allclose(np.sort(iterative), dense[-5:], rtol=1e-4)
 
 # %%
@@ -128,23 +137,48 @@ print(op.explain())
 start = np.random.default_rng(0).standard_normal(problem.size).astype(np.float32)
 top = {}
 for name in ("ggn", "hessian"):
-    values = eigsh(registry.build(name).lower(problem), k=20, which="LA", v0=start, tol=1e-3, return_eigenvectors=False)
+    values = eigsh(
+        registry.build(name).lower(problem),
+        k=20,
+        which="LA",
+        v0=start,
+        tol=1e-3,
+        return_eigenvectors=False,
+    )
     top[name] = np.sort(values)[::-1]
 
 ink, accent = "#0b3c5d", "#c8553d"
 figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
 number = np.arange(1, 21)
 axes.axvspan(0.4, 9.5, color="#eef2f5", zorder=0)
-axes.text(9.3, 0.96, "C − 1 = 9", transform=axes.get_xaxis_transform(), ha="right", va="top", color="#5b6470")
+axes.text(
+    9.3,
+    0.96,
+    "C − 1 = 9",
+    transform=axes.get_xaxis_transform(),
+    ha="right",
+    va="top",
+    color="#5b6470",
+)
 axes.plot(number, top["ggn"], "o-", color=ink, linewidth=1, markersize=8, label="GGN")
-axes.plot(number, top["hessian"], "D--", color=accent, linewidth=1, markersize=5, label="Hessian")
+axes.plot(
+    number,
+    top["hessian"],
+    "D--",
+    color=accent,
+    linewidth=1,
+    markersize=5,
+    label="Hessian",
+)
 axes.set_yscale("log")
 axes.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
 axes.set_xlim(0.4, 20.6)
 axes.set_xticks([1, 5, 10, 15, 20])
 axes.set_xlabel("eigenvalue number")
 axes.set_ylabel("eigenvalue")
-axes.set_title("Nine eigenvalues stand clear in a ten-class network", loc="left", color=ink)
+axes.set_title(
+    "Nine eigenvalues stand clear in a ten-class network", loc="left", color=ink
+)
 axes.grid(axis="y", color="#e3e5e8")
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False)

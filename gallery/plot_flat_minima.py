@@ -45,7 +45,9 @@ def trained(penalty):
         optimizer.zero_grad()
         value = loss(model(X[train]), y[train])
         if penalty:
-            (value + penalty * differentiable.top_eigenvalue(hessian, problem)).backward()
+            (
+                value + penalty * differentiable.top_eigenvalue(hessian, problem)
+            ).backward()
         else:
             value.backward()
         if step % 10 == 0:
@@ -65,7 +67,9 @@ runs = {"loss alone": trained(0), "with the penalty": trained(0.1)}
 # the weights; the loss of a quadratic model grows by half the trace of the Hessian divided by the number of weights, so that
 # the trace falls with the eigenvalue, or nothing is gained. It does.
 
-directions = torch.randn(20, runs["loss alone"][0].size, generator=torch.Generator().manual_seed(1)).double()
+directions = torch.randn(
+    20, runs["loss alone"][0].size, generator=torch.Generator().manual_seed(1)
+).double()
 directions /= directions.norm(dim=1, keepdim=True)
 lengths = np.linspace(0, 3, 13)
 
@@ -88,7 +92,8 @@ for name, (problem, model, history) in runs.items():
         new = float(loss(model(X[test]), y[test]))
     whole = float(hessian.lower(problem).exact("trace"))
     print(
-        f"{name}: loss {history[-1, 1]:.4f}, {right:.0%} right, top eigenvalue {history[-1, 2]:.3f}, trace {whole:.2f}"
+        f"{name}: loss {history[-1, 1]:.4f}, {right:.0%} right, top eigenvalue "
+        f"{history[-1, 2]:.3f}, trace {whole:.2f}"
     )
     print(f"{name}: loss on new images {new:.3f}")
     curves[name] = shaken(problem, model)
@@ -109,7 +114,11 @@ for (name, (_, _, history)), colour in zip(runs.items(), (blue, red), strict=Tru
     panels[0].plot(steps, tops, color=colour, linewidth=2, label=name)
     panels[1].semilogy(steps, losses, color=colour, linewidth=2)
     panels[2].plot(lengths, curves[name], color=colour, linewidth=2)
-titles = {"Top eigenvalue": "steps", "Training loss": "steps", "Loss around the minimum": "distance from the minimum"}
+titles = {
+    "Top eigenvalue": "steps",
+    "Training loss": "steps",
+    "Loss around the minimum": "distance from the minimum",
+}
 for axes, (title, label) in zip(panels, titles.items(), strict=True):
     axes.set_title(title, loc="left", color=blue, fontsize=11)
     axes.set_xlabel(label)

@@ -55,7 +55,10 @@ def train(batch_norm):
     for _ in range(3):
         norm = [nn.BatchNorm1d(64, affine=False)] if batch_norm else []
         layers += [nn.Linear(64, 64, bias=False), *norm, nn.ReLU()]
-    model, loss = nn.Sequential(*layers, nn.Linear(64, 10, bias=False)), nn.CrossEntropyLoss()
+    model, loss = (
+        nn.Sequential(*layers, nn.Linear(64, 10, bias=False)),
+        nn.CrossEntropyLoss(),
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
     for _ in range(100):
@@ -68,7 +71,11 @@ def train(batch_norm):
     return model.eval().double(), loss
 
 
-problems, features, names = {}, {}, {False: "without batch-norm", True: "with batch-norm"}
+problems, features, names = (
+    {},
+    {},
+    {False: "without batch-norm", True: "with batch-norm"},
+)
 for batch_norm, name in names.items():
     model, loss = train(batch_norm)
     problems[name] = problem = Problem(model, loss, (X.double(), y))
@@ -78,7 +85,8 @@ for batch_norm, name in names.items():
     accuracy = (p.argmax(1) == y).double().mean()
     own = p[range(len(y)), y]
     print(
-        f"{name:18} {problem.size} parameters, accuracy {accuracy:.1%}, p of the label {own.min():.2f} to {own.max():.2f}"
+        f"{name:18} {problem.size} parameters, accuracy {accuracy:.1%}, p of the label "
+        f"{own.min():.2f} to {own.max():.2f}"
     )
     assert accuracy == 1
 
@@ -89,10 +97,14 @@ for batch_norm, name in names.items():
 # one sweep over the data; class statistics cost a second.
 
 ggn = registry.build("ggn")
-parts = {name: registry.build(f"ggn_{name}") for name in ("class", "cross", "within", "same")}
+parts = {
+    name: registry.build(f"ggn_{name}") for name in ("class", "cross", "within", "same")
+}
 rest = ggn - parts["class"] - parts["cross"] - parts["within"] - parts["same"]
 for problem in problems.values():
-    v = torch.randn(problem.size, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    v = torch.randn(
+        problem.size, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     error = (rest.lower(problem) @ v).norm() / (ggn.lower(problem) @ v).norm()
     print(f"relative error of the sum {error:.1e}")
     assert error < 1e-12
@@ -118,12 +130,28 @@ for name, problem in problems.items():
         left = left - small[part]
         spectra[name][step] = torch.linalg.eigvalsh(left).flip(0)
     small["same"] = left
-    shares = {part: float(matrix.trace() / pairs.eigenvalues.sum()) for part, matrix in small.items()}
-    cosines[name] = float((small["class"] * small["cross"]).sum() / small["class"].norm() / small["cross"].norm())
+    shares = {
+        part: float(matrix.trace() / pairs.eigenvalues.sum())
+        for part, matrix in small.items()
+    }
+    cosines[name] = float(
+        (small["class"] * small["cross"]).sum()
+        / small["class"].norm()
+        / small["cross"].norm()
+    )
     print(f"{name}: {len(pairs.eigenvalues)} eigenvalues above rounding")
-    print("  share of the trace:", ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
+    print(
+        "  share of the trace:",
+        ", ".join(f"{part} {share:.0%}" for part, share in shares.items()),
+    )
     for step, values in spectra[name].items():
-        print(f"  {step:26}", " ".join(f"λ{n}={float(values[n - 1]):.2g}" for n in (1, 2, C - 1, C, C + 1, 50, 90, 91)))
+        print(
+            f"  {step:26}",
+            " ".join(
+                f"λ{n}={float(values[n - 1]):.2g}"
+                for n in (1, 2, C - 1, C, C + 1, 50, 90, 91)
+            ),
+        )
 
 # %%
 # What the numbers say
@@ -152,7 +180,10 @@ for name, h in features.items():
     means = torch.stack([h[y == c].mean(0) for c in range(C)])
     means = means / means.norm(dim=1, keepdim=True)
     angle = float(((means @ means.T).sum() - C) / (C * (C - 1)))
-    print(f"{name:18} cosine of class features {angle:.2f}, of ggn_class with ggn_cross {cosines[name]:.2f}")
+    print(
+        f"{name:18} cosine of class features {angle:.2f}, of ggn_class with ggn_cross "
+        f"{cosines[name]:.2f}"
+    )
 assert cosines["with batch-norm"] < cosines["without batch-norm"] / 2
 
 # %%
@@ -161,7 +192,9 @@ assert cosines["with batch-norm"] < cosines["without batch-norm"] / 2
 # Once that is gone too, the ten eigenvalues of ``ggn_same`` are left, small since every :math:`p` of the label is near 1.
 
 for values in spectra.values():
-    assert values["− class − cross"][49:90].sum() < 0.75 * values["− class"][49:90].sum()
+    assert (
+        values["− class − cross"][49:90].sum() < 0.75 * values["− class"][49:90].sum()
+    )
     assert values["− class − cross − within"][C] < 1e-8 * values["GGN"][0]
 
 # %%
@@ -170,16 +203,30 @@ for values in spectra.values():
 # Eigenvalues by rank; the outliers and the place of the second step are marked.
 
 colours = dict(zip(steps, ("#0b3c5d", "#c8553d", "#d9a441", "#9aa3ad"), strict=True))
-figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", sharex=True, sharey=True)
+figure, panels = plt.subplots(
+    1, 2, figsize=(9.5, 4.4), layout="constrained", sharex=True, sharey=True
+)
 for axes, (name, curves) in zip(panels, spectra.items(), strict=True):
     axes.axvspan(0.85, C + 0.5, color="#eef2f5", zorder=0)
     axes.axvline(C * (C - 1) + 0.5, color="#c9ced4", linestyle=":", zorder=0)
     for step, values in curves.items():
         shown = values[:C] if step == steps[-1] else values
         axes.plot(
-            np.arange(1, len(shown) + 1), shown, "o-", color=colours[step], markersize=3.5, linewidth=1, label=step
+            np.arange(1, len(shown) + 1),
+            shown,
+            "o-",
+            color=colours[step],
+            markersize=3.5,
+            linewidth=1,
+            label=step,
         )
-    axes.set(xscale="log", yscale="log", xlim=(0.85, 500), ylim=(1e-3, 3.5), xlabel="eigenvalue number")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(0.85, 500),
+        ylim=(1e-3, 3.5),
+        xlabel="eigenvalue number",
+    )
     axes.set_xticks([1, 10, 90, 500], ["1", "C = 10", "C² − C = 90", "500"])
     axes.minorticks_off()
     axes.set_title(name, loc="left", color="#0b3c5d")

@@ -24,7 +24,12 @@ from curvalg import Identity, Problem, inverse, registry
 torch.manual_seed(0)
 ATOMS, ENERGY_ERROR, FORCE_ERROR = 5, 0.02, 0.05
 first, second = torch.triu_indices(ATOMS, ATOMS, 1)
-COMPACT = torch.tensor([[0, 0, 0], [2, 0, 0], [1, 3**0.5, 0], [1, 0.577, 1.633], [1, 0.577, -1.633]]).double() / 2
+COMPACT = (
+    torch.tensor(
+        [[0, 0, 0], [2, 0, 0], [1, 3**0.5, 0], [1, 0.577, 1.633], [1, 0.577, -1.633]]
+    ).double()
+    / 2
+)
 
 
 def distances(x):
@@ -48,7 +53,8 @@ X, E = X.detach(), E.detach()
 E, F = E + ENERGY_ERROR * torch.randn_like(E), F + FORCE_ERROR * torch.randn_like(F)
 lengths = distances(X).flatten()
 print(
-    f"{len(X)} clusters, energies {E.min():.2f} to {E.max():.2f}, distances {lengths.min():.2f} to {lengths.max():.2f}"
+    f"{len(X)} clusters, energies {E.min():.2f} to {E.max():.2f}, distances "
+    f"{lengths.min():.2f} to {lengths.max():.2f}"
 )
 
 # %%
@@ -64,7 +70,13 @@ class Potential(nn.Module):
     def __init__(self, with_forces, width=12):
         super().__init__()
         self.with_forces = with_forces
-        layers = [nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)]
+        layers = [
+            nn.Linear(1, width),
+            nn.Tanh(),
+            nn.Linear(width, width),
+            nn.Tanh(),
+            nn.Linear(width, 1),
+        ]
         self.pair = nn.Sequential(*layers)
 
     def energy(self, x):
@@ -77,7 +89,9 @@ class Potential(nn.Module):
             x = x.detach().requires_grad_()
             energy = self.energy(x)
             forces = forces_of(energy, x, create_graph=True)
-        return torch.cat([energy[:, None] / ENERGY_ERROR, forces.flatten(1) / FORCE_ERROR], 1)
+        return torch.cat(
+            [energy[:, None] / ENERGY_ERROR, forces.flatten(1) / FORCE_ERROR], 1
+        )
 
 
 targets = torch.cat([E[:, None] / ENERGY_ERROR, F / FORCE_ERROR], 1)
@@ -85,7 +99,7 @@ loss, DECAY = nn.MSELoss(reduction="sum"), 0.1
 
 
 def trained(with_forces):
-    """A potential at a minimum of half the sum of squares and DECAY/2 ‖θ‖², and its problem."""
+    """A potential at a minimum of half the squares, DECAY/2 ‖θ‖²; its problem."""
     torch.manual_seed(1)
     model = Potential(with_forces).double()
     y = targets if with_forces else targets[:, :1]
@@ -100,7 +114,10 @@ def trained(with_forces):
 
     def objective():
         optimizer.zero_grad()
-        value = (loss(model(X), y) + DECAY * sum(p.square().sum() for p in model.parameters())) / 2
+        value = (
+            loss(model(X), y)
+            + DECAY * sum(p.square().sum() for p in model.parameters())
+        ) / 2
         value.backward()
         return value
 
@@ -121,20 +138,31 @@ print(both, f"half the loss {both.value() / 2:.0f} for {targets.numel()} numbers
 
 hessian, ggn = registry.build("hessian"), registry.build("ggn")
 model = models["energies and forces"]
-weights = both.layout.flatten({name: p.detach() for name, p in model.named_parameters()})
-v = torch.randn(both.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+weights = both.layout.flatten(
+    {name: p.detach() for name, p in model.named_parameters()}
+)
+v = torch.randn(
+    both.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+)
 
 
 def gradient_at(theta):
     values = both.layout.unflatten(theta)
     values = {name: t.clone().requires_grad_() for name, t in values.items()}
-    found = torch.autograd.grad(loss(torch.func.functional_call(model, values, (X,)), targets), list(values.values()))
+    found = torch.autograd.grad(
+        loss(torch.func.functional_call(model, values, (X,)), targets),
+        list(values.values()),
+    )
     return both.layout.flatten(dict(zip(values, found, strict=True)))
 
 
 product, step = hessian.lower(both) @ v, 1e-5
-difference = (gradient_at(weights + step * v) - gradient_at(weights - step * v)) / (2 * step)
-print(f"relative difference {float((product - difference).norm() / product.norm()):.0e}")
+difference = (gradient_at(weights + step * v) - gradient_at(weights - step * v)) / (
+    2 * step
+)
+print(
+    f"relative difference {float((product - difference).norm() / product.norm()):.0e}"
+)
 assert (product - difference).norm() < 1e-5 * product.norm()
 
 # %%
@@ -148,7 +176,10 @@ assert (product - difference).norm() < 1e-5 * product.norm()
 alone = Potential(False).double()
 alone.load_state_dict(model.state_dict())
 spectra, known, learned = {}, {}, {}
-for name, problem in (("energies", Problem(alone, loss, (X, targets[:, :1]))), ("energies and forces", both)):
+for name, problem in (
+    ("energies", Problem(alone, loss, (X, targets[:, :1]))),
+    ("energies and forces", both),
+):
     precision = (0.5 * ggn + DECAY * Identity).lower(problem)
     values = precision.exact("eigh").eigenvalues.flip(0)
     spectra[name] = values - DECAY
@@ -172,19 +203,31 @@ near = (r > lengths.min()) & (r < lengths.max())
 means, deviations = {}, {}
 for name, model in models.items():
     curve = model.pair
-    jacobian = registry.build("jacobian").lower(Problem(curve, None, [r[:, None]])).to_dense()
+    jacobian = (
+        registry.build("jacobian").lower(Problem(curve, None, [r[:, None]])).to_dense()
+    )
     covariance = inverse(0.5 * ggn + DECAY * Identity).lower(problems[name])
     means[name] = curve(r[:, None])[:, 0].detach()
     deviations[name] = (jacobian * (covariance @ jacobian.T).T).sum(1).sqrt()
     held = (means[name] - morse(r)).abs() < 2 * deviations[name]
     here, there = (float(held[where].double().mean()) for where in (near, ~near))
     inside, outside = (float(deviations[name][where].mean()) for where in (near, ~near))
-    print(f"{name}: error bars {inside:.3f} at distances in the data, {outside:.3f} elsewhere")
-    print(f"    the truth is within two of them at {here:.0%} of the distances in the data, {there:.0%} elsewhere")
+    print(
+        f"{name}: error bars {inside:.3f} at distances in the data, {outside:.3f} "
+        "elsewhere"
+    )
+    print(
+        f"    the truth is within two of them at {here:.0%} of the distances in the "
+        f"data, {there:.0%} elsewhere"
+    )
     assert here > 0.9
     assert outside > 5 * inside
-assert (deviations["energies and forces"][near] < deviations["energies"][near]).double().mean() > 0.95
-gain = float(deviations["energies"][near].mean() / deviations["energies and forces"][near].mean())
+assert (
+    deviations["energies and forces"][near] < deviations["energies"][near]
+).double().mean() > 0.95
+gain = float(
+    deviations["energies"][near].mean() / deviations["energies and forces"][near].mean()
+)
 print(f"forces make the error bars {gain:.1f} times smaller")
 assert gain > 3
 
@@ -195,16 +238,33 @@ assert gain > 3
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#9aa3ad"
 looks = {"energies": (red, "--", "s"), "energies and forces": (blue, "-", "o")}
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.7), layout="constrained")
+figure, (left, middle, right) = plt.subplots(
+    1, 3, figsize=(9.5, 3.7), layout="constrained"
+)
 for name, (colour, dash, mark) in looks.items():
     shown = spectra[name][spectra[name] > 1e-4]
-    left.semilogy(np.arange(1, len(shown) + 1), shown, mark, color=colour, markersize=4, label=name)
+    left.semilogy(
+        np.arange(1, len(shown) + 1),
+        shown,
+        mark,
+        color=colour,
+        markersize=4,
+        label=name,
+    )
     low, high = (means[name] + sign * 2 * deviations[name] for sign in (-1, 1))
     middle.fill_between(r, low, high, color=colour, alpha=0.25, linewidth=0)
     middle.plot(r, means[name], dash, color=colour, linewidth=1.6, label=name)
     right.semilogy(r, deviations[name], dash, color=colour, linewidth=2, label=name)
 left.axhline(DECAY, color=grey, linewidth=1.2)
-left.text(left.get_xlim()[1], DECAY, "prior", ha="right", va="bottom", fontsize=8, color="#5b6470")
+left.text(
+    left.get_xlim()[1],
+    DECAY,
+    "prior",
+    ha="right",
+    va="bottom",
+    fontsize=8,
+    color="#5b6470",
+)
 left.set(xlabel="number", ylabel="eigenvalue of G/2", xticks=range(1, 12, 2))
 left.set_title("What the data know", loc="left", color=blue, fontsize=11)
 middle.plot(r, morse(r), ":", color="black", linewidth=1.4, label="truth")
@@ -218,7 +278,11 @@ right.set_zorder(counts.get_zorder() + 1)
 right.patch.set_visible(False)
 right.set(xlabel="distance", ylabel="error bar of the energy")
 right.set_title("How well it is known", loc="left", color=blue, fontsize=11)
-for axes, where in ((left, "upper right"), (middle, "upper right"), (right, "upper center")):
+for axes, where in (
+    (left, "upper right"),
+    (middle, "upper right"),
+    (right, "upper center"),
+):
     axes.grid(color="#e3e5e8")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,10 @@ from curvalg import Identity, Problem, block_diagonal, inverse, registry, restri
 
 torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
-X, y = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels)
+X, y = (
+    torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8),
+    torch.tensor(labels),
+)
 
 model = nn.Sequential(
     nn.Conv2d(1, 6, 3, stride=2, padding=1),
@@ -59,7 +62,10 @@ layers = {"convolution": "0.*", "hidden layer": "3.*", "last layer": "5.*"}
 ggn = registry.build("ggn")
 blocks = block_diagonal(ggn, by="module")
 approximations = {name: registry.build(name) for name in ("kfac", "ekfac", "foof")}
-exact = {layer: restrict(ggn, params).lower(problem).to_dense() for layer, params in layers.items()}
+exact = {
+    layer: restrict(ggn, params).lower(problem).to_dense()
+    for layer, params in layers.items()
+}
 
 whole = blocks.lower(problem).to_dense()
 at = 0
@@ -76,7 +82,10 @@ assert at == problem.size
 # is fairer to ``foof``: the identity in place of :math:`B` leaves its scale undetermined.
 
 dense = {
-    name: {layer: restrict(expr, params).lower(problem).to_dense() for layer, params in layers.items()}
+    name: {
+        layer: restrict(expr, params).lower(problem).to_dense()
+        for layer, params in layers.items()
+    }
     for name, expr in approximations.items()
 }
 errors = {}
@@ -86,7 +95,10 @@ for name, matrices in dense.items():
         cosine = (matrix * target).sum() / matrix.norm() / target.norm()
         errors[name, layer] = float((matrix - target).norm() / target.norm())
         rescaled = float((1 - cosine**2).sqrt())
-        print(f"{name:6} {layer:13} relative error {errors[name, layer]:6.2f}, rescaled {rescaled:.2f}")
+        print(
+            f"{name:6} {layer:13} relative error {errors[name, layer]:6.2f}, rescaled "
+            f"{rescaled:.2f}"
+        )
 
 # %%
 # EKFAC keeps the basis of KFAC and takes the best diagonal matrix in it, so it can only be nearer. By how much depends on
@@ -100,9 +112,16 @@ for layer in layers:
 # "reduce" averages inputs and adds gradients over places first.
 
 for approximation in ("expand", "reduce"):
-    matrix = restrict(registry.build("kfac", approximation=approximation), "0.*").lower(problem).to_dense()
+    matrix = (
+        restrict(registry.build("kfac", approximation=approximation), "0.*")
+        .lower(problem)
+        .to_dense()
+    )
     target = exact["convolution"]
-    print(f"convolution, {approximation}: relative error {float((matrix - target).norm() / target.norm()):.2f}")
+    print(
+        f"convolution, {approximation}: relative error "
+        f"{float((matrix - target).norm() / target.norm()):.2f}"
+    )
 
 # %%
 # What the blocks look like
@@ -110,19 +129,35 @@ for approximation in ("expand", "reduce"):
 # Absolute values of the weights' entries, on one logarithmic scale per layer; of the hidden layer only the weights into its
 # first two units. ``foof`` is drawn after its best rescaling, since it would be off the scale.
 
-cut = {"convolution": slice(0, 54), "hidden layer": slice(0, 192), "last layer": slice(0, 100)}
+cut = {
+    "convolution": slice(0, 54),
+    "hidden layer": slice(0, 192),
+    "last layer": slice(0, 100),
+}
 figure, panels = plt.subplots(3, 4, figsize=(9.5, 7.2), layout="constrained")
 for row, layer in zip(panels, layers, strict=True):
     foof = dense["foof"][layer]
     foof = foof * ((foof * exact[layer]).sum() / foof.square().sum())
-    shown = {"exact block": exact[layer], "kfac": dense["kfac"][layer], "ekfac": dense["ekfac"][layer], "foof": foof}
+    shown = {
+        "exact block": exact[layer],
+        "kfac": dense["kfac"][layer],
+        "ekfac": dense["ekfac"][layer],
+        "foof": foof,
+    }
     top = float(exact[layer][cut[layer], cut[layer]].abs().max())
     for axes, (name, matrix) in zip(row, shown.items(), strict=True):
         entries = matrix[cut[layer], cut[layer]].abs().clamp_min(1e-12)
-        picture = axes.imshow(entries, norm=LogNorm(1e-3 * top, top), cmap="Blues", interpolation="nearest")
+        picture = axes.imshow(
+            entries,
+            norm=LogNorm(1e-3 * top, top),
+            cmap="Blues",
+            interpolation="nearest",
+        )
         axes.set(xticks=[], yticks=[])
         if layer == "convolution":
-            axes.set_title("foof, rescaled" if name == "foof" else name, color="#0b3c5d")
+            axes.set_title(
+                "foof, rescaled" if name == "foof" else name, color="#0b3c5d"
+            )
         if name in dense:
             error = float((matrix - exact[layer]).norm() / exact[layer].norm())
             axes.set_xlabel(f"relative error {error:.2f}")
@@ -149,9 +184,18 @@ gradient = problem.gradient()
 dampings = [float(f"{damping:.2g}") for damping in np.logspace(-6, 1, 15)]
 natural = [step(ggn, damping) for damping in dampings]
 candidates = {"exact blocks": blocks, **approximations}
-steps = {name: [step(expr, damping) for damping in dampings] for name, expr in candidates.items()}
-same = {name: [alignment(a, b) for a, b in zip(of, natural, strict=True)] for name, of in steps.items()}
-tuned = {name: [max(alignment(a, b) for a in of) for b in natural] for name, of in steps.items()}
+steps = {
+    name: [step(expr, damping) for damping in dampings]
+    for name, expr in candidates.items()
+}
+same = {
+    name: [alignment(a, b) for a, b in zip(of, natural, strict=True)]
+    for name, of in steps.items()
+}
+tuned = {
+    name: [max(alignment(a, b) for a in of) for b in natural]
+    for name, of in steps.items()
+}
 same["gradient"] = tuned["gradient"] = [alignment(gradient, b) for b in natural]
 
 for name, cosines in same.items():
@@ -173,14 +217,28 @@ for name in approximations:
 # %%
 # On the right each step may choose its own damping among the fifteen, as one does in practice.
 
-colours = dict(zip(same, ("#0b3c5d", "#c8553d", "#d9a441", "#5b8db8", "#9aa3ad"), strict=True))
+colours = dict(
+    zip(same, ("#0b3c5d", "#c8553d", "#d9a441", "#5b8db8", "#9aa3ad"), strict=True)
+)
 styles = dict(zip(same, ("-", "-", "--", "-", ":"), strict=True))
-figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True)
+figure, panels = plt.subplots(
+    1, 2, figsize=(9.5, 4.2), layout="constrained", sharey=True
+)
 for axes, curves, title in zip(
-    panels, (same, tuned), ("with the same damping", "with its own best damping"), strict=True
+    panels,
+    (same, tuned),
+    ("with the same damping", "with its own best damping"),
+    strict=True,
 ):
     for name, cosines in curves.items():
-        axes.plot(dampings, cosines, styles[name], color=colours[name], label=name, linewidth=1.8)
+        axes.plot(
+            dampings,
+            cosines,
+            styles[name],
+            color=colours[name],
+            label=name,
+            linewidth=1.8,
+        )
     axes.set(xscale="log", ylim=(0, 1.02), xlabel="damping of the full GGN")
     axes.set_title(title, loc="left", color="#0b3c5d")
     axes.grid(color="#e3e5e8")

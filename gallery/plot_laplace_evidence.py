@@ -68,7 +68,9 @@ N, D = problem.num_samples, problem.size
 def fit(prior, noise):
     """Move the last layer to its most probable weights; the posterior around them."""
     before = laplace(problem, "ggn", prior=prior, sigma=noise**0.5)
-    gradient = before.likelihood.scale(before.sigma) * problem.gradient() + prior * before.mean
+    gradient = (
+        before.likelihood.scale(before.sigma) * problem.gradient() + prior * before.mean
+    )
     problem.step(before.covariance @ gradient)
     return laplace(problem, "ggn", prior=prior, sigma=noise**0.5)
 
@@ -89,7 +91,10 @@ phi = registry.build("jacobian").lower(problem).to_dense()
 for prior, noise in ((0.01, 0.3), (1.0, 0.5), (30.0, 1.0)):
     covariance = noise * torch.eye(N) + phi @ phi.T / prior
     direct = multivariate_normal(cov=covariance.numpy()).logpdf(y[train, 0].numpy())
-    print(f"δ = {prior:5}, σ² = {noise}: log evidence {evidence(prior, noise):9.4f}, directly {direct:9.4f}")
+    print(
+        f"δ = {prior:5}, σ² = {noise}: log evidence {evidence(prior, noise):9.4f}, "
+        f"directly {direct:9.4f}"
+    )
     assert abs(evidence(prior, noise) - direct) < 1e-8 * abs(direct)
 
 # %%
@@ -106,14 +111,19 @@ for _ in range(60):
     prior, noise = tuned.prior["2.weight"], tuned.sigma**2
 ggn = tuned.likelihood.scale(tuned.sigma) * registry.build("ggn")
 determined = effective_dimension(ggn.lower(problem), prior).value
-print(f"δ = {prior:.3g}, σ² = {noise:.3g}, the data determine {determined:.1f} of {D} weights")
+print(
+    f"δ = {prior:.3g}, σ² = {noise:.3g}, the data determine {determined:.1f} of {D} "
+    "weights"
+)
 assert abs(prior * float(tuned.mean.square().sum()) - determined) < 1e-6
 
 top = evidence(prior, noise)
 for factor in (0.9, 1.1):
     assert evidence(factor * prior, noise) < top
     assert evidence(prior, factor * noise) < top
-slope = (evidence(1.001 * prior, noise) - evidence(prior / 1.001, noise)) / (2 * np.log(1.001))
+slope = (evidence(1.001 * prior, noise) - evidence(prior / 1.001, noise)) / (
+    2 * np.log(1.001)
+)
 assert abs(slope) < 1e-3
 
 # %%
@@ -129,7 +139,9 @@ def predict(prior, noise):
 
 
 def test_loss(mean, variance):
-    return -float(torch.distributions.Normal(mean, variance.sqrt()).log_prob(y[test, 0]).mean())
+    return -float(
+        torch.distributions.Normal(mean, variance.sqrt()).log_prob(y[test, 0]).mean()
+    )
 
 
 def covered(mean, variance, level):
@@ -141,24 +153,39 @@ bayes = predict(prior, noise)
 fit(1e-6, 1.0)
 residual = problem.value()
 with torch.no_grad():
-    plain = model(X[test])[:, 0], torch.full((len(test),), residual, dtype=torch.float64)
+    plain = (
+        model(X[test])[:, 0],
+        torch.full((len(test),), residual, dtype=torch.float64),
+    )
 levels = np.linspace(0.05, 0.95, 19)
 coverage = {
-    name: [covered(*found, level) for level in levels] for name, found in (("Bayesian", bayes), ("plain fit", plain))
+    name: [covered(*found, level) for level in levels]
+    for name, found in (("Bayesian", bayes), ("plain fit", plain))
 }
 losses = test_loss(*bayes), test_loss(*plain)
-print(f"test loss {losses[0]:.2f}, of a plain fit with the variance of its residuals {losses[1]:.2f}")
-print(f"inside the 90 % intervals: {covered(*bayes, 0.9):.0%}, of a plain fit {covered(*plain, 0.9):.0%}")
+print(
+    f"test loss {losses[0]:.2f}, of a plain fit with the variance of its residuals "
+    f"{losses[1]:.2f}"
+)
+print(
+    f"inside the 90 % intervals: {covered(*bayes, 0.9):.0%}, of a plain fit "
+    f"{covered(*plain, 0.9):.0%}"
+)
 
 # %%
 # The plain fit has next to no prior, and takes what it could not fit for the noise. Its intervals hold much less than they
 # promise. The Bayesian ones are about right at every level, up to the scatter of a test on 192 patients, and its
 # probabilities of the test data are much better. Its prior, which no test data have seen, is close to the best there is.
 
-misses = {name: float(np.abs(np.array(found) - levels).max()) for name, found in coverage.items()}
+misses = {
+    name: float(np.abs(np.array(found) - levels).max())
+    for name, found in coverage.items()
+}
 print("largest miss:", ", ".join(f"{name} {miss:.2f}" for name, miss in misses.items()))
 assert misses["Bayesian"] < 0.5 * misses["plain fit"]
-assert all(found < level for found, level in zip(coverage["plain fit"], levels, strict=True))
+assert all(
+    found < level for found, level in zip(coverage["plain fit"], levels, strict=True)
+)
 assert losses[0] < losses[1] - 0.3
 
 priors = np.logspace(-2, 4, 19)
@@ -167,18 +194,41 @@ tested = np.array([test_loss(*predict(other, noise)) for other in priors])
 assert losses[0] < tested.min() + 0.05 < tested[[0, -1]].min()
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#9aa3ad"
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(1.3, 1))
-left.plot(priors, -evidences / N, color=blue, linewidth=2, label="− log evidence / N, training data")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(1.3, 1)
+)
+left.plot(
+    priors,
+    -evidences / N,
+    color=blue,
+    linewidth=2,
+    label="− log evidence / N, training data",
+)
 left.plot(priors, tested, "--", color=red, linewidth=2, label="test loss")
 left.axvline(prior, color=grey, linewidth=1.2, zorder=0)
-left.text(prior * 1.2, 0.98, "largest evidence", transform=left.get_xaxis_transform(), color="#5b6470", va="top")
+left.text(
+    prior * 1.2,
+    0.98,
+    "largest evidence",
+    transform=left.get_xaxis_transform(),
+    color="#5b6470",
+    va="top",
+)
 left.set(xscale="log", xlabel="precision δ of the prior", ylabel="nats per patient")
 left.set_title("The evidence knows a good prior", loc="left", color=blue)
 left.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.92))
 right.plot([0, 1], [0, 1], color=grey, linewidth=1.2)
-for (name, found), colour, marker in zip(coverage.items(), (blue, red), "os", strict=True):
+for (name, found), colour, marker in zip(
+    coverage.items(), (blue, red), "os", strict=True
+):
     right.plot(levels, found, marker + "-", color=colour, markersize=4, label=name)
-right.set(xlabel="promised", ylabel="found, of 192 test patients", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+right.set(
+    xlabel="promised",
+    ylabel="found, of 192 test patients",
+    xlim=(0, 1),
+    ylim=(0, 1),
+    aspect="equal",
+)
 right.set_title("Share inside the intervals", loc="left", color=blue)
 right.legend(frameon=False, loc="upper left")
 for axes in (left, right):

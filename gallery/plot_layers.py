@@ -55,7 +55,12 @@ print(problem, f"loss {problem.value():.3f}")
 # them. Its vectors have the layout of these parameters alone; a dict of tensors goes in, a dict of tensors comes out.
 
 ggn, hessian = registry.build("ggn"), registry.build("hessian")
-print(restrict(ggn, "conv1.*"), restrict(ggn, "*.bias"), restrict(ggn, ["last.weight", "hidden.weight"]), sep="\n")
+print(
+    restrict(ggn, "conv1.*"),
+    restrict(ggn, "*.bias"),
+    restrict(ggn, ["last.weight", "hidden.weight"]),
+    sep="\n",
+)
 
 kernel = {"conv1.weight": torch.ones(4, 1, 3, 3, dtype=torch.float64)}
 product = restrict(hessian, "conv1.weight").lower(problem) @ kernel
@@ -65,7 +70,10 @@ print({name: tuple(t.shape) for name, t in product.items()})
 # The same numbers are the corresponding part of a product with the whole matrix, with zeros for all other parameters. The
 # other way to select parameters is for the whole problem, with ``params=``.
 
-everywhere = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in problem.layout.shapes.items()} | kernel
+everywhere = {
+    name: torch.zeros(shape, dtype=torch.float64)
+    for name, shape in problem.layout.shapes.items()
+} | kernel
 whole = hessian.lower(problem) @ everywhere
 torch.testing.assert_close(product["conv1.weight"], whole["conv1.weight"])
 selected = Problem(model, loss, (X.double(), y), params="conv1.weight")
@@ -79,12 +87,15 @@ torch.testing.assert_close(product, hessian.lower(selected) @ kernel)
 largest, traces = {}, {}
 for name, expr in (("ggn", ggn), ("hessian", hessian)):
     ops = {layer: restrict(expr, f"{layer}.*").lower(problem) for layer in layers}
-    largest[name] = [float(eigsh(op, 1, which="LA").eigenvalues[0]) for op in ops.values()]
+    largest[name] = [
+        float(eigsh(op, 1, which="LA").eigenvalues[0]) for op in ops.values()
+    ]
     traces[name] = [op.exact("trace") for op in ops.values()]
 sizes = [ops[layer].shape[0] for layer in layers]
 for i, layer in enumerate(layers):
     print(
-        f"{layer:7} {sizes[i]:4} parameters, trace of GGN {traces['ggn'][i]:6.2f}, of Hessian {traces['hessian'][i]:6.2f}, "
+        f"{layer:7} {sizes[i]:4} parameters, trace of GGN {traces['ggn'][i]:6.2f}, of "
+        f"Hessian {traces['hessian'][i]:6.2f}, "
         f"largest eigenvalues {largest['ggn'][i]:.3f} and {largest['hessian'][i]:.3f}"
     )
 
@@ -98,8 +109,14 @@ for name, expr in (("ggn", ggn), ("hessian", hessian)):
     estimate = trace(op, method="xtrace")
     assert abs(estimate.value - sum(traces[name])) < 4 * estimate.error + 1e-9
     top = float(eigsh(op, 1, which="LA").eigenvalues[0])
-    print(f"{name:7} trace {sum(traces[name]):.3f}, estimated {estimate.value:.3f} ± {estimate.error:.3f}")
-    print(f"{name:7} largest eigenvalue {top:.3f}, of the layers at most {max(largest[name]):.3f}")
+    print(
+        f"{name:7} trace {sum(traces[name]):.3f}, estimated {estimate.value:.3f} ± "
+        f"{estimate.error:.3f}"
+    )
+    print(
+        f"{name:7} largest eigenvalue {top:.3f}, of the layers at most "
+        f"{max(largest[name]):.3f}"
+    )
     assert max(largest[name]) <= top * (1 + 1e-6)
     if name == "ggn":
         assert top <= sum(largest[name])
@@ -123,7 +140,9 @@ top = float(eigsh(by_module.lower(problem), 1, which="LA").eigenvalues[0])
 np.testing.assert_allclose(top, max(largest["ggn"]), rtol=1e-3)
 
 gradient = problem.gradient()
-natural = problem.layout.unflatten(inverse(by_module + 1e-2 * Identity).lower(problem) @ gradient)
+natural = problem.layout.unflatten(
+    inverse(by_module + 1e-2 * Identity).lower(problem) @ gradient
+)
 own = inverse(restrict(ggn, "hidden.*") + 1e-2 * Identity).lower(problem)
 parts = problem.layout.unflatten(gradient)
 alone = own @ {name: parts[name] for name in ("hidden.weight", "hidden.bias")}
@@ -137,7 +156,10 @@ torch.testing.assert_close(alone["hidden.weight"], natural["hidden.weight"])
 # vector, and so where its rows and columns are.
 
 dense, slices = ggn.lower(problem).to_dense(), problem.layout.slices
-at = {layer: slice(slices[f"{layer}.weight"].start, slices[f"{layer}.bias"].stop) for layer in layers}
+at = {
+    layer: slice(slices[f"{layer}.weight"].start, slices[f"{layer}.bias"].stop)
+    for layer in layers
+}
 norms = np.array([[float(dense[at[a], at[b]].norm()) for b in layers] for a in layers])
 coupling = norms / np.sqrt(np.outer(norms.diagonal(), norms.diagonal()))
 assert (coupling <= 1 + 1e-12).all()
@@ -153,25 +175,47 @@ blue, red = "#0b3c5d", "#c8553d"
 for name in ("ggn", "hessian"):
     assert largest[name][0] > 1.5 * max(largest[name][1:])
 assert all(coupling[i, i + 1] > coupling[0, 3] for i in range(3))
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.8), layout="constrained", width_ratios=(1, 1, 1.05))
+figure, (left, middle, right) = plt.subplots(
+    1, 3, figsize=(9.5, 3.8), layout="constrained", width_ratios=(1, 1, 1.05)
+)
 place = np.arange(len(layers))
-for axes, numbers, title in ((left, traces, "trace"), (middle, largest, "largest eigenvalue")):
+for axes, numbers, title in (
+    (left, traces, "trace"),
+    (middle, largest, "largest eigenvalue"),
+):
     axes.bar(place - 0.2, numbers["ggn"], 0.4, color=blue, label="GGN")
     axes.bar(place + 0.2, numbers["hessian"], 0.4, color=red, label="Hessian")
-    axes.set_xticks(place, [f"{layer}\n{size}" for layer, size in zip(layers, sizes, strict=True)])
+    axes.set_xticks(
+        place, [f"{layer}\n{size}" for layer, size in zip(layers, sizes, strict=True)]
+    )
     axes.set_title(f"{title} of each layer", loc="left", color=blue, fontsize=11)
     axes.grid(axis="y", color="#e3e5e8")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 middle.axhline(whole_top, color="#5b6470", linestyle=":", linewidth=1.5)
-middle.text(len(layers) - 0.6, whole_top, "whole network, GGN", ha="right", va="bottom", fontsize=8, color="#5b6470")
+middle.text(
+    len(layers) - 0.6,
+    whole_top,
+    "whole network, GGN",
+    ha="right",
+    va="bottom",
+    fontsize=8,
+    color="#5b6470",
+)
 left.set_ylim(top=1.15 * max(traces["hessian"]))
 left.legend(frameon=False, ncols=2, loc="upper left")
 left.set_xlabel("layer, parameters")
 middle.set_xlabel("layer, parameters")
 right.imshow(coupling, cmap="Blues", vmin=0, vmax=1)
 for i, j in np.ndindex(coupling.shape):
-    right.text(j, i, f"{coupling[i, j]:.2f}", ha="center", va="center", color="white" if coupling[i, j] > 0.6 else blue)
+    right.text(
+        j,
+        i,
+        f"{coupling[i, j]:.2f}",
+        ha="center",
+        va="center",
+        color="white" if coupling[i, j] > 0.6 else blue,
+    )
 right.set_xticks(place, layers)
 right.set_yticks(place, layers)
 right.tick_params(length=0)

@@ -49,12 +49,19 @@ def per_parameter(logarithms):
 def fit(prior):
     """Move to the most probable weights under a prior."""
     optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=200, tolerance_grad=1e-4, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        model.parameters(),
+        max_iter=200,
+        tolerance_grad=1e-4,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
     )
 
     def objective():
         optimizer.zero_grad()
-        decay = sum(prior[name].detach() / 2 * p.square().sum() for name, p in model.named_parameters())
+        decay = sum(
+            prior[name].detach() / 2 * p.square().sum()
+            for name, p in model.named_parameters()
+        )
         value = loss(model(X[train]), y[train]) + decay
         value.backward()
         return value
@@ -64,7 +71,7 @@ def fit(prior):
 
 
 def evidence(prior):
-    """The negative logarithm of the evidence at the present weights, and the log-determinant in it."""
+    """Minus the log evidence at the present weights, and the log-determinant in it."""
     logdet = differentiable.logdet(ggn, problem, damping=prior)
     terms = [
         prior[name] / 2 * p.detach().square().sum() - p.numel() / 2 * prior[name].log()
@@ -76,7 +83,9 @@ def evidence(prior):
 def tested():
     with torch.no_grad():
         output = model(X[test])
-        return float(nn.functional.cross_entropy(output, y[test])), float((output.argmax(1) == y[test]).double().mean())
+        return float(nn.functional.cross_entropy(output, y[test])), float(
+            (output.argmax(1) == y[test]).double().mean()
+        )
 
 
 # %%
@@ -93,7 +102,10 @@ for precision in grid:
     on_grid.append((float(evidence(prior).detach()), *tested()))
 on_grid = np.array(on_grid)
 best = int(on_grid[:, 0].argmin())
-print(f"best of the grid: prior {grid[best]:.3f}, evidence {-on_grid[best, 0]:.2f}, test loss {on_grid[best, 1]:.3f}")
+print(
+    f"best of the grid: prior {grid[best]:.3f}, evidence {-on_grid[best, 0]:.2f}, test "
+    f"loss {on_grid[best, 1]:.3f}"
+)
 
 # %%
 # One prior for each layer, by gradients
@@ -111,7 +123,10 @@ print(f"best of the grid: prior {grid[best]:.3f}, evidence {-on_grid[best, 0]:.2
 
 def learned(steps, whole):
     model.load_state_dict(start)
-    logarithms = {layer: torch.zeros((), dtype=torch.float64, requires_grad=True) for layer in set(LAYERS.values())}
+    logarithms = {
+        layer: torch.zeros((), dtype=torch.float64, requires_grad=True)
+        for layer in set(LAYERS.values())
+    }
     optimizer = torch.optim.Adam(logarithms.values(), lr=0.35)
     history = []
     for _ in range(steps):
@@ -119,22 +134,43 @@ def learned(steps, whole):
         optimizer.zero_grad()
         value = evidence(prior := per_parameter(logarithms))
         value.backward()
-        history.append((float(value.detach()), *tested(), *(float(logarithms[at].detach().exp()) for at in ("0", "2"))))
+        history.append(
+            (
+                float(value.detach()),
+                *tested(),
+                *(float(logarithms[at].detach().exp()) for at in ("0", "2")),
+            )
+        )
         if whole:
-            g = problem.layout.flatten({name: p.grad for name, p in model.named_parameters()})
-            spread = torch.cat([prior[name].detach().expand(p.numel()) for name, p in model.named_parameters()])
-            moved = problem.layout.unflatten(inverse(hessian + Diagonal(spread)).lower(problem) @ g)
+            g = problem.layout.flatten(
+                {name: p.grad for name, p in model.named_parameters()}
+            )
+            spread = torch.cat(
+                [
+                    prior[name].detach().expand(p.numel())
+                    for name, p in model.named_parameters()
+                ]
+            )
+            moved = problem.layout.unflatten(
+                inverse(hessian + Diagonal(spread)).lower(problem) @ g
+            )
             for name, p in model.named_parameters():
-                logarithms[LAYERS[name]].grad -= (prior[name] * (p * moved[name]).sum()).detach()
+                logarithms[LAYERS[name]].grad -= (
+                    prior[name] * (p * moved[name]).sum()
+                ).detach()
         optimizer.step()
     return np.array(history)
 
 
-runs = {"whole gradient": learned(18, whole=True), "weights held": learned(18, whole=False)}
+runs = {
+    "whole gradient": learned(18, whole=True),
+    "weights held": learned(18, whole=False),
+}
 for name, history in runs.items():
     value, tested_loss, accuracy, first, second = history[-1]
     print(
-        f"{name}: priors {first:.3f} and {second:.3f}, evidence {-value:.2f}, test loss {tested_loss:.3f}, {accuracy:.1%}"
+        f"{name}: priors {first:.3f} and {second:.3f}, evidence {-value:.2f}, test "
+        f"loss {tested_loss:.3f}, {accuracy:.1%}"
     )
 
 # %%
@@ -155,18 +191,28 @@ assert runs["whole gradient"][-1, 1] < on_grid[best, 1] + 0.05
 # no single prior can do. Right: the grid.
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#9aa3ad"
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.6), layout="constrained")
+figure, (left, middle, right) = plt.subplots(
+    1, 3, figsize=(9.5, 3.6), layout="constrained"
+)
 left.axhline(-on_grid[best, 0], color=grey, linewidth=1.6, label="best single prior")
 for (name, history), colour in zip(runs.items(), (red, blue), strict=True):
     left.plot(-history[:, 0], color=colour, linewidth=2, label=name)
-    middle.semilogy(history[:, 3], color=colour, linewidth=2, label=f"first layer, {name}")
-    middle.semilogy(history[:, 4], "--", color=colour, linewidth=2, label=f"second layer, {name}")
+    middle.semilogy(
+        history[:, 3], color=colour, linewidth=2, label=f"first layer, {name}"
+    )
+    middle.semilogy(
+        history[:, 4], "--", color=colour, linewidth=2, label=f"second layer, {name}"
+    )
 left.set(xlabel="steps", ylim=(-on_grid[best, 0] - 35, -on_grid[best, 0] + 8))
 left.set_title("Evidence", loc="left", color=blue)
 middle.set(xlabel="steps", ylim=(5e-3, 90))
 middle.set_title("Priors", loc="left", color=blue)
-right.semilogx(grid, -on_grid[:, 0], "o-", color=grey, linewidth=1.6, label="single priors")
-right.axhline(-reached["whole gradient"][-1], color=red, linewidth=2, label="one for each layer")
+right.semilogx(
+    grid, -on_grid[:, 0], "o-", color=grey, linewidth=1.6, label="single priors"
+)
+right.axhline(
+    -reached["whole gradient"][-1], color=red, linewidth=2, label="one for each layer"
+)
 right.set_xlabel("prior precision")
 right.set_title("Evidence of single priors", loc="left", color=blue)
 for axes in (left, middle, right):

@@ -31,7 +31,12 @@ images, labels = load_digits(return_X_y=True)
 X = torch.tensor(images[:500] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
 y = torch.tensor(labels[:500])
 model = nn.Sequential(
-    nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(96, 10), nn.Tanh(), nn.Linear(10, 10)
+    nn.Conv2d(1, 6, 3, stride=2, padding=1),
+    nn.Tanh(),
+    nn.Flatten(),
+    nn.Linear(96, 10),
+    nn.Tanh(),
+    nn.Linear(10, 10),
 )
 loss = nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -55,10 +60,20 @@ print(problem, f"loss {problem.value():.3f}")
 top = eigsh(hessian, 2, which="LA", tol=1e-9)
 low = eigsh(hessian, 1, which="SA", tol=1e-7)
 random = torch.linalg.qr(
-    torch.randn(problem.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.randn(
+        problem.size, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 ).Q
-first, second, lowest = top.eigenvectors[:, 1], top.eigenvectors[:, 0], low.eigenvectors[:, 0]
-values = {"first": float(top.eigenvalues[1]), "second": float(top.eigenvalues[0]), "lowest": float(low.eigenvalues[0])}
+first, second, lowest = (
+    top.eigenvectors[:, 1],
+    top.eigenvectors[:, 0],
+    low.eigenvectors[:, 0],
+)
+values = {
+    "first": float(top.eigenvalues[1]),
+    "second": float(top.eigenvalues[0]),
+    "lowest": float(low.eigenvalues[0]),
+}
 print(", ".join(f"{name} eigenvalue {value:.4f}" for name, value in values.items()))
 
 # %%
@@ -71,13 +86,17 @@ def loss_at(points):
     """The loss at points (P, D) of parameter space."""
 
     def one(point):
-        return loss(torch.func.functional_call(model, problem.layout.unflatten(point), X), y)
+        return loss(
+            torch.func.functional_call(model, problem.layout.unflatten(point), X), y
+        )
 
     with torch.no_grad():
         return torch.vmap(one, chunk_size=50)(points)
 
 
-centre = problem.layout.flatten({name: p.detach() for name, p in model.named_parameters()})
+centre = problem.layout.flatten(
+    {name: p.detach() for name, p in model.named_parameters()}
+)
 reach = torch.linspace(-1, 1, 31, dtype=torch.float64)
 
 
@@ -95,14 +114,23 @@ def plane(across, upwards, scale):
 
 
 def second_difference(u, h=0.02):
-    at = loss_at(centre + torch.tensor([-2, -1, 0, 1, 2], dtype=torch.float64)[:, None] * h * u)
-    return float(at @ torch.tensor([-1.0, 16, -30, 16, -1], dtype=torch.float64)) / (12 * h * h)
+    at = loss_at(
+        centre + torch.tensor([-2, -1, 0, 1, 2], dtype=torch.float64)[:, None] * h * u
+    )
+    return float(at @ torch.tensor([-1.0, 16, -30, 16, -1], dtype=torch.float64)) / (
+        12 * h * h
+    )
 
 
 for name, u in (("first", first), ("second", second), ("lowest", lowest)):
-    print(f"{name}: curvature of the loss {second_difference(u):.7f}, eigenvalue {values[name]:.7f}")
+    print(
+        f"{name}: curvature of the loss {second_difference(u):.7f}, eigenvalue "
+        f"{values[name]:.7f}"
+    )
     assert abs(second_difference(u) - values[name]) < 1e-4 * values["first"]
-mixed = second_difference((first + second) / 2**0.5) - second_difference((first - second) / 2**0.5)
+mixed = second_difference((first + second) / 2**0.5) - second_difference(
+    (first - second) / 2**0.5
+)
 print(f"mixed derivative {mixed / 2:.1e}")
 assert abs(mixed / 2) < 1e-4 * values["first"]
 errors = [second_difference(first, h) - values["first"] for h in (0.04, 0.02)]
@@ -116,14 +144,26 @@ assert 14 < errors[0] / errors[1] < 18
 # Most of them are near zero, so that mean is more than a hundred times smaller than the largest.
 
 U = torch.nn.functional.normalize(
-    torch.randn(problem.size, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=0
+    torch.randn(
+        problem.size,
+        200,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(2),
+    ),
+    dim=0,
 )
 curvatures = (U * (hessian @ U)).sum(0)
 total = trace(hessian, products=120)
 spread = float(curvatures.std()) / len(curvatures) ** 0.5
-print(f"curvature along random directions {float(curvatures.mean()):.4f} ± {spread:.4f}")
-print(f"trace / D = {total.value / problem.size:.4f} ± {total.error / problem.size:.4f}")
-assert abs(float(curvatures.mean()) - total.value / problem.size) < 4 * np.hypot(spread, total.error / problem.size)
+print(
+    f"curvature along random directions {float(curvatures.mean()):.4f} ± {spread:.4f}"
+)
+print(
+    f"trace / D = {total.value / problem.size:.4f} ± {total.error / problem.size:.4f}"
+)
+assert abs(float(curvatures.mean()) - total.value / problem.size) < 4 * np.hypot(
+    spread, total.error / problem.size
+)
 assert values["first"] > 100 * curvatures.mean()
 
 # %%
@@ -153,26 +193,50 @@ for name, value in ranges.items():
 assert ranges["two largest eigenvalues"] > 20 * ranges["two random directions"]
 
 axis_names = {
-    "two largest eigenvalues": (f"a, λ = {values['first']:.2f}", f"b, λ = {values['second']:.2f}"),
-    "largest and smallest eigenvalue": (f"a, λ = {values['first']:.2f}", f"b, λ = −{-values['lowest']:.3f}"),
+    "two largest eigenvalues": (
+        f"a, λ = {values['first']:.2f}",
+        f"b, λ = {values['second']:.2f}",
+    ),
+    "largest and smallest eigenvalue": (
+        f"a, λ = {values['first']:.2f}",
+        f"b, λ = −{-values['lowest']:.3f}",
+    ),
     "two random directions": ("a", "b"),
 }
 figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.5), layout="constrained")
 for axes, (name, surface) in zip(panels, surfaces.items(), strict=True):
     grid = reach.numpy()
-    filled = axes.contourf(grid, grid, surface.numpy(), levels, norm="log", cmap="Blues_r")
+    filled = axes.contourf(
+        grid, grid, surface.numpy(), levels, norm="log", cmap="Blues_r"
+    )
     axes.contour(grid, grid, surface.numpy(), levels, colors="#0b3c5d", linewidths=0.6)
     if name == "two largest eigenvalues":
-        axes.contour(grid, grid, model_loss.numpy(), levels[1::3], colors="#c8553d", linewidths=1.2, linestyles="--")
+        axes.contour(
+            grid,
+            grid,
+            model_loss.numpy(),
+            levels[1::3],
+            colors="#c8553d",
+            linewidths=1.2,
+            linestyles="--",
+        )
         axes.plot([], [], "--", color="#c8553d", label="quadratic model")
         axes.legend(loc="lower right", fontsize=8, framealpha=0.9)
     axes.plot(0, 0, "+", color="#c8553d", markersize=9, markeredgewidth=2)
     axes.set(
-        xlabel=axis_names[name][0], ylabel=axis_names[name][1], aspect="equal", xticks=(-1, 0, 1), yticks=(-1, 0, 1)
+        xlabel=axis_names[name][0],
+        ylabel=axis_names[name][1],
+        aspect="equal",
+        xticks=(-1, 0, 1),
+        yticks=(-1, 0, 1),
     )
     axes.set_title(name, fontsize=10, color="#0b3c5d", loc="left")
-scale = figure.colorbar(filled, ax=panels, label="mean loss", location="right", shrink=0.9)
-ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5) if lowest_loss <= t <= highest_loss]
+scale = figure.colorbar(
+    filled, ax=panels, label="mean loss", location="right", shrink=0.9
+)
+ticks = [
+    t for t in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5) if lowest_loss <= t <= highest_loss
+]
 scale.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
 scale.ax.minorticks_off()
 plt.show()

@@ -66,13 +66,22 @@ def objective(problem, model):
 # Three expressions, and one line for the step. On so small a network all the inverses are exact, by dense factorisations; on
 # a large one the same line is an iterative solve.
 
-curvatures = {"gradient descent": Zero, "natural gradient": registry.build("ggn"), "Newton": registry.build("hessian")}
+curvatures = {
+    "gradient descent": Zero,
+    "natural gradient": registry.build("ggn"),
+    "Newton": registry.build("hessian"),
+}
 problem, model = fresh()
 gradient = problem.gradient() + DECAY * flat(model)
-steps = {name: -(inverse(A + Identity).lower(problem) @ gradient) for name, A in curvatures.items()}
+steps = {
+    name: -(inverse(A + Identity).lower(problem) @ gradient)
+    for name, A in curvatures.items()
+}
 torch.testing.assert_close(steps["gradient descent"], -gradient)
 fisher = registry.build("fisher")
-torch.testing.assert_close(steps["natural gradient"], -(inverse(fisher + Identity).lower(problem) @ gradient))
+torch.testing.assert_close(
+    steps["natural gradient"], -(inverse(fisher + Identity).lower(problem) @ gradient)
+)
 hessian = curvatures["Newton"].lower(problem)
 lowest, highest = hessian.exact("eigh").eigenvalues[[0, -1]]
 print(f"eigenvalues of the Hessian at the start from {lowest:.3f} to {highest:.3f}")
@@ -92,7 +101,9 @@ assert lowest < -0.1 * highest
 
 
 def predicted(A, problem, gradient, step):
-    return float(gradient @ step + step @ ((A + DECAY * Identity).lower(problem) @ step) / 2)
+    return float(
+        gradient @ step + step @ ((A + DECAY * Identity).lower(problem) @ step) / 2
+    )
 
 
 start = objective(problem, model)
@@ -103,9 +114,14 @@ for name in ("natural gradient", "Newton"):
         move(problem, model, t * steps[name])
         change = objective(problem, model) - start
         move(problem, model, -t * steps[name])
-        errors.append(change - predicted(curvatures[name], problem, gradient, t * steps[name]))
+        errors.append(
+            change - predicted(curvatures[name], problem, gradient, t * steps[name])
+        )
     divisions[name] = errors[0] / errors[1]
-    print(f"{name}: halving the step divides the error of its model by {divisions[name]:.2f}")
+    print(
+        f"{name}: halving the step divides the error of its model by "
+        f"{divisions[name]:.2f}"
+    )
 assert 3.5 < divisions["natural gradient"] < 4.5
 assert 7 < divisions["Newton"] < 9
 
@@ -122,7 +138,12 @@ assert 7 < divisions["Newton"] < 9
 
 def train(A, tries, damping=1.0):
     problem, model = fresh()
-    history = {"objective": [objective(problem, model)], "ratio": [], "gradient": [], "damping": []}
+    history = {
+        "objective": [objective(problem, model)],
+        "ratio": [],
+        "gradient": [],
+        "damping": [],
+    }
     for _ in range(tries):
         gradient = problem.gradient() + DECAY * flat(model)
         history["gradient"].append(float(gradient.norm()))
@@ -136,7 +157,9 @@ def train(A, tries, damping=1.0):
         before = history["objective"][-1]
         move(problem, model, step)
         after = objective(problem, model)
-        ratio = (after - before) / promise if -promise > 1e-13 else 1.0  # smaller changes are lost in rounding
+        ratio = (
+            (after - before) / promise if -promise > 1e-13 else 1.0
+        )  # smaller changes are lost in rounding
         if ratio < 0.25:
             move(problem, model, -step)
             after = before
@@ -144,14 +167,22 @@ def train(A, tries, damping=1.0):
         history["ratio"].append(ratio)
         history["damping"].append(damping)
         damping *= 4 if ratio < 0.25 else 1 / 3 if ratio > 0.75 else 1
-    return {name: np.array(values) for name, values in history.items()} | {"end": flat(model)}
+    return {name: np.array(values) for name, values in history.items()} | {
+        "end": flat(model)
+    }
 
 
-runs = {name: train(A, tries=60 if name == "Newton" else 36) for name, A in curvatures.items()}
+runs = {
+    name: train(A, tries=60 if name == "Newton" else 36)
+    for name, A in curvatures.items()
+}
 for name, run in runs.items():
     reached = " ".join(f"{run['objective'][k]:.3f}" for k in (0, 5, 10, 20))
     taken = run["ratio"][run["ratio"] >= 0.25]
-    print(f"{name:17} objective after 0, 5, 10, 20 tries: {reached}; median ratio {np.median(taken):.2f}")
+    print(
+        f"{name:17} objective after 0, 5, 10, 20 tries: {reached}; median ratio "
+        f"{np.median(taken):.2f}"
+    )
 
 # %%
 # Who wins
@@ -161,7 +192,9 @@ for name, run in runs.items():
 # Newton's method overtakes it and converges. Of the steps that it takes, the Hessian predicts what they gain almost exactly.
 
 f = {name: run["objective"] for name, run in runs.items()}
-assert f["natural gradient"][5] < 0.85 * f["Newton"][5] < 0.85 * f["gradient descent"][5]
+assert (
+    f["natural gradient"][5] < 0.85 * f["Newton"][5] < 0.85 * f["gradient descent"][5]
+)
 assert f["Newton"][-1] < f["natural gradient"][-1] < 0.5 * f["gradient descent"][-1]
 assert runs["Newton"]["gradient"][-1] < 1e-11
 good = runs["Newton"]["ratio"][runs["Newton"]["ratio"] >= 0.25]
@@ -198,18 +231,26 @@ def distances(A, damping, start, steps):
     found = [float((start - minimiser).norm())]
     for _ in range(steps):
         gradient = problem.gradient() + DECAY * flat(model)
-        move(problem, model, -(inverse(A + (DECAY + damping) * Identity).lower(problem) @ gradient))
+        move(
+            problem,
+            model,
+            -(inverse(A + (DECAY + damping) * Identity).lower(problem) @ gradient),
+        )
         found.append(float((flat(model) - minimiser).norm()))
     return np.array(found)
 
 
 def rates(damping):
     problem, _ = placed(minimiser)
-    matrix = inverse(ggn + (DECAY + damping) * Identity) @ (damping * Identity - residual)
+    matrix = inverse(ggn + (DECAY + damping) * Identity) @ (
+        damping * Identity - residual
+    )
     return torch.linalg.eigvals(matrix.lower(problem).to_dense()).real
 
 
-direction = torch.randn(len(minimiser), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+direction = torch.randn(
+    len(minimiser), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+)
 near = minimiser + 1e-2 * direction / direction.norm()
 DAMPING = 0.03
 local = {
@@ -219,7 +260,10 @@ local = {
 }
 undamped, damped, newton = local.values()
 print(f"eigenvalues without damping from {rates(0).min():.2f} to {rates(0).max():.3f}")
-print(f"with damping {DAMPING} from {rates(DAMPING).min():.2f} to {rates(DAMPING).max():.3f}")
+print(
+    f"with damping {DAMPING} from {rates(DAMPING).min():.2f} to "
+    f"{rates(DAMPING).max():.3f}"
+)
 tiny = distances(ggn, 0, minimiser + 1e-4 * (near - minimiser), 6)
 print(f"last step without damping multiplies the distance by {tiny[-1] / tiny[-2]:.2f}")
 
@@ -234,17 +278,43 @@ assert newton[1] < newton[0] ** 1.5
 # %%
 # Left: training from the same random start. Right: steps of fixed damping from a point close to the minimiser.
 
-colours = {"gradient descent": "#9aa3ad", "natural gradient": "#c8553d", "Newton": "#0b3c5d"}
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(1.25, 1))
+colours = {
+    "gradient descent": "#9aa3ad",
+    "natural gradient": "#c8553d",
+    "Newton": "#0b3c5d",
+}
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(1.25, 1)
+)
 floor = f["Newton"][-1]
 for name, values in f.items():
-    left.plot(np.maximum(values - floor, 1e-9), color=colours[name], linewidth=2, label=name)
-left.set(yscale="log", ylim=(1e-7, 5), xlabel="steps tried", ylabel="objective above its minimum")
-left.set_title("From the start: natural gradient leads, Newton wins", loc="left", color="#0b3c5d", fontsize=11)
+    left.plot(
+        np.maximum(values - floor, 1e-9), color=colours[name], linewidth=2, label=name
+    )
+left.set(
+    yscale="log",
+    ylim=(1e-7, 5),
+    xlabel="steps tried",
+    ylabel="objective above its minimum",
+)
+left.set_title(
+    "From the start: natural gradient leads, Newton wins",
+    loc="left",
+    color="#0b3c5d",
+    fontsize=11,
+)
 for name, values in local.items():
     dashed = "--" if "c =" in name else "-"
-    right.plot(values, "o" + dashed, color=colours[name.split(",")[0]], markersize=4, label=name)
-right.set(yscale="log", ylim=(1e-11, 30), xlabel="steps", ylabel="distance to the minimiser")
+    right.plot(
+        values,
+        "o" + dashed,
+        color=colours[name.split(",")[0]],
+        markersize=4,
+        label=name,
+    )
+right.set(
+    yscale="log", ylim=(1e-11, 30), xlabel="steps", ylabel="distance to the minimiser"
+)
 right.set_title("Near the minimiser", loc="left", color="#0b3c5d", fontsize=11)
 for axes in (left, right):
     axes.grid(color="#e3e5e8")
@@ -267,7 +337,10 @@ def natural(problem, batches, decay=0.9, damping=1e-2, size=0.5):
         batch = problem.with_data(data)
         new = kfac.bound(batch)
         running = new if running is None else average_factors(running, new, decay)
-        batch.step(inverse(damp_factors(running, damping)).lower(batch) @ batch.gradient(), size)
+        batch.step(
+            inverse(damp_factors(running, damping)).lower(batch) @ batch.gradient(),
+            size,
+        )
         yield problem.value()
 
 
@@ -290,7 +363,9 @@ def usual(make):
 
 progress = {
     "K-FAC": list(natural(fresh()[0], minibatches())),
-    "SGD with momentum": list(usual(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9))),
+    "SGD with momentum": list(
+        usual(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9))
+    ),
     "Adam": list(usual(lambda p: torch.optim.Adam(p, lr=0.1))),
 }
 for name, values in progress.items():
@@ -301,11 +376,17 @@ for name, values in progress.items():
 # The others have learning rates that suit them, and need about twice as many passes over the data. A step of K-FAC costs more
 # than one of theirs; on so small a network far more.
 
-assert progress["K-FAC"][15] < min(progress["Adam"][31], progress["SGD with momentum"][31])
+assert progress["K-FAC"][15] < min(
+    progress["Adam"][31], progress["SGD with momentum"][31]
+)
 
 figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-for (name, values), colour in zip(progress.items(), ("#c8553d", "#9aa3ad", "#0b3c5d"), strict=True):
-    axes.semilogy(np.arange(1, len(values) + 1) / 8, values, color=colour, linewidth=2, label=name)
+for (name, values), colour in zip(
+    progress.items(), ("#c8553d", "#9aa3ad", "#0b3c5d"), strict=True
+):
+    axes.semilogy(
+        np.arange(1, len(values) + 1) / 8, values, color=colour, linewidth=2, label=name
+    )
 axes.set(xlabel="passes over the data", ylabel="loss of all data")
 axes.set_title("Minibatches of fifty", loc="left", color="#0b3c5d", fontsize=11)
 axes.grid(color="#e3e5e8")

@@ -73,12 +73,24 @@ folder = Path(tempfile.mkdtemp())
 # -------------
 # ``torchrun --nproc-per-node=2 digits_spectrum.py`` starts them. Every rank makes the same calls and gets the whole result.
 
-command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2"]
-command += ["--nproc-per-node=2", "digits_spectrum.py"]  # torch may lose a process while it ends
+command = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--max-restarts=2",
+]
+command += [
+    "--nproc-per-node=2",
+    "digits_spectrum.py",
+]  # torch may lose a process while it ends
 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
 first, second = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
-print(f"batches: {first['batches']} and {second['batches']}; samples of the problem: {first['samples']}")
+print(
+    f"batches: {first['batches']} and {second['batches']}; samples of the problem: "
+    f"{first['samples']}"
+)
 
 assert {first["batches"], second["batches"]} == {4, 5}
 assert first["samples"] == second["samples"] == 600
@@ -95,10 +107,16 @@ sys.path.insert(0, str(folder))
 from digits_spectrum import spectrum  # noqa: E402
 
 alone = spectrum()
-for one, two in zip(alone["eigenvalues"].flip(0).tolist(), first["eigenvalues"].flip(0).tolist(), strict=True):
+for one, two in zip(
+    alone["eigenvalues"].flip(0).tolist(),
+    first["eigenvalues"].flip(0).tolist(),
+    strict=True,
+):
     print(f"{one:.12f} on one process, {two:.12f} on two")
 
-torch.testing.assert_close(first["eigenvalues"], alone["eigenvalues"], rtol=1e-9, atol=0)
+torch.testing.assert_close(
+    first["eigenvalues"], alone["eigenvalues"], rtol=1e-9, atol=0
+)
 torch.testing.assert_close(first["grid"], alone["grid"], rtol=1e-9, atol=1e-12)
 torch.testing.assert_close(first["density"], alone["density"], rtol=1e-6, atol=1e-9)
 
@@ -109,7 +127,10 @@ torch.testing.assert_close(first["density"], alone["density"], rtol=1e-6, atol=1
 # call is an error on all ranks, and a sum of as many numbers as there are parameters.
 
 headers, payloads, bytes_ = first["exchanged"]
-print(f"a product: {headers} header, {payloads} payload of {bytes_} bytes for {first['parameters']} parameters")
+print(
+    f"a product: {headers} header, {payloads} payload of {bytes_} bytes for "
+    f"{first['parameters']} parameters"
+)
 
 assert (headers, payloads, bytes_) == (1, 1, 8 * first["parameters"])
 assert alone["exchanged"] == [0, 0, 0]
@@ -120,9 +141,25 @@ assert alone["exchanged"] == [0, 0, 0]
 # Both curves, and how far the eigenvalues are apart.
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#e3e5e8"
-figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=[1.6, 1], layout="constrained")
-panels[0].plot(alone["grid"], alone["density"], color=blue, linewidth=3, alpha=0.35, label="one process")
-panels[0].plot(first["grid"], first["density"], "--", color=red, linewidth=1.3, label="two processes")
+figure, panels = plt.subplots(
+    1, 2, figsize=(9.5, 3.8), width_ratios=[1.6, 1], layout="constrained"
+)
+panels[0].plot(
+    alone["grid"],
+    alone["density"],
+    color=blue,
+    linewidth=3,
+    alpha=0.35,
+    label="one process",
+)
+panels[0].plot(
+    first["grid"],
+    first["density"],
+    "--",
+    color=red,
+    linewidth=1.3,
+    label="two processes",
+)
 panels[0].set(xlabel="λ", ylabel="density", yscale="log", ylim=(1e-4, None))
 panels[0].legend(frameon=False)
 panels[0].set_title("Spectral density of the Hessian", loc="left", color=blue)
@@ -130,9 +167,15 @@ panels[0].set_title("Spectral density of the Hessian", loc="left", color=blue)
 apart = (first["eigenvalues"] / alone["eigenvalues"] - 1).abs().clamp_min(1e-17)
 panels[1].plot(alone["eigenvalues"], apart, "o", color=red)
 panels[1].axhline(
-    torch.finfo(torch.float64).eps, color=blue, linewidth=1, linestyle=":", label="rounding of one number"
+    torch.finfo(torch.float64).eps,
+    color=blue,
+    linewidth=1,
+    linestyle=":",
+    label="rounding of one number",
 )
-panels[1].set(xlabel="eigenvalue", ylabel="relative difference", yscale="log", ylim=(1e-18, 1e-9))
+panels[1].set(
+    xlabel="eigenvalue", ylabel="relative difference", yscale="log", ylim=(1e-18, 1e-9)
+)
 panels[1].legend(frameon=False)
 panels[1].set_title("Two processes against one", loc="left", color=blue)
 for axes in panels:

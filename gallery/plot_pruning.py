@@ -48,15 +48,21 @@ optimizer = torch.optim.LBFGS(
 
 def penalised():
     optimizer.zero_grad()
-    value = loss(model(X), y) + DECAY / 2 * sum(p.square().sum() for p in model.parameters())
+    value = loss(model(X), y) + DECAY / 2 * sum(
+        p.square().sum() for p in model.parameters()
+    )
     value.backward()
     return value
 
 
 optimizer.step(penalised)
-print(f"largest gradient {max(float(p.grad.abs().max()) for p in model.parameters()):.0e}")
+print(
+    f"largest gradient {max(float(p.grad.abs().max()) for p in model.parameters()):.0e}"
+)
 problem = Problem(model, loss, (X, y))
-trained = problem.layout.flatten({name: p.detach() for name, p in model.named_parameters()})
+trained = problem.layout.flatten(
+    {name: p.detach() for name, p in model.named_parameters()}
+)
 
 
 def f(weights):
@@ -80,7 +86,9 @@ prunable = torch.zeros(problem.size, dtype=torch.bool)
 for name, at in problem.layout.slices.items():
     prunable[at] = name.endswith("weight")
 covariance = inverse(curvature).lower(problem)
-damage = saliency(curvature.lower(problem), products=problem.size).value.where(prunable, torch.inf)
+damage = saliency(curvature.lower(problem), products=problem.size).value.where(
+    prunable, torch.inf
+)
 surgery = saliency(covariance, products=problem.size).value.where(prunable, torch.inf)
 assert (surgery[prunable] <= damage[prunable] * (1 + 1e-9)).all()
 
@@ -110,7 +118,11 @@ by_size = spearmanr(trained[chosen].abs(), costs["alone"]).statistic
 print(f"by size: rank correlation with the cost alone {by_size:.3f}")
 assert by_size < spearmanr(prices["alone"], costs["alone"]).statistic
 cheap = prices["with the others"] < 1e-5
-np.testing.assert_allclose(np.array(costs["with the others"])[cheap], prices["with the others"][cheap], rtol=0.5)
+np.testing.assert_allclose(
+    np.array(costs["with the others"])[cheap],
+    prices["with the others"][cheap],
+    rtol=0.5,
+)
 
 # %%
 # Whole units
@@ -119,7 +131,10 @@ np.testing.assert_allclose(np.array(costs["with the others"])[cheap], prices["wi
 # each class. So many weights at once are no small step: the prices are several times too low. Their order is nearer the truth
 # than that of the sizes.
 
-matrix_rows, inverse_rows = saliency(curvature.lower(problem), "row"), saliency(covariance, "row")
+matrix_rows, inverse_rows = (
+    saliency(curvature.lower(problem), "row"),
+    saliency(covariance, "row"),
+)
 rows = [i for i, name in enumerate(matrix_rows.names) if "weight" in name]
 row_prices, truth_of_rows, sizes = matrix_rows.value[rows].numpy(), [], []
 for name in (matrix_rows.names[i] for i in rows):
@@ -129,9 +144,14 @@ for name in (matrix_rows.names[i] for i in rows):
     pruned[tensor][int(number)] = 0
     truth_of_rows.append(f(problem.layout.flatten(pruned)) - f(trained))
 assert (inverse_rows.value[rows] <= matrix_rows.value[rows] * (1 + 1e-9)).all()
-of_price, of_size = (float(spearmanr(score, truth_of_rows).statistic) for score in (row_prices, sizes))
+of_price, of_size = (
+    float(spearmanr(score, truth_of_rows).statistic) for score in (row_prices, sizes)
+)
 assert of_price > max(0.85, of_size)
-print(f"rows: rank correlation of price and cost {of_price:.2f}, of size and cost {of_size:.2f}")
+print(
+    f"rows: rank correlation of price and cost {of_price:.2f}, of size and cost "
+    f"{of_size:.2f}"
+)
 
 # %%
 # Many weights
@@ -152,7 +172,10 @@ for k in range(1, counts[-1] + 1):
     weights[prunable & ~remaining] = 0
     if k in counts:
         ways["surgeon"].append(weights.clone())
-for name, price in (("damage", damage), ("size", trained.abs().where(prunable, torch.inf))):
+for name, price in (
+    ("damage", damage),
+    ("size", trained.abs().where(prunable, torch.inf)),
+):
     order = price.argsort()
     for k in counts:
         pruned = trained.clone()
@@ -162,7 +185,9 @@ for name, price in (("damage", damage), ("size", trained.abs().where(prunable, t
 
 def accuracy(weights):
     with torch.no_grad():
-        output = torch.func.functional_call(model, problem.layout.unflatten(weights), unseen)
+        output = torch.func.functional_call(
+            model, problem.layout.unflatten(weights), unseen
+        )
         return float((output.argmax(1) == truth).double().mean())
 
 
@@ -170,7 +195,9 @@ unseen, truth = torch.tensor(images[400:] / 16), torch.tensor(labels[400:])
 losses = {name: np.array([f(w) for w in found]) for name, found in ways.items()}
 right = {name: np.array([accuracy(w) for w in found]) for name, found in ways.items()}
 for name in ways:
-    reached = ", ".join(f"{losses[name][i]:.3f} and {right[name][i]:.1%}" for i in (0, 30, 40, 50))
+    reached = ", ".join(
+        f"{losses[name][i]:.3f} and {right[name][i]:.1%}" for i in (0, 30, 40, 50)
+    )
     print(f"{name:8} objective and accuracy after 0, 300, 400, 500 removals: {reached}")
 
 # %%
@@ -179,30 +206,63 @@ for name in ways:
 
 for i in range(20, 51, 5):
     assert losses["surgeon"][i] < min(losses["damage"][i], losses["size"][i])
-assert losses["surgeon"][40] - base < 0.2 * (min(losses["damage"][40], losses["size"][40]) - base)
+assert losses["surgeon"][40] - base < 0.2 * (
+    min(losses["damage"][40], losses["size"][40]) - base
+)
 assert losses["damage"][25] < losses["size"][25]
 
 blue, red, yellow, grey = "#0b3c5d", "#c8553d", "#d9a441", "#9aa3ad"
 figure, panels = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
 panels = first, group, second, third = panels.ravel()
-first.loglog(prices["alone"], costs["alone"], "o", color=red, markersize=4, label="alone")
-first.loglog(prices["with the others"], costs["with the others"], "s", color=blue, markersize=4, label="others make up")
+first.loglog(
+    prices["alone"], costs["alone"], "o", color=red, markersize=4, label="alone"
+)
+first.loglog(
+    prices["with the others"],
+    costs["with the others"],
+    "s",
+    color=blue,
+    markersize=4,
+    label="others make up",
+)
 first.axline((1e-9, 1e-9), (1e-3, 1e-3), color=grey, linewidth=1.2)
 first.set(xlabel="price by the quadratic model", ylabel="rise of the objective")
 first.set_title("Removing one weight", loc="left", color=blue, fontsize=11)
-group.loglog(row_prices, truth_of_rows, "o", color=red, markersize=5, label="rows, alone")
+group.loglog(
+    row_prices, truth_of_rows, "o", color=red, markersize=5, label="rows, alone"
+)
 group.axline((1e-2, 1e-2), (1, 1), color=grey, linewidth=1.2)
 group.set(xlabel="price by the quadratic model", ylabel="rise of the objective")
 group.set_title("Removing a unit's weights", loc="left", color=blue, fontsize=11)
-looks = {"surgeon": (blue, "-", "whole inverse"), "damage": (red, "--", "diagonal"), "size": (grey, ":", "size")}
+looks = {
+    "surgeon": (blue, "-", "whole inverse"),
+    "damage": (red, "--", "diagonal"),
+    "size": (grey, ":", "size"),
+}
 for name, (colour, dash, label) in looks.items():
-    second.plot(counts, np.maximum(losses[name] - base, 1e-9), dash, color=colour, linewidth=2, label=label)
+    second.plot(
+        counts,
+        np.maximum(losses[name] - base, 1e-9),
+        dash,
+        color=colour,
+        linewidth=2,
+        label=label,
+    )
     third.plot(counts, 100 * right[name], dash, color=colour, linewidth=2, label=label)
-second.set(yscale="log", ylim=(1e-6, 10), xlabel="weights removed", ylabel="rise of the objective")
+second.set(
+    yscale="log",
+    ylim=(1e-6, 10),
+    xlabel="weights removed",
+    ylabel="rise of the objective",
+)
 second.set_title("Removing many", loc="left", color=blue, fontsize=11)
-third.set(xlabel="weights removed", ylabel="percent right on unseen digits", ylim=(0, 100))
+third.set(
+    xlabel="weights removed", ylabel="percent right on unseen digits", ylim=(0, 100)
+)
 third.set_title("What it does to predictions", loc="left", color=blue, fontsize=11)
-for axes, where in zip(panels, ("upper left", "upper left", "upper left", "lower left"), strict=True):
+for axes, where in zip(
+    panels, ("upper left", "upper left", "upper left", "lower left"), strict=True
+):
     axes.grid(color="#e3e5e8")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc=where)

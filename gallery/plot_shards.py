@@ -29,7 +29,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from curvalg import Problem, distributed, registry
 from curvalg.estimate import eigsh, spectral_density
 
-TEXT = "a number that may be wrong is worse than a refusal, and a refusal that names no cure is half a bug. " * 4
+TEXT = "a number that may be wrong is worse than a refusal, "
+TEXT = 4 * (TEXT + "and a refusal that names no cure is half a bug. ")
 LETTERS = sorted(set(TEXT))
 
 
@@ -37,19 +38,23 @@ class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.wide = nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
 
     def forward(self, x):
-        q, k, v = self.mix(self.norms[0](x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        mixed = self.mix(self.norms[0](x)).unflatten(-1, (3, 2, -1))
+        q, k, v = mixed.permute(2, 0, 3, 1, 4)
+        seen = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
         return x + self.narrow(gelu(self.wide(self.norms[1](x))))
 
 
 class GPT(nn.Module):
     def __init__(self, width=16, places=12):
         super().__init__()
-        self.tokens, self.places = nn.Embedding(len(LETTERS), width), nn.Embedding(places, width)
+        self.tokens = nn.Embedding(len(LETTERS), width)
+        self.places = nn.Embedding(places, width)
         self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.head = nn.Linear(width, len(LETTERS), bias=False)
         self.head.weight = self.tokens.weight
@@ -72,13 +77,16 @@ def spectrum(mesh=None):
         fully_shard(model, mesh=mesh)
     numbers = torch.tensor([LETTERS.index(letter) for letter in TEXT])
     rows = numbers[: 13 * (len(numbers) // 13)].view(-1, 13)
-    dataset = torch.utils.data.TensorDataset(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    dataset = torch.utils.data.TensorDataset(inputs, targets)
     data = distributed.shard(dataset, batch_size=8, group=mesh)
-    problem = Problem(model, nn.CrossEntropyLoss(), data, group=mesh, samples="position", cache=0)
+    options = {"group": mesh, "samples": "position", "cache": 0}
+    problem = Problem(model, nn.CrossEntropyLoss(), data, **options)
     hessian = registry.build("hessian").lower(problem)
     pairs = eigsh(hessian, k=4, which="LA", tol=1e-7, block=1)
     density = spectral_density(hessian, probes=2, steps=16)
-    top = problem.layout.full(pairs.eigenvectors[:, -1])  # whole on the first process, None on others
+    # Whole on the first process, None on others.
+    top = problem.layout.full(pairs.eigenvectors[:, -1])
     return {
         "numbers": problem.size,
         "of": problem.layout.whole.size,
@@ -96,7 +104,8 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     distributed.start()
-    torch.save(spectrum(init_device_mesh("cpu", (dist.get_world_size(),))), f"rank{dist.get_rank()}.pt")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.save(spectrum(mesh), f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 """
 
@@ -109,13 +118,25 @@ folder = Path(tempfile.mkdtemp())
 # Parameters, gradients, products and all vectors of Lanczos lie in parts. A block's weights come together while it runs,
 # forward and on both ways back, and are dropped again.
 
-command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2"]
-command += ["--nproc-per-node=2", "sharded_spectrum.py"]  # torch may lose a process while it ends
+command = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--max-restarts=2",
+]
+command += [
+    "--nproc-per-node=2",
+    "sharded_spectrum.py",
+]  # torch may lose a process while it ends
 done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
 first, second = (torch.load(folder / f"rank{rank}.pt") for rank in range(2))
 for rank, found in enumerate((first, second)):
-    print(f"rank {rank}: {found['numbers']} of {found['of']} parameters, eigenvectors of {found['held']} numbers")
+    print(
+        f"rank {rank}: {found['numbers']} of {found['of']} parameters, eigenvectors of "
+        f"{found['held']} numbers"
+    )
 
 assert first["numbers"] + second["numbers"] == first["of"]
 assert max(first["numbers"], second["numbers"]) < 0.55 * first["of"]
@@ -132,10 +153,16 @@ sys.path.insert(0, str(folder))
 from sharded_spectrum import spectrum  # noqa: E402
 
 alone = spectrum()
-for one, two in zip(alone["eigenvalues"].flip(0).tolist(), first["eigenvalues"].flip(0).tolist(), strict=True):
+for one, two in zip(
+    alone["eigenvalues"].flip(0).tolist(),
+    first["eigenvalues"].flip(0).tolist(),
+    strict=True,
+):
     print(f"{one:.12f} whole, {two:.12f} in parts")
 
-torch.testing.assert_close(first["eigenvalues"], alone["eigenvalues"], rtol=1e-9, atol=1e-12)
+torch.testing.assert_close(
+    first["eigenvalues"], alone["eigenvalues"], rtol=1e-9, atol=1e-12
+)
 torch.testing.assert_close(first["grid"], alone["grid"], rtol=1e-9, atol=1e-12)
 torch.testing.assert_close(first["density"], alone["density"], rtol=1e-6, atol=1e-9)
 assert abs(float(first["top"] @ alone["top"])) > 1 - 1e-6  # eigenvectors have no sign
@@ -146,14 +173,34 @@ assert abs(float(first["top"] @ alone["top"])) > 1 - 1e-6  # eigenvectors have n
 # Both curves, and what each process holds.
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#e3e5e8"
-figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), width_ratios=[1.6, 1], layout="constrained")
-panels[0].plot(alone["grid"], alone["density"], color=blue, linewidth=3, alpha=0.35, label="one process")
-panels[0].plot(first["grid"], first["density"], "--", color=red, linewidth=1.3, label="in parts on two")
+figure, panels = plt.subplots(
+    1, 2, figsize=(9.5, 3.8), width_ratios=[1.6, 1], layout="constrained"
+)
+panels[0].plot(
+    alone["grid"],
+    alone["density"],
+    color=blue,
+    linewidth=3,
+    alpha=0.35,
+    label="one process",
+)
+panels[0].plot(
+    first["grid"],
+    first["density"],
+    "--",
+    color=red,
+    linewidth=1.3,
+    label="in parts on two",
+)
 panels[0].set(xlabel="λ", ylabel="density", yscale="log", ylim=(1e-4, None))
 panels[0].legend(frameon=False)
 panels[0].set_title("Spectral density of the Hessian", loc="left", color=blue)
 
-bars = {"one process": alone["numbers"], "rank 0 of 2": first["numbers"], "rank 1 of 2": second["numbers"]}
+bars = {
+    "one process": alone["numbers"],
+    "rank 0 of 2": first["numbers"],
+    "rank 1 of 2": second["numbers"],
+}
 panels[1].bar(list(bars), list(bars.values()), color=[blue, red, red], width=0.6)
 panels[1].set_ylabel("numbers of a vector")
 panels[1].set_title("What a process holds", loc="left", color=blue)

@@ -36,7 +36,10 @@ for _ in range(30):
         optimizer.step()
 
 problem = Problem(model.double(), loss, (X.double(), y))
-hessian, ggn = registry.build("hessian").lower(problem), registry.build("ggn").lower(problem)
+hessian, ggn = (
+    registry.build("hessian").lower(problem),
+    registry.build("ggn").lower(problem),
+)
 print(problem)
 
 # %%
@@ -58,7 +61,10 @@ density = spectral_density(hessian, probes=10, steps=50, outliers=12)
 logarithmic = spectral_density(hessian, probes=10, steps=50, outliers=12, scale="log")
 longer = spectral_density(hessian, probes=10, steps=100, outliers=12, scale="log")
 for made in (plain, density, logarithmic, longer):
-    print(f"{made.scale}: {made.products} products, {made.seconds:.1f} s, bumps of width {made.width:.2g}")
+    print(
+        f"{made.scale}: {made.products} products, {made.seconds:.1f} s, bumps of width "
+        f"{made.width:.2g}"
+    )
 
 # %%
 # The exact eigenvalues, for comparison.
@@ -92,15 +98,26 @@ def peak(made):
 
 def curve(axes, made, colour, label):
     axes.plot(made.grid, made.density, color=colour, linewidth=1.3, label=label)
-    axes.fill_between(made.grid, made.lower, made.upper, color=colour, alpha=0.3, linewidth=0)
+    axes.fill_between(
+        made.grid, made.lower, made.upper, color=colour, alpha=0.3, linewidth=0
+    )
 
 
 edges = np.arange(-0.01, 0.2, 4 * density.width)
 heights = np.histogram(true, edges)[0] / len(true) / np.diff(edges)
 panels[0].stairs(heights, edges, fill=True, color=grey, label="exact eigenvalues")
 curve(panels[0], density, blue, "50 steps, ± standard error")
-panels[0].plot(density.outliers, [1.6 * peak(density)] * 12, "v", color=red, markersize=5, label="outliers")
-panels[0].set(xlabel="λ", ylabel="density", xlim=(-0.01, 0.19), ylim=(peak(density) / 8, 4e3))
+panels[0].plot(
+    density.outliers,
+    [1.6 * peak(density)] * 12,
+    "v",
+    color=red,
+    markersize=5,
+    label="outliers",
+)
+panels[0].set(
+    xlabel="λ", ylabel="density", xlim=(-0.01, 0.19), ylim=(peak(density) / 8, 4e3)
+)
 
 shifted = np.log10(np.abs(true) + logarithmic.floor)
 edges = np.arange(shifted.min() - 0.05, shifted.max() + 0.15, 0.1)
@@ -108,11 +125,26 @@ heights = np.histogram(shifted, edges)[0] / len(true) / np.diff(edges)
 panels[1].stairs(heights, 10**edges, fill=True, color=grey)
 curve(panels[1], logarithmic, blue, "50 steps")
 curve(panels[1], longer, red, "100 steps")
-panels[1].plot(longer.grid, longer.negative, ":", color=yellow, linewidth=2, label="of λ < 0, 100 steps")
-panels[1].set(xlabel="|λ| + ε", ylabel="density per decade", xscale="log", xlim=(2e-7, 0.4), ylim=(4e-3, 9))
+panels[1].plot(
+    longer.grid,
+    longer.negative,
+    ":",
+    color=yellow,
+    linewidth=2,
+    label="of λ < 0, 100 steps",
+)
+panels[1].set(
+    xlabel="|λ| + ε",
+    ylabel="density per decade",
+    xscale="log",
+    xlim=(2e-7, 0.4),
+    ylim=(4e-3, 9),
+)
 
 titles = ("Hessian, linear scale", "Hessian, logarithmic scale")
-for axes, title, place in zip(panels, titles, ("upper right", "upper center"), strict=True):
+for axes, title, place in zip(
+    panels, titles, ("upper right", "upper center"), strict=True
+):
     axes.set(yscale="log")
     axes.set_title(title, loc="left", color=blue)
     axes.legend(frameon=False, loc=place)
@@ -127,7 +159,9 @@ plt.show()
 # method, not of the matrix, and neither the band nor a narrower ``width`` shows it; a curve with twice the steps does.
 
 at = np.geomspace(3e-3, 2e-2, 50)
-short, twice = (np.interp(at, made.grid, made.density) for made in (logarithmic, longer))
+short, twice = (
+    np.interp(at, made.grid, made.density) for made in (logarithmic, longer)
+)
 assert np.abs(short / twice - 1).max() < 0.15
 lowest = [float(made.grid[made.density.argmax()]) for made in (logarithmic, longer)]
 print(f"highest bump at {lowest[0]:.0e} with 50 steps, at {lowest[1]:.0e} with 100")
@@ -174,19 +208,27 @@ assert density.count(3e-2, end).error < 2 < density.count(-5e-4, 5e-4).error
 
 total = trace(hessian, products=150)
 print(
-    f"trace {total.value:.3f} ± {total.error:.3f} ({total.method}, {total.products} products), exactly {true.sum():.3f}"
+    f"trace {total.value:.3f} ± {total.error:.3f} ({total.method}, {total.products} "
+    f"products), exactly {true.sum():.3f}"
 )
 assert abs(total.value - true.sum()) < 4 * total.error
 
 means = problem.size * (density.nodes * density.weights).sum(1) + density.outliers.sum()
 from_nodes = float(means.std() / len(means) ** 0.5)
-print(f"trace {float(means.mean()):.3f} ± {from_nodes:.3f} from the nodes of the density ({density.products} products)")
+print(
+    f"trace {float(means.mean()):.3f} ± {from_nodes:.3f} from the nodes of the density "
+    f"({density.products} products)"
+)
 assert total.error < from_nodes
 
 spectrum = torch.linalg.eigvalsh(ggn.to_dense())
 for damping in (1e-2, 1e-3, 1e-4):
-    dimension, known = effective_dimension(ggn, damping), float((spectrum / (spectrum + damping)).sum())
+    dimension, known = (
+        effective_dimension(ggn, damping),
+        float((spectrum / (spectrum + damping)).sum()),
+    )
     print(
-        f"damping {damping:.0e}: effective dimension {dimension.value:.1f} ± {dimension.error:.1f}, exactly {known:.1f}"
+        f"damping {damping:.0e}: effective dimension {dimension.value:.1f} ± "
+        f"{dimension.error:.1f}, exactly {known:.1f}"
     )
     assert abs(dimension.value - known) < 4 * dimension.error

@@ -57,7 +57,9 @@ def fit(X, y):
 
     def objective():
         optimizer.zero_grad()
-        value = loss(model(X), y) + decay / 2 * sum(p.square().sum() for p in model.parameters())
+        value = loss(model(X), y) + decay / 2 * sum(
+            p.square().sum() for p in model.parameters()
+        )
         value.backward()
         return value
 
@@ -90,13 +92,18 @@ def measure(fraction, seed):
     train, test = order[:N], order[N:]
     noisy = y[train].clone()
     wrong = round(fraction * N)
-    noisy[:wrong] = (noisy[:wrong] + torch.randint(1, C, (N,), generator=generator)[:wrong]) % C
+    noisy[:wrong] = (
+        noisy[:wrong] + torch.randint(1, C, (N,), generator=generator)[:wrong]
+    ) % C
     model = fit(X[train], noisy)
     with torch.no_grad():
         expected = torch.full((len(test), C), fraction / (C - 1), dtype=torch.float64)
         expected[range(len(test)), y[test]] = 1 - fraction
         trained = loss(model(X[train]), noisy)
-        gap, true_gap = loss(model(X[test]), expected) - trained, loss(model(X[test]), y[test]) - trained
+        gap, true_gap = (
+            loss(model(X[test]), expected) - trained,
+            loss(model(X[test]), y[test]) - trained,
+        )
     problem = Problem(model, loss, (X[train], noisy))
     criterion = tic(problem, hessian=ggn, covariance=centered, damping=decay)
     noise = gradient_noise(problem)
@@ -110,8 +117,14 @@ def measure(fraction, seed):
 
 
 SPLITS = 3
-problems, numbers = zip(*(measure(fraction, seed) for seed in range(SPLITS) for fraction in fractions), strict=True)
-table = {name: np.array([run[name] for run in numbers]).reshape(SPLITS, -1) for name in numbers[0]}
+problems, numbers = zip(
+    *(measure(fraction, seed) for seed in range(SPLITS) for fraction in fractions),
+    strict=True,
+)
+table = {
+    name: np.array([run[name] for run in numbers]).reshape(SPLITS, -1)
+    for name in numbers[0]
+}
 mean = {name: values.mean(0) for name, values in table.items()}
 D = problems[0].size
 
@@ -119,8 +132,10 @@ print(f"D/N = {D / N:.3f}")
 for i, fraction in enumerate(fractions):
     spread = table["gap"][:, i].std(ddof=1)
     print(
-        f"{fraction:3.0%} wrong: gap {mean['gap'][i]:.3f} (spread of splits {spread:.3f}), "
-        f"TIC/N {mean['tic'][i]:.3f} ± {mean['error'][i]:.3f}, noise of gradients {mean['noise'][i]:.2f}"
+        f"{fraction:3.0%} wrong: gap {mean['gap'][i]:.3f} (spread of splits "
+        f"{spread:.3f}), "
+        f"TIC/N {mean['tic'][i]:.3f} ± {mean['error'][i]:.3f}, noise of gradients "
+        f"{mean['noise'][i]:.2f}"
     )
 
 # %%
@@ -143,9 +158,14 @@ assert (table["error"] < 0.03 * table["tic"]).all()
 # too low at every level, and most where the labels are nearly clean.
 
 assert (np.diff(table["tic"]) > 0).all()
-correlations = {name: float(np.corrcoef(mean["gap"], mean[name])[0, 1]) for name in ("tic", "noise")}
+correlations = {
+    name: float(np.corrcoef(mean["gap"], mean[name])[0, 1]) for name in ("tic", "noise")
+}
 ratio = mean["tic"] / mean["gap"]
-print("correlation with the gap:", ", ".join(f"{name} {value:.3f}" for name, value in correlations.items()))
+print(
+    "correlation with the gap:",
+    ", ".join(f"{name} {value:.3f}" for name, value in correlations.items()),
+)
 print("TIC/N over gap:", " ".join(f"{value:.2f}" for value in ratio))
 assert correlations["tic"] > 0.97
 assert np.all((ratio > 0.75) & (ratio < 1))
@@ -169,29 +189,78 @@ assert 1.9 * mean["gap"].max() < D / N
 assert correlations["noise"] < correlations["tic"]
 assert (table["true gap"][:, 1:] < 0).all()
 assert (table["tic"].std(0) < table["gap"].std(0)).all()
-proportional = mean["noise"] * (mean["gap"] @ mean["noise"]) / (mean["noise"] @ mean["noise"])
-misses = {name: np.abs(curve - mean["gap"]).mean() for name, curve in (("tic", mean["tic"]), ("noise", proportional))}
-print(f"mean miss: TIC {misses['tic']:.3f}, noise of gradients after the best scaling {misses['noise']:.3f}")
+proportional = (
+    mean["noise"] * (mean["gap"] @ mean["noise"]) / (mean["noise"] @ mean["noise"])
+)
+misses = {
+    name: np.abs(curve - mean["gap"]).mean()
+    for name, curve in (("tic", mean["tic"]), ("noise", proportional))
+}
+print(
+    f"mean miss: TIC {misses['tic']:.3f}, noise of gradients after the best scaling "
+    f"{misses['noise']:.3f}"
+)
 assert misses["tic"] < misses["noise"]
 
 # %%
 # Left: the gap of each split as dots, its mean as a line, and the estimates. Right: each run's estimate against its gap.
 
 blue, red, yellow, grey = "#0b3c5d", "#c8553d", "#d9a441", "#9aa3ad"
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", width_ratios=(1.25, 1))
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9.5, 4.4), layout="constrained", width_ratios=(1.25, 1)
+)
 percent = 100 * np.array(fractions)
-left.plot(np.tile(percent, SPLITS), table["gap"].ravel(), "o", color=blue, markersize=3.5, alpha=0.4)
-left.plot(percent, mean["gap"], color=blue, linewidth=2, label="measured gap, mean of splits")
-left.errorbar(percent, mean["tic"], mean["error"], fmt="s--", color=red, markersize=5, label="TIC / N")
-left.plot(percent, proportional, ":", color=yellow, linewidth=2, label="noise of gradients, scaled to fit")
+left.plot(
+    np.tile(percent, SPLITS),
+    table["gap"].ravel(),
+    "o",
+    color=blue,
+    markersize=3.5,
+    alpha=0.4,
+)
+left.plot(
+    percent, mean["gap"], color=blue, linewidth=2, label="measured gap, mean of splits"
+)
+left.errorbar(
+    percent,
+    mean["tic"],
+    mean["error"],
+    fmt="s--",
+    color=red,
+    markersize=5,
+    label="TIC / N",
+)
+left.plot(
+    percent,
+    proportional,
+    ":",
+    color=yellow,
+    linewidth=2,
+    label="noise of gradients, scaled to fit",
+)
 left.axhline(D / N, color=grey, linewidth=1.5, label="D / N")
-left.set(xlabel="wrong labels in percent", ylabel="test loss − training loss", ylim=(0, 0.6))
+left.set(
+    xlabel="wrong labels in percent", ylabel="test loss − training loss", ylim=(0, 0.6)
+)
 left.set_title("Gap and estimates", loc="left", color=blue)
 left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.88))
 
-picture = right.scatter(table["gap"], table["tic"], c=np.tile(percent, (SPLITS, 1)), cmap="cividis", s=28, zorder=3)
+picture = right.scatter(
+    table["gap"],
+    table["tic"],
+    c=np.tile(percent, (SPLITS, 1)),
+    cmap="cividis",
+    s=28,
+    zorder=3,
+)
 right.axline((0, 0), slope=1, color=grey, linewidth=1.2)
-right.set(xlabel="measured gap of a split", ylabel="TIC / N", xlim=(0, 0.32), ylim=(0, 0.32), aspect="equal")
+right.set(
+    xlabel="measured gap of a split",
+    ylabel="TIC / N",
+    xlim=(0, 0.32),
+    ylim=(0, 0.32),
+    aspect="equal",
+)
 right.set_title("Every run, and equality", loc="left", color=blue)
 figure.colorbar(picture, ax=right, label="wrong labels in percent", shrink=0.8)
 for axes in (left, right):

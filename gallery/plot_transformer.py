@@ -45,7 +45,9 @@ class Transformer(nn.Module):
         self.token = nn.Embedding(len(characters), WIDTH)
         self.place = nn.Parameter(0.1 * torch.randn(T, WIDTH))
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(
+                WIDTH, 2, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+            )
             for _ in range(2)
         )
         self.head = nn.Linear(WIDTH, len(characters))
@@ -64,7 +66,9 @@ optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 for _ in range(40):
     for rows in torch.randperm(len(X)).split(8):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(X[rows]).flatten(0, 1), y[rows].flatten()).backward()
+        nn.functional.cross_entropy(
+            model(X[rows]).flatten(0, 1), y[rows].flatten()
+        ).backward()
         optimizer.step()
 
 # %%
@@ -86,18 +90,31 @@ print(f"{problem.num_samples} characters, {by_sequence.num_samples} sequences")
 # Hessian and GGN are sums over characters, whatever is called a sample. A gradient covariance is not: the gradients of what
 # belongs to one sample are added before they are squared.
 
-v = torch.randn(problem.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+v = torch.randn(
+    problem.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+)
 terms = {name: registry.build(name) for name in ("hessian", "ggn", "covariance")}
 for name in ("hessian", "ggn"):
-    torch.testing.assert_close(terms[name].lower(problem) @ v, terms[name].lower(by_sequence) @ v)
+    torch.testing.assert_close(
+        terms[name].lower(problem) @ v, terms[name].lower(by_sequence) @ v
+    )
 
 spectra = {
-    "by character": terms["covariance"].lower(problem).exact("eigh").eigenvalues.flip(0),
-    "by sequence": terms["covariance"].lower(by_sequence).exact("eigh").eigenvalues.flip(0),
+    "by character": terms["covariance"]
+    .lower(problem)
+    .exact("eigh")
+    .eigenvalues.flip(0),
+    "by sequence": terms["covariance"]
+    .lower(by_sequence)
+    .exact("eigh")
+    .eigenvalues.flip(0),
 }
 sums = {name: float(values.sum()) for name, values in spectra.items()}
 for name, values in spectra.items():
-    print(f"covariance {name}: {len(values)} eigenvalues above rounding, trace {sums[name]:.1f}")
+    print(
+        f"covariance {name}: {len(values)} eigenvalues above rounding, trace "
+        f"{sums[name]:.1f}"
+    )
 
 # %%
 # Its rank is at most the number of samples. The trace by sequence cannot be larger than that by character (Cauchy-Schwarz),
@@ -120,10 +137,16 @@ assert 0.5 < sums["by character"] / sums["by sequence"] / T < 2
 hessian, ggn = terms["hessian"].lower(problem), terms["ggn"].lower(problem)
 ends = {"hessian": hessian, "ggn": ggn}
 density = spectral_density(hessian, probes=2, steps=40, outliers=12)
-top = {"hessian": density.outliers.flip(0), "ggn": eigsh(ggn, 12, tol=1e-3).eigenvalues.flip(0)}
+top = {
+    "hessian": density.outliers.flip(0),
+    "ggn": eigsh(ggn, 12, tol=1e-3).eigenvalues.flip(0),
+}
 lowest = float(eigsh(hessian, 1, which="SA", tol=1e-2).eigenvalues[0])
 apart = float(((top["hessian"] - top["ggn"]).abs() / top["ggn"]).max())
-print(f"the top eigenvalues differ by at most {apart:.0%}; the lowest of the Hessian is {lowest:.2f}")
+print(
+    f"the top eigenvalues differ by at most {apart:.0%}; the lowest of the Hessian is "
+    f"{lowest:.2f}"
+)
 assert apart < 0.3
 assert -0.2 * top["hessian"][0] < lowest < 0
 
@@ -156,19 +179,27 @@ traces = {}
 for which, op in ends.items():
     entries = diagonal(op, products=60).value
     entries = problem.layout.unflatten(entries)
-    traces[which] = {part: sum(float(entries[name].sum()) for name in entries if belongs(name, part)) for part in parts}
+    traces[which] = {
+        part: sum(float(entries[name].sum()) for name in entries if belongs(name, part))
+        for part in parts
+    }
 shapes = problem.layout.shapes
-sizes = {part: sum(shape.numel() for name, shape in shapes.items() if belongs(name, part)) for part in parts}
+sizes = {
+    part: sum(shape.numel() for name, shape in shapes.items() if belongs(name, part))
+    for part in parts
+}
 for part, size in sizes.items():
     print(
-        f"{part:15} {size:5} parameters, trace of GGN {traces['ggn'][part]:6.1f}, of Hessian {traces['hessian'][part]:6.1f}"
+        f"{part:15} {size:5} parameters, trace of GGN {traces['ggn'][part]:6.1f}, of "
+        f"Hessian {traces['hessian'][part]:6.1f}"
     )
 assert sum(sizes.values()) == problem.size
 
 norms = restrict(terms["ggn"], "layers.*.norm*").lower(problem).exact("trace")
 whole = trace(ggn)
 print(
-    f"norms exactly {norms:.2f}; whole trace {whole.value:.0f} ± {whole.error:.0f}, summed {sum(traces['ggn'].values()):.0f}"
+    f"norms exactly {norms:.2f}; whole trace {whole.value:.0f} ± {whole.error:.0f}, "
+    f"summed {sum(traces['ggn'].values()):.0f}"
 )
 assert abs(traces["ggn"]["norms"] / norms - 1) < 0.2
 assert abs(sum(traces["ggn"].values()) / whole.value - 1) < 0.1
@@ -198,30 +229,71 @@ torch.testing.assert_close((hessian @ w)[at], (ggn @ w)[at])
 # a sample; by sequence they end with the last of the sequences. Right: the traces, and as dots the share of the parameters.
 
 blue, red, grey = "#0b3c5d", "#c8553d", "#9aa3ad"
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 3.9), layout="constrained", width_ratios=(1, 1, 1.25))
+figure, (left, middle, right) = plt.subplots(
+    1, 3, figsize=(9.5, 3.9), layout="constrained", width_ratios=(1, 1, 1.25)
+)
 floor = 0.1 / (problem.size * density.width)
-left.fill_between(density.grid, floor, density.density.clamp_min(floor), color="#c9d6e2")
+left.fill_between(
+    density.grid, floor, density.density.clamp_min(floor), color="#c9d6e2"
+)
 left.plot(density.grid, density.density.clamp_min(floor), color=blue, linewidth=1)
-left.plot(top["hessian"], np.full(12, 3 * floor), "v", color=red, markersize=5, label="Hessian, top 12")
-left.plot(top["ggn"], np.full(12, 1.5 * floor), "^", color=grey, markersize=5, label="GGN, top 12")
+left.plot(
+    top["hessian"],
+    np.full(12, 3 * floor),
+    "v",
+    color=red,
+    markersize=5,
+    label="Hessian, top 12",
+)
+left.plot(
+    top["ggn"],
+    np.full(12, 1.5 * floor),
+    "^",
+    color=grey,
+    markersize=5,
+    label="GGN, top 12",
+)
 left.set(yscale="log", xlabel="eigenvalue", ylabel="density")
 left.set_title("Spectrum of the Hessian", loc="left", color=blue, fontsize=11)
-for (name, values), colour, dash in zip(spectra.items(), (blue, red), ("-", "--"), strict=True):
-    middle.loglog(np.arange(1, len(values) + 1), values, dash, color=colour, linewidth=2, label=name)
+for (name, values), colour, dash in zip(
+    spectra.items(), (blue, red), ("-", "--"), strict=True
+):
+    middle.loglog(
+        np.arange(1, len(values) + 1),
+        values,
+        dash,
+        color=colour,
+        linewidth=2,
+        label=name,
+    )
 middle.set(xlabel="eigenvalue number", ylabel="eigenvalue", ylim=(1e-4, None))
 middle.set_title("Covariance of gradients", loc="left", color=blue, fontsize=11)
 place = np.arange(len(parts))
 for which, shift, colour in (("ggn", -0.2, blue), ("hessian", 0.2, red)):
     total = sum(traces[which].values())
     right.barh(
-        place + shift, [100 * t / total for t in traces[which].values()], 0.4, color=colour, label=f"trace, {which}"
+        place + shift,
+        [100 * t / total for t in traces[which].values()],
+        0.4,
+        color=colour,
+        label=f"trace, {which}",
     )
-right.plot([100 * size / problem.size for size in sizes.values()], place, "o", color="#d9a441", label="parameters")
+right.plot(
+    [100 * size / problem.size for size in sizes.values()],
+    place,
+    "o",
+    color="#d9a441",
+    label="parameters",
+)
 right.set_yticks(place, parts)
 right.set_ylim(len(parts) + 0.9, -0.6)
 right.set_xlabel("share in percent")
 right.set_title("Where the curvature is", loc="left", color=blue, fontsize=11)
-for axes, where in ((left, "upper right"), (middle, "lower left"), (right, "lower right")):
+for axes, where in (
+    (left, "upper right"),
+    (middle, "lower left"),
+    (right, "lower right"),
+):
     axes.legend(frameon=False, loc=where, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 plt.show()

@@ -94,25 +94,41 @@ same(dense["ntk"], jacobian @ jacobian.T)
 # matrices; that of the Hessian is an estimate, and better with more probes.
 
 gradient = problem.gradient()
-same(dense["covariance"] - dense["centered_covariance"], torch.outer(gradient, gradient))
+same(
+    dense["covariance"] - dense["centered_covariance"], torch.outer(gradient, gradient)
+)
 for whole in ("ggn", "covariance", "centered_covariance"):
     same(dense[f"{whole}_diagonal"], torch.diag(dense[whole].diagonal()))
 
 
 def distance(name, to, **options):
-    return float((registry.build(name, **options).lower(problem).to_dense() - to).norm() / to.norm())
+    return float(
+        (registry.build(name, **options).lower(problem).to_dense() - to).norm()
+        / to.norm()
+    )
 
 
 diagonal = torch.diag(dense["hessian"].diagonal())
-errors = [distance("hessian_diagonal", diagonal, probes=probes) for probes in (16, 1024)]
-print(f"diagonal of the Hessian, relative error {errors[0]:.2f} by 16 probes, {errors[1]:.2f} by 1024")
+errors = [
+    distance("hessian_diagonal", diagonal, probes=probes) for probes in (16, 1024)
+]
+print(
+    f"diagonal of the Hessian, relative error {errors[0]:.2f} by 16 probes, "
+    f"{errors[1]:.2f} by 1024"
+)
 assert errors[1] < errors[0] / 3
 
 # %%
 # Monte-Carlo versions replace an expectation over labels by draws. A hundred times the draws divide the error by about ten.
 
-errors = [np.mean([distance("ggn_mc", ggn, samples=m, seed=seed) for seed in range(8)]) for m in (1, 100)]
-print(f"Monte-Carlo GGN, relative error {errors[0]:.2f} with one draw a sample, {errors[1]:.3f} with a hundred")
+errors = [
+    np.mean([distance("ggn_mc", ggn, samples=m, seed=seed) for seed in range(8)])
+    for m in (1, 100)
+]
+print(
+    f"Monte-Carlo GGN, relative error {errors[0]:.2f} with one draw a sample, "
+    f"{errors[1]:.3f} with a hundred"
+)
 assert 5 < errors[0] / errors[1] < 20
 
 # %%
@@ -120,15 +136,26 @@ assert 5 < errors[0] / errors[1] < 20
 # corrects the eigenvalues, so it is never further off.
 
 blocks = block_diagonal(registry.build("ggn"), by="module").lower(problem).to_dense()
-errors = {name: float((dense[name] - blocks).norm() / blocks.norm()) for name in ("kfac", "ekfac")}
-print(", ".join(f"{name}: relative error {error:.2f}" for name, error in errors.items()))
+errors = {
+    name: float((dense[name] - blocks).norm() / blocks.norm())
+    for name in ("kfac", "ekfac")
+}
+print(
+    ", ".join(f"{name}: relative error {error:.2f}" for name, error in errors.items())
+)
 assert errors["ekfac"] <= errors["kfac"] < 1
 
 # %%
 # Some have few dimensions: one for each class, each pair of classes, each sample, each output that can vary freely.
 
 ranks = {name: int(torch.linalg.matrix_rank(dense[name], rtol=1e-9)) for name in names}
-most = {"ggn_class": C, "ggn_same": C, "ggn_cross": C * (C - 2), "covariance": N, "centered_covariance": N - 1}
+most = {
+    "ggn_class": C,
+    "ggn_same": C,
+    "ggn_cross": C * (C - 2),
+    "covariance": N,
+    "centered_covariance": N - 1,
+}
 most |= {"ggn": N * (C - 1), "loss_hessian": N * (C - 1), "ntk": D}
 for name, limit in most.items():
     print(f"{name:20} rank {ranks[name]:2}, at most {limit}")
@@ -150,7 +177,11 @@ def group(name):
     if isinstance(expr, MatrixTerm):
         return "Explicit matrices, a block for each layer"
     built_in = registry.spec(name).origin == "built-in"
-    return "Sums over samples, built in" if built_in else "Sums over samples and classes, from plugins"
+    return (
+        "Sums over samples, built in"
+        if built_in
+        else "Sums over samples and classes, from plugins"
+    )
 
 
 groups = {}
@@ -183,14 +214,21 @@ figure = plt.figure(figsize=(9.5, 2.55 * sum(heights)), layout="constrained")
 parts = figure.subfigures(len(groups), 1, height_ratios=heights)
 parameter_lines = [at.start - 0.5 for at in list(problem.layout.slices.values())[1:]]
 output_lines = [6 * C * c - 0.5 for c in (1, 2)]
-first_with_room = next((i for i, members in enumerate(groups.values()) if len(members) % columns), 0)
+first_with_room = next(
+    (i for i, members in enumerate(groups.values()) if len(members) % columns), 0
+)
 norm = SymLogNorm(linthresh=1e-3, linscale=0.4, vmin=-1, vmax=1, base=10)
 for part, height, (title, members) in zip(parts, heights, groups.items(), strict=True):
     part.suptitle(title, x=0.01, ha="left", color="#0b3c5d", fontweight="bold")
     panels = part.subplots(height, columns, squeeze=False).ravel()
     for axes, name in zip(panels, members, strict=False):
         expr, matrix = registry.build(name), dense[name]
-        picture = axes.imshow((matrix / matrix.abs().max()).numpy(), norm=norm, cmap="RdBu_r", interpolation="nearest")
+        picture = axes.imshow(
+            (matrix / matrix.abs().max()).numpy(),
+            norm=norm,
+            cmap="RdBu_r",
+            interpolation="nearest",
+        )
         for space, line in ((expr.codomain, axes.axhline), (expr.domain, axes.axvline)):
             for at in parameter_lines if space == "parameters" else output_lines:
                 line(at, color="#5b6470", linewidth=0.5)
@@ -199,9 +237,15 @@ for part, height, (title, members) in zip(parts, heights, groups.items(), strict
     for axes in panels[len(members) :]:
         axes.axis("off")
     if part is parts[first_with_room]:
-        scale = part.colorbar(picture, ax=panels[-1], location="left", fraction=0.5, aspect=12, shrink=0.8)
+        scale = part.colorbar(
+            picture, ax=panels[-1], location="left", fraction=0.5, aspect=12, shrink=0.8
+        )
         scale.set_label("entry / largest entry", fontsize=8)
-        scale.set_ticks([-1, -0.03, 0, 0.03, 1], labels=["−1", "−0.03", "0", "0.03", "1"], fontsize=8)
+        scale.set_ticks(
+            [-1, -0.03, 0, 0.03, 1],
+            labels=["−1", "−0.03", "0", "0.03", "1"],
+            fontsize=8,
+        )
 plt.show()
 
 # %%
@@ -211,7 +255,9 @@ plt.show()
 # its own.
 
 figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-mixed = registry.build("hessian") - registry.build("centered_covariance") + 0.01 * Identity
+mixed = (
+    registry.build("hessian") - registry.build("centered_covariance") + 0.01 * Identity
+)
 heat_map(mixed.lower(problem), axes)
 axes.set_title(str(mixed), color="#0b3c5d", fontsize=10)
 plt.show()

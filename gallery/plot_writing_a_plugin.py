@@ -31,12 +31,23 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from curvalg import Diagonal, Facts, Identity, LossError, MatrixTerm, OptionError, Problem, Term, inverse, registry
+from curvalg import (
+    Diagonal,
+    Facts,
+    Identity,
+    LossError,
+    MatrixTerm,
+    OptionError,
+    Problem,
+    Term,
+    inverse,
+    registry,
+)
 from curvalg.testing import check_term
 
 
 def weighted_gradient(batch, power):
-    """(1 − p)^(power / 2) r at each position, p the probability of the label; of the output's shape."""
+    """(1 − p)^(power / 2) r, of the output's shape, with the label's probability p."""
     axis = batch.class_axis
     p = batch.output.softmax(axis).gather(axis, batch.labels.unsqueeze(axis))
     return (1 - p).clamp_min(0) ** (power / 2) * batch.loss_gradient
@@ -44,12 +55,15 @@ def weighted_gradient(batch, power):
 
 def require_classes(term, loss):
     if loss is None or not loss.classes:
-        raise LossError(f"{term.label} is defined for losses with classes, such as nn.CrossEntropyLoss")
+        raise LossError(
+            f"{term.label} is defined for losses with classes, such as "
+            "nn.CrossEntropyLoss"
+        )
 
 
 @dataclass(frozen=True)
 class HardCovariance(Term):
-    """Gradient covariance with hard samples weighted up, s Σₙ (1 − pₙ)^power ∇cₙ ∇cₙᵀ (D × D).
+    """Gradient covariance for hard samples, s Σₙ (1 − pₙ)^power ∇cₙ ∇cₙᵀ (D × D).
 
     Args:
         power: how much hard samples count; 0 gives ``covariance``.
@@ -59,7 +73,10 @@ class HardCovariance(Term):
 
     def __post_init__(self):
         if not 0 <= self.power < float("inf"):
-            raise OptionError(f"hard_covariance: power must be a finite number ≥ 0, got {self.power!r}")
+            raise OptionError(
+                "hard_covariance: power must be a finite number ≥ 0, got "
+                f"{self.power!r}"
+            )
 
     def validate(self, loss):
         require_classes(self, loss)
@@ -72,7 +89,9 @@ class HardCovariance(Term):
         return batch.scale * q * batch.dot(q, tangent)
 
     def factor(self, batch):
-        return batch.per_sample_columns(batch.scale**0.5 * weighted_gradient(batch, self.power)[None])
+        return batch.per_sample_columns(
+            batch.scale**0.5 * weighted_gradient(batch, self.power)[None]
+        )
 
 
 # %%
@@ -106,7 +125,11 @@ class Lopsided(HardCovariance):
 
     def cotangent_dot(self, batch, tangent):
         r = batch.loss_gradient
-        return batch.scale * weighted_gradient(batch, 2 * self.power) * batch.dot(r, tangent)
+        return (
+            batch.scale
+            * weighted_gradient(batch, 2 * self.power)
+            * batch.dot(r, tangent)
+        )
 
     def factor(self, batch):
         return None
@@ -146,7 +169,11 @@ class HardCovarianceDiagonal(MatrixTerm):
 
     def accumulate(self, batch, prepared=None):
         columns = HardCovariance(self.power).factor(batch)
-        return {name: squares for record in batch.layers(columns) for name, squares in record.squares().items()}
+        return {
+            name: squares
+            for record in batch.layers(columns)
+            for name, squares in record.squares().items()
+        }
 
     def finish(self, stats, layout, prepared=None):
         return Diagonal(layout.flatten(stats))
@@ -172,7 +199,9 @@ for _ in range(2):
         optimizer.step()
 
 rows = slice(0, 400)
-problem = Problem(model, loss, list(zip(X[rows].split(150), y[rows].split(150), strict=True)))
+problem = Problem(
+    model, loss, list(zip(X[rows].split(150), y[rows].split(150), strict=True))
+)
 
 registry.register("hard_covariance", HardCovariance)
 registry.register("hard_covariance_diagonal", HardCovarianceDiagonal)
@@ -200,7 +229,9 @@ def sample_loss(parameters, x, label):
     return loss(torch.func.functional_call(model, parameters, (x,)), label)
 
 
-gradients = torch.func.vmap(torch.func.grad(sample_loss), (None, 0, 0))(parameters, X[rows], y[rows])
+gradients = torch.func.vmap(torch.func.grad(sample_loss), (None, 0, 0))(
+    parameters, X[rows], y[rows]
+)
 gradients = torch.cat([gradients[name].flatten(1) for name in parameters], 1)
 with torch.no_grad():
     p = model(X[rows]).softmax(1)[range(400), y[rows]]
@@ -210,7 +241,8 @@ torch.testing.assert_close(hard.lower(problem).to_dense(), reference)
 diagonal = registry.build("hard_covariance_diagonal", power=2).lower(problem)
 torch.testing.assert_close(diagonal.to_dense(), reference.diagonal().diag())
 torch.testing.assert_close(
-    registry.build("hard_covariance", power=0).lower(problem).to_dense(), covariance.lower(problem).to_dense()
+    registry.build("hard_covariance", power=0).lower(problem).to_dense(),
+    covariance.lower(problem).to_dense(),
 )
 
 # %%
@@ -218,7 +250,9 @@ torch.testing.assert_close(
 
 solver = inverse(hard + 1e-3 * Identity).lower(problem)
 step = solver @ problem.gradient()
-expected = torch.linalg.solve(reference + 1e-3 * torch.eye(problem.size, dtype=torch.float64), problem.gradient())
+expected = torch.linalg.solve(
+    reference + 1e-3 * torch.eye(problem.size, dtype=torch.float64), problem.gradient()
+)
 torch.testing.assert_close(step, expected)
 assert solver.last_solve.iterations.max() == 0
 
@@ -249,11 +283,17 @@ assert solver.last_solve.iterations.max() == 0
 # eigenvectors is that of the covariance's ten, in another order and mixed.
 
 powers = (0, 1, 4)
-pairs = {power: registry.build("hard_covariance", power=power).lower(problem).exact("eigh") for power in powers}
+pairs = {
+    power: registry.build("hard_covariance", power=power).lower(problem).exact("eigh")
+    for power in powers
+}
 halves = []
 for power in powers:
     shares = (1 - p) ** power * gradients.square().sum(1)
-    half = int((shares.sort(descending=True).values.cumsum(0) < shares.sum() / 2).sum()) + 1
+    half = (
+        int((shares.sort(descending=True).values.cumsum(0) < shares.sum() / 2).sum())
+        + 1
+    )
     halves.append(half)
     print(f"power {power}: {half} of 400 samples make half of the trace")
 assert halves == sorted(halves, reverse=True)
@@ -261,13 +301,26 @@ assert halves == sorted(halves, reverse=True)
 top = {power: pairs[power].vectors(slice(-10, None)).flip(1) for power in (0, 4)}
 overlap = (top[0].T @ top[4]).square()
 assert 5 < overlap.sum() < 10
-print(f"share of the hard ten within the ten of the covariance {float(overlap.sum()) / 10:.2f}")
+print(
+    "share of the hard ten within the ten of the covariance "
+    f"{float(overlap.sum()) / 10:.2f}"
+)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(1.25, 1))
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(9.5, 4.2), layout="constrained", width_ratios=(1.25, 1)
+)
 for power, colour in zip(powers, ("#0b3c5d", "#5b8db8", "#c8553d"), strict=True):
     values = pairs[power].eigenvalues.flip(0)[:60]
     label = "covariance" if power == 0 else f"hard_covariance(power={power})"
-    left.plot(np.arange(1, len(values) + 1), values, "o-", color=colour, markersize=3, linewidth=1, label=label)
+    left.plot(
+        np.arange(1, len(values) + 1),
+        values,
+        "o-",
+        color=colour,
+        markersize=3,
+        linewidth=1,
+        label=label,
+    )
 left.set(yscale="log", xlabel="eigenvalue number", ylabel="eigenvalue")
 left.grid(axis="y", color="#e3e5e8")
 left.spines[["top", "right"]].set_visible(False)
@@ -276,7 +329,9 @@ left.set_title("Largest eigenvalues", loc="left", color="#0b3c5d")
 picture = right.imshow(overlap, cmap="Blues", vmin=0, vmax=1)
 ticks = np.arange(0, 10, 3)
 right.set(xticks=ticks, xticklabels=ticks + 1, yticks=ticks, yticklabels=ticks + 1)
-right.set(xlabel="eigenvector of hard_covariance(power=4)", ylabel="eigenvector of covariance")
+right.set(
+    xlabel="eigenvector of hard_covariance(power=4)", ylabel="eigenvector of covariance"
+)
 right.set_title("Squared cosines", loc="left", color="#0b3c5d")
 figure.colorbar(picture, ax=right, shrink=0.85)
 plt.show()

@@ -6,6 +6,7 @@ CURVALG_NIGHTLY=1, and the first of them always, as a script in a fresh interpre
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -38,3 +39,12 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_fits_the_column_of_a_page(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    first = ast.parse(text).body[0]  # the docstring is prose, which flows on the page as comments do
+    code = enumerate(text.splitlines()[first.end_lineno :], (first.end_lineno or 0) + 1)
+    wide = [f"{page.name}:{n}" for n, line in code if len(line) > 88 and not line.lstrip().startswith("#")]
+    assert wide == []

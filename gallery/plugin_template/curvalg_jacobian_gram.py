@@ -25,7 +25,9 @@ class JacobianGram(Term):
 
     def __post_init__(self) -> None:
         if self.scale < 0:
-            raise OptionError(f"jacobian_gram: scale must be a number ≥ 0, got {self.scale!r}")
+            raise OptionError(
+                f"jacobian_gram: scale must be a number ≥ 0, got {self.scale!r}"
+            )
 
     def validate(self, loss: LossFacts | None) -> None:
         """Any loss will do, and none."""

@@ -58,3 +58,19 @@ def test_the_first_script_of_kronfluence(docs, tmp_path, monkeypatch):
     sets = namespace["TensorDataset"](namespace["X"], namespace["y"])
     analyzer.compute_self_scores("own", "ekfac", sets, score_args=scores)
     torch.testing.assert_close(analyzer.load_self_scores("own")["all_modules"], own, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what is deprecated in torch since
+def test_the_first_script_of_laplace_torch(docs, tmp_path):
+    pytest.importorskip("laplace")
+    page = docs / "howto" / "migration.md"
+    namespace = pages.run(page, tmp_path)
+    exec(first_script(page, "laplace-torch"), namespace)
+    torch.testing.assert_close(namespace["there"], namespace["probabilities"], rtol=1e-4, atol=1e-6)
+    theirs = float(namespace["la"].log_marginal_likelihood())
+    assert namespace["posterior"].log_evidence() == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("library", ["curvlinops", "PyHessian", "laplace-torch", "kronfluence"])
+def test_first_scripts_are_python_also_where_the_library_is_missing(library, docs):
+    assert first_script(docs / "howto" / "migration.md", library)

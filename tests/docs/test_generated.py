@@ -224,3 +224,26 @@ def test_blocks_of_formulas_are_displayed():
     from curvalg_docs import mathml
 
     assert 'display="block"' in mathml.convert("a = b", block=True)
+
+
+@pytest.mark.parametrize(
+    ("tex", "spaces"),
+    [
+        (r"\frac{1}{N} \operatorname{tr} H", 2),  # on both sides
+        (r"\operatorname{tr} H", 1),
+        (r"\operatorname{diag}(p)", 0),
+        (r"\log_{10} (x)", 0),
+        (r"\log p", 1),
+    ],
+)
+def test_names_of_functions_stand_apart_from_letters(tex, spaces):
+    from curvalg_docs import mathml
+
+    assert mathml.convert(tex).count("<mspace") == spaces
+
+
+def test_bars_of_a_modulus_stand_close():
+    from curvalg_docs import mathml
+
+    for tex, bar in ((r"10^{-4} |\lambda|", "|"), (r"2 \lVert v \rVert", "‖")):
+        assert mathml.convert(tex).count(f' lspace="0" rspace="0">{bar}</mo>') == 2

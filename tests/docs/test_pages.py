@@ -29,7 +29,7 @@ def test_what_is_shown_is_checked(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_code_fits_the_page(page):
-    wide = [line for block in pages.blocks(page) for line in block.splitlines() if len(line) > 98]
+    wide = [line for block in pages.blocks(page) for line in block.splitlines() if len(line) > 88]
     assert not wide
 
 

@@ -30,11 +30,12 @@ def generate(docs: Path) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """The extension: generates, and knows formulas as MathML and docstrings by name."""
-    from curvalg_docs import directives, mathml, plain, references
+    from curvalg_docs import directives, made, mathml, plain, references
 
     mathml.setup(app)
     directives.setup(app)
     plain.setup(app)
+    made.setup(app)
     references.setup(app)
     # Before sphinx-gallery (priority 500) and before autodoc reads anything.
     app.connect("builder-inited", lambda app: generate(Path(app.srcdir)), priority=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,18 @@ def _options(name: str) -> list[str]:
     options = registry.spec(name).options
     if not options:
         return ["None."]
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * - option", "     - type", "     - default"]
+    lines = [".. list-table::", "   :header-rows: 1", "", "   * - option", "     - values", "     - default"]
     for option in options:
         default = "must be given" if option.required else f"``{option.default!r}``"
-        lines += [f"   * - ``{option.name}``", f"     - ``{option.annotation}``", f"     - {default}"]
+        lines += [f"   * - ``{option.name}``", f"     - {values(option.annotation)}", f"     - {default}"]
     return lines
+
+
+def values(annotation: str) -> str:
+    """What an option may be, as markup: the choices of a ``Literal``, or the type."""
+    if annotation.startswith("Literal[") and annotation.endswith("]"):
+        return ", ".join(f"``{choice!r}``" for choice in ast.literal_eval(f"({annotation[8:-1]},)"))
+    return f"``{annotation}``"
 
 
 def _home(name: str) -> str:

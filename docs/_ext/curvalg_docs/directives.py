@@ -33,8 +33,10 @@ class DocstringDirective(SphinxDirective):
         # Outside of a signature, a list of options reads better than fields.
         config = Config(napoleon_use_param=False, napoleon_use_rtype=False)
         lines = [
-            re.sub(r"^:raises (\w+):", r"**Raises** :py:exc:`~curvalg.errors.\1`:", line)
+            part
             for line in GoogleDocstring(text, config, what="function", name=name).lines()
+            # Each exception in a paragraph of its own.
+            for part in re.sub(r"^:raises (\w+):", r"\n**Raises** :py:exc:`~curvalg.errors.\1`:", line).split("\n")
         ]
         parent = nodes.section()
         parent.document = self.state.document

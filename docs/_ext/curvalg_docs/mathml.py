@@ -19,6 +19,21 @@ MACROS = {r"\operatorname*": r"\operatorname", r"\lVert": r"\|", r"\rVert": r"\|
 _ACCENT = re.compile(r"\\(bar|hat|tilde|dot|ddot)\s*(?:\{([^{}]*)\}|(\\?[A-Za-z]+?)(?![A-Za-z])|([A-Za-z]))")
 """An accent and its letter: in a group with something empty, or the converter puts a subscript under instead of beside it."""
 
+_FUNCTION = re.compile(
+    r"(?P<before>[A-Za-z0-9})\]]\s*)?(?P<name>\\operatorname\{[^{}]*\}|\\(?:log|det|exp|max|min|sin|cos)(?![A-Za-z]))"
+    r"(?P<after>\s*(?=[A-Za-z0-9\\{])(?!\\(?:left|,|;|quad|in\b|to\b|cdot|big|[lr]Vert|\|)))?"
+)
+"""The name of a function, which browsers set without the thin spaces that TeX puts between it and letters."""
+
+_BAR = re.compile(r"<mo( stretchy=\"false\")?>([|‖])</mo>")
+"""A bar, to which browsers give the space of a relation."""
+
+
+def _spaced(found: re.Match[str]) -> str:
+    before = found["before"] + r"\, " if found["before"] else ""
+    after = r"\, " if found["after"] is not None else ""
+    return before + found["name"] + after
+
 
 def convert(tex: str, *, block: bool = False) -> str:
     """A formula as MathML; a formula that the converter does not know raises."""
@@ -27,7 +42,8 @@ def convert(tex: str, *, block: bool = False) -> str:
     tex = _ACCENT.sub(lambda m: rf"{{\{m[1]}{{{m[2] or m[3] or m[4]}}}{{}}}}", tex)
     if block and r"\\" in tex and r"\begin" not in tex:
         tex = rf"\begin{{{pick_math_environment(tex)}}}{tex}\end{{{pick_math_environment(tex)}}}"
-    return str(tex2mathml(tex, as_block=block))
+    found = str(tex2mathml(_FUNCTION.sub(_spaced, tex), as_block=block))
+    return _BAR.sub(r'<mo\1 lspace="0" rspace="0">\2</mo>', found)
 
 
 def _inline(translator: Any, node: nodes.math) -> None:

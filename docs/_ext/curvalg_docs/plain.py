@@ -36,7 +36,8 @@ def lines(text: list[str]) -> list[str]:
 
 
 def _process(app: Sphinx, what: str, name: str, found: Any, options: Any, text: list[str]) -> None:
-    text[:] = lines(text)
+    # Of an attribute's first line napoleon takes what stands before a colon for its type, unless that line is empty.
+    text[:] = ["", *lines(text)] if what in ("attribute", "data", "property") else lines(text)
 
 
 def setup(app: Sphinx) -> None:

@@ -14,4 +14,6 @@ def test_conformance(term, check):
 def test_matrix():
     problem = default_problems()[0]
     jacobian = registry.build("jacobian").lower(problem).to_dense()
-    torch.testing.assert_close(registry.build("jacobian_gram").lower(problem).to_dense(), jacobian.T @ jacobian)
+    torch.testing.assert_close(
+        registry.build("jacobian_gram").lower(problem).to_dense(), jacobian.T @ jacobian
+    )
