@@ -258,3 +258,24 @@ def test_several_batches_and_other_data_are_refused():
         problem.with_data((X, Y)).gradient()
     with pytest.raises(ProblemError, match="inputs alone"):
         Problem(MODEL, nn.MSELoss(), X, wrt="inputs")
+
+
+def test_a_module_that_has_two_names_is_found_under_both():
+    torch.manual_seed(0)
+    first = nn.Linear(D, 4)
+    model = nn.ModuleDict({"a": first, "b": first, "head": nn.Linear(4, C)}).double()
+    y = random(N, C, seed=2)
+    found = [
+        Problem(
+            model,
+            nn.MSELoss(),
+            (X, y),
+            wrt=f"activations:{name}",
+            forward=lambda m, batch: m["head"](m["b"](batch[0]).tanh()),
+        ).gradient()
+        for name in ("a", "b")
+    ]
+    h = first(X).detach().requires_grad_()
+    nn.functional.mse_loss(model["head"](h.tanh()), y).backward()
+    for gradient in found:
+        torch.testing.assert_close(gradient, h.grad.reshape(-1))

@@ -178,7 +178,7 @@ def _of_inputs(sample: ReadBatch) -> tuple[dict[str, Tensor], list[int]]:
 
 def _of_activation(model: nn.Module, name: str, rule: Adapter, sample: ReadBatch, randomness: Randomness) -> Tensor:
     """Zeros of the shape of a module's output, found by one call that leaves nothing behind."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # under all of its names
     if name not in modules or not name:
         near = difflib.get_close_matches(name, filter(None, modules), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"the modules are {', '.join(filter(None, modules))}"
