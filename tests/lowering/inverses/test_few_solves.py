@@ -272,3 +272,19 @@ def test_limits_of_one_inverse_say_nothing_about_another(problem):
     op = inverse(GGN + 0.1 * Identity).lower(again)
     _ = op @ v
     assert iterations(op) > 0
+
+
+def test_the_first_solves_do_not_ask_for_a_preconditioner(problem, model):
+    """Making and applying it may take longer than the form, which needs none, and is in no price."""
+    asked = []
+
+    def precondition(r):
+        asked.append(len(r))
+        return r
+
+    op = inverse(GGN + 0.1 * Identity).lower(problem, preconditioner=precondition)
+    v = vectors(op)
+    x = op @ v
+    assert iterations(op) > 0 and not asked
+    assert "the preconditioner is not needed" in op.explain()
+    assert torch.allclose(x, solutions(model, 0.1, v), rtol=0, atol=1e-7)

@@ -149,7 +149,8 @@ class FewSolves(Solver[Waiting]):
     def _by_products(self, iterations: int) -> Iterative:
         asked = self.request.node
         node = replace(asked, rtol=STRICTER * self.request.rtol, atol=STRICTER * float(asked.atol), maxiter=iterations)
-        return Iterative(replace(self.request, node=node), "cg", cg)
+        # Without a preconditioner: making it may take longer than the form does, and is in no price.
+        return Iterative(replace(self.request, node=node, preconditioner=None), "cg", cg)
 
 
 def _price(form: Form) -> int:
