@@ -160,3 +160,10 @@ def test_arrays_that_require_gradients_are_taken_without_a_warning() -> None:
         assert all(leaf.facts().symmetric for leaf in leaves)
     finally:
         torch.set_warn_always(before)
+
+
+def test_arrays_without_numbers_are_taken_for_their_shape() -> None:
+    values = torch.ones(3, device="meta")
+    assert str(Diagonal(values)) == "Diagonal<3, float32>"
+    assert str(Kronecker(values[:, None] * values)) == "Kronecker<3, float32>"
+    assert str(LowRank(values[:, None])) == "LowRank<3, rank 1, float32>"

@@ -132,6 +132,8 @@ def _require_finite(value: Any, what: str) -> None:
     """Raise where an array has NaN or infinite entries: its products would be NaN, and solves stall, far from here."""
     if "float" not in str(value.dtype) or not math.prod(value.shape):
         return
+    if getattr(value, "is_meta", False):  # it has no numbers, only a shape
+        return
     value = _detached(value)
     extremes = value.min(), value.max()  # NaN where an entry is, of torch and of NumPy, and nothing of its size is made
     if all(math.isfinite(extreme) for extreme in extremes):
