@@ -6,18 +6,23 @@ import math
 
 from curvalg.errors import FactsError
 from curvalg.expr import Expr, IdentityExpr, Inverse, SquareRoot, Sum, ZeroExpr
+from curvalg.expr.scalars import as_float
 
 
 def affine(expr: Expr) -> tuple[list[tuple[float, Expr]], float]:
-    """The expression as Σ cᵢ Aᵢ + shift · I."""
+    """The expression as Σ cᵢ Aᵢ + shift · I.
+
+    Raises:
+        ExpressionError: a coefficient is out of a float's range.
+    """
     if expr.domain is None:
         return [], multiple(expr)
     if isinstance(expr, ZeroExpr):
         return [], 0.0
     if isinstance(expr, Sum):
-        sized = [(float(c), part) for part, c in expr.coefficients.items() if part.domain is not None]
-        sizeless = [float(c) * multiple(part) for part, c in expr.coefficients.items() if part.domain is None]
-        return sized, sum(sizeless, float(expr.shift))
+        sized = [(as_float(c), part) for part, c in expr.coefficients.items() if part.domain is not None]
+        sizeless = [as_float(c) * multiple(part) for part, c in expr.coefficients.items() if part.domain is None]
+        return sized, sum(sizeless, as_float(expr.shift))
     return [(1.0, expr)], 0.0
 
 
@@ -36,7 +41,8 @@ def multiple(expr: Expr) -> float:
     parts = [multiple(child) for child in expr.children]
     if isinstance(expr, Sum):
         return sum(
-            (float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)), float(expr.shift)
+            (as_float(c) * part for c, part in zip(expr.coefficients.values(), parts, strict=True)),
+            as_float(expr.shift),
         )
     if isinstance(expr, SquareRoot):
         if parts[0] < 0:

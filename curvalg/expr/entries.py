@@ -21,7 +21,8 @@ class Entries:
     """Some numbers of some parameters, as :func:`~curvalg.restrict` takes them: hashable, picklable, and never changed.
 
     They lie in the order of the flat layout of the parameters, whatever the order they are given in. Two are equal where they
-    were given by the same names and the same numbers, in the same way (a mask is not the list of its places).
+    were given by the same names and the same numbers, in the same way (a mask is not the list of its places); names are
+    sorted.
 
     Args:
         choices: name -> a boolean mask of the parameter's shape; integers (k,) into the flattened parameter (row-major), each
@@ -32,7 +33,7 @@ class Entries:
 
     >>> import numpy as np
     >>> print(Entries({"weight": np.array([[True, False], [True, True]]), "bias": ...}))
-    Entries<weight[3], bias; e8451d>
+    Entries<bias, weight[3]; 32ced3>
     """
 
     def __init__(self, choices: Mapping[str, Any]) -> None:
@@ -45,7 +46,7 @@ class Entries:
                 "entries are a mapping such as {'fc.weight': mask, 'fc.bias': ...}, from names of parameters to masks, "
                 f"integers, slices or ..., got {choices!r}"
             )
-        self.choices: dict[str, Choice] = {name: _choice(name, value) for name, value in choices.items()}
+        self.choices: dict[str, Choice] = {name: _choice(name, choices[name]) for name in sorted(choices)}
         words = (f"{name!r}:{_digest(choice)}" for name, choice in self.choices.items())
         self.token = hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
 

@@ -7,7 +7,7 @@ import numbers
 from fractions import Fraction
 from typing import Any
 
-from curvalg.errors import OptionError
+from curvalg.errors import ExpressionError, OptionError
 
 
 def as_coefficient(value: Any) -> Fraction:
@@ -31,6 +31,21 @@ def as_coefficient(value: Any) -> Fraction:
     if not math.isfinite(value):
         raise OptionError(f"expected a finite number to scale an operator with, got {value!r}")
     return Fraction(str(value))
+
+
+def as_float(coefficient: Fraction) -> float:
+    """The coefficient as a float.
+
+    Raises:
+        ExpressionError: out of a float's range.
+    """
+    try:
+        value = float(coefficient)
+    except OverflowError:
+        value = math.inf
+    if math.isinf(value) or (coefficient and not value):
+        raise ExpressionError("a coefficient of the expression is beyond the range of floats")
+    return value
 
 
 def _item(array: Any) -> Any:

@@ -80,5 +80,12 @@ def _gradients(h: Tensor, d: Tensor) -> Iterator[Tensor]:
 
 def units(factors: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices (groups, n, n) of Frobenius norm one, and their norms (groups,); zeros stay."""
-    norms = factors.flatten(1).norm(dim=1)
-    return factors / torch.where(norms > 0, norms, torch.ones_like(norms))[:, None, None], norms
+    peaks = factors.flatten(1).abs().amax(1)
+    scaled = factors / _divisors(peaks)  # first: squares of entries beyond 1e±19 leave the range of float32
+    norms = scaled.flatten(1).norm(dim=1)
+    return scaled / _divisors(norms), peaks * norms
+
+
+def _divisors(sizes: Tensor) -> Tensor:
+    """What matrices (groups, n, n) of these sizes (groups,) are divided by."""
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))[:, None, None]

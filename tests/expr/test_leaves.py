@@ -148,3 +148,22 @@ def test_arrays_of_whole_numbers_and_of_nothing_are_finite():
     assert Diagonal(np.arange(3)).size == 3
     assert Diagonal(torch.zeros(0)).size == 0
     assert Diagonal(torch.tensor([-3e38, 3e38])).size == 2
+
+
+def test_arrays_that_require_gradients_are_taken_without_a_warning() -> None:
+    """Which are errors here; torch warns once in a process if it is left alone."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        A = torch.tensor([[2.0, 1.0 + 1e-7], [1.0, 2.0]], requires_grad=True)  # symmetric up to rounding
+        leaves = Diagonal(A[0]), Kronecker(A, A), LowRank(A, A), Eigenbasis(torch.eye(2, requires_grad=True), A[0])
+        assert all(leaf.facts().symmetric for leaf in leaves)
+    finally:
+        torch.set_warn_always(before)
+
+
+def test_arrays_without_numbers_are_taken_for_their_shape() -> None:
+    values = torch.ones(3, device="meta")
+    assert str(Diagonal(values)) == "Diagonal<3, float32>"
+    assert str(Kronecker(values[:, None] * values)) == "Kronecker<3, float32>"
+    assert str(LowRank(values[:, None])) == "LowRank<3, rank 1, float32>"

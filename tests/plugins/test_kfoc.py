@@ -218,3 +218,23 @@ def test_printing_and_options():
         for value in values:
             with pytest.raises(OptionError, match=name):
                 build("kfoc", **{name: value})
+
+
+class Scaled(nn.Module):
+    """A layer whose block is a Kronecker product, times the square of a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.factor = nn.Linear(3, 2, bias=False), factor
+
+    def forward(self, x):
+        return self.layer(x) * self.factor
+
+
+@pytest.mark.parametrize("factor", [1e-14, 1e-11, 1.0, 1e10])
+def test_factors_whose_squares_leave_the_range_of_float32(factor):
+    X, y = random(7, 3).float(), random(7, 2, seed=1).float()
+    got = build("kfoc").lower(Problem(Scaled(factor), nn.MSELoss(), (X, y))).to_dense()
+    unit = 2 / (7 * 2) * torch.kron(torch.eye(2), X.T @ X)  # J = x ⊗ I, B = 2 / (n c) I
+    torch.testing.assert_close(got / factor / factor, unit, rtol=1e-4, atol=1e-5)

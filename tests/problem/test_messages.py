@@ -10,6 +10,7 @@ from torch import nn
 from curvalg import (
     Diagonal,
     ExpressionError,
+    Identity,
     LossError,
     MatrixTerm,
     OptionError,
@@ -185,3 +186,5 @@ def test_terms_that_break_the_contract(case):
         Lazy().lower(problem) @ np.ones(problem.size)
     with pytest.raises(ExpressionError, match="range of floats"):
         (registry.build("ggn") * 10**400).lower(problem)
+    with pytest.raises(ExpressionError, match="range of floats"):
+        inverse(registry.build("ggn") * 10**400 + Identity).lower(problem)

@@ -258,3 +258,64 @@ def test_several_batches_and_other_data_are_refused():
         problem.with_data((X, Y)).gradient()
     with pytest.raises(ProblemError, match="inputs alone"):
         Problem(MODEL, nn.MSELoss(), X, wrt="inputs")
+
+
+def test_a_module_that_has_two_names_is_found_under_both():
+    torch.manual_seed(0)
+    first = nn.Linear(D, 4)
+    model = nn.ModuleDict({"a": first, "b": first, "head": nn.Linear(4, C)}).double()
+    y = random(N, C, seed=2)
+    found = [
+        Problem(
+            model,
+            nn.MSELoss(),
+            (X, y),
+            wrt=f"activations:{name}",
+            forward=lambda m, batch: m["head"](m["b"](batch[0]).tanh()),
+        ).gradient()
+        for name in ("a", "b")
+    ]
+    h = first(X).detach().requires_grad_()
+    nn.functional.mse_loss(model["head"](h.tanh()), y).backward()
+    for gradient in found:
+        torch.testing.assert_close(gradient, h.grad.reshape(-1))
+
+
+def test_what_the_model_does_not_read_of_a_batch_is_no_input():
+    record = {"label": Y, "pixels": X, "scale": torch.tensor(2.0, dtype=torch.float64)}
+    with torch.no_grad():
+        problem = Problem(
+            MODEL,
+            nn.MSELoss(),
+            record,
+            wrt="inputs",
+            forward=lambda model, batch: model(batch["pixels"]),
+            target=lambda batch: batch["label"],
+        )
+    expected = Problem(MODEL, nn.MSELoss(), (X, Y), wrt="inputs")
+    assert problem.layout.names == ["input"]
+    torch.testing.assert_close(
+        registry.build("hessian").lower(problem).to_dense(), registry.build("hessian").lower(expected).to_dense()
+    )
+
+
+def test_the_call_that_finds_what_is_read_leaves_nothing_behind():
+    model = nn.ModuleDict({"norm": nn.BatchNorm1d(D), "last": nn.Linear(D, C)}).double().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    problem = Problem(
+        model,
+        nn.MSELoss(),
+        [(X, X.square(), Y)],
+        wrt="inputs",
+        forward=lambda m, batch: m["last"](m["norm"](batch[0]).add_(batch[1])),
+        target=lambda batch: batch[2],
+    )
+    assert problem.layout.names == ["input_0", "input_1"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_module_that_torch_jit_compiled_is_refused():
+    scripted = torch.jit.trace(nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C)).double(), X)
+    with pytest.raises(ProblemError, match=r"torch\.jit"):
+        Problem(scripted, nn.MSELoss(), (X, Y), wrt="activations:0")

@@ -123,10 +123,18 @@ def _array(value: Any, what: str, *ndims: int) -> Any:
     return value.clone() if hasattr(value, "clone") else value.copy()
 
 
+def _detached(array: Any) -> Any:
+    """The array without its graph: torch warns where a number is taken of one that requires gradients."""
+    return array.detach() if hasattr(array, "detach") else array
+
+
 def _require_finite(value: Any, what: str) -> None:
     """Raise where an array has NaN or infinite entries: its products would be NaN, and solves stall, far from here."""
     if "float" not in str(value.dtype) or not math.prod(value.shape):
         return
+    if getattr(value, "is_meta", False):  # it has no numbers, only a shape
+        return
+    value = _detached(value)
     extremes = value.min(), value.max()  # NaN where an entry is, of torch and of NumPy, and nothing of its size is made
     if all(math.isfinite(extreme) for extreme in extremes):
         return
@@ -157,6 +165,7 @@ _PRECISION = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 1e-3, "bfloat16"
 
 def _symmetric(matrix: Any) -> bool:
     """Whether a matrix equals its transpose up to rounding: H Hᵀ as BLAS computes it often does not to the last bit."""
+    matrix = _detached(matrix)
     transposed = matrix.swapaxes(-1, -2)
     if bool((matrix == transposed).all()):
         return True

@@ -104,7 +104,7 @@ def restrict(expr: Expr, params: str | Sequence[str] | Mapping[str, Any] | Entri
     >>> import numpy as np
     >>> kept = {"weight": np.array([[True, False, True]]), "bias": ...}
     >>> print(restrict(registry.build("hessian"), kept))
-    restrict(hessian, Entries<weight[2], bias; 378a24>)
+    restrict(hessian, Entries<bias, weight[2]; 3716b8>)
     """
     if isinstance(params, (Mapping, Entries)):
         return _over_entries(expr, params if isinstance(params, Entries) else Entries(params))

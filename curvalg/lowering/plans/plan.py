@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from fractions import Fraction
 
 from torch import Tensor
 
-from curvalg.errors import ExpressionError
 from curvalg.problem import Snapshot
 from curvalg.problem.kept.reads import Reads, together
 
@@ -53,18 +50,3 @@ class Plan(ABC):
     def passes(self) -> int:
         """The number of passes over the recordings that one product takes."""
         return sum(part.passes for part in self.inner)
-
-
-def as_float(coefficient: Fraction) -> float:
-    """The coefficient as a float.
-
-    Raises:
-        ExpressionError: out of a float's range.
-    """
-    try:
-        value = float(coefficient)
-    except OverflowError:
-        value = math.inf
-    if math.isinf(value) or (coefficient and not value):
-        raise ExpressionError("a coefficient of the expression is beyond the range of floats")
-    return value

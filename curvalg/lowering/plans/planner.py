@@ -14,6 +14,7 @@ from curvalg.errors import ExpressionError, FactsError, VectorError
 from curvalg.expr.affine_form import multiple
 from curvalg.expr.node import Expr
 from curvalg.expr.nodes.arrays import ArrayLeaf
+from curvalg.expr.scalars import as_float
 from curvalg.expr.term import DatasetTerm, GradientTerm, MatrixTerm, NamedExpr, Term
 from curvalg.expr.terms import Jacobian, LossHessian
 from curvalg.lowering.blocks.owned_matrix import is_layerwise
@@ -47,7 +48,7 @@ from curvalg.lowering.plans.of_data.gradient_plan import GradientPlan
 from curvalg.lowering.plans.of_data.output_plan import OutputPlan
 from curvalg.lowering.plans.of_data.sweep_plan import SweepPlan
 from curvalg.lowering.plans.owned_plan import owned_plan
-from curvalg.lowering.plans.plan import Plan, as_float
+from curvalg.lowering.plans.plan import Plan
 from curvalg.lowering.plans.sharded_offer import require_offered
 from curvalg.lowering.sweeps.contract import require_defined
 from curvalg.lowering.sweeps.sweep import Sweep

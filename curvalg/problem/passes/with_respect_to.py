@@ -113,7 +113,7 @@ def with_respect_to(wrt: str, asked: MadeOf, loss: Any, randomness: Randomness, 
     sample = _only_batch(wrt, model, asked, loss)
     index = torch.arange(sample.rows, device=_device(model, sample))
     if name is None:
-        perturbations, places = _of_inputs(sample)
+        perturbations, places = _of_inputs(model, rule, sample, randomness)
     else:
         perturbations, places = {"activation": _of_activation(model, name, rule, sample, randomness)}, None
     perturbed = PerturbedModel(model, rule, perturbations, places, name)
@@ -159,15 +159,25 @@ def _inputs(batch: Any) -> tuple[Any, Callable[[Any], Any]]:
     return batch, lambda new: new
 
 
-def _of_inputs(sample: ReadBatch) -> tuple[dict[str, Tensor], list[int]]:
-    """Zeros for every floating input, and their numbers among the leaves."""
-    leaves, _ = trees.flatten(_inputs(sample.batch)[0])
+def _of_inputs(
+    model: nn.Module, rule: Adapter, sample: ReadBatch, randomness: Randomness
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Zeros for every floating input that the model reads, and their numbers among the leaves."""
+    inputs, put = _inputs(sample.batch)
+    leaves, form = trees.flatten(inputs)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not places:
         raise ProblemError(
             "wrt='inputs' needs inputs of floating point, and there are none in the batch, as with numbers of tokens; "
             "differentiate by the activations of the module that embeds them, such as wrt='activations:embedding'"
         )
+    if len(places) > 1:
+        # A batch that is read by forward= and target= may hold targets, and more that no model looks at.
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+            zeros = {i: torch.zeros_like(leaves[i], requires_grad=True) for i in places}
+            changed = [leaf + zeros[i] if i in zeros else leaf for i, leaf in enumerate(leaves)]
+            output = _tried(model, rule, put(trees.unflatten(form, changed)), randomness)
+            places = _read(trees.tensors(output), zeros) or places
     if wrong := [tuple(leaves[i].shape) for i in places if not leaves[i].ndim or len(leaves[i]) != sample.rows]:
         raise ProblemError(
             f"wrt='inputs' needs inputs with a row for each of the {sample.rows} samples, got {wrong[0]}"
@@ -176,26 +186,46 @@ def _of_inputs(sample: ReadBatch) -> tuple[dict[str, Tensor], list[int]]:
     return {name: torch.zeros_like(leaves[i]) for name, i in zip(names, places, strict=True)}, places
 
 
+def _read(outputs: Sequence[Tensor], zeros: Mapping[int, Tensor]) -> list[int]:
+    """The numbers of those that the outputs depend on."""
+    sums = [output.sum() for output in outputs if output.requires_grad and output.is_floating_point()]
+    if not sums:
+        return []
+    gradients = torch.autograd.grad(sums, list(zeros.values()), allow_unused=True)
+    return [i for i, gradient in zip(zeros, gradients, strict=True) if gradient is not None]
+
+
+def _tried(model: nn.Module, rule: Adapter, batch: Any, randomness: Randomness) -> Any:
+    """The output on a batch by one call that leaves nothing behind."""
+    made = ModuleModel(model, list(dict(model.named_parameters())), rule)
+    state = {key: owner[slot] for key, owner, slot in made.slots()}
+    effects = Configuration(made.named_modules(), [], [], None, 0).effects
+    draws = DrawGuard(randomness)
+    try:
+        with recording(made), effects.undone(draws.mode):
+            return draws.run(lambda: made(list(made.chosen.values()), state, batch), 0)
+    finally:
+        effects.learn()  # puts back what the call wrote in place
+
+
 def _of_activation(model: nn.Module, name: str, rule: Adapter, sample: ReadBatch, randomness: Randomness) -> Tensor:
     """Zeros of the shape of a module's output, found by one call that leaves nothing behind."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # under all of its names
     if name not in modules or not name:
         near = difflib.get_close_matches(name, filter(None, modules), n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"the modules are {', '.join(filter(None, modules))}"
         raise ProblemError(f"the model has no module {name!r}; {hint}")
-    made = ModuleModel(model, list(dict(model.named_parameters())), rule)
-    state = {key: owner[slot] for key, owner, slot in made.slots()}
-    effects = Configuration(made.named_modules(), [], [], None, 0).effects
+    if isinstance(modules[name], torch.jit.ScriptModule):
+        raise ProblemError(
+            f"the module {name!r} is compiled by torch.jit, which lets nobody at its output; pass the model that was compiled"
+        )
     found: list[Any] = []
-    batch = trees.tensor_map(torch.clone, sample.batch)
-    draws = DrawGuard(randomness)
     hook = modules[name].register_forward_hook(lambda module, given, output: found.append(output))
     try:
-        with torch.no_grad(), recording(made), effects.undone(draws.mode):
-            draws.run(lambda: made(list(made.chosen.values()), state, batch), 0)
+        with torch.no_grad():
+            _tried(model, rule, trees.tensor_map(torch.clone, sample.batch), randomness)
     finally:
         hook.remove()
-        effects.learn()  # puts back what the call wrote in place
     if len(found) != 1:
         raise ProblemError(
             f"the module {name!r} is called {len(found)} times in a forward pass, so that it has not one output; name a module "

@@ -206,3 +206,85 @@ def test_a_solve_that_is_kept_on_disk_goes_on(problem, model, tmp_path):
     again = op.solve(v, checkpoint=tmp_path / "solve.safetensors")
     for result in (first, again):
         assert torch.allclose(result.x, solutions(model, 0.1, v), rtol=0, atol=1e-7)
+
+
+class Keyboard:
+    """Presses Ctrl-C at one of the calls of a model."""
+
+    calls, at = 0, 0
+
+
+class Stopped(nn.Module):
+    """Asks the keyboard."""
+
+    def forward(self, x):
+        Keyboard.calls += 1
+        if Keyboard.calls == Keyboard.at:
+            raise KeyboardInterrupt
+        return x
+
+
+def stoppable() -> Problem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 20), Stopped(), nn.Tanh(), nn.Linear(20, CLASSES)).double()
+    return Problem(model, nn.CrossEntropyLoss(), data(), cache=0)  # every product calls the model
+
+
+def test_an_interrupted_solve_goes_on_by_conjugate_gradients_from_where_it_was(tmp_path):
+    whole = inverse(GGN + 0.1 * Identity).lower(stoppable())
+    v = vectors(whole)
+    whole.prepare()
+    Keyboard.calls = 0
+    expected, taken = whole.solve(v), Keyboard.calls
+    file = tmp_path / "solve.safetensors"
+    op = inverse(GGN + 0.1 * Identity).lower(stoppable())
+    op.prepare()
+    Keyboard.calls, Keyboard.at = 0, taken - 3
+    stopped = op.solve(v, checkpoint=file)
+    Keyboard.at = 0
+    assert stopped.partial and PRICE - int(stopped.iterations.sum()) < 16  # too few to begin another solve
+    for _ in range(2):  # the second time it is over, and read from the file
+        resumed = op.solve(v, checkpoint=file)
+        assert torch.equal(resumed.iterations, expected.iterations)
+        assert torch.equal(resumed.x, expected.x)
+
+
+def test_a_solve_on_what_others_have_left_says_nothing_about_later_states(problem, model):
+    easy, hard = (inverse(GGN + damping * Identity).lower(problem) for damping in (1.0, 0.04))
+    v = vectors(easy)
+    _ = easy @ v
+    left = PRICE - iterations(easy)
+    assert left >= 16
+    _ = hard @ v
+    assert iterations(hard) == 0  # what is left was not enough
+    with torch.no_grad():
+        model[0].weight += 0.001
+    hard.refresh()
+    _ = hard @ v
+    assert left < iterations(hard) <= PRICE
+
+
+def test_limits_of_one_inverse_say_nothing_about_another(problem):
+    hurried = inverse(GGN + 0.1 * Identity, maxiter=2).lower(problem)
+    v = vectors(hurried)
+    _ = hurried @ v
+    again = problem.with_data(data())
+    op = inverse(GGN + 0.1 * Identity).lower(again)
+    _ = op @ v
+    assert iterations(op) > 0
+
+
+def test_the_first_solves_do_not_ask_for_a_preconditioner(problem, model):
+    """Making and applying it may take longer than the form, which needs none, and is in no price."""
+    asked = []
+
+    def precondition(r):
+        asked.append(len(r))
+        return r
+
+    op = inverse(GGN + 0.1 * Identity).lower(problem, preconditioner=precondition)
+    v = vectors(op)
+    x = op @ v
+    assert iterations(op) > 0 and not asked
+    assert "the preconditioner is not needed" in op.explain()
+    assert torch.allclose(x, solutions(model, 0.1, v), rtol=0, atol=1e-7)

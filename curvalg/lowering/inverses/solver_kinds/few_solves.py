@@ -79,7 +79,7 @@ class FewSolves(Solver[Waiting]):
         self.price = _price(exact.form)
         """Products that take about as long as making the form."""
         measured = request.problem.measured
-        self._race: Race[str] = Race(measured, measured.name("first solves", request.matrix.expr))
+        self._race: Race[str] = Race(measured, measured.name("first solves", request.node))
         self.cost = (
             f"{exact.cost}; made once solves by cg have taken {self.price} products, which takes about as long: the first "
             f"ones are by cg, to a relative residual of {STRICTER * request.rtol:g}"
@@ -100,13 +100,15 @@ class FewSolves(Solver[Waiting]):
         self, state: Waiting, b: Tensor, x0: Tensor | None, trail: Trail | None = None, report: bool = True
     ) -> SolveResult:
         """Solve A X = B; the form starts from nothing."""
-        iterations = self._iterations(state, b.shape[1])
+        done = 0 if trail is None or trail.start is None else int(trail.start.tensors["iterations"].sum())
+        iterations, first = self._iterations(state, b.shape[1], begun=done > 0), not state.spent.products
         if iterations:
             result = self._by_products(iterations).solve(state.operators, b, x0, trail, report)
-            state.spent.products += int(result.iterations.sum())
+            state.spent.products += int(result.iterations.sum()) - done
             if result.ok or result.partial:
                 return result
-            self._race.decide(self.exact.name)
+            if first:  # on what others have left they may not get there, and at another state do
+                self._race.decide(self.exact.name)
         return self.exact.solve(self._made(state), b, None, trail, report)
 
     def trusts(self, state: Waiting) -> bool:
@@ -128,10 +130,13 @@ class FewSolves(Solver[Waiting]):
     def oaths(self, state: Waiting) -> list[Oath]:
         return [] if state.form is None else self.exact.oaths(state.form)
 
-    def _iterations(self, state: Waiting, columns: int) -> int:
-        """The iterations that conjugate gradients are given for so many columns; 0: it is time for the form."""
+    def _iterations(self, state: Waiting, columns: int, begun: bool) -> int:
+        """The iterations that conjugate gradients are given for so many columns; 0: it is time for the form.
+
+        A solve that was begun by them and interrupted goes on: its iterations have counted already.
+        """
         coming = max(columns, self.request.problem.measured.expected.announced)
-        left = self.price - state.spent.products
+        left = self.price if begun else self.price - state.spent.products
         if state.spent.made or self._race.known is not None or left < LEAST * coming:
             return 0
         return min(left // columns, self.request.maxiter)
@@ -144,7 +149,8 @@ class FewSolves(Solver[Waiting]):
     def _by_products(self, iterations: int) -> Iterative:
         asked = self.request.node
         node = replace(asked, rtol=STRICTER * self.request.rtol, atol=STRICTER * float(asked.atol), maxiter=iterations)
-        return Iterative(replace(self.request, node=node), "cg", cg)
+        # Without a preconditioner: making it may take longer than the form does, and is in no price.
+        return Iterative(replace(self.request, node=node, preconditioner=None), "cg", cg)
 
 
 def _price(form: Form) -> int:
