@@ -52,7 +52,7 @@ class Result:
         """What was done, how often it was multiplied and how long that took, and what went otherwise than asked."""
         said = [self.method, f"{self.products} product{'s' * (self.products != 1)}", f"{self.seconds:.2g} s"]
         said += [] if self.converged else ["not converged"]
-        said += ["interrupted"] if self.partial else []
+        said += ["interrupted: partial result"] if self.partial else []
         return ", ".join(said)
 
     def __str__(self) -> str:

@@ -44,11 +44,6 @@ def cross_kernel(left: Problem, right: Problem) -> Tensor:
     >>> K.shape, torch.allclose(K, J.lower(test).to_dense() @ J.lower(train).to_dense().T, atol=1e-5)
     (torch.Size([4, 10]), True)
     """
-    if any(problem.layout.whole is not problem.layout for problem in (left, right)):
-        raise ProblemError(
-            "cross_kernel needs the layers of a model whole, but the parameters of a problem are sharded; make the Problem of "
-            "a whole model on every process (group= without shard=)"
-        )
     _require_same(left, right)
     if right.group.alone:
         with left.group.together("cross_kernel"):
@@ -144,6 +139,11 @@ def _require_same(left: Problem, right: Problem) -> None:
                 f"a kernel is between the outputs of two problems, got {type(problem).__name__}; write "
                 "Problem(model, None, inputs)"
             )
+    if any(problem.layout.whole is not problem.layout for problem in (left, right)):
+        raise ProblemError(
+            "cross_kernel needs the layers of a model whole, but the parameters of a problem are sharded; make the Problem of "
+            "a whole model on every process (group= without shard=)"
+        )
     if len({(p.group.rank, p.group.size) for p in (left, right) if not p.group.alone}) > 1:
         raise ProblemError("a kernel is between problems of the same processes; give both one group=")
     names, others = left.layout.names, right.layout.names

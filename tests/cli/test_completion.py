@@ -50,7 +50,7 @@ def test_terms_in_expressions(offered) -> None:
 
 
 def test_terms_to_describe(offered) -> None:
-    assert offered("terms", "kf") == ["kfac"]
+    assert offered("terms", "kf") == ["kfac", "kfoc"]
 
 
 def test_problems_of_files_and_folders(offered, tmp_path: Path) -> None:

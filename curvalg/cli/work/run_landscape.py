@@ -103,7 +103,7 @@ def random_directions(problem: Problem, count: int, seed: int, by: By) -> tuple[
 
 
 def _lengths(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Of the parts that lie along some axes, which may be none."""
+    """The lengths of the parts that lie along some axes; without axes every number is a part."""
     return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True) if axes else tensor.abs()
 
 

@@ -273,7 +273,8 @@ def _targetless(inputs: Tensor) -> ProblemError:
     return ProblemError(
         f"the loss compares outputs with targets, but the data are inputs alone, a {trees.describe(inputs)}: pass (X, y), or "
         "batches of such pairs. What needs no loss (jacobian, ntk) takes loss=None; a function of one argument is a loss of "
-        "the output alone. Where a matrix is the same for all targets (the ggn of MSELoss, or of CrossEntropyLoss without "
+        "the output alone; inputs that are their own targets take target=lambda x: x, forward=lambda model, x: model(x). "
+        "Where a matrix is the same for all targets (the ggn of MSELoss, or of CrossEntropyLoss without "
         "class weights and ignored targets), any valid ones do: (X, torch.zeros_like(model(X))), (X, torch.zeros(len(X), "
         "dtype=torch.long))"
     )

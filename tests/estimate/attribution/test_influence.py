@@ -238,7 +238,7 @@ def test_requests_that_make_no_sense():
         moved[0].weight += 1
     elsewhere = Problem(moved, nn.CrossEntropyLoss(), (random(4, 9), torch.arange(4) % 3))
     for asked, options, message in (
-        (other, {}, "queries of the 6 parameters"),
+        (other, {}, r"queries has no '0\.weight'; make the problem of the queries with the same model"),
         (elsewhere, {}, "their values differ"),
         (queries, {"by": "sample"}, "by to be one of"),
         (queries, {"topk": 0}, "topk to be an integer"),
