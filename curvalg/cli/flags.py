@@ -31,11 +31,7 @@ AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON inst
 
 
 def positive(value: float | None) -> float | None:
-    """The callback of an option that takes numbers above zero.
-
-    Raises:
-        BadParameter: it is another one.
-    """
+    """The callback of an option that takes numbers above zero."""
     if value is not None and not value > 0:
         raise typer.BadParameter(f"expected a number above 0, got {value:g}")
     return value

@@ -69,16 +69,7 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def require_whole_result(kind: str, layout: Layout | None, tensors: Mapping[str, Any]) -> None:
-    """Raise for vectors of which this process has a part, as the file would hold that of one process alone.
-
-    Args:
-        kind: of the result.
-        layout: of the parameters that it is over.
-        tensors: tensors or arrays by name.
-
-    Raises:
-        OptionError: there are some.
-    """
+    """Raise for vectors of which this process has a part, as the file would hold that of one process alone."""
     if layout is None or layout.whole is layout:
         return
     if parts := [name for name, t in tensors.items() if layout.size in getattr(t, "shape", ())]:

@@ -25,35 +25,23 @@ LEAST = 16
 SMALL = 1024
 """Rows below which a form is made in a moment."""
 ROWS = {"gram": 32, "dense": 4}
-"""Rows of a form that are made in the time of a product with one column, measured on perceptrons and convolutions: they come
-many at a time, by products of large matrices."""
+"""Rows of a form that are made in the time of a product with one column, measured on perceptrons and convolutions."""
 STRICTER = 0.1
 """Times the tolerance: what a form gives is better than its tolerance, too."""
 
 
 @dataclass
 class Spent:
-    """What solves at one state have taken, with all dampings of a matrix, whose forms have most of their making in common.
-
-    Attributes:
-        products: of conjugate gradients.
-        made: whether the form of one damping is made, so that those of others cost little.
-    """
+    """What solves at one state have taken, with all dampings of a matrix: most of their forms' making is the same."""
 
     products: int = 0
     made: bool = False
+    """Whether the form of one damping is."""
 
 
 @dataclass
 class Waiting:
-    """A state at which an exact form is made once it pays.
-
-    Attributes:
-        snapshot: the state.
-        operators: the products of conjugate gradients.
-        spent: by these and other dampings.
-        form: the exact form, once it is made.
-    """
+    """A state at which the form is made once it pays."""
 
     snapshot: Snapshot
     operators: Operators
@@ -64,10 +52,9 @@ class Waiting:
 class FewSolves(Solver[Waiting]):
     """Conjugate gradients until they have taken about as long as an exact form takes to be made, and that from then on.
 
-    Whoever solves once at a state, as an optimiser does, pays for one solve; whoever solves often pays at most about twice what
-    the form alone would have taken, as who rents skis until the rent has come to their price (Karlin et al., Competitive
-    snoopy caching, 1988). Products are counted, not timed, so that all runs and all processes choose alike. Where a state has
-    shown that conjugate gradients do not get there in time, later ones begin with the form.
+    One solve costs one solve, many at most about twice the form: as with skis, rented until the rent has come to their price
+    (Karlin et al., Competitive snoopy caching, 1988). Products are counted, not timed: all runs and processes choose alike.
+    Where conjugate gradients were not there in time, later states begin with the form.
 
     Args:
         request: the inverse.

@@ -45,15 +45,7 @@ def require_whole(name: str, tensor: object, kind: str = "parameter") -> None:
 
 
 def require_whole_vectors(problem: Any, what: str) -> None:
-    """Raise where each process holds a part of vectors only, for what takes whole ones or gradients of single samples.
-
-    Args:
-        problem: whose parameters the vectors are over.
-        what: that is asked for, as the user calls it.
-
-    Raises:
-        ExpressionError: its parameters are sharded.
-    """
+    """Raise where each process holds a part of vectors only, for ``what`` takes whole ones or gradients of single samples."""
     if problem.group.sharded:
         raise ExpressionError(
             f"{what} needs whole vectors over the parameters, or gradients of single samples, which no process has where "
