@@ -262,8 +262,7 @@ class Problem(Setting):
 
         >>> import torch
         >>> from curvalg import Identity, inverse, registry
-        >>> net, X = torch.nn.Linear(3, 1), torch.randn(20, 3)
-        >>> y = X.sum(1, keepdim=True)
+        >>> net, (X, y) = torch.nn.Linear(3, 1), (torch.randn(20, 3), torch.ones(20, 1))
         >>> problem, damped = Problem(net, torch.nn.MSELoss(), (X, y)), registry.build("ggn") + 0.1 * Identity
         >>> before = problem.value()
         >>> for rows in torch.arange(20).split(10):
