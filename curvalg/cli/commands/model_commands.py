@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -98,18 +99,8 @@ def compare(
         own = (first_arguments, second_arguments)
         ops = [expr.lower(asked.made(name, report, more)) for name, more in zip(problems, own, strict=True)]
     with report.exits(FAILED):
-        first, second = (
-            work.side(
-                op,
-                name,
-                k=k,
-                damping=damping,
-                products=products,
-                seed=asked.seed,
-                progress=report.on_terminal,
-            )
-            for op, name in zip(ops, problems, strict=True)
-        )
+        side = partial(work.side, k=k, damping=damping, products=products, seed=asked.seed, progress=report.on_terminal)
+        first, second = (side(op, name) for op, name in zip(ops, problems, strict=True))
         if as_json:
             typer.echo(work.as_json(first, second, damping=damping, seed=asked.seed))
         else:

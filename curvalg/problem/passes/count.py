@@ -68,6 +68,11 @@ def count(problem: Setting) -> Totals:
         rows, batches, calls, samples, denominator, None if loss is None else loss.reduction, misaligned, contents
     )
     copies.require_alike()
+    return _totals(problem, loss, here, last)
+
+
+def _totals(problem: Setting, loss: Loss | None, here: _Counted, last: ReadBatch | None) -> Totals:
+    """The totals of all processes, from what each has counted, and its last batch, if it has one."""
     every = problem.group.objects(here)
     before = every[: problem.group.rank]
     if problem.compares:
