@@ -12,9 +12,7 @@ from curvalg.problem.setting import Setting
 
 
 class CopiesOfData:
-    """The batches of this process, to be compared with those of the processes that must have the same.
-
-    Each layer is one function of one batch only where all processes that hold a part of it are given that batch.
+    """The batches of this process, to be compared with those of the processes that hold other parts of the same layers.
 
     Args:
         problem: of the processes; nothing is compared unless some of them must have the same data.

@@ -88,8 +88,7 @@ def with_respect_to(wrt: str, asked: MadeOf, loss: Any, randomness: Randomness, 
         asked: as the user gives it.
         loss: decides whether targets are read.
         randomness: of the call that finds the shape of an activation.
-        group: the processes that share the problem, which must be None.
-        shard: what is sharded, which must be None.
+        group, shard: must be None.
 
     Raises:
         OptionError: another ``wrt``, or options that do not go with it.
